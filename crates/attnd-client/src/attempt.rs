@@ -1,0 +1,127 @@
+//! One attempt at a call: sends the operands and puts the answer together, both at once.
+
+use attnd_wire::proto::attention_client::AttentionClient;
+use attnd_wire::{AttendReply, Begin, Deadline, Done, Error, PlanSummary, Reason, proto};
+use tokio::sync::watch;
+use tokio::time::Instant;
+use tonic::Request;
+use tonic::transport::Channel;
+
+use crate::client::Progress;
+use crate::context::ContextAssembly;
+use crate::operands::Operands;
+use crate::upload::Upload;
+
+/// A whole answer.
+#[derive(Debug)]
+pub(crate) struct Answer {
+    pub(crate) context: Vec<f32>,
+    pub(crate) lse: Vec<f32>,
+    pub(crate) plan: PlanSummary,
+    pub(crate) done: Done,
+}
+
+/// Sends the call once; the answer goes into `assembly`. The deadline travels with it and is kept here too.
+pub(crate) async fn attempt(
+    stub: AttentionClient<Channel>,
+    operands: &Operands,
+    begin: Begin,
+    assembly: ContextAssembly,
+    deadline: Option<Instant>,
+    progress: &mut (dyn FnMut(Progress) + Send),
+) -> Result<Answer, Error> {
+    let exchange = exchange(stub, operands, begin, assembly, deadline, progress);
+    match deadline {
+        Some(deadline) => tokio::time::timeout_at(deadline, exchange)
+            .await
+            .unwrap_or_else(|_elapsed| Err(Deadline::expired())),
+        None => exchange.await,
+    }
+}
+
+async fn exchange(
+    mut stub: AttentionClient<Channel>,
+    operands: &Operands,
+    begin: Begin,
+    assembly: ContextAssembly,
+    deadline: Option<Instant>,
+    progress: &mut (dyn FnMut(Progress) + Send),
+) -> Result<Answer, Error> {
+    let total = operands.total_bytes();
+    let (report, mut sent) = watch::channel(0);
+    let mut upload = Upload::new(operands.clone(), begin);
+    let frames = std::iter::from_fn(move || {
+        let frame = upload.next();
+        report.send_replace(upload.bytes_sent());
+        frame.map(proto::AttendRequest::from)
+    });
+    let mut request = Request::new(tokio_stream::iter(frames));
+    if let Some(deadline) = deadline {
+        request.set_timeout(deadline.saturating_duration_since(Instant::now()));
+    }
+
+    let mut receipt = Receipt { begin, assembly, plan: None };
+    let mut opening = std::pin::pin!(stub.attend(request));
+    let mut replies = loop {
+        tokio::select! {
+            opened = &mut opening => break opened?.into_inner(),
+            Ok(()) = sent.changed() => progress(Progress::Sent { bytes: *sent.borrow_and_update(), total }),
+        }
+    };
+    loop {
+        tokio::select! {
+            reply = replies.message() => {
+                let reply = reply?.ok_or_else(|| invalid("the answer ends before Done"))?;
+                if let Some(done) = receipt.take(reply, progress)? {
+                    return receipt.finish(done);
+                }
+            }
+            Ok(()) = sent.changed() => progress(Progress::Sent { bytes: *sent.borrow_and_update(), total }),
+        }
+    }
+}
+
+/// What has come back so far.
+#[derive(Debug)]
+struct Receipt {
+    begin: Begin,
+    assembly: ContextAssembly,
+    plan: Option<PlanSummary>,
+}
+
+impl Receipt {
+    /// Takes the next frame; `Some` with the last one.
+    fn take(
+        &mut self,
+        reply: proto::AttendReply,
+        progress: &mut (dyn FnMut(Progress) + Send),
+    ) -> Result<Option<Done>, Error> {
+        match AttendReply::decode(reply, &self.begin.shape)? {
+            AttendReply::Planned(_) if self.plan.is_some() => Err(invalid("two plans")),
+            AttendReply::Planned(plan) => {
+                progress(Progress::Planned(plan.clone()));
+                self.plan = Some(plan);
+                Ok(None)
+            }
+            AttendReply::Context(chunk) => {
+                self.assembly.accept(&chunk)?;
+                progress(Progress::Received {
+                    rows: self.assembly.rows(),
+                    total: self.assembly.total_rows(),
+                });
+                Ok(None)
+            }
+            AttendReply::Done(done) => Ok(Some(done)),
+        }
+    }
+
+    fn finish(self, done: Done) -> Result<Answer, Error> {
+        let plan = self.plan.ok_or_else(|| invalid("an answer without a plan"))?;
+        let (context, lse) = self.assembly.finish()?;
+        Ok(Answer { context, lse, plan, done })
+    }
+}
+
+fn invalid(detail: &str) -> Error {
+    Error::new(Reason::ReplyInvalid, detail)
+}

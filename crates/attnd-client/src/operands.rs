@@ -1,0 +1,117 @@
+//! What a caller hands over: operands and options, checked before anything is sent.
+
+use std::time::Duration;
+
+use attnd_kernel::{AttnShape, Causal, Dtype};
+use attnd_plan::{Tensor, WorkerChoice};
+use attnd_wire::{Begin, Error, Reason, convert};
+use bytes::Bytes;
+
+/// Q, K and V of one call, little-endian elements in C order. Cloning copies no tensor.
+#[derive(Clone, Debug)]
+pub struct Operands {
+    /// Dimensions.
+    pub shape: AttnShape,
+    /// Element type of all three.
+    pub dtype: Dtype,
+    /// `[batch, heads, queries, head_dim]`.
+    pub q: Bytes,
+    /// `[batch, kv_heads, keys, head_dim]`.
+    pub k: Bytes,
+    /// `[batch, kv_heads, keys, value_dim]`.
+    pub v: Bytes,
+}
+
+/// How to compute. The default: scale `1 / sqrt(head_dim)`, no mask, finite operands only, as many workers as pay
+/// off, and the coordinator's own time limit.
+#[derive(Clone, Debug, Default)]
+pub struct AttendOptions {
+    /// What scores are multiplied by: finite and positive.
+    pub scale: Option<f32>,
+    /// Which keys a query sees.
+    pub causal: Causal,
+    /// Lets NaN and infinities through; they follow IEEE 754 into the rows that see them.
+    pub allow_non_finite: bool,
+    /// Refuses rows that see no key instead of answering 0 and lse -inf.
+    pub forbid_empty_rows: bool,
+    /// How many workers may take part.
+    pub workers: WorkerChoice,
+    /// Time from the first byte sent to the last row received, all attempts included; at most an hour, longer ones
+    /// are cut to that. `None`: the coordinator gives each attempt 300 s.
+    pub timeout: Option<Duration>,
+}
+
+impl Operands {
+    /// The bytes of one operand.
+    pub(crate) fn tensor(&self, tensor: Tensor) -> &Bytes {
+        match tensor {
+            Tensor::Q => &self.q,
+            Tensor::K => &self.k,
+            Tensor::V => &self.v,
+        }
+    }
+
+    /// Bytes of all three.
+    pub(crate) fn total_bytes(&self) -> u64 {
+        Tensor::ALL.iter().map(|tensor| self.tensor(*tensor).len() as u64).sum()
+    }
+
+    /// The first frame of a call with these options.
+    ///
+    /// # Errors
+    /// [`Reason::PayloadLength`] where an operand doesn't have the bytes that the shape needs, [`Reason::Scale`].
+    pub(crate) fn begin(&self, options: &AttendOptions) -> Result<Begin, Error> {
+        for tensor in Tensor::ALL {
+            let need = tensor.bytes(&self.shape, self.dtype.size());
+            let payload = self.tensor(tensor).len();
+            if payload as u64 != need {
+                let detail = format!("{tensor}: shape needs {need}, payload {payload}");
+                return Err(Error::new(Reason::PayloadLength, detail));
+            }
+        }
+        let scale = match options.scale {
+            Some(scale) => convert::scale(scale)?,
+            None => convert::default_scale(&self.shape),
+        };
+        Ok(Begin {
+            shape: self.shape,
+            dtype: self.dtype,
+            scale,
+            causal: options.causal,
+            allow_non_finite: options.allow_non_finite,
+            forbid_empty_rows: options.forbid_empty_rows,
+            workers: options.workers,
+        })
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use attnd_kernel::Dims;
+
+    use super::*;
+
+    /// Operands whose bytes tell their place.
+    pub(crate) fn operands(dims: Dims, dtype: Dtype) -> Operands {
+        let shape = AttnShape::new(dims).unwrap();
+        let bytes = |tensor: Tensor| -> Bytes {
+            let len = usize::try_from(tensor.bytes(&shape, dtype.size())).unwrap();
+            (0..len).map(|i| (i % 251) as u8).collect::<Vec<_>>().into()
+        };
+        Operands { shape, dtype, q: bytes(Tensor::Q), k: bytes(Tensor::K), v: bytes(Tensor::V) }
+    }
+
+    #[test]
+    fn a_wrong_length_and_a_wrong_scale_are_refused_before_anything_is_sent() {
+        let dims = Dims { batch: 1, heads: 2, kv_heads: 1, queries: 3, keys: 4, head_dim: 5, value_dim: 6 };
+        let good = operands(dims, Dtype::F16);
+        assert_eq!(good.begin(&AttendOptions::default()).unwrap().scale, 1.0 / 5.0_f32.sqrt());
+        let short = Operands { v: good.v.slice(1..), ..good.clone() };
+        let error = short.begin(&AttendOptions::default()).unwrap_err();
+        assert_eq!(error.message(), "PAYLOAD_LENGTH: v: shape needs 48, payload 47");
+        for scale in [0.0, -1.0, f32::NAN, f32::INFINITY] {
+            let options = AttendOptions { scale: Some(scale), ..Default::default() };
+            assert_eq!(good.begin(&options).unwrap_err().reason, Reason::Scale);
+        }
+    }
+}

@@ -1,0 +1,167 @@
+//! The request stream of a call: Begin, the chunks, Commit.
+//!
+//! Chunks come kv group by kv group (Q of the group's heads, its keys, its values), so that a worker can start with
+//! its first group while the others are still under way. Where groups are small, several share a chunk. Chunks are
+//! slices of the caller's bytes; their checksums are computed when the connection asks for them.
+
+use std::ops::Range;
+
+use attnd_plan::Tensor;
+use attnd_wire::{AttendRequest, Begin, Commit, TensorChunk};
+
+use crate::operands::Operands;
+
+/// Tensor bytes in one message; a multiple of every element size.
+const CHUNK_BYTES: usize = 512 << 10;
+
+/// The frames of one call, in order.
+#[derive(Debug)]
+pub(crate) struct Upload {
+    operands: Operands,
+    begin: Option<Begin>,
+    /// Kv groups that a round of Q, K and V covers.
+    groups_per_round: usize,
+    /// First group of the current round.
+    group: usize,
+    /// Place in [`Tensor::ALL`] of the current round.
+    tensor: usize,
+    /// Bytes of the current tensor and round that are sent.
+    sent_of_part: usize,
+    commit: Commit,
+    committed: bool,
+}
+
+impl Upload {
+    pub(crate) fn new(operands: Operands, begin: Begin) -> Self {
+        let n_groups = operands.shape.n_groups();
+        let most = Tensor::ALL.iter().map(|tensor| operands.tensor(*tensor).len() / n_groups).max();
+        let groups_per_round = (CHUNK_BYTES / most.unwrap_or(CHUNK_BYTES).max(1)).clamp(1, n_groups);
+        Self {
+            operands,
+            begin: Some(begin),
+            groups_per_round,
+            group: 0,
+            tensor: 0,
+            sent_of_part: 0,
+            commit: Commit { chunks: 0, bytes: 0 },
+            committed: false,
+        }
+    }
+
+    /// Tensor bytes handed out so far.
+    pub(crate) fn bytes_sent(&self) -> u64 {
+        self.commit.bytes
+    }
+
+    /// The next tensor and range of its bytes.
+    fn next_slice(&mut self) -> Option<(Tensor, Range<usize>)> {
+        let n_groups = self.operands.shape.n_groups();
+        loop {
+            if self.group >= n_groups {
+                return None;
+            }
+            let Some(tensor) = Tensor::ALL.get(self.tensor).copied() else {
+                (self.group, self.tensor) = (self.group + self.groups_per_round, 0);
+                continue;
+            };
+            let per_group = self.operands.tensor(tensor).len() / n_groups;
+            let groups = self.groups_per_round.min(n_groups - self.group);
+            let left = groups * per_group - self.sent_of_part;
+            if left == 0 {
+                (self.tensor, self.sent_of_part) = (self.tensor + 1, 0);
+                continue;
+            }
+            let start = self.group * per_group + self.sent_of_part;
+            let len = left.min(CHUNK_BYTES);
+            self.sent_of_part += len;
+            return Some((tensor, start..start + len));
+        }
+    }
+}
+
+impl Iterator for Upload {
+    type Item = AttendRequest;
+
+    fn next(&mut self) -> Option<AttendRequest> {
+        if let Some(begin) = self.begin.take() {
+            return Some(AttendRequest::Begin(begin));
+        }
+        if let Some((tensor, bytes)) = self.next_slice() {
+            let index = self.commit.chunks;
+            self.commit.chunks += 1;
+            self.commit.bytes += bytes.len() as u64;
+            let data = self.operands.tensor(tensor).slice(bytes);
+            return Some(AttendRequest::Chunk(TensorChunk { index, tensor, data }));
+        }
+        let first = !std::mem::replace(&mut self.committed, true);
+        first.then_some(AttendRequest::Commit(self.commit))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use attnd_kernel::{Dims, Dtype};
+
+    use super::*;
+    use crate::operands::AttendOptions;
+    use crate::operands::tests::operands;
+
+    fn upload(dims: Dims, dtype: Dtype) -> (Operands, Vec<AttendRequest>) {
+        let operands = operands(dims, dtype);
+        let begin = operands.begin(&AttendOptions::default()).unwrap();
+        let frames = Upload::new(operands.clone(), begin).collect();
+        (operands, frames)
+    }
+
+    /// Checks order and contents; returns tensor and length of each chunk.
+    fn check(operands: &Operands, frames: &[AttendRequest]) -> Vec<(Tensor, usize)> {
+        let [AttendRequest::Begin(_), chunks @ .., AttendRequest::Commit(commit)] = frames else {
+            panic!("{} frames", frames.len());
+        };
+        let mut sent = [Tensor::Q, Tensor::K, Tensor::V].map(|tensor| (tensor, Vec::new()));
+        let mut lengths = Vec::new();
+        for (at, chunk) in chunks.iter().enumerate() {
+            let AttendRequest::Chunk(chunk) = chunk else { panic!("{chunk:?}") };
+            assert_eq!(chunk.index as usize, at);
+            assert!(!chunk.data.is_empty() && chunk.data.len() <= CHUNK_BYTES);
+            assert_eq!(chunk.data.len() % operands.dtype.size(), 0);
+            lengths.push((chunk.tensor, chunk.data.len()));
+            let (_, bytes) = sent.iter_mut().find(|(tensor, _)| *tensor == chunk.tensor).unwrap();
+            bytes.extend_from_slice(&chunk.data);
+        }
+        for (tensor, bytes) in &sent {
+            assert!(operands.tensor(*tensor) == bytes, "{tensor} front to back");
+        }
+        assert_eq!(*commit, Commit { chunks: chunks.len() as u32, bytes: operands.total_bytes() });
+        lengths
+    }
+
+    #[test]
+    fn large_groups_come_one_after_the_other() {
+        let dims =
+            Dims { batch: 2, heads: 2, kv_heads: 1, queries: 3, keys: 5000, head_dim: 33, value_dim: 7 };
+        let (operands, frames) = upload(dims, Dtype::F32);
+        let (q, v, k) = (2 * 3 * 33 * 4, 5000 * 7 * 4, 5000 * 33 * 4);
+        let group = [(Tensor::Q, q), (Tensor::K, CHUNK_BYTES), (Tensor::K, k - CHUNK_BYTES), (Tensor::V, v)];
+        assert_eq!(check(&operands, &frames), [group, group].concat());
+    }
+
+    #[test]
+    fn small_groups_share_chunks() {
+        let dims =
+            Dims { batch: 1, heads: 64, kv_heads: 64, queries: 1, keys: 100, head_dim: 16, value_dim: 16 };
+        let (operands, frames) = upload(dims, Dtype::Bf16);
+        assert_eq!(check(&operands, &frames).len(), 3, "K and V have 200 KiB each");
+        let dims = Dims { keys: 1000, ..dims };
+        let (operands, frames) = upload(dims, Dtype::Bf16);
+        assert_eq!(check(&operands, &frames).len(), 3 * 4, "16 groups of 32,000 bytes fit into a chunk");
+    }
+
+    #[test]
+    fn the_bytes_are_the_callers_own() {
+        let dims = Dims { batch: 1, heads: 1, kv_heads: 1, queries: 1, keys: 9, head_dim: 3, value_dim: 1 };
+        let (operands, frames) = upload(dims, Dtype::F32);
+        let AttendRequest::Chunk(first) = &frames[1] else { panic!("{:?}", frames[1]) };
+        assert_eq!(first.data.as_ptr(), operands.q.as_ptr());
+    }
+}

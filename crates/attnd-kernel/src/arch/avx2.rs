@@ -1,0 +1,156 @@
+//! AVX2 with FMA: sixteen floats in two registers.
+
+use std::arch::x86_64::*;
+
+use crate::canonical::{CANONICAL_NAN, FLUSH_EXPONENT};
+use crate::lanes::Lanes;
+
+/// AVX2 and FMA.
+#[derive(Clone, Copy)]
+pub(crate) struct Avx2;
+
+/// The last three steps of the halving tree.
+///
+/// # Safety
+/// The CPU must have AVX.
+#[inline(always)]
+pub(super) unsafe fn halving_sum_of_eight(t: __m256) -> f32 {
+    // SAFETY: the caller vouches for AVX.
+    unsafe {
+        let four = _mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps::<1>(t));
+        let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+        _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+    }
+}
+
+/// # Safety
+/// The CPU must have AVX.
+#[inline(always)]
+pub(super) unsafe fn largest_of_eight(t: __m256) -> f32 {
+    // SAFETY: the caller vouches for AVX.
+    unsafe {
+        let four = _mm_max_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps::<1>(t));
+        let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+        _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)))
+    }
+}
+
+/// # Safety
+/// The CPU must have AVX.
+#[inline(always)]
+pub(super) unsafe fn smallest_of_eight(t: __m256) -> f32 {
+    // SAFETY: the caller vouches for AVX.
+    unsafe {
+        let four = _mm_min_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps::<1>(t));
+        let two = _mm_min_ps(four, _mm_movehl_ps(four, four));
+        _mm_cvtss_f32(_mm_min_ss(two, _mm_movehdup_ps(two)))
+    }
+}
+
+/// # Safety
+/// The CPU must have AVX2.
+#[inline(always)]
+unsafe fn scale_or_flush_eight(y: __m256, e: __m256) -> __m256 {
+    // SAFETY: the caller vouches for AVX2.
+    unsafe {
+        let biased = _mm256_add_epi32(_mm256_cvtps_epi32(e), _mm256_set1_epi32(127));
+        let power = _mm256_castsi256_ps(_mm256_slli_epi32::<23>(biased));
+        // Not-less-or-equal, unordered. The flush is a bitwise and, because the product of a masked score of -inf is
+        // NaN by now.
+        let keep = _mm256_cmp_ps::<_CMP_NLE_UQ>(e, _mm256_set1_ps(FLUSH_EXPONENT));
+        _mm256_and_ps(_mm256_mul_ps(y, power), keep)
+    }
+}
+
+/// # Safety
+/// The CPU must have AVX.
+#[inline(always)]
+unsafe fn canonical_nan_of_eight(a: __m256) -> __m256 {
+    // SAFETY: the caller vouches for AVX.
+    unsafe {
+        let nan = _mm256_cmp_ps::<_CMP_UNORD_Q>(a, a);
+        _mm256_blendv_ps(a, _mm256_set1_ps(CANONICAL_NAN), nan)
+    }
+}
+
+// SAFETY: every method is a few intrinsics of AVX2, FMA or below, and the caller vouches for the CPU and the pointers
+// as the trait demands. That one argument covers each block below.
+#[allow(clippy::undocumented_unsafe_blocks)]
+unsafe impl Lanes for Avx2 {
+    type V = [__m256; 2];
+
+    #[inline(always)]
+    unsafe fn zero() -> Self::V {
+        unsafe { [_mm256_setzero_ps(); 2] }
+    }
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> Self::V {
+        unsafe { [_mm256_set1_ps(x); 2] }
+    }
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self::V {
+        unsafe { [_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(8))] }
+    }
+    #[inline(always)]
+    unsafe fn store(to: *mut f32, v: Self::V) {
+        unsafe {
+            _mm256_storeu_ps(to, v[0]);
+            _mm256_storeu_ps(to.add(8), v[1]);
+        }
+    }
+    #[inline(always)]
+    unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+        unsafe { [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])] }
+    }
+    #[inline(always)]
+    unsafe fn add(a: Self::V, b: Self::V) -> Self::V {
+        unsafe { [_mm256_add_ps(a[0], b[0]), _mm256_add_ps(a[1], b[1])] }
+    }
+    #[inline(always)]
+    unsafe fn sub(a: Self::V, b: Self::V) -> Self::V {
+        unsafe { [_mm256_sub_ps(a[0], b[0]), _mm256_sub_ps(a[1], b[1])] }
+    }
+    #[inline(always)]
+    unsafe fn mul(a: Self::V, b: Self::V) -> Self::V {
+        unsafe { [_mm256_mul_ps(a[0], b[0]), _mm256_mul_ps(a[1], b[1])] }
+    }
+    #[inline(always)]
+    unsafe fn div(a: Self::V, b: Self::V) -> Self::V {
+        unsafe { [_mm256_div_ps(a[0], b[0]), _mm256_div_ps(a[1], b[1])] }
+    }
+    #[inline(always)]
+    unsafe fn max(a: Self::V, b: Self::V) -> Self::V {
+        unsafe { [_mm256_max_ps(a[0], b[0]), _mm256_max_ps(a[1], b[1])] }
+    }
+    #[inline(always)]
+    unsafe fn min(a: Self::V, b: Self::V) -> Self::V {
+        unsafe { [_mm256_min_ps(a[0], b[0]), _mm256_min_ps(a[1], b[1])] }
+    }
+    #[inline(always)]
+    unsafe fn rint(a: Self::V) -> Self::V {
+        unsafe {
+            const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+            [_mm256_round_ps::<NEAREST>(a[0]), _mm256_round_ps::<NEAREST>(a[1])]
+        }
+    }
+    #[inline(always)]
+    unsafe fn scale_or_flush(y: Self::V, e: Self::V) -> Self::V {
+        unsafe { [scale_or_flush_eight(y[0], e[0]), scale_or_flush_eight(y[1], e[1])] }
+    }
+    #[inline(always)]
+    unsafe fn canonical_nan(a: Self::V) -> Self::V {
+        unsafe { [canonical_nan_of_eight(a[0]), canonical_nan_of_eight(a[1])] }
+    }
+    #[inline(always)]
+    unsafe fn halving_sum(t: Self::V) -> f32 {
+        unsafe { halving_sum_of_eight(_mm256_add_ps(t[0], t[1])) }
+    }
+    #[inline(always)]
+    unsafe fn largest(a: Self::V) -> f32 {
+        unsafe { largest_of_eight(_mm256_max_ps(a[0], a[1])) }
+    }
+    #[inline(always)]
+    unsafe fn smallest(a: Self::V) -> f32 {
+        unsafe { smallest_of_eight(_mm256_min_ps(a[0], a[1])) }
+    }
+}

@@ -1,0 +1,107 @@
+//! NEON: sixteen floats in four registers.
+
+use std::arch::aarch64::*;
+
+use crate::canonical::{CANONICAL_NAN, FLUSH_EXPONENT};
+use crate::lanes::Lanes;
+
+/// Advanced SIMD, which every aarch64 has.
+#[derive(Clone, Copy)]
+pub(crate) struct Neon;
+
+type V = [float32x4_t; 4];
+
+#[inline(always)]
+fn zip(a: V, b: V, f: impl Fn(float32x4_t, float32x4_t) -> float32x4_t) -> V {
+    std::array::from_fn(|i| f(a[i], b[i]))
+}
+
+// SAFETY: every method is a few NEON intrinsics, and the caller vouches for the pointers as the trait demands. That
+// one argument covers each block below.
+#[allow(clippy::undocumented_unsafe_blocks)]
+unsafe impl Lanes for Neon {
+    type V = V;
+
+    #[inline(always)]
+    unsafe fn zero() -> V {
+        unsafe { [vdupq_n_f32(0.0); 4] }
+    }
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> V {
+        unsafe { [vdupq_n_f32(x); 4] }
+    }
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> V {
+        unsafe { std::array::from_fn(|i| vld1q_f32(from.add(4 * i))) }
+    }
+    #[inline(always)]
+    unsafe fn store(to: *mut f32, v: V) {
+        unsafe {
+            for (i, part) in v.into_iter().enumerate() {
+                vst1q_f32(to.add(4 * i), part);
+            }
+        }
+    }
+    #[inline(always)]
+    unsafe fn fma(a: V, b: V, c: V) -> V {
+        unsafe { std::array::from_fn(|i| vfmaq_f32(c[i], a[i], b[i])) }
+    }
+    #[inline(always)]
+    unsafe fn add(a: V, b: V) -> V {
+        zip(a, b, |a, b| unsafe { vaddq_f32(a, b) })
+    }
+    #[inline(always)]
+    unsafe fn sub(a: V, b: V) -> V {
+        zip(a, b, |a, b| unsafe { vsubq_f32(a, b) })
+    }
+    #[inline(always)]
+    unsafe fn mul(a: V, b: V) -> V {
+        zip(a, b, |a, b| unsafe { vmulq_f32(a, b) })
+    }
+    #[inline(always)]
+    unsafe fn div(a: V, b: V) -> V {
+        zip(a, b, |a, b| unsafe { vdivq_f32(a, b) })
+    }
+    #[inline(always)]
+    unsafe fn max(a: V, b: V) -> V {
+        zip(a, b, |a, b| unsafe { vmaxq_f32(a, b) })
+    }
+    #[inline(always)]
+    unsafe fn min(a: V, b: V) -> V {
+        zip(a, b, |a, b| unsafe { vminq_f32(a, b) })
+    }
+    #[inline(always)]
+    unsafe fn rint(a: V) -> V {
+        a.map(|a| unsafe { vrndnq_f32(a) })
+    }
+    #[inline(always)]
+    unsafe fn scale_or_flush(y: V, e: V) -> V {
+        zip(y, e, |y, e| unsafe {
+            let biased = vaddq_s32(vcvtq_s32_f32(e), vdupq_n_s32(127));
+            let power = vreinterpretq_f32_s32(vshlq_n_s32::<23>(biased));
+            // The comparison is false for NaN, which therefore stays.
+            let flush = vcleq_f32(e, vdupq_n_f32(FLUSH_EXPONENT));
+            vbslq_f32(flush, vdupq_n_f32(0.0), vmulq_f32(y, power))
+        })
+    }
+    #[inline(always)]
+    unsafe fn canonical_nan(a: V) -> V {
+        a.map(|a| unsafe { vbslq_f32(vceqq_f32(a, a), a, vdupq_n_f32(CANONICAL_NAN)) })
+    }
+    #[inline(always)]
+    unsafe fn halving_sum(t: V) -> f32 {
+        unsafe {
+            let four = vaddq_f32(vaddq_f32(t[0], t[2]), vaddq_f32(t[1], t[3]));
+            let two = vadd_f32(vget_low_f32(four), vget_high_f32(four));
+            vget_lane_f32::<0>(two) + vget_lane_f32::<1>(two)
+        }
+    }
+    #[inline(always)]
+    unsafe fn largest(a: V) -> f32 {
+        unsafe { vmaxvq_f32(vmaxq_f32(vmaxq_f32(a[0], a[1]), vmaxq_f32(a[2], a[3]))) }
+    }
+    #[inline(always)]
+    unsafe fn smallest(a: V) -> f32 {
+        unsafe { vminvq_f32(vminq_f32(vminq_f32(a[0], a[1]), vminq_f32(a[2], a[3]))) }
+    }
+}

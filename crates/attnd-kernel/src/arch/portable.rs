@@ -1,0 +1,103 @@
+//! Sixteen floats in an array: runs everywhere, and is the yardstick that the other ISAs are compared with.
+
+use crate::canonical::{CANONICAL_NAN, FLUSH_EXPONENT};
+use crate::lanes::Lanes;
+
+/// Plain Rust. Fused multiply-add is `f32::mul_add`, which is one rounding on every platform, if slowly on some.
+#[derive(Clone, Copy)]
+pub(crate) struct Portable;
+
+type V = [f32; 16];
+
+#[inline(always)]
+fn zip(a: V, b: V, f: impl Fn(f32, f32) -> f32) -> V {
+    std::array::from_fn(|i| f(a[i], b[i]))
+}
+
+// SAFETY: needs no CPU feature; pointer duties are the trait's.
+unsafe impl Lanes for Portable {
+    type V = V;
+
+    #[inline(always)]
+    unsafe fn zero() -> V {
+        [0.0; 16]
+    }
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> V {
+        [x; 16]
+    }
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> V {
+        // SAFETY: valid for 16 f32 by the trait's contract; unaligned reads are allowed.
+        unsafe { from.cast::<V>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn store(to: *mut f32, v: V) {
+        // SAFETY: as in load.
+        unsafe { to.cast::<V>().write_unaligned(v) }
+    }
+    #[inline(always)]
+    unsafe fn fma(a: V, b: V, c: V) -> V {
+        std::array::from_fn(|i| a[i].mul_add(b[i], c[i]))
+    }
+    #[inline(always)]
+    unsafe fn add(a: V, b: V) -> V {
+        zip(a, b, |a, b| a + b)
+    }
+    #[inline(always)]
+    unsafe fn sub(a: V, b: V) -> V {
+        zip(a, b, |a, b| a - b)
+    }
+    #[inline(always)]
+    unsafe fn mul(a: V, b: V) -> V {
+        zip(a, b, |a, b| a * b)
+    }
+    #[inline(always)]
+    unsafe fn div(a: V, b: V) -> V {
+        zip(a, b, |a, b| a / b)
+    }
+    #[inline(always)]
+    unsafe fn max(a: V, b: V) -> V {
+        zip(a, b, |a, b| if a > b { a } else { b })
+    }
+    #[inline(always)]
+    unsafe fn min(a: V, b: V) -> V {
+        zip(a, b, |a, b| if a < b { a } else { b })
+    }
+    #[inline(always)]
+    unsafe fn rint(a: V) -> V {
+        a.map(f32::round_ties_even)
+    }
+    #[inline(always)]
+    unsafe fn scale_or_flush(y: V, e: V) -> V {
+        zip(y, e, |y, e| {
+            if e <= FLUSH_EXPONENT {
+                0.0
+            } else {
+                // The cast saturates, so a NaN exponent (then y is NaN too) makes no invalid bits that matter.
+                y * f32::from_bits(((e as i32).wrapping_add(127) as u32) << 23)
+            }
+        })
+    }
+    #[inline(always)]
+    unsafe fn canonical_nan(a: V) -> V {
+        a.map(|x| if x.is_nan() { CANONICAL_NAN } else { x })
+    }
+    #[inline(always)]
+    unsafe fn halving_sum(mut t: V) -> f32 {
+        for half in [8, 4, 2, 1] {
+            for i in 0..half {
+                t[i] += t[i + half];
+            }
+        }
+        t[0]
+    }
+    #[inline(always)]
+    unsafe fn largest(a: V) -> f32 {
+        a.into_iter().fold(f32::NEG_INFINITY, |max, x| if x > max { x } else { max })
+    }
+    #[inline(always)]
+    unsafe fn smallest(a: V) -> f32 {
+        a.into_iter().fold(f32::INFINITY, |min, x| if x < min { x } else { min })
+    }
+}

@@ -1,0 +1,269 @@
+//! One kv group's part of a call: rows in blocks, blocks and sub-trees over threads.
+//!
+//! The query heads of a kv group and their tokens fold into rows (token first, then head), so keys and values are read
+//! once for all of them. Blocks of rows are independent. Where there are too few blocks to keep the pool busy, the
+//! node splits into its children: those are nodes of the same tree, so who computes which cannot show in the bits.
+
+use std::cell::RefCell;
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use crate::buffer::Buffer;
+use crate::canonical::query_factor;
+use crate::dispatch::Kernels;
+use crate::float_env::FloatEnvironment;
+use crate::mask::Causal;
+use crate::pages::{KvHead, padded_columns};
+use crate::partial::PartialRows;
+use crate::rows::{BLOCK_ROWS, RowBlock, RowPartials, scratch_floats};
+use crate::shape::AttnShape;
+use crate::slot::{Node, pages_of_slot};
+use crate::tile::{QueryRow, query_row};
+
+/// Blocks per thread below which the keys are split too.
+const BLOCKS_PER_THREAD: usize = 2;
+/// Pages that a task is worth.
+const MIN_PAGES: usize = 4;
+
+/// One kv group of one call.
+#[derive(Clone, Copy, Debug)]
+pub struct GroupCall<'a> {
+    /// The whole call's shape.
+    pub shape: AttnShape,
+    /// What scores are multiplied by.
+    pub scale: f32,
+    /// Which keys a row sees.
+    pub causal: Causal,
+    /// `[group_size, n_queries, head_dim]`.
+    pub q: &'a [f32],
+    /// The group's keys and values.
+    pub kv: &'a KvHead,
+}
+
+/// A score left the range of f32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the score of head {head_in_group} of the group, token {token}, leaves the range of f32")]
+pub struct ScoreOverflow {
+    /// Which head of the group.
+    pub head_in_group: usize,
+    /// Which query token.
+    pub token: usize,
+}
+
+/// Computes the partial of query tokens `tokens` of a group over the keys of `node`, on the current rayon pool. Rows
+/// are ordered `[head in group, token]`.
+///
+/// # Errors
+/// The first row, by token and then by head, one of whose scores is NaN or infinite although the operands may be finite. The partial is computed
+/// all the same and handed back with it: a caller that allows such values goes on with that.
+///
+/// # Panics
+/// If `q` or `kv` doesn't have the call's shape, `tokens` reaches past the last query, or a slot of `node` isn't
+/// resident in `kv`.
+pub fn attend_node(
+    kernels: &Kernels,
+    call: &GroupCall<'_>,
+    node: Node,
+    tokens: Range<usize>,
+) -> (PartialRows, Result<(), ScoreOverflow>) {
+    let shape = &call.shape;
+    let group = shape.group_size();
+    assert_eq!(call.q.len(), group * shape.n_queries() * shape.head_dim(), "length of q");
+    assert_eq!(
+        (call.kv.n_keys(), call.kv.head_dim(), call.kv.value_dim()),
+        (shape.n_keys(), shape.head_dim(), shape.value_dim()),
+        "shape of kv"
+    );
+    assert!(tokens.end <= shape.n_queries(), "tokens {tokens:?} of {}", shape.n_queries());
+
+    let n_rows = tokens.len() * group;
+    if n_rows == 0 {
+        return (PartialRows::empty(0, shape.value_dim()), Ok(()));
+    }
+    let blocks = n_rows.div_ceil(BLOCK_ROWS);
+    let enough = BLOCKS_PER_THREAD * rayon::current_num_threads();
+    let task = NodeTask { kernels, call, tokens };
+    let nodes = split(node, call.kv.n_keys(), enough.div_ceil(blocks));
+    task.subtree(&nodes).unwrap_or_else(|| (PartialRows::empty(n_rows, shape.value_dim()), Ok(())))
+}
+
+/// Splits a node into about `parts` nodes that tile it, in order; absent children are left out.
+fn split(node: Node, n_keys: usize, parts: usize) -> Tree {
+    let pages: usize = node.slots().map(|slot| pages_of_slot(slot, n_keys).count()).sum();
+    match node.children() {
+        _ if pages == 0 => Tree::Absent,
+        Some((left, right)) if parts > 1 && pages >= 2 * MIN_PAGES => {
+            let parts = parts.div_ceil(2);
+            Tree::Split(Box::new((split(left, n_keys, parts), split(right, n_keys, parts))))
+        }
+        _ => Tree::Whole(node),
+    }
+}
+
+enum Tree {
+    Absent,
+    Whole(Node),
+    Split(Box<(Tree, Tree)>),
+}
+
+struct NodeTask<'a> {
+    kernels: &'a Kernels,
+    call: &'a GroupCall<'a>,
+    tokens: Range<usize>,
+}
+
+type Outcome = (PartialRows, Result<(), ScoreOverflow>);
+
+impl NodeTask<'_> {
+    fn subtree(&self, tree: &Tree) -> Option<Outcome> {
+        match tree {
+            Tree::Absent => None,
+            Tree::Whole(node) => Some(self.node(*node)),
+            Tree::Split(children) => {
+                let (left, right) = rayon::join(|| self.subtree(&children.0), || self.subtree(&children.1));
+                match (left, right) {
+                    (Some((left, ok)), Some((right, right_ok))) => {
+                        Some((left.merge(&right, self.kernels), earlier(ok, right_ok)))
+                    }
+                    (one, other) => one.or(other),
+                }
+            }
+        }
+    }
+
+    fn node(&self, node: Node) -> Outcome {
+        let shape = &self.call.shape;
+        let mut pages: Vec<usize> =
+            node.slots().flat_map(|slot| pages_of_slot(slot, shape.n_keys())).collect();
+        pages.sort_unstable();
+        let n_rows = self.tokens.len() * shape.group_size();
+        let mut partial = PartialRows::empty(n_rows, shape.value_dim());
+        let overflows: Vec<Option<ScoreOverflow>> =
+            self.blocks(&mut partial).into_par_iter().map(|block| self.block(block, &pages)).collect();
+        let overflow = overflows.into_iter().map(|found| found.map_or(Ok(()), Err)).fold(Ok(()), earlier);
+        (partial, overflow)
+    }
+
+    /// Cuts the rows of a partial, ordered `[head, token]`, into blocks of some heads times some tokens.
+    fn blocks<'p>(&self, partial: &'p mut PartialRows) -> Vec<Block<'p>> {
+        let (group, n_tokens) = (self.call.shape.group_size(), self.tokens.len());
+        let heads_per_block = group.min(BLOCK_ROWS);
+        let tokens_per_block = BLOCK_ROWS / heads_per_block;
+        let (value_dim, per_head) = (partial.value_dim, n_tokens.div_ceil(tokens_per_block));
+        let mut blocks: Vec<Block<'p>> = Vec::new();
+        let rows = partial.m.chunks_mut(n_tokens).zip(partial.l.chunks_mut(n_tokens));
+        for (head, ((m, l), o)) in rows.zip(partial.o.chunks_mut(n_tokens * value_dim)).enumerate() {
+            let m = m.chunks_mut(tokens_per_block);
+            let l = l.chunks_mut(tokens_per_block);
+            let o = o.chunks_mut(tokens_per_block * value_dim);
+            let new_row_of_blocks = head % heads_per_block == 0;
+            let first = head / heads_per_block * per_head;
+            for (i, ((m, l), o)) in m.zip(l).zip(o).enumerate() {
+                if new_row_of_blocks {
+                    let first_token = self.tokens.start + i * tokens_per_block;
+                    blocks.push(Block {
+                        first_head: head,
+                        first_token,
+                        n_tokens: m.len(),
+                        heads: Vec::new(),
+                    });
+                }
+                blocks[first + i].heads.push(HeadRows { m, l, o });
+            }
+        }
+        blocks
+    }
+
+    fn block(&self, mut block: Block<'_>, pages: &[usize]) -> Option<ScoreOverflow> {
+        let shape = &self.call.shape;
+        let (d, value_dim) = (shape.head_dim(), shape.value_dim());
+        let columns = padded_columns(value_dim);
+        let n_heads = block.heads.len();
+        let n_rows = block.n_tokens * n_heads;
+        // Token first, so that neighbouring rows see nearly the same keys.
+        let place = |row: usize| (block.first_head + row % n_heads, block.first_token + row / n_heads);
+        let visible: Vec<Range<usize>> =
+            (0..n_rows).map(|row| self.call.causal.visible(place(row).1, shape)).collect();
+        let factor = query_factor(self.call.scale);
+        let query_floats = (n_rows * d).next_multiple_of(16);
+        let sum_floats = n_rows.next_multiple_of(16);
+        let floats = query_floats + 2 * sum_floats + n_rows * columns;
+
+        let _standard = FloatEnvironment::standard();
+        with_scratch(floats + scratch_floats(n_rows, value_dim), |memory| {
+            let (q, memory) = memory.split_at_mut(query_floats);
+            let (m, memory) = memory.split_at_mut(sum_floats);
+            let (l, memory) = memory.split_at_mut(sum_floats);
+            let (o, scratch) = memory.split_at_mut(n_rows * columns);
+            for row in 0..n_rows {
+                let (head, token) = place(row);
+                let from = &self.call.q[(head * shape.n_queries() + token) * d..][..d];
+                let QueryRow { first, stride } = query_row(row, n_rows, d, self.kernels.tile_rows());
+                for (to, from) in q[first..].iter_mut().step_by(stride).zip(from) {
+                    *to = from * factor;
+                }
+            }
+            let rows = RowBlock { q: &q[..n_rows * d], visible: &visible, kv: self.call.kv, pages };
+            let mut out = RowPartials { m: &mut m[..n_rows], l: &mut l[..n_rows], o };
+            let overflow = self.kernels.attend_rows(&rows, scratch, &mut out);
+            for (row, o) in o.chunks_exact(columns).enumerate() {
+                let (head, token) = (row % n_heads, row / n_heads);
+                let to = &mut block.heads[head];
+                to.m[token] = m[row];
+                to.l[token] = l[row];
+                to.o[token * value_dim..][..value_dim].copy_from_slice(&o[..value_dim]);
+            }
+            overflow.map(|row| {
+                let (head_in_group, token) = place(row);
+                ScoreOverflow { head_in_group, token }
+            })
+        })
+    }
+}
+
+/// The overflow of the earlier token, then of the lower head: the same one however the work was cut.
+fn earlier(a: Result<(), ScoreOverflow>, b: Result<(), ScoreOverflow>) -> Result<(), ScoreOverflow> {
+    match (a, b) {
+        (Err(a), Err(b)) if (b.token, b.head_in_group) < (a.token, a.head_in_group) => Err(b),
+        (Err(a), _) => Err(a),
+        (Ok(()), b) => b,
+    }
+}
+
+/// Rows that one call of the kernel computes: some heads of the group times some tokens.
+struct Block<'p> {
+    first_head: usize,
+    first_token: usize,
+    n_tokens: usize,
+    heads: Vec<HeadRows<'p>>,
+}
+
+/// Where the rows of one head of a block go.
+struct HeadRows<'p> {
+    m: &'p mut [f32],
+    l: &'p mut [f32],
+    o: &'p mut [f32],
+}
+
+/// Smallest scratch of a thread: one huge page, so that scores and partials don't compete for address translations.
+const SCRATCH_FLOATS: usize = (2 << 20) / 4;
+
+/// Lends memory that a thread keeps between blocks, so that kernels don't allocate.
+fn with_scratch<T>(floats: usize, work: impl FnOnce(&mut [f32]) -> T) -> T {
+    thread_local! {
+        static SCRATCH: RefCell<Option<Buffer>> = const { RefCell::new(None) };
+    }
+    let held = SCRATCH.take().filter(|buffer| buffer.len() >= floats);
+    let mut buffer = match held {
+        Some(buffer) => buffer,
+        None => match Buffer::zeroed(floats.next_power_of_two().max(SCRATCH_FLOATS)) {
+            Ok(buffer) => buffer,
+            // A few MiB: a process that can't have them has no use for an answer either.
+            Err(refused) => panic!("{refused}"),
+        },
+    };
+    let result = work(&mut buffer[..floats]);
+    SCRATCH.set(Some(buffer));
+    result
+}

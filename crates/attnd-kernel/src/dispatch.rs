@@ -1,0 +1,287 @@
+//! Chooses the kernels once: what the CPU has, or what `ATTND_ISA` asks for.
+//!
+//! The `*_entry` functions are the only ones that enable CPU features. Everything generic below them is inlined into
+//! them, so one instantiation of the whole row loop exists per ISA and no call crosses a feature boundary inside it.
+
+use std::sync::OnceLock;
+
+use crate::arch;
+use crate::rows::{RowBlock, RowPartials, attend_rows, divide_rows, merge_rows};
+
+/// The environment variable that overrides the choice.
+pub const ISA_VARIABLE: &str = "ATTND_ISA";
+
+/// An instruction set that kernels exist for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Isa {
+    /// x86-64 with AVX-512 F and DQ.
+    Avx512,
+    /// x86-64 with AVX2 and FMA.
+    Avx2,
+    /// aarch64.
+    Neon,
+    /// Any CPU.
+    Portable,
+}
+
+impl Isa {
+    /// All of them, fastest first.
+    pub const ALL: [Self; 4] = [Self::Avx512, Self::Avx2, Self::Neon, Self::Portable];
+
+    /// Its name as `ATTND_ISA` spells it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Avx512 => "avx512",
+            Self::Avx2 => "avx2",
+            Self::Neon => "neon",
+            Self::Portable => "portable",
+        }
+    }
+}
+
+impl std::fmt::Display for Isa {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl std::str::FromStr for Isa {
+    type Err = IsaError;
+    fn from_str(name: &str) -> Result<Self, IsaError> {
+        Self::ALL
+            .into_iter()
+            .find(|isa| isa.name() == name)
+            .ok_or_else(|| IsaError::Unknown { name: name.chars().take(40).collect() })
+    }
+}
+
+/// Why no kernels can be chosen.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum IsaError {
+    /// No such instruction set.
+    #[error("ATTND_ISA={name:?} is none of avx512, avx2, neon, portable; unset it to choose the fastest")]
+    Unknown {
+        /// What was asked for.
+        name: String,
+    },
+    /// This CPU lacks it.
+    #[error(
+        "{isa} needs instructions that this CPU lacks; it has {available}. ATTND_ISA chooses among these"
+    )]
+    Unsupported {
+        /// What was asked for.
+        isa: Isa,
+        /// What there is, comma-separated.
+        available: String,
+    },
+}
+
+type AttendRows = unsafe fn(&RowBlock<'_>, &mut [f32], &mut RowPartials<'_>) -> Option<usize>;
+type MergeRows = unsafe fn(RowPartials<'_>, &[f32], &[f32], &[f32], usize);
+type DivideRows = unsafe fn(&[f32], &[f32], &mut [f32], usize);
+type FmaLoop = unsafe fn(u64) -> f32;
+
+/// The kernels of one ISA. Possession proves that this CPU runs them.
+pub struct Kernels {
+    isa: Isa,
+    tile_rows: usize,
+    attend_rows: AttendRows,
+    merge_rows: MergeRows,
+    divide_rows: DivideRows,
+    fma_loop: FmaLoop,
+}
+
+impl std::fmt::Debug for Kernels {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Kernels").field(&self.isa).finish()
+    }
+}
+
+impl Kernels {
+    /// The kernels that `ATTND_ISA` names, or the fastest that this CPU runs. Reads the environment on the first call
+    /// only.
+    pub fn from_env() -> Result<&'static Self, IsaError> {
+        static CHOICE: OnceLock<Result<&'static Kernels, IsaError>> = OnceLock::new();
+        CHOICE
+            .get_or_init(|| match std::env::var_os(ISA_VARIABLE) {
+                None => Ok(Self::available()[0]),
+                Some(name) => Self::for_isa(name.to_string_lossy().parse()?),
+            })
+            .clone()
+    }
+
+    /// The kernels of one ISA, if this CPU runs them.
+    pub fn for_isa(isa: Isa) -> Result<&'static Self, IsaError> {
+        let available = Self::available();
+        available.iter().find(|k| k.isa == isa).copied().ok_or_else(|| IsaError::Unsupported {
+            isa,
+            available: available.iter().map(|k| k.isa.name()).collect::<Vec<_>>().join(", "),
+        })
+    }
+
+    /// All kernels that this CPU runs, fastest first; the portable ones are always there.
+    pub fn available() -> Vec<&'static Self> {
+        let mut available: Vec<&'static Self> = Vec::new();
+        #[cfg(target_arch = "x86_64")]
+        {
+            // One predicate per ISA, over all the features that its entries enable.
+            let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+            if avx2 && is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512dq") {
+                available.push(&AVX512);
+            }
+            if avx2 {
+                available.push(&AVX2);
+            }
+        }
+        #[cfg(target_arch = "aarch64")]
+        available.push(&NEON);
+        available.push(&PORTABLE);
+        available
+    }
+
+    /// Which ISA this is.
+    pub fn isa(&self) -> Isa {
+        self.isa
+    }
+
+    /// Rows of the largest register tile.
+    pub(crate) fn tile_rows(&self) -> usize {
+        self.tile_rows
+    }
+
+    pub(crate) fn attend_rows(
+        &self,
+        block: &RowBlock<'_>,
+        scratch: &mut [f32],
+        out: &mut RowPartials<'_>,
+    ) -> Option<usize> {
+        // SAFETY: a Kernels of this ISA is only handed out where the CPU has its features.
+        unsafe { (self.attend_rows)(block, scratch, out) }
+    }
+
+    pub(crate) fn merge_rows(
+        &self,
+        left: RowPartials<'_>,
+        m_right: &[f32],
+        l_right: &[f32],
+        o_right: &[f32],
+        columns: usize,
+    ) {
+        // SAFETY: as in attend_rows.
+        unsafe { (self.merge_rows)(left, m_right, l_right, o_right, columns) }
+    }
+
+    pub(crate) fn divide_rows(&self, m: &[f32], l: &[f32], o: &mut [f32], columns: usize) {
+        // SAFETY: as in attend_rows.
+        unsafe { (self.divide_rows)(m, l, o, columns) }
+    }
+
+    /// Runs `rounds` of [`FLOP_PER_ROUND`] floating-point operations from registers; the result only keeps the
+    /// optimiser honest.
+    pub(crate) fn fma_loop(&self, rounds: u64) -> f32 {
+        // SAFETY: as in attend_rows.
+        unsafe { (self.fma_loop)(rounds) }
+    }
+}
+
+/// Accumulators of the calibration loop: enough to hide the latency of two multiply-add pipes.
+const FMA_CHAINS: usize = 12;
+/// Floating-point operations in one round of the calibration loop.
+pub(crate) const FLOP_PER_ROUND: u64 = FMA_CHAINS as u64 * 16 * 2;
+
+/// # Safety
+/// The ISA of `L` is enabled.
+#[inline(always)]
+unsafe fn fma_chains<L: crate::lanes::Lanes, const CHAINS: usize>(rounds: u64) -> f32 {
+    // SAFETY: the ISA is enabled.
+    unsafe {
+        let (a, b) = (L::splat(std::hint::black_box(0.999_9)), L::splat(std::hint::black_box(1e-4)));
+        let mut acc = [L::zero(); CHAINS];
+        for _ in 0..rounds * (FMA_CHAINS / CHAINS) as u64 {
+            for chain in &mut acc {
+                *chain = L::fma(*chain, a, b);
+            }
+        }
+        acc.into_iter().map(|chain| L::halving_sum(chain)).sum()
+    }
+}
+
+/// Stamps the entries of one ISA: `$mr` rows by `$nr` times 16 lanes is its register tile, `$chains` its registers of
+/// independent accumulators.
+///
+/// # Safety
+/// The entries may only be called on a CPU that has `$features`; [`Kernels::available`] hands the table out only there.
+macro_rules! instantiate {
+    ($table:ident, $isa:expr, $lanes:ty, $mr:literal x $nr:literal, chains $chains:literal $(, #[$features:meta])?) => {
+        static $table: Kernels = {
+            $(#[$features])?
+            unsafe fn attend_rows_entry(
+                block: &RowBlock<'_>,
+                scratch: &mut [f32],
+                out: &mut RowPartials<'_>,
+            ) -> Option<usize> {
+                // SAFETY: the features are enabled on this function.
+                unsafe { attend_rows::<$lanes, $mr, $nr>(block, scratch, out) }
+            }
+            $(#[$features])?
+            unsafe fn merge_rows_entry(
+                left: RowPartials<'_>,
+                m_right: &[f32],
+                l_right: &[f32],
+                o_right: &[f32],
+                columns: usize,
+            ) {
+                // SAFETY: the features are enabled on this function.
+                unsafe { merge_rows::<$lanes>(left, m_right, l_right, o_right, columns) }
+            }
+            $(#[$features])?
+            unsafe fn divide_rows_entry(m: &[f32], l: &[f32], o: &mut [f32], columns: usize) {
+                // SAFETY: the features are enabled on this function.
+                unsafe { divide_rows::<$lanes>(m, l, o, columns) }
+            }
+            $(#[$features])?
+            unsafe fn fma_loop_entry(rounds: u64) -> f32 {
+                // SAFETY: the features are enabled on this function.
+                unsafe { fma_chains::<$lanes, $chains>(rounds) }
+            }
+            Kernels {
+                isa: $isa,
+                tile_rows: $mr,
+                attend_rows: attend_rows_entry,
+                merge_rows: merge_rows_entry,
+                divide_rows: divide_rows_entry,
+                fma_loop: fma_loop_entry,
+            }
+        };
+    };
+}
+
+#[cfg(target_arch = "x86_64")]
+instantiate!(AVX512, Isa::Avx512, arch::avx512::Avx512, 6 x 4, chains 12, #[target_feature(enable = "avx512f,avx512dq,avx2,fma")]);
+#[cfg(target_arch = "x86_64")]
+instantiate!(AVX2, Isa::Avx2, arch::avx2::Avx2, 6 x 1, chains 6, #[target_feature(enable = "avx2,fma")]);
+#[cfg(target_arch = "aarch64")]
+instantiate!(NEON, Isa::Neon, arch::neon::Neon, 6 x 1, chains 6);
+instantiate!(PORTABLE, Isa::Portable, arch::portable::Portable, 2 x 1, chains 2);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_round_trip_and_nonsense_is_refused() {
+        for isa in Isa::ALL {
+            assert_eq!(isa.name().parse(), Ok(isa));
+        }
+        let error = "avx9".parse::<Isa>().unwrap_err();
+        assert!(error.to_string().contains("avx512, avx2, neon, portable"), "{error}");
+    }
+
+    #[test]
+    fn what_this_cpu_lacks_is_refused_with_what_it_has() {
+        let missing = if cfg!(target_arch = "aarch64") { Isa::Avx2 } else { Isa::Neon };
+        let error = Kernels::for_isa(missing).unwrap_err();
+        assert!(error.to_string().contains("portable"), "{error}");
+        assert!(Kernels::for_isa(Isa::Portable).is_ok());
+    }
+}

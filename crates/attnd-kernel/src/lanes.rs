@@ -1,0 +1,52 @@
+//! The dozen vector operations that the kernels need, over 16 floats at a time.
+//!
+//! A value of [`Lanes::V`] is always 16 f32, whatever the width of the machine's registers: one register of 512 bits,
+//! two of 256, four of 128, or an array. Sixteen is the number of residue sums of the canonical order, so the
+//! algorithms above this trait have one shape on every ISA and the register width can't reach the bits.
+
+/// Sixteen-lane arithmetic of one ISA.
+///
+/// # Safety
+/// Every method may only be called on a CPU that has the ISA's features, and only inlined into a function that
+/// enables them (hence `inline(always)` on every implementation: a trait method can't carry `target_feature`).
+/// Pointers passed to [`Lanes::load`] and [`Lanes::store`] must be valid for 16 f32; they need no alignment.
+pub(crate) unsafe trait Lanes: Copy {
+    /// Sixteen f32.
+    type V: Copy;
+
+    /// All lanes +0.
+    unsafe fn zero() -> Self::V;
+    /// All lanes `x`.
+    unsafe fn splat(x: f32) -> Self::V;
+    /// Sixteen consecutive f32.
+    unsafe fn load(from: *const f32) -> Self::V;
+    /// Sixteen consecutive f32.
+    unsafe fn store(to: *mut f32, v: Self::V);
+    /// `a * b + c`, rounded once.
+    unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// `a + b`.
+    unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
+    /// `a - b`.
+    unsafe fn sub(a: Self::V, b: Self::V) -> Self::V;
+    /// `a * b`.
+    unsafe fn mul(a: Self::V, b: Self::V) -> Self::V;
+    /// `a / b`.
+    unsafe fn div(a: Self::V, b: Self::V) -> Self::V;
+    /// The larger of each pair. Where one is NaN, either may come back.
+    unsafe fn max(a: Self::V, b: Self::V) -> Self::V;
+    /// The smaller of each pair. Where one is NaN, either may come back.
+    unsafe fn min(a: Self::V, b: Self::V) -> Self::V;
+    /// Nearest integer, ties to even.
+    unsafe fn rint(a: Self::V) -> Self::V;
+    /// `y * 2^e` for an integer `e <= 0` and normal `y * 2^e`, and 0 where `e <= -126`. NaN where `y` is NaN and `e`
+    /// is not <= -126.
+    unsafe fn scale_or_flush(y: Self::V, e: Self::V) -> Self::V;
+    /// Every NaN replaced by [`crate::canonical::CANONICAL_NAN`].
+    unsafe fn canonical_nan(a: Self::V) -> Self::V;
+    /// The halving tree of rule 4: `t_i += t_{i+8}`, `+= t_{i+4}`, `+= t_{i+2}`, `t_0 += t_1`.
+    unsafe fn halving_sum(t: Self::V) -> f32;
+    /// The largest lane, in any order.
+    unsafe fn largest(a: Self::V) -> f32;
+    /// The smallest lane, in any order.
+    unsafe fn smallest(a: Self::V) -> f32;
+}

@@ -1,0 +1,54 @@
+//! Attention on one machine: pure functions of slices, in one canonical order of arithmetic.
+//!
+//! For each query row `i` of a head, with the keys `j` that it sees:
+//!
+//! ```text
+//! s_ij = scale * q_i . k_j      p_ij = exp(s_ij) / sum_j exp(s_ij)      o_i = sum_j p_ij v_j
+//! lse_i = ln sum_j exp(s_ij)
+//! ```
+//!
+//! **Bits.** [`KERNEL_ID`] names an order of arithmetic (`canonical.rs` has its rules). Every path here follows it: any
+//! ISA, any block of rows, any split of the keys into tree nodes, any number of threads. Results with equal inputs and
+//! equal `KERNEL_ID` have equal bits.
+//!
+//! **Accuracy.** `|o_c - exact| <= 8 u (8 + S) A_c` unless rounding errors conspire, with a proven bound beside it: see
+//! [`mod@reference`]. Scores are f32 throughout: products that leave
+//! its range are reported, not hidden.
+//!
+//! **Map.** [`slot`] and [`shape`] are the vocabulary; [`KvHead`] holds keys and values as the kernels read them;
+//! [`attend_node`] computes a [`PartialRows`]; partials merge and finish. Inside: `tile.rs` (register tiles),
+//! `softmax.rs` (one row over one page), `rows.rs` (a block of rows over the pages of a node), `lanes.rs` and `arch/`
+//! (vectors), `dispatch.rs` (which ISA). This is the only crate of the project with unsafe code.
+
+#![allow(unsafe_code)]
+// Register tiles are written with indices: `acc[r][n]` is the notation of the comment above them.
+#![allow(clippy::needless_range_loop)]
+
+mod arch;
+mod attend;
+mod buffer;
+mod calibrate;
+mod canonical;
+mod dispatch;
+mod dtype;
+mod float_env;
+mod lanes;
+mod mask;
+mod pages;
+mod partial;
+pub mod reference;
+mod rows;
+pub mod shape;
+pub mod slot;
+mod softmax;
+mod tile;
+
+pub use attend::{GroupCall, ScoreOverflow, attend_node};
+pub use buffer::OutOfMemory;
+pub use canonical::KERNEL_ID;
+pub use dispatch::{ISA_VARIABLE, Isa, IsaError, Kernels};
+pub use dtype::{Dtype, first_non_finite, widen};
+pub use mask::Causal;
+pub use pages::{KvHead, NonFinite};
+pub use partial::{FinishedRows, PartialRows};
+pub use shape::{AttnShape, Dims, ShapeError};

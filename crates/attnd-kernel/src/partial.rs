@@ -1,0 +1,74 @@
+//! Partials: `(m, l, o)` of some rows over some keys; how two of them merge and how one becomes a result.
+
+use crate::canonical;
+use crate::dispatch::Kernels;
+use crate::float_env::FloatEnvironment;
+use crate::rows::RowPartials;
+
+/// The partial of some rows over the keys of one tree node.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PartialRows {
+    /// Dimension of a value row.
+    pub value_dim: usize,
+    /// Integer running maximum of the scores in log2 units, -inf where a row sees no key. `[rows]`.
+    pub m: Vec<f32>,
+    /// Sum of `2^(s - m)` over the visible keys. `[rows]`.
+    pub l: Vec<f32>,
+    /// Unnormalised output. `[rows, value_dim]`.
+    pub o: Vec<f32>,
+}
+
+/// Rows of the final result.
+#[derive(Clone, Debug, PartialEq)]
+pub struct FinishedRows {
+    /// `[rows, value_dim]`; 0 where a row sees no key.
+    pub context: Vec<f32>,
+    /// Natural logarithm of the sum of exponentials, `[rows]`; -inf where a row sees no key, or only scores of -inf,
+    /// which callers that refuse infinite operands never have.
+    pub lse: Vec<f32>,
+    /// The first row with a NaN or an infinity in its context.
+    pub non_finite_row: Option<usize>,
+}
+
+impl PartialRows {
+    /// The partial of rows that have seen no key yet.
+    pub fn empty(rows: usize, value_dim: usize) -> Self {
+        Self {
+            value_dim,
+            m: vec![f32::NEG_INFINITY; rows],
+            l: vec![0.0; rows],
+            o: vec![0.0; rows * value_dim],
+        }
+    }
+
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.m.len()
+    }
+
+    /// Merges with the partial to the right in the canonical tree (rule 6). Merging the same keys twice is a silently
+    /// wrong answer: callers keep account of what is merged.
+    ///
+    /// # Panics
+    /// If the two differ in rows or value dimension, or the lengths of a partial don't agree with each other.
+    #[must_use]
+    pub fn merge(mut self, right: &Self, kernels: &Kernels) -> Self {
+        assert_eq!(self.value_dim, right.value_dim, "value dimensions differ");
+        let left = RowPartials { m: &mut self.m, l: &mut self.l, o: &mut self.o };
+        let _standard = FloatEnvironment::standard();
+        kernels.merge_rows(left, &right.m, &right.l, &right.o, right.value_dim);
+        self
+    }
+
+    /// Divides, once, and takes the logarithm (rule 8).
+    ///
+    /// # Panics
+    /// If the lengths don't agree with each other.
+    pub fn finish(mut self, kernels: &Kernels) -> FinishedRows {
+        let _standard = FloatEnvironment::standard();
+        kernels.divide_rows(&self.m, &self.l, &mut self.o, self.value_dim);
+        let lse: Vec<f32> = self.m.iter().zip(&self.l).map(|(m, l)| canonical::lse(*m, *l)).collect();
+        let non_finite_row = crate::dtype::first_non_finite(&self.o).map(|at| at / self.value_dim);
+        FinishedRows { context: self.o, lse, non_finite_row }
+    }
+}

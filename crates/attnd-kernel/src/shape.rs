@@ -1,0 +1,146 @@
+//! Shapes of one attention call; the constructor is the only validation.
+
+/// Largest number of query heads, and of batch times query heads.
+pub const MAX_HEADS: usize = 1024;
+/// Largest head dimension, of keys and of values.
+pub const MAX_DIM: usize = 512;
+/// Largest number of query tokens.
+pub const MAX_QUERIES: usize = 65_536;
+/// Largest number of key tokens.
+pub const MAX_KEYS: usize = 1 << 20;
+
+/// The dimensions of `softmax(scale * Q K^T) V`: Q is `[batch, heads, queries, head_dim]`, K is
+/// `[batch, kv_heads, keys, head_dim]`, V is `[batch, kv_heads, keys, value_dim]`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct AttnShape {
+    batch: usize,
+    n_heads: usize,
+    n_kv_heads: usize,
+    n_queries: usize,
+    n_keys: usize,
+    head_dim: usize,
+    value_dim: usize,
+}
+
+/// Why a set of dimensions is no attention shape. Fields carry the name of the dimension as the API spells it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ShapeError {
+    /// A dimension is zero.
+    #[error("{field}")]
+    Zero {
+        /// Which dimension.
+        field: &'static str,
+    },
+    /// A dimension is over its limit.
+    #[error("{field} {got} > {limit}")]
+    Limit {
+        /// Which dimension.
+        field: &'static str,
+        /// What was asked for.
+        got: u64,
+        /// The largest value allowed.
+        limit: u64,
+    },
+    /// Query heads are no multiple of key/value heads.
+    #[error("{heads} % {kv_heads} != 0")]
+    GqaRatio {
+        /// Query heads.
+        heads: usize,
+        /// Key/value heads.
+        kv_heads: usize,
+    },
+}
+
+/// Dimensions as somebody typed them; [`AttnShape::new`] decides whether they make sense.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Dims {
+    /// Independent problems.
+    pub batch: u64,
+    /// Query heads `H`.
+    pub heads: u64,
+    /// Key/value heads `Hk`.
+    pub kv_heads: u64,
+    /// Query tokens `Tq`.
+    pub queries: u64,
+    /// Key tokens `Tk`.
+    pub keys: u64,
+    /// Dimension `d` of queries and keys.
+    pub head_dim: u64,
+    /// Dimension `dv` of values.
+    pub value_dim: u64,
+}
+
+impl AttnShape {
+    /// Validates dimensions: none is zero, none is over its limit, heads divide evenly into kv heads.
+    pub fn new(dims: Dims) -> Result<Self, ShapeError> {
+        let check = |field: &'static str, got: u64, limit: usize| match usize::try_from(got) {
+            Ok(0) => Err(ShapeError::Zero { field }),
+            Ok(n) if n <= limit => Ok(n),
+            _ => Err(ShapeError::Limit { field, got, limit: limit as u64 }),
+        };
+        let shape = Self {
+            batch: check("batch", dims.batch, MAX_HEADS)?,
+            n_heads: check("num_heads", dims.heads, MAX_HEADS)?,
+            n_kv_heads: check("num_kv_heads", dims.kv_heads, MAX_HEADS)?,
+            n_queries: check("q_len", dims.queries, MAX_QUERIES)?,
+            n_keys: check("kv_len", dims.keys, MAX_KEYS)?,
+            head_dim: check("head_dim", dims.head_dim, MAX_DIM)?,
+            value_dim: check("value_dim", dims.value_dim, MAX_DIM)?,
+        };
+        check("batch * num_heads", dims.batch * dims.heads, MAX_HEADS)?;
+        if !shape.n_heads.is_multiple_of(shape.n_kv_heads) {
+            return Err(ShapeError::GqaRatio { heads: shape.n_heads, kv_heads: shape.n_kv_heads });
+        }
+        Ok(shape)
+    }
+
+    /// Independent problems.
+    pub fn batch(&self) -> usize {
+        self.batch
+    }
+    /// Query heads of one batch element.
+    pub fn n_heads(&self) -> usize {
+        self.n_heads
+    }
+    /// Key/value heads of one batch element.
+    pub fn n_kv_heads(&self) -> usize {
+        self.n_kv_heads
+    }
+    /// Query tokens.
+    pub fn n_queries(&self) -> usize {
+        self.n_queries
+    }
+    /// Key tokens.
+    pub fn n_keys(&self) -> usize {
+        self.n_keys
+    }
+    /// Dimension of queries and keys.
+    pub fn head_dim(&self) -> usize {
+        self.head_dim
+    }
+    /// Dimension of values.
+    pub fn value_dim(&self) -> usize {
+        self.value_dim
+    }
+    /// Query heads that share one kv head.
+    pub fn group_size(&self) -> usize {
+        self.n_heads / self.n_kv_heads
+    }
+    /// Kv groups over the whole batch: `batch * kv_heads`. Group `g` holds query heads
+    /// `[g * group_size, (g + 1) * group_size)` of the flattened `batch * heads`.
+    pub fn n_groups(&self) -> usize {
+        self.batch * self.n_kv_heads
+    }
+    /// Elements of Q, over the batch.
+    pub fn q_elements(&self) -> u64 {
+        (self.batch * self.n_heads * self.n_queries) as u64 * self.head_dim as u64
+    }
+    /// Elements of K, over the batch.
+    pub fn k_elements(&self) -> u64 {
+        (self.n_groups() * self.n_keys) as u64 * self.head_dim as u64
+    }
+    /// Elements of V, over the batch.
+    pub fn v_elements(&self) -> u64 {
+        (self.n_groups() * self.n_keys) as u64 * self.value_dim as u64
+    }
+}

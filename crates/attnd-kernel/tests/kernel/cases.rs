@@ -1,0 +1,192 @@
+//! Seeded inputs, and the ways to compute one group's result.
+
+use std::ops::Range;
+
+use attnd_kernel::slot::{
+    N_SLOTS, Node, PAGE_KEYS, cover, keys_in_page, keys_in_slots, n_pages, slot_of_page,
+};
+use attnd_kernel::{
+    AttnShape, Causal, Dims, Dtype, FinishedRows, GroupCall, Kernels, KvHead, PartialRows, attend_node,
+};
+use rand::rngs::SmallRng;
+use rand::{RngExt, SeedableRng};
+
+/// What the numbers look like.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Data {
+    /// N(0, 1)-like.
+    Normal,
+    /// Logits of many hundreds: most weights are flushed.
+    Peaked,
+    /// Weights almost equal.
+    Flat,
+    /// Values of +-1e30.
+    HugeValues,
+    /// Many equal scores and signed zeros.
+    Ties,
+    /// All elements of a key, and of the query, nearly equal: rounding errors of a score add up instead of cancelling.
+    Constant,
+    /// Queries, and values, in the subnormal range.
+    Tiny,
+    /// NaNs and infinities strewn about.
+    Poisoned,
+}
+
+impl Data {
+    /// Those whose rounding errors don't conspire.
+    pub(crate) const BENIGN: [Self; 5] =
+        [Self::Normal, Self::Peaked, Self::Flat, Self::HugeValues, Self::Ties];
+    pub(crate) const ALL: [Self; 8] = [
+        Self::Normal,
+        Self::Peaked,
+        Self::Flat,
+        Self::HugeValues,
+        Self::Ties,
+        Self::Constant,
+        Self::Tiny,
+        Self::Poisoned,
+    ];
+}
+
+/// One kv group with its operands.
+pub(crate) struct Case {
+    pub(crate) shape: AttnShape,
+    pub(crate) causal: Causal,
+    pub(crate) scale: f32,
+    pub(crate) q: Vec<f32>,
+    pub(crate) k: Vec<f32>,
+    pub(crate) v: Vec<f32>,
+}
+
+impl Case {
+    pub(crate) fn new(seed: u64, data: Data, causal: Causal, [group, tq, tk, d, dv]: [usize; 5]) -> Self {
+        let shape = AttnShape::new(Dims {
+            batch: 1,
+            heads: group as u64,
+            kv_heads: 1,
+            queries: tq as u64,
+            keys: tk as u64,
+            head_dim: d as u64,
+            value_dim: dv as u64,
+        })
+        .unwrap();
+        let mut rng = SmallRng::seed_from_u64(seed);
+        let mut fill = |n: usize, amplitude: f32| -> Vec<f32> {
+            if let Data::Constant = data {
+                // Runs of d or dv equal elements are not aligned with rows, which changes nothing: half of them are.
+                let mut row = Vec::new();
+                while row.len() < n {
+                    let x = rng.random_range(0.3..1.0_f32);
+                    row.extend(std::iter::repeat_n(x, d.min(n - row.len())));
+                }
+                return row;
+            }
+            (0..n)
+                .map(|_| {
+                    let x = (rng.random_range(-1.0..1.0_f32) + rng.random_range(-1.0..1.0_f32))
+                        * amplitude
+                        * 1.22;
+                    match data {
+                        Data::Ties => (x * 2.0).round() * 0.5 * if rng.random::<bool>() { 1.0 } else { -1.0 },
+                        Data::Poisoned => match rng.random_range(0..3000_u32) {
+                            0 => f32::from_bits(0xffc0_1234),
+                            1 => f32::INFINITY,
+                            2 => f32::NEG_INFINITY,
+                            _ => x,
+                        },
+                        _ => x,
+                    }
+                })
+                .collect()
+        };
+        let (qk, value) = match data {
+            Data::Peaked => (12.0, 1.0),
+            Data::Flat => (1e-2, 1.0),
+            Data::HugeValues => (1.0, 1e30),
+            Data::Tiny => (1e-20, 1e-41),
+            _ => (1.0, 1.0),
+        };
+        let (q, k, v) = (fill(group * tq * d, qk), fill(tk * d, qk), fill(tk * dv, value));
+        Self { shape, causal, scale: (d as f32).sqrt().recip(), q, k, v }
+    }
+
+    /// Keys and values as the worker that owns `slots` holds them.
+    pub(crate) fn resident(&self, slots: Range<usize>) -> KvHead {
+        let (d, dv, tk) = (self.shape.head_dim(), self.shape.value_dim(), self.shape.n_keys());
+        let mut kv = KvHead::new(tk, d, dv, slots.clone()).unwrap();
+        for page in (0..n_pages(tk)).filter(|p| slots.contains(&slot_of_page(*p))) {
+            let keys = page * PAGE_KEYS..page * PAGE_KEYS + keys_in_page(page, tk);
+            let bytes = |x: &[f32], dim: usize| -> Vec<u8> {
+                x[keys.start * dim..keys.end * dim].iter().flat_map(|x| x.to_le_bytes()).collect()
+            };
+            kv.write_k(page, &bytes(&self.k, d), Dtype::F32, false).unwrap();
+            kv.write_v(page, &bytes(&self.v, dv), Dtype::F32, false).unwrap();
+        }
+        kv
+    }
+
+    /// The partial of some tokens over one node.
+    pub(crate) fn partial(
+        &self,
+        kernels: &Kernels,
+        kv: &KvHead,
+        node: Node,
+        tokens: Range<usize>,
+    ) -> PartialRows {
+        let call = GroupCall { shape: self.shape, scale: self.scale, causal: self.causal, q: &self.q, kv };
+        attend_node(kernels, &call, node, tokens).0
+    }
+
+    /// The result of some tokens on one worker.
+    pub(crate) fn attend(&self, kernels: &Kernels, tokens: Range<usize>) -> FinishedRows {
+        self.partial(kernels, &self.resident(0..N_SLOTS), Node::ROOT, tokens).finish(kernels)
+    }
+
+    /// The result of all tokens with the slots cut at `cuts`; part `i` is computed by `kernels[i % len]`.
+    pub(crate) fn attend_cut(&self, kernels: &[&Kernels], cuts: &[usize]) -> FinishedRows {
+        let mut edges = vec![0];
+        edges.extend_from_slice(cuts);
+        edges.push(N_SLOTS);
+        let mut parts = Vec::new();
+        for (i, edge) in edges.windows(2).enumerate() {
+            let kv = self.resident(edge[0]..edge[1]);
+            for node in cover(edge[0]..edge[1]) {
+                if keys_in_slots(node.slots(), self.shape.n_keys()) > 0 {
+                    let kernels = kernels[i % kernels.len()];
+                    parts.push((node, self.partial(kernels, &kv, node, 0..self.shape.n_queries())));
+                }
+            }
+        }
+        merge_up(Node::ROOT, &parts, kernels[0]).expect("at least one key").finish(kernels[0])
+    }
+}
+
+/// The canonical tree by its definition: a node is its two children, left first.
+fn merge_up(node: Node, parts: &[(Node, PartialRows)], kernels: &Kernels) -> Option<PartialRows> {
+    if let Some((_, part)) = parts.iter().find(|(n, _)| *n == node) {
+        return Some(part.clone());
+    }
+    let (left, right) = node.children()?;
+    match (merge_up(left, parts, kernels), merge_up(right, parts, kernels)) {
+        (Some(left), Some(right)) => Some(left.merge(&right, kernels)),
+        (one, other) => one.or(other),
+    }
+}
+
+/// Where two results differ in bits.
+pub(crate) fn differing_bits(a: &FinishedRows, b: &FinishedRows) -> Option<String> {
+    let differ = |what: &str, a: &[f32], b: &[f32]| {
+        if a.len() != b.len() {
+            return Some(format!("{what}: {} and {} elements", a.len(), b.len()));
+        }
+        let at = a.iter().zip(b).position(|(a, b)| a.to_bits() != b.to_bits())?;
+        Some(format!(
+            "{what}[{at}]: {:?} {:#x} and {:?} {:#x}",
+            a[at],
+            a[at].to_bits(),
+            b[at],
+            b[at].to_bits()
+        ))
+    };
+    differ("context", &a.context, &b.context).or_else(|| differ("lse", &a.lse, &b.lse))
+}

@@ -1,0 +1,8 @@
+//! The kernels as their users see them: bits, accuracy, and laws that need no oracle.
+
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod accuracy;
+mod bits;
+mod cases;
+mod laws;

@@ -1,0 +1,238 @@
+//! The bridge from async code to the compute threads: one rayon pool, whose work is skipped when nobody waits for it
+//! any more, whose panics end one call and not the node, and whose busy time is counted.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use attnd_kernel::Kernels;
+use tokio::sync::oneshot;
+
+use crate::NodeError;
+
+/// Compute threads, apart from the threads that serve connections. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct ComputePool {
+    pool: Arc<rayon::ThreadPool>,
+    busy: Arc<BusyClock>,
+    load: Arc<Mutex<LoadWindow>>,
+}
+
+/// Why a piece of work has no result.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum WorkError {
+    /// It panicked; the text is the panic's.
+    #[error("panicked: {0}")]
+    Panicked(String),
+    /// The pool dropped it.
+    #[error("dropped by the compute pool")]
+    Dropped,
+}
+
+impl ComputePool {
+    /// Starts `threads` threads, at least one.
+    ///
+    /// # Errors
+    /// [`NodeError::Threads`] where the system refuses them.
+    pub fn new(threads: usize) -> Result<Self, NodeError> {
+        let threads = threads.max(1);
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .thread_name(|i| format!("attnd-compute-{i}"))
+            .build()
+            .map_err(|source| NodeError::Threads { threads, source })?;
+        let now = Instant::now();
+        Ok(Self {
+            pool: Arc::new(pool),
+            busy: Arc::new(BusyClock::default()),
+            load: Arc::new(Mutex::new(LoadWindow::new(now))),
+        })
+    }
+
+    /// Compute threads.
+    pub fn threads(&self) -> usize {
+        self.pool.current_num_threads()
+    }
+
+    /// Peak f32 multiply-add rate of all threads together, in GFLOP/s; takes about `span`.
+    ///
+    /// # Errors
+    /// As [`Self::run`].
+    pub async fn peak_gflops(&self, kernels: &'static Kernels, span: Duration) -> Result<f64, WorkError> {
+        let pool = Arc::clone(&self.pool);
+        self.run(move || kernels.peak_gflops(&pool, span)).await
+    }
+
+    /// Runs `work` on the pool, in the order of the calls to this function. Work whose future was dropped before its
+    /// turn came is skipped.
+    ///
+    /// # Errors
+    /// [`WorkError::Panicked`] if it panics.
+    pub async fn run<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, WorkError> {
+        let (answer, answered) = oneshot::channel();
+        let span = tracing::Span::current();
+        let busy = Arc::clone(&self.busy);
+        self.pool.spawn_fifo(move || {
+            if answer.is_closed() {
+                return;
+            }
+            let _entered = span.enter();
+            let result = {
+                let _busy = busy.enter();
+                // Nothing that the closure owns outlives it after a panic, so no broken state can be seen.
+                catch_unwind(AssertUnwindSafe(work)).map_err(|panic| WorkError::Panicked(text_of(&*panic)))
+            };
+            // Nobody waits any more: the result is dropped here, on the pool.
+            drop(answer.send(result));
+        });
+        answered.await.unwrap_or(Err(WorkError::Dropped))
+    }
+
+    /// Share of the last second or so in which the pool had work, 0 to 1.
+    pub fn load(&self) -> f64 {
+        let now = Instant::now();
+        lock(&self.load).update(now, self.busy.total(now))
+    }
+}
+
+fn text_of(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().copied();
+    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message").to_owned()
+}
+
+/// Adds up the wall time in which at least one holder of [`Busy`] existed.
+#[derive(Debug, Default)]
+pub struct BusyClock(Mutex<BusyState>);
+
+#[derive(Debug, Default)]
+struct BusyState {
+    total: Duration,
+    holders: usize,
+    since: Option<Instant>,
+}
+
+/// Something that is running, for as long as it lives.
+#[derive(Debug)]
+pub struct Busy<'a>(&'a BusyClock);
+
+impl BusyClock {
+    /// Runs the clock until the returned value is dropped.
+    pub fn enter(&self) -> Busy<'_> {
+        let mut state = lock(&self.0);
+        state.holders += 1;
+        state.since.get_or_insert_with(Instant::now);
+        Busy(self)
+    }
+
+    /// Busy time up to `now`.
+    pub fn total(&self, now: Instant) -> Duration {
+        let state = lock(&self.0);
+        state.total + state.since.map_or(Duration::ZERO, |since| now.saturating_duration_since(since))
+    }
+}
+
+impl Drop for Busy<'_> {
+    fn drop(&mut self) {
+        let mut state = lock(&self.0.0);
+        state.holders -= 1;
+        if state.holders == 0
+            && let Some(since) = state.since.take()
+        {
+            state.total += since.elapsed();
+        }
+    }
+}
+
+/// Busy time over a sliding second.
+#[derive(Debug)]
+struct LoadWindow {
+    begun: Instant,
+    busy_at_begin: Duration,
+    load: f64,
+}
+
+const WINDOW: Duration = Duration::from_secs(1);
+
+impl LoadWindow {
+    fn new(now: Instant) -> Self {
+        Self { begun: now, busy_at_begin: Duration::ZERO, load: 0.0 }
+    }
+
+    fn update(&mut self, now: Instant, busy: Duration) -> f64 {
+        let elapsed = now.saturating_duration_since(self.begun);
+        if elapsed >= WINDOW {
+            let share = busy.saturating_sub(self.busy_at_begin).as_secs_f64() / elapsed.as_secs_f64();
+            *self = Self { begun: now, busy_at_begin: busy, load: share.clamp(0.0, 1.0) };
+        }
+        self.load
+    }
+}
+
+/// No critical section of this file can panic half-way, so a poisoned lock still guards a whole value.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::sync::mpsc;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_panic_is_an_answer_and_the_pool_lives() {
+        let pool = ComputePool::new(1).unwrap();
+        let failed = pool.run(|| -> u32 { panic!("query of {}", "death") }).await;
+        assert_eq!(failed, Err(WorkError::Panicked("query of death".into())));
+        assert_eq!(pool.run(|| 7).await, Ok(7));
+    }
+
+    #[tokio::test]
+    async fn work_that_nobody_waits_for_is_skipped() {
+        let pool = ComputePool::new(1).unwrap();
+        let (release, gate) = mpsc::channel::<()>();
+        let ran = Arc::new(AtomicBool::new(false));
+        let mut blocking = std::pin::pin!(pool.run(move || gate.recv()));
+        assert!(futures::poll!(&mut blocking).is_pending());
+        {
+            let ran = Arc::clone(&ran);
+            let mut unwanted = std::pin::pin!(pool.run(move || ran.store(true, Ordering::SeqCst)));
+            assert!(futures::poll!(&mut unwanted).is_pending());
+        }
+        release.send(()).unwrap();
+        assert!(blocking.await.unwrap().is_ok());
+        // First in, first out on one thread: when this is done, the unwanted work had its turn.
+        pool.run(|| ()).await.unwrap();
+        assert!(!ran.load(Ordering::SeqCst));
+    }
+
+    #[test]
+    fn overlapping_work_counts_once() {
+        let clock = BusyClock::default();
+        let begun = Instant::now();
+        let first = clock.enter();
+        let second = clock.enter();
+        drop(first);
+        std::thread::yield_now();
+        drop(second);
+        let elapsed = begun.elapsed();
+        let total = clock.total(Instant::now());
+        assert!(total > Duration::ZERO && total <= elapsed, "{total:?} of {elapsed:?}");
+        assert_eq!(clock.total(Instant::now()), total, "the clock stands still when nothing runs");
+    }
+
+    #[test]
+    fn load_is_the_busy_share_of_the_last_window() {
+        let t0 = Instant::now();
+        let mut window = LoadWindow::new(t0);
+        let at = |ms: u64| t0 + Duration::from_millis(ms);
+        assert_eq!(window.update(at(500), Duration::from_millis(500)), 0.0, "too early to say");
+        assert_eq!(window.update(at(2000), Duration::from_millis(500)), 0.25);
+        assert_eq!(window.update(at(2500), Duration::from_millis(1000)), 0.25);
+        assert_eq!(window.update(at(3000), Duration::from_millis(1500)), 1.0);
+    }
+}

@@ -1,0 +1,478 @@
+//! One Attend call: a shell around [`attnd_plan::Call`], which decides.
+//!
+//! One loop moves everything: frames of the client become messages to workers, their partials become rows on the
+//! compute pool, rows go to the client. Every queue is bounded, and each stage is only read when the next has room:
+//!
+//! ```text
+//! client --frames--> pending --4 messages--> worker        no frame is read while a message waits
+//! client <--4 messages-- outbox <-- merging <-- ready <-- gather <--2 messages-- worker
+//!                                                          no partial is read while many rows wait, and only those of
+//!                                                          the slowest shares while the gather holds many
+//! ```
+//!
+//! So the coordinator holds a few chunks of K and V at a time, and a bounded number of partials. Whoever takes nothing
+//! for [`STALL`] of what waits for it, client or worker, ends the call. The future of a call owns all of it:
+//! dropping it, because the client is gone or the deadline has passed, cancels the shares.
+
+use std::collections::VecDeque;
+use std::future::poll_fn;
+use std::time::{Duration, Instant};
+
+use attnd_kernel::{KERNEL_ID, PartialRows};
+use attnd_plan::call::STREAM_IDLE;
+use attnd_plan::{Call, CallAction, CallEvent, Plan, Ready, Run, Tensor, WorkerId};
+use attnd_wire::limits::STALL;
+use attnd_wire::proto;
+use attnd_wire::{
+    AttendReply, AttendRequest, Begin, Commit, ComputeReply, ComputeRequest, Deadline, Done, Error, Partial,
+    PlanSummary, Reason, SliceChunk, Status, Timings, limits, refusal,
+};
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use futures::stream::{FuturesUnordered, StreamExt};
+use tokio::sync::mpsc;
+use tokio::sync::mpsc::error::SendTimeoutError;
+use tonic::Streaming;
+
+use super::Hub;
+use super::attention_service::Places;
+use super::backlog::{Backlog, RowKey, bytes_of};
+use super::finish::{Finish, finish};
+use super::incoming::{Incoming, Said};
+use super::placement::{Placement, place};
+use super::worker_actor::OpenedShare;
+use crate::compute_pool::WorkError;
+
+/// Rows of a group whose partials are complete and wait for the pool. With more, no partials are read.
+const READY: usize = 8;
+/// Messages for the client that wait. With more, nothing is merged.
+const OUTBOX: usize = 4;
+
+/// Answers one call. `Ok` means that Done was sent.
+///
+/// # Errors
+/// The first thing that went wrong.
+pub(crate) async fn attend(
+    hub: &Hub,
+    places: &Places,
+    call_id: u64,
+    mut requests: Streaming<proto::AttendRequest>,
+    replies: &mpsc::Sender<proto::AttendReply>,
+    deadline: Deadline,
+) -> Result<(), Error> {
+    let answer = async {
+        let begin = read_begin(&mut requests).await?;
+        // Not before: a stream that says nothing is no call yet.
+        let _place = places.take()?;
+        let begun = Instant::now();
+        let placement = place(hub, &begin, call_id, deadline).await?;
+        Flow::new(hub, begin, begun, placement, requests, replies).run().await
+    };
+    tokio::select! {
+        answered = answer => answered,
+        () = replies.closed() => Err(gone()),
+        () = tokio::time::sleep_until(deadline.at().into()) => Err(Deadline::expired()),
+    }
+}
+
+fn gone() -> Error {
+    Error::new(Reason::Cancelled, "the client is gone")
+}
+
+async fn read_begin(requests: &mut Streaming<proto::AttendRequest>) -> Result<Begin, Error> {
+    let first = tokio::time::timeout(STREAM_IDLE, requests.message())
+        .await
+        .map_err(|_elapsed| refusal::stream_idle(STREAM_IDLE))??;
+    let Some(first) = first else { return Err(refusal::expected_begin()) };
+    let AttendRequest::Begin(begin) = AttendRequest::decode(first, None)? else {
+        return Err(refusal::expected_begin());
+    };
+    let empty_rows = empty_rows(&begin);
+    if begin.forbid_empty_rows && empty_rows > 0 {
+        return Err(refusal::empty_row(empty_rows));
+    }
+    Ok(begin)
+}
+
+/// Rows that see no key. The mask alone says so: a call that must not have any is refused before it costs a byte.
+fn empty_rows(Begin { shape, causal, .. }: &Begin) -> u64 {
+    let blind = (0..shape.n_queries()).filter(|token| causal.visible(*token, shape).is_empty()).count();
+    (blind * shape.batch() * shape.n_heads()) as u64
+}
+
+type Merging = BoxFuture<'static, (RowKey, Result<Result<Finish, Error>, WorkError>)>;
+
+/// A call that has begun.
+struct Flow<'a> {
+    hub: &'a Hub,
+    begin: Begin,
+    call: Call<PartialRows>,
+    clock: Clock,
+
+    requests: Streaming<proto::AttendRequest>,
+    requests_ended: bool,
+    /// For the workers, in order, of one frame of the client at most.
+    pending: VecDeque<(usize, ComputeRequest)>,
+    pending_stall: Stall,
+    shares: Vec<Outgoing>,
+
+    incoming: Incoming,
+    backlog: Backlog,
+    ready: VecDeque<Ready<PartialRows>>,
+    merging: FuturesUnordered<Merging>,
+    outbox: VecDeque<proto::AttendReply>,
+    outbox_stall: Stall,
+    replies: &'a mpsc::Sender<proto::AttendReply>,
+
+    gathered: bool,
+    done: Done,
+}
+
+/// One share's messages.
+struct Outgoing {
+    worker: WorkerId,
+    /// `None` after Commit.
+    requests: Option<mpsc::Sender<proto::ComputeRequest>>,
+    /// What was put into messages so far.
+    sent: Commit,
+}
+
+impl<'a> Flow<'a> {
+    fn new(
+        hub: &'a Hub,
+        begin: Begin,
+        begun: Instant,
+        placement: Placement,
+        requests: Streaming<proto::AttendRequest>,
+        replies: &'a mpsc::Sender<proto::AttendReply>,
+    ) -> Self {
+        let Placement { plan, shares } = placement;
+        let mut clock = Clock::new(begun);
+        let mut done =
+            Done { kernel_id: KERNEL_ID.to_owned(), empty_rows: empty_rows(&begin), ..Done::default() };
+        done.timings.plan = clock.begun.elapsed().as_secs_f64();
+        let mut incoming = Vec::with_capacity(shares.len());
+        let mut outgoing = Vec::with_capacity(shares.len());
+        for (share, OpenedShare { requests, replies }) in plan.shares.iter().zip(shares) {
+            incoming.push(replies);
+            let (worker, sent) = (share.worker.clone(), Commit { chunks: 0, bytes: 0 });
+            outgoing.push(Outgoing { worker, requests: Some(requests), sent });
+        }
+        let call = Call::new(&plan, begin.dtype.size(), clock.client_time());
+        let backlog = Backlog::new(&plan, &begin.shape);
+        Self {
+            hub,
+            begin,
+            call,
+            clock,
+            requests,
+            requests_ended: false,
+            pending: VecDeque::new(),
+            pending_stall: Stall::default(),
+            shares: outgoing,
+            incoming: Incoming::new(incoming),
+            backlog,
+            ready: VecDeque::new(),
+            merging: FuturesUnordered::new(),
+            outbox: VecDeque::from([planned(&plan)]),
+            outbox_stall: Stall::default(),
+            replies,
+            gathered: false,
+            done,
+        }
+    }
+
+    async fn run(mut self) -> Result<(), Error> {
+        while !self.is_answered() {
+            self.start_merging();
+            let queue = self.pending.front().and_then(|(share, _)| self.shares.get(*share)?.requests.clone());
+            let reads_client = self.pending.is_empty() && !self.requests_ended;
+            let wanted = self.backlog.wanted();
+            let client_stalled = self.outbox_stall.after(!self.outbox.is_empty());
+            let worker_stalled = self.pending_stall.after(!self.pending.is_empty());
+            let idle = self.call.deadline().filter(|_| reads_client).map(|at| self.clock.instant_of(at));
+            tokio::select! {
+                biased;
+                room = self.replies.reserve(), if !self.outbox.is_empty() => {
+                    let room = room.map_err(|_closed| gone())?;
+                    if let Some(reply) = self.outbox.pop_front() {
+                        room.send(reply);
+                    }
+                    self.outbox_stall = Stall::default();
+                }
+                Some(merged) = self.merging.next() => self.take_merged(merged)?,
+                Some((share, said)) = poll_fn(|cx| self.incoming.poll(wanted.as_deref(), cx)),
+                    if self.ready.len() < READY => self.take_said(share, said)?,
+                room = room(queue), if !self.pending.is_empty() => {
+                    if let Some((share, request)) = self.pending.pop_front() {
+                        let was_commit = matches!(request, ComputeRequest::Commit(_));
+                        if let Some(room) = room {
+                            room.send(request.into());
+                        }
+                        self.after_sent(share, was_commit);
+                    }
+                    self.pending_stall = Stall::default();
+                }
+                frame = self.requests.message(), if reads_client => self.take_frame(frame)?,
+                () = until(idle), if idle.is_some() => self.event(CallEvent::Tick, &Bytes::new())?,
+                () = until(client_stalled), if client_stalled.is_some() => return Err(refusal::stalled(STALL)),
+                () = until(worker_stalled), if worker_stalled.is_some() => return Err(self.worker_stalled()),
+                else => return Err(Error::new(Reason::Internal, "a call waits for nothing")),
+            }
+        }
+        self.done.timings = self.clock.timings(self.done.timings);
+        let done = self.replies.send_timeout(AttendReply::Done(self.done).into(), STALL).await;
+        done.map_err(|error| match error {
+            SendTimeoutError::Timeout(_) => refusal::stalled(STALL),
+            SendTimeoutError::Closed(_) => gone(),
+        })
+    }
+
+    /// A worker reads whatever comes, also while it computes: it is sick if the first message in line doesn't leave.
+    fn worker_stalled(&self) -> Error {
+        match self.pending.front().and_then(|(share, _)| self.shares.get(*share)) {
+            Some(share) => {
+                refusal::worker_lost(&share.worker, &format!("took no message for {} ms", STALL.as_millis()))
+            }
+            None => Error::new(Reason::Internal, "a worker that nobody waits for is late"),
+        }
+    }
+
+    fn is_answered(&self) -> bool {
+        self.gathered && self.ready.is_empty() && self.merging.is_empty() && self.outbox.is_empty()
+    }
+
+    // === client to workers ===
+
+    fn take_frame(&mut self, frame: Result<Option<proto::AttendRequest>, Status>) -> Result<(), Error> {
+        let Some(frame) = frame? else {
+            self.requests_ended = true;
+            return self.event(CallEvent::StreamEnded, &Bytes::new());
+        };
+        match AttendRequest::decode(frame, Some(&self.begin))? {
+            AttendRequest::Begin(_) => self.event(CallEvent::Begin, &Bytes::new()),
+            AttendRequest::Chunk(chunk) => {
+                self.clock.chunk_arrived();
+                let (index, tensor, len) = (chunk.index, chunk.tensor, chunk.data.len());
+                self.event(CallEvent::ChunkIn { index, tensor, len }, &chunk.data)
+            }
+            AttendRequest::Commit(Commit { chunks, bytes }) => {
+                self.event(CallEvent::Commit { chunks, bytes }, &Bytes::new())
+            }
+        }
+    }
+
+    /// Puts a run of `data` into messages. They share the bytes of the client's message.
+    fn forward(&mut self, tensor: Tensor, run: &Run, data: &Bytes) {
+        let Some(share) = self.shares.get_mut(run.share) else { return };
+        for start in run.bytes.clone().step_by(limits::CHUNK_BYTES) {
+            let slice = start..run.bytes.end.min(start + limits::CHUNK_BYTES);
+            let offset = run.head_offset + (start - run.bytes.start) as u64;
+            let index = share.sent.chunks;
+            share.sent.chunks += 1;
+            share.sent.bytes += slice.len() as u64;
+            let chunk = SliceChunk { index, tensor, head: run.head, offset, data: data.slice(slice) };
+            self.pending.push_back((run.share, ComputeRequest::Chunk(chunk)));
+        }
+    }
+
+    fn after_sent(&mut self, share: usize, was_commit: bool) {
+        if was_commit && let Some(share) = self.shares.get_mut(share) {
+            share.requests = None;
+        }
+        if self.pending.is_empty() {
+            self.clock.client_freed(was_commit);
+        }
+    }
+
+    // === workers to client ===
+
+    fn take_said(&mut self, share: usize, said: Said) -> Result<(), Error> {
+        let event = match said {
+            Some(Ok(ComputeReply::Partial(Partial { cell, rows }))) => {
+                self.clock.last_partial = Some(Instant::now());
+                self.backlog.took(share, (cell.group, cell.first_token), bytes_of(&rows));
+                CallEvent::Partial { share, cell, part: rows }
+            }
+            Some(Ok(ComputeReply::Finished(finished))) => {
+                let compute = &mut self.done.timings.compute;
+                *compute = compute.max(finished.compute_seconds);
+                CallEvent::Finished { share }
+            }
+            Some(Err(what)) => CallEvent::ShareFailed { share, what },
+            None => CallEvent::WorkerLost { share },
+        };
+        self.event(event, &Bytes::new())
+    }
+
+    fn start_merging(&mut self) {
+        while self.merging.len() <= self.hub.pool.threads()
+            && self.outbox.len() < OUTBOX
+            && let Some(ready) = self.ready.pop_front()
+        {
+            let (pool, kernels) = (self.hub.pool.clone(), self.hub.kernels);
+            let Begin { shape, allow_non_finite, .. } = self.begin;
+            let row = (ready.group, ready.tokens.start);
+            let work = move || finish(ready, &shape, allow_non_finite, kernels);
+            self.merging.push(Box::pin(async move { (row, pool.run(work).await) }));
+        }
+    }
+
+    fn take_merged(
+        &mut self,
+        (row, merged): (RowKey, Result<Result<Finish, Error>, WorkError>),
+    ) -> Result<(), Error> {
+        self.backlog.merged(row);
+        let merged = merged.map_err(|error| Error::new(Reason::Internal, format!("merging {error}")))?;
+        let Finish { replies, spent } = merged?;
+        self.done.timings.merge += spent.as_secs_f64();
+        self.outbox.extend(replies);
+        Ok(())
+    }
+
+    // === decisions ===
+
+    /// Asks the state machine what an event means, and does it. `data` are the bytes of a chunk.
+    fn event(&mut self, event: CallEvent<PartialRows, Error>, data: &Bytes) -> Result<(), Error> {
+        for action in self.call.handle(event, self.clock.client_time()) {
+            match action {
+                CallAction::Forward { tensor, runs } => {
+                    for run in &runs {
+                        self.forward(tensor, run, data);
+                    }
+                }
+                CallAction::CommitShares => {
+                    let commits = self.shares.iter().enumerate();
+                    self.pending.extend(commits.map(|(share, to)| (share, ComputeRequest::Commit(to.sent))));
+                    self.clock.committed = Some(Instant::now());
+                }
+                CallAction::Emit(ready) => self.ready.push_back(ready),
+                // Comes with Fail, and the error ends this future, which owns the shares.
+                CallAction::CancelShares => self.pending.clear(),
+                CallAction::Fail(error) => return Err(error.into()),
+                CallAction::Complete => self.gathered = true,
+            }
+        }
+        if !self.pending.is_empty() {
+            self.clock.client_held();
+        }
+        Ok(())
+    }
+}
+
+fn planned(plan: &Plan) -> proto::AttendReply {
+    AttendReply::Planned(PlanSummary::from(plan)).into()
+}
+
+/// Room for the next message of a share; `None` if its worker takes nothing more. Why, its replies say.
+async fn room(
+    queue: Option<mpsc::Sender<proto::ComputeRequest>>,
+) -> Option<mpsc::OwnedPermit<proto::ComputeRequest>> {
+    queue?.reserve_owned().await.ok()
+}
+
+async fn until(instant: Option<Instant>) {
+    match instant {
+        Some(instant) => tokio::time::sleep_until(instant.into()).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// How long a message has waited for its receiver.
+#[derive(Default)]
+struct Stall(Option<Instant>);
+
+impl Stall {
+    /// When the receiver has had [`STALL`] for the message that waits; `None` if none does.
+    fn after(&mut self, waits: bool) -> Option<Instant> {
+        self.0 = if waits { Some(self.0.unwrap_or_else(Instant::now)) } else { None };
+        self.0.map(|since| since + STALL)
+    }
+}
+
+/// When things happened.
+struct Clock {
+    begun: Instant,
+    /// Since when the client is held back, and for how long it was before.
+    held_since: Option<Instant>,
+    held: Duration,
+    first_chunk: Option<Instant>,
+    scattered: Option<Instant>,
+    committed: Option<Instant>,
+    last_partial: Option<Instant>,
+}
+
+impl Clock {
+    fn new(begun: Instant) -> Self {
+        Self {
+            begun,
+            held_since: None,
+            held: Duration::ZERO,
+            first_chunk: None,
+            scattered: None,
+            committed: None,
+            last_partial: None,
+        }
+    }
+
+    /// Time by a clock that stands still while workers hold the client back, so that it is not blamed for being idle.
+    fn client_time(&mut self) -> Duration {
+        let now = self.held_since.unwrap_or_else(Instant::now);
+        now.saturating_duration_since(self.begun).saturating_sub(self.held)
+    }
+
+    /// When that clock will show `client_time`, if the client is not held back until then.
+    fn instant_of(&self, client_time: Duration) -> Instant {
+        self.begun + client_time + self.held
+    }
+
+    fn chunk_arrived(&mut self) {
+        self.first_chunk.get_or_insert_with(Instant::now);
+    }
+
+    fn client_held(&mut self) {
+        self.held_since.get_or_insert_with(Instant::now);
+    }
+
+    fn client_freed(&mut self, after_commit: bool) {
+        let now = Instant::now();
+        self.held +=
+            self.held_since.take().map_or(Duration::ZERO, |since| now.saturating_duration_since(since));
+        if after_commit {
+            self.scattered = Some(now);
+        }
+    }
+
+    fn timings(&self, so_far: Timings) -> Timings {
+        let seconds = |from: Option<Instant>, to: Option<Instant>| match (from, to) {
+            (Some(from), Some(to)) => to.saturating_duration_since(from).as_secs_f64(),
+            _ => 0.0,
+        };
+        Timings {
+            scatter: seconds(self.first_chunk, self.scattered),
+            gather: seconds(self.committed, self.last_partial),
+            total: self.begun.elapsed().as_secs_f64(),
+            ..so_far
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_client_that_is_held_back_is_not_idle() {
+        let begun = Instant::now().checked_sub(Duration::from_secs(100)).unwrap();
+        let mut clock = Clock::new(begun);
+        clock.held_since = Some(begun + Duration::from_secs(40));
+        assert_eq!(clock.client_time(), Duration::from_secs(40));
+        clock.client_freed(false);
+        // 60 s of the 100 were not its own.
+        let own = clock.client_time();
+        assert!((Duration::from_secs(40)..Duration::from_secs(45)).contains(&own), "{own:?}");
+        let due = clock.instant_of(Duration::from_secs(50));
+        let wait = due.saturating_duration_since(Instant::now());
+        assert!((Duration::from_secs(5)..=Duration::from_secs(10)).contains(&wait), "{wait:?}");
+    }
+}

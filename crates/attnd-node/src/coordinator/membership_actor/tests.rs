@@ -1,0 +1,149 @@
+//! The actor alone: workers are channels that nobody answers.
+
+use attnd_kernel::{AttnShape, Causal, Dims, Dtype};
+use attnd_plan::Piece;
+use attnd_plan::membership::MAX_FLAPS;
+use attnd_wire::{ComputeBegin, Deadline, Link, limits};
+use kameo::error::SendError;
+
+use super::super::worker_actor::OpenShare;
+use super::*;
+
+fn compute_begin() -> ComputeBegin {
+    let dims = Dims { batch: 1, heads: 1, kv_heads: 1, queries: 1, keys: 1, head_dim: 1, value_dim: 1 };
+    ComputeBegin {
+        call_id: 1,
+        shape: AttnShape::new(dims).unwrap(),
+        dtype: Dtype::F32,
+        scale: 1.0,
+        causal: Causal::None,
+        allow_non_finite: false,
+        pieces: vec![Piece { groups: 0..1, slots: 0..64 }],
+        tokens_per_cell: 1,
+    }
+}
+
+fn hello(incarnation: u64) -> Hello {
+    Hello {
+        worker: "w1".parse().unwrap(),
+        incarnation,
+        address: "http://127.0.0.1:1".into(),
+        wire_version: *WIRE_VERSIONS.end(),
+        kernel_id: KERNEL_ID.into(),
+        isa: "portable".into(),
+        threads: 1,
+        gflops: 100.0,
+        memory_budget_bytes: 1000,
+        version: "test".into(),
+    }
+}
+
+/// A Join over a channel that is never used.
+fn join(incarnation: u64) -> Join {
+    join_as("w1", incarnation)
+}
+
+fn join_as(worker: &str, incarnation: u64) -> Join {
+    let hello = Hello { worker: worker.parse().unwrap(), ..hello(incarnation) };
+    let channel = limits::endpoint(&hello.address, Link::Cluster).unwrap().connect_lazy();
+    Join { hello, channel }
+}
+
+async fn candidates(cluster: &ActorRef<MembershipActor>) -> Candidates {
+    cluster.ask(Capacities).send().await.unwrap()
+}
+
+/// What a panic of the actor of a worker does, without the panic: the worker is dead.
+async fn bury(cluster: &ActorRef<MembershipActor>, actor: &ActorRef<WorkerActor>) {
+    actor.kill();
+    let buried = async {
+        while !cluster.ask(Roster).send().await.unwrap().is_empty() {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(5), buried).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_worker_whose_actor_dies_is_dead_and_may_come_back_as_another() {
+    let cluster = MembershipActor::spawn(());
+    let actor = cluster.ask(join(1)).send().await.unwrap();
+    assert_eq!(candidates(&cluster).await.usable.len(), 1);
+    bury(&cluster, &actor).await;
+    match cluster.ask(join(1)).send().await {
+        Err(SendError::HandlerError(error)) => assert_eq!(error.reason, Reason::IncarnationDead),
+        other => panic!("{other:?}"),
+    }
+    assert!(cluster.ask(join(2)).send().await.is_ok());
+    assert!(cluster.is_alive());
+}
+
+#[tokio::test]
+async fn reserved_memory_is_not_offered_again() {
+    let cluster = MembershipActor::spawn(());
+    cluster.ask(join(1)).send().await.unwrap();
+    let free = async || candidates(&cluster).await.usable[0].capacity.free_bytes;
+    let usable = candidates(&cluster).await.usable;
+    let held = usable[0].memory.reserve(600).unwrap();
+    assert_eq!(free().await, 400);
+    assert!(usable[0].memory.reserve(401).is_err(), "two calls can't plan on the same bytes");
+    drop(held);
+    assert_eq!(free().await, 1000);
+}
+
+#[tokio::test]
+async fn a_quarantined_worker_is_used_where_there_is_no_other() {
+    let cluster = MembershipActor::spawn(());
+    for life in 0..=MAX_FLAPS as u64 {
+        let actor = cluster.ask(join(life)).send().await.unwrap();
+        if life < MAX_FLAPS as u64 {
+            bury(&cluster, &actor).await;
+        }
+    }
+    assert_eq!(cluster.ask(Roster).send().await.unwrap()[0].state, "QUARANTINED");
+    let alone = candidates(&cluster).await;
+    assert_eq!((alone.usable.len(), alone.unused), (1, Unused::default()));
+    cluster.ask(join_as("w2", 9)).send().await.unwrap();
+    let Candidates { usable, unused } = candidates(&cluster).await;
+    assert_eq!((usable.len(), usable[0].capacity.id.to_string()), (1, "w2".into()));
+    assert_eq!(unused.to_string(), "1 quarantined");
+}
+
+#[tokio::test]
+async fn a_worker_that_a_share_cannot_connect_to_gets_nothing_for_a_while() {
+    let cluster = MembershipActor::spawn(());
+    cluster.ask(join(1)).send().await.unwrap();
+    let candidate = candidates(&cluster).await.usable.remove(0);
+    // Port 1 of this machine: nobody listens.
+    let share = OpenShare {
+        begin: compute_begin(),
+        memory: candidate.memory.reserve(1).unwrap(),
+        deadline: Deadline::after(Instant::now(), Duration::from_secs(5)),
+    };
+    let mut opened = candidate.actor.ask(share).send().await.unwrap();
+    let error = opened.replies.recv().await.unwrap().unwrap_err();
+    assert_eq!(error.message(), "TRANSPORT: connect failed");
+    let Candidates { usable, unused } = candidates(&cluster).await;
+    assert_eq!((usable.len(), unused.to_string()), (0, "1 not connected".into()));
+}
+
+#[tokio::test]
+async fn there_is_an_end_to_joining() {
+    let cluster = MembershipActor::spawn(());
+    for n in 0..MAX_MEMBERS {
+        cluster.ask(join_as(&format!("w{n}"), 1)).send().await.unwrap();
+    }
+    match cluster.ask(join_as("late", 1)).send().await {
+        Err(SendError::HandlerError(error)) => {
+            assert_eq!(error.message(), "OVERLOADED: 1024 workers have joined");
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn only_reasons_that_there_are_are_named() {
+    let unused = Unused { suspect: 2, quarantined: 0, draining: 1, not_connected: 3 };
+    assert_eq!(unused.to_string(), "2 suspect, 1 draining, 3 not connected");
+    assert_eq!(Unused::default().to_string(), "");
+}

@@ -1,0 +1,121 @@
+//! The coordinator: takes calls from clients, plans them, forwards their bytes to workers and merges what comes back.
+//!
+//! * `join_service.rs` holds the control stream of each worker and reports to `membership_actor.rs`, which knows who
+//!   is alive and has a `worker_actor.rs` for each of them.
+//! * `attention_service.rs` admits calls. Each is an `attend_call.rs` in a task of its own: `placement.rs` finds its
+//!   workers, `incoming.rs` hears their shares, `backlog.rs` bounds the partials that wait, `finish.rs` turns partials
+//!   into rows.
+//! * `reply_stream.rs` is how a task answers a stream; `tasks.rs` holds those tasks.
+//!
+//! Decisions are `attnd-plan`'s; here are their clocks, sockets and queues.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use attnd_kernel::Kernels;
+use attnd_plan::CostModel;
+use attnd_wire::{Link, limits, proto};
+use kameo::actor::{ActorRef, Spawn};
+use tokio::net::TcpListener;
+
+use crate::NodeError;
+use crate::compute_pool::ComputePool;
+use crate::listen::{self, MAX_CONNECTIONS};
+use crate::shutdown::{Calls, DRAIN_DEADLINE, serve_until};
+
+mod attend_call;
+mod attention_service;
+mod backlog;
+mod finish;
+mod incoming;
+mod join_service;
+mod membership_actor;
+mod placement;
+mod reply_stream;
+mod tasks;
+mod worker_actor;
+
+use attention_service::AttentionService;
+use join_service::JoinService;
+use membership_actor::MembershipActor;
+use tasks::Tasks;
+
+/// What a coordinator is told by whoever starts it.
+#[derive(Clone, Debug)]
+pub struct CoordinatorConfig {
+    /// Calls that may run at a time; one more is refused.
+    pub max_calls: usize,
+    /// Threads that plan and merge, at least one.
+    pub merge_threads: usize,
+    /// What the planner assumes about the machines.
+    pub costs: CostModel,
+    /// How long calls in flight may go on after the request to stop.
+    pub drain_deadline: Duration,
+}
+
+impl Default for CoordinatorConfig {
+    fn default() -> Self {
+        Self {
+            max_calls: 64,
+            // Merging is bound by memory; more threads than this don't make it faster.
+            merge_threads: std::thread::available_parallelism().map_or(1, |cores| cores.get().min(4)),
+            costs: CostModel::default(),
+            drain_deadline: DRAIN_DEADLINE,
+        }
+    }
+}
+
+/// What every call uses.
+#[derive(Debug)]
+pub(crate) struct Hub {
+    cluster: ActorRef<MembershipActor>,
+    pool: ComputePool,
+    kernels: &'static Kernels,
+    costs: CostModel,
+}
+
+type AttentionServer = proto::attention_server::AttentionServer<AttentionService>;
+
+/// Serves as the coordinator until `shutdown`, then drains.
+///
+/// # Errors
+/// What keeps it from starting, a broken part, or calls that had to be cut at the end.
+pub async fn run(
+    listener: TcpListener,
+    config: CoordinatorConfig,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), NodeError> {
+    let listen = listener.local_addr().map_err(NodeError::Listen)?;
+    let kernels = Kernels::from_env()?;
+    let pool = ComputePool::new(config.merge_threads)?;
+    let cluster = MembershipActor::spawn(());
+    let hub = Arc::new(Hub { cluster: cluster.clone(), pool, kernels, costs: config.costs });
+    let (calls, tasks) = (Calls::new(), Tasks::default());
+    tracing::info!(%listen, isa = %kernels.isa(), max_calls = config.max_calls, "coordinator starts");
+
+    let (health, health_service) = tonic_health::server::health_reporter();
+    health.set_serving::<AttentionServer>().await;
+    let attention = AttentionService::new(hub, calls.clone(), config.max_calls, tasks.clone());
+    let join = JoinService::new(cluster.clone(), tasks.clone());
+    // Clients may be far away. A worker that falls silent on the same port is noticed by its missing beats.
+    let router = limits::server_builder(Link::Client)
+        .add_service(health_service)
+        .add_service(limits::attention_server(attention))
+        .add_service(limits::cluster_server(join));
+    let incoming = listen::incoming(listener, MAX_CONNECTIONS);
+    let serve = |stop| router.serve_with_incoming_shutdown(incoming, stop);
+    let on_drain = async {
+        health.set_not_serving::<AttentionServer>().await;
+        health.set_service_status("", tonic_health::ServingStatus::NotServing).await;
+    };
+    let served = serve_until(shutdown, &calls, config.drain_deadline, serve, on_drain);
+
+    let ended = tokio::select! {
+        ended = served => ended,
+        () = cluster.wait_for_shutdown() => Err(NodeError::ActorGone("membership")),
+    };
+    tasks.abort_all();
+    cluster.kill();
+    cluster.wait_for_shutdown().await;
+    ended
+}

@@ -1,0 +1,98 @@
+//! Finds workers for a call: plans it, reserves their memory, opens the shares.
+
+use attnd_plan::{Capacity, Plan, PlanRequest, VerifiedPlan};
+use attnd_wire::{Begin, ComputeBegin, Deadline, Error, Reason};
+
+use super::Hub;
+use super::membership_actor::{Candidate, Candidates, Capacities, Unused};
+use super::worker_actor::{OpenShare, OpenedShare};
+
+/// Plans that may fail because a worker or its memory went away between the look and the reservation.
+const ATTEMPTS: usize = 3;
+
+/// A plan whose workers wait for their bytes.
+#[derive(Debug)]
+pub(crate) struct Placement {
+    pub(crate) plan: VerifiedPlan,
+    /// One per share of the plan.
+    pub(crate) shares: Vec<OpenedShare>,
+}
+
+/// Places a call on the workers that may get new work.
+///
+/// # Errors
+/// [`Reason::NoWorkers`], [`Reason::Workers`], [`Reason::KvBudget`]; [`Reason::Overloaded`] if the cluster changes
+/// faster than it can be planned for.
+pub(crate) async fn place(
+    hub: &Hub,
+    begin: &Begin,
+    call_id: u64,
+    deadline: Deadline,
+) -> Result<Placement, Error> {
+    for _attempt in 0..ATTEMPTS {
+        let gone = |_| Error::new(Reason::Internal, "the membership actor is gone");
+        let Candidates { usable: workers, unused } =
+            hub.cluster.ask(Capacities).send().await.map_err(gone)?;
+        let plan = plan(hub, begin, &workers).await.map_err(|error| with_unused(error, unused))?;
+        if let Some(shares) = open(&plan, &workers, begin, call_id, deadline).await {
+            return Ok(Placement { plan, shares });
+        }
+    }
+    Err(Error::new(
+        Reason::Overloaded,
+        format!("workers or their memory went away {ATTEMPTS} times while planning"),
+    ))
+}
+
+/// The same refusal; where workers were missing, it says who is there and may not be used.
+fn with_unused(error: Error, unused: Unused) -> Error {
+    if error.reason != Reason::NoWorkers || unused == Unused::default() {
+        return error;
+    }
+    Error::new(error.reason, format!("{}; {unused}", error.detail))
+}
+
+/// Plans, and proves that the plan covers every key once. Large plans take milliseconds: too long for this thread.
+async fn plan(hub: &Hub, begin: &Begin, workers: &[Candidate]) -> Result<VerifiedPlan, Error> {
+    let capacities: Vec<Capacity> = workers.iter().map(|worker| worker.capacity.clone()).collect();
+    let Begin { shape, dtype, causal, workers, .. } = *begin;
+    let request = PlanRequest { shape, causal, dtype_bytes: dtype.size(), workers };
+    let costs = hub.costs;
+    let planned = hub.pool.run(move || {
+        let plan = attnd_plan::plan(&request, &capacities, &costs)?;
+        plan.verify(&shape).map_err(|error| Error::new(Reason::Internal, error.to_string()))
+    });
+    planned.await.map_err(|error| Error::new(Reason::Internal, format!("planning {error}")))?
+}
+
+/// Reserves the memory of all shares, then opens them; `None` if a worker or its memory is gone. What was reserved or
+/// opened until then is given back.
+async fn open(
+    plan: &Plan,
+    workers: &[Candidate],
+    begin: &Begin,
+    call_id: u64,
+    deadline: Deadline,
+) -> Option<Vec<OpenedShare>> {
+    let mut reserved = Vec::with_capacity(plan.shares.len());
+    for share in &plan.shares {
+        let worker = workers.iter().find(|worker| worker.capacity.id == share.worker)?;
+        reserved.push((share, worker, worker.memory.reserve(share.resident_bytes).ok()?));
+    }
+    let mut opened = Vec::with_capacity(reserved.len());
+    for (share, worker, memory) in reserved {
+        let begin = ComputeBegin {
+            call_id,
+            shape: begin.shape,
+            dtype: begin.dtype,
+            scale: begin.scale,
+            causal: begin.causal,
+            allow_non_finite: begin.allow_non_finite,
+            pieces: share.pieces.clone(),
+            tokens_per_cell: plan.tokens_per_cell,
+        };
+        tracing::trace!(worker = %share.worker, bytes = share.resident_bytes, "a share begins");
+        opened.push(worker.actor.ask(OpenShare { begin, memory, deadline }).send().await.ok()?);
+    }
+    Some(opened)
+}

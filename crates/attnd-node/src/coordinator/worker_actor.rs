@@ -1,0 +1,154 @@
+//! The coordinator's side of one worker: its bulk channel, and a task for each share that runs on it.
+//!
+//! The actor lives as long as one incarnation of the worker is a member. When it is killed, because the worker is
+//! dead, its tasks end, their queues close, and every call that waits on one of them knows at once: a call never
+//! waits for a worker that is gone.
+
+use std::time::Instant;
+
+use attnd_plan::WorkerId;
+use attnd_wire::deadline::{self, TIMEOUT_HEADER};
+use attnd_wire::{
+    CallShape, ComputeBegin, ComputeReply, ComputeRequest, Deadline, Error, Outcome, Reason, limits, proto,
+};
+use kameo::actor::{Actor, ActorRef, WeakActorRef};
+use kameo::error::Infallible;
+use kameo::mailbox::{MailboxReceiver, Signal};
+use kameo::message::{Context, Message};
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Request;
+use tonic::metadata::MetadataValue;
+use tonic::transport::Channel;
+
+use super::tasks;
+use crate::worker::budget::Reservation;
+
+/// Messages of one share that wait to be sent; a full queue holds the client back.
+const REQUESTS: usize = 4;
+/// Messages of one share that wait to be gathered; a full queue holds the worker back.
+const REPLIES: usize = 2;
+
+/// The actor.
+#[derive(Debug)]
+pub(crate) struct WorkerActor {
+    args: WorkerActorArgs,
+    shares: JoinSet<()>,
+}
+
+/// What a worker actor starts from.
+#[derive(Clone, Debug)]
+pub(crate) struct WorkerActorArgs {
+    pub(crate) id: WorkerId,
+    /// Connects when the first share needs it, and again when the connection is lost.
+    pub(crate) channel: Channel,
+    /// When a share last found no connection.
+    pub(crate) not_connected: watch::Sender<Option<Instant>>,
+}
+
+/// Begin a share on this worker.
+#[derive(Debug)]
+pub(crate) struct OpenShare {
+    pub(crate) begin: ComputeBegin,
+    /// What the share takes of the worker's memory; given back when the worker has it back.
+    pub(crate) memory: Reservation,
+    pub(crate) deadline: Deadline,
+}
+
+/// A share that runs. Dropping either end cancels it.
+#[derive(Debug, kameo::Reply)]
+pub(crate) struct OpenedShare {
+    /// What follows Begin. Closed when the worker takes nothing more; then `replies` has the reason.
+    pub(crate) requests: mpsc::Sender<proto::ComputeRequest>,
+    /// What the worker says, checked. An error is the last item; an end without Finished means that the worker is
+    /// lost.
+    pub(crate) replies: mpsc::Receiver<Result<ComputeReply, Error>>,
+}
+
+impl Actor for WorkerActor {
+    type Args = WorkerActorArgs;
+    type Error = Infallible;
+
+    async fn on_start(args: WorkerActorArgs, _: ActorRef<Self>) -> Result<Self, Infallible> {
+        Ok(Self { args, shares: JoinSet::new() })
+    }
+
+    async fn next(
+        &mut self,
+        _: WeakActorRef<Self>,
+        mailbox: &mut MailboxReceiver<Self>,
+    ) -> Result<Option<Signal<Self>>, Infallible> {
+        loop {
+            tokio::select! {
+                signal = mailbox.recv() => return Ok(signal),
+                Some(ended) = self.shares.join_next() => tasks::report(ended),
+            }
+        }
+    }
+}
+
+impl Message<OpenShare> for WorkerActor {
+    type Reply = OpenedShare;
+
+    async fn handle(&mut self, share: OpenShare, _: &mut Context<Self, OpenedShare>) -> OpenedShare {
+        let (requests, outgoing) = mpsc::channel(REQUESTS);
+        let (answers, replies) = mpsc::channel(REPLIES);
+        self.shares.spawn(run_share(self.args.clone(), share, outgoing, answers));
+        OpenedShare { requests, replies }
+    }
+}
+
+/// Runs one share to its end, or until nobody waits for it.
+async fn run_share(
+    args: WorkerActorArgs,
+    share: OpenShare,
+    outgoing: mpsc::Receiver<proto::ComputeRequest>,
+    answers: mpsc::Sender<Result<ComputeReply, Error>>,
+) {
+    let WorkerActorArgs { id: worker, channel, not_connected } = args;
+    let ended = tokio::select! {
+        ended = exchange(channel, share, outgoing, &answers) => ended,
+        () = answers.closed() => return,
+    };
+    if let Err(error) = ended {
+        tracing::debug!(%worker, %error, "a share failed");
+        // Before the call knows, which may be sent again at once and must not come back here.
+        if (error.reason, error.outcome) == (Reason::Transport, Outcome::NotExecuted) {
+            not_connected.send_replace(Some(Instant::now()));
+        }
+        // A call that is gone needs no error.
+        answers.send(Err(error)).await.ok();
+    }
+}
+
+async fn exchange(
+    channel: Channel,
+    share: OpenShare,
+    outgoing: mpsc::Receiver<proto::ComputeRequest>,
+    answers: &mpsc::Sender<Result<ComputeReply, Error>>,
+) -> Result<(), Error> {
+    let OpenShare { begin, memory, deadline } = share;
+    let call = CallShape::from(&begin);
+    let left = deadline.for_next_hop().remaining(std::time::Instant::now())?;
+    let first = futures::stream::iter([ComputeRequest::Begin(begin).into()]);
+    let mut request = Request::new(futures::StreamExt::chain(first, ReceiverStream::new(outgoing)));
+    if let Ok(timeout) = MetadataValue::try_from(deadline::header_value(left).as_bytes()) {
+        request.metadata_mut().insert(TIMEOUT_HEADER, timeout);
+    }
+    let mut replies = limits::worker_client(channel).compute(request).await?.into_inner();
+    let mut memory = Some(memory);
+    while let Some(message) = replies.message().await? {
+        let reply = ComputeReply::decode(message, &call)?;
+        let is_last = matches!(reply, ComputeReply::Finished(_));
+        if is_last {
+            // Before the call can end and the next one be planned.
+            memory = None;
+        }
+        if answers.send(Ok(reply)).await.is_err() || is_last {
+            break;
+        }
+    }
+    drop(memory);
+    Ok(())
+}

@@ -1,0 +1,16 @@
+//! The two roles of a cluster: actors and gRPC services around the pure decisions of `attnd-plan` and the kernels of
+//! `attnd-kernel`.
+//!
+//! * [`coordinator`] takes calls from clients, plans them, forwards their bytes to workers and merges what comes back.
+//! * [`worker`] keeps the keys and values of its share in memory and computes partials where they lie.
+//!
+//! Either role is `run(listener, config, shutdown)`: the caller owns the socket and the end.
+
+pub mod compute_pool;
+pub mod coordinator;
+pub mod error;
+pub mod listen;
+pub mod shutdown;
+pub mod worker;
+
+pub use error::NodeError;

@@ -1,0 +1,462 @@
+//! One kv group as it arrives: runs of bytes of its query heads, its keys and its values, in any cut, become Q in f32
+//! and resident pages.
+//!
+//! The runs of a head come in ascending order. Of K and V only the pages of the group's slots come, so the next
+//! expected byte is known at every moment and a run that starts anywhere else is refused. Whole pages are packed
+//! straight from the message; only a page (or a query row) that is cut by a message boundary is staged.
+
+use std::ops::Range;
+
+use attnd_kernel::slot::{PAGE_KEYS, keys_in_page, keys_in_slots, n_pages, slot_of_page};
+use attnd_kernel::{AttnShape, Dtype, KvHead, NonFinite, OutOfMemory, first_non_finite, widen};
+use attnd_plan::Tensor;
+
+/// What every group of a call has in common.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Layout {
+    pub(crate) shape: AttnShape,
+    pub(crate) dtype: Dtype,
+    pub(crate) check_finite: bool,
+}
+
+/// Why a run of bytes is refused. The group can't be completed any more.
+#[derive(Clone, Copy, Debug, PartialEq, thiserror::Error)]
+pub(crate) enum AssemblyError {
+    /// The head is not one of this group.
+    #[error("{tensor} head {head} is not expected here")]
+    Head { tensor: Tensor, head: usize },
+    /// The run starts elsewhere than the one before it ended, or goes on after the last expected byte.
+    #[error("{tensor} head {head}: expected offset {expected}, got {got}")]
+    Offset { tensor: Tensor, head: usize, expected: u64, got: u64 },
+    /// A NaN or an infinity where finite values were promised.
+    #[error("{tensor} head {head} {found}")]
+    NonFinite { tensor: Tensor, head: usize, found: NonFinite },
+    /// The system has no memory left for this group.
+    #[error(transparent)]
+    OutOfMemory(#[from] OutOfMemory),
+}
+
+/// A kv group whose operands are all here.
+#[derive(Debug)]
+pub(crate) struct Operands {
+    /// `[group_size, n_queries, head_dim]`.
+    pub(crate) q: Vec<f32>,
+    pub(crate) kv: KvHead,
+}
+
+/// A kv group on its way in.
+#[derive(Debug)]
+pub(crate) struct GroupAssembly {
+    layout: Layout,
+    group: usize,
+    slots: Range<usize>,
+    /// Reserved on the first byte of Q, so that groups whose turn is later take nothing yet.
+    q: Vec<f32>,
+    q_heads: Vec<Rows>,
+    /// Created on the first byte of K or V.
+    kv: Option<KvHead>,
+    k: Pages,
+    v: Pages,
+}
+
+impl GroupAssembly {
+    pub(crate) fn new(layout: Layout, group: usize, slots: Range<usize>) -> Self {
+        let shape = &layout.shape;
+        let element = layout.dtype.size();
+        let pages = |dim: usize| Pages::new(shape.n_keys(), slots.clone(), dim * element);
+        let rows = Rows { row_bytes: shape.head_dim() * element, done: 0, staged: Vec::new() };
+        Self {
+            layout,
+            group,
+            q: Vec::new(),
+            q_heads: vec![rows; shape.group_size()],
+            kv: None,
+            k: pages(shape.head_dim()),
+            v: pages(shape.value_dim()),
+            slots,
+        }
+    }
+
+    /// Memory that a group takes until it is computed, in bytes. Staging is left out: it is at most a page per tensor,
+    /// of the one group whose bytes arrive.
+    pub(crate) fn bytes_needed(layout: &Layout, slots: &Range<usize>) -> u64 {
+        let shape = &layout.shape;
+        let kv = KvHead::bytes_needed(shape.n_keys(), shape.head_dim(), shape.value_dim(), slots);
+        kv + (shape.group_size() * shape.n_queries()) as u64 * shape.head_dim() as u64 * 4
+    }
+
+    /// Bytes that have to arrive for a group, as they are on the wire.
+    pub(crate) fn bytes_expected(layout: &Layout, slots: &Range<usize>) -> u64 {
+        let shape = &layout.shape;
+        let keys = keys_in_slots(slots.clone(), shape.n_keys()) as u64;
+        let q = (shape.group_size() * shape.n_queries()) as u64 * shape.head_dim() as u64;
+        (q + keys * (shape.head_dim() + shape.value_dim()) as u64) * layout.dtype.size() as u64
+    }
+
+    /// Takes the next run of one head: `data` starts `offset` bytes into the head's `[tokens, dim]` matrix.
+    pub(crate) fn accept(
+        &mut self,
+        tensor: Tensor,
+        head: usize,
+        offset: u64,
+        data: &[u8],
+    ) -> Result<(), AssemblyError> {
+        match tensor {
+            Tensor::Q => self.accept_q(head, offset, data),
+            Tensor::K | Tensor::V if head != self.group => Err(AssemblyError::Head { tensor, head }),
+            Tensor::K | Tensor::V => self.accept_kv(tensor, offset, data),
+        }
+    }
+
+    fn accept_q(&mut self, head: usize, offset: u64, data: &[u8]) -> Result<(), AssemblyError> {
+        let tensor = Tensor::Q;
+        let Layout { shape, dtype, check_finite } = self.layout;
+        let (group_size, n_queries, dim) = (shape.group_size(), shape.n_queries(), shape.head_dim());
+        let in_group = head.checked_sub(self.group * group_size).filter(|h| *h < group_size);
+        let in_group = in_group.ok_or(AssemblyError::Head { tensor, head })?;
+        if self.q.is_empty() {
+            let floats = group_size * n_queries * dim;
+            let refused = |_full| OutOfMemory { bytes: floats as u64 * 4 };
+            self.q.try_reserve_exact(floats).map_err(refused)?;
+            self.q.resize(floats, 0.0);
+        }
+        let out = &mut self.q[in_group * n_queries * dim..][..n_queries * dim];
+        let rows = &mut self.q_heads[in_group];
+        let expected = rows.position();
+        let end = (n_queries * rows.row_bytes) as u64;
+        if offset != expected || data.len() as u64 > end - expected {
+            return Err(AssemblyError::Offset { tensor, head, expected, got: offset });
+        }
+        rows.take(data, |first_row, bytes| {
+            let values = &mut out[first_row * dim..][..bytes.len() / dtype.size()];
+            widen(bytes, dtype, values);
+            match first_non_finite(values).filter(|_| check_finite) {
+                Some(at) => {
+                    let found = NonFinite { token: first_row + at / dim, dim: at % dim, value: values[at] };
+                    Err(AssemblyError::NonFinite { tensor, head, found })
+                }
+                None => Ok(()),
+            }
+        })
+    }
+
+    fn accept_kv(&mut self, tensor: Tensor, offset: u64, data: &[u8]) -> Result<(), AssemblyError> {
+        let Layout { shape, dtype, check_finite } = self.layout;
+        let kv = match &mut self.kv {
+            Some(kv) => kv,
+            None => self.kv.insert(KvHead::new(
+                shape.n_keys(),
+                shape.head_dim(),
+                shape.value_dim(),
+                self.slots.clone(),
+            )?),
+        };
+        let head = self.group;
+        let pages = if tensor == Tensor::K { &mut self.k } else { &mut self.v };
+        pages
+            .take(offset, data, |page, rows| {
+                let written = match tensor {
+                    Tensor::K => kv.write_k(page, rows, dtype, check_finite),
+                    Tensor::Q | Tensor::V => kv.write_v(page, rows, dtype, check_finite),
+                };
+                written.map_err(|found| AssemblyError::NonFinite { tensor, head, found })
+            })
+            .map_err(|error| match error {
+                Refusal::Offset { expected, got } => AssemblyError::Offset { tensor, head, expected, got },
+                Refusal::Page(error) => error,
+            })
+    }
+
+    /// Whether every byte is here.
+    pub(crate) fn is_complete(&self) -> bool {
+        let n_queries = self.layout.shape.n_queries();
+        self.k.is_complete() && self.v.is_complete() && self.q_heads.iter().all(|rows| rows.done == n_queries)
+    }
+
+    /// The operands, once complete.
+    pub(crate) fn finish(self) -> Option<Operands> {
+        self.is_complete().then_some(())?;
+        let shape = &self.layout.shape;
+        // Slots without a key never see a byte.
+        let none =
+            || KvHead::new(shape.n_keys(), shape.head_dim(), shape.value_dim(), self.slots.clone()).ok();
+        let kv = self.kv.or_else(none)?;
+        Some(Operands { q: self.q, kv })
+    }
+}
+
+/// Rows that come one after another; a row cut by a message boundary waits in `staged`.
+#[derive(Clone, Debug)]
+struct Rows {
+    row_bytes: usize,
+    /// Whole rows handed on.
+    done: usize,
+    staged: Vec<u8>,
+}
+
+impl Rows {
+    /// The next expected byte.
+    fn position(&self) -> u64 {
+        (self.done * self.row_bytes + self.staged.len()) as u64
+    }
+
+    /// Hands on whole rows, as many at a time as lie together: `store(index of the first row, bytes)`.
+    fn take<E>(
+        &mut self,
+        data: &[u8],
+        mut store: impl FnMut(usize, &[u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let mut rest = data;
+        if !self.staged.is_empty() {
+            let missing = (self.row_bytes - self.staged.len()).min(rest.len());
+            self.staged.extend_from_slice(&rest[..missing]);
+            rest = &rest[missing..];
+            if self.staged.len() < self.row_bytes {
+                return Ok(());
+            }
+            store(self.done, &self.staged)?;
+            self.done += 1;
+            self.staged = Vec::new();
+        }
+        let whole = rest.len() / self.row_bytes * self.row_bytes;
+        if whole > 0 {
+            store(self.done, &rest[..whole])?;
+            self.done += whole / self.row_bytes;
+        }
+        self.staged.extend_from_slice(&rest[whole..]);
+        Ok(())
+    }
+}
+
+/// The pages of a range of slots as they come, ascending.
+#[derive(Debug)]
+struct Pages {
+    n_keys: usize,
+    slots: Range<usize>,
+    row_bytes: usize,
+    /// The page whose bytes come next; past the last one when all are here.
+    page: usize,
+    /// The beginning of that page, where a message ended inside of it.
+    staged: Vec<u8>,
+}
+
+enum Refusal<E> {
+    Offset { expected: u64, got: u64 },
+    Page(E),
+}
+
+impl Pages {
+    fn new(n_keys: usize, slots: Range<usize>, row_bytes: usize) -> Self {
+        let mut pages = Self { n_keys, slots, row_bytes, page: 0, staged: Vec::new() };
+        pages.page = pages.owned_from(0);
+        pages
+    }
+
+    fn owned_from(&self, page: usize) -> usize {
+        let pages = n_pages(self.n_keys);
+        (page..pages).find(|page| self.slots.contains(&slot_of_page(*page))).unwrap_or(pages)
+    }
+
+    fn is_complete(&self) -> bool {
+        self.page >= n_pages(self.n_keys)
+    }
+
+    /// The next expected byte.
+    fn position(&self) -> u64 {
+        (self.page.saturating_mul(PAGE_KEYS).min(self.n_keys) * self.row_bytes + self.staged.len()) as u64
+    }
+
+    /// Hands on whole pages: `store(page, bytes)`.
+    fn take<E>(
+        &mut self,
+        offset: u64,
+        data: &[u8],
+        mut store: impl FnMut(usize, &[u8]) -> Result<(), E>,
+    ) -> Result<(), Refusal<E>> {
+        let mut rest = data;
+        let mut got = offset;
+        loop {
+            let expected = self.position();
+            if got != expected || (self.is_complete() && !rest.is_empty()) {
+                // An empty run is harmless anywhere.
+                return if rest.is_empty() { Ok(()) } else { Err(Refusal::Offset { expected, got }) };
+            }
+            let page_bytes = keys_in_page(self.page, self.n_keys) * self.row_bytes;
+            let missing = page_bytes - self.staged.len();
+            if rest.len() < missing || self.is_complete() {
+                if self.staged.is_empty() && !rest.is_empty() {
+                    self.staged.reserve_exact(page_bytes);
+                }
+                self.staged.extend_from_slice(rest);
+                return Ok(());
+            }
+            let (now, later) = rest.split_at(missing);
+            if self.staged.is_empty() {
+                store(self.page, now).map_err(Refusal::Page)?;
+            } else {
+                self.staged.extend_from_slice(now);
+                store(self.page, &self.staged).map_err(Refusal::Page)?;
+                self.staged = Vec::new();
+            }
+            self.page = self.owned_from(self.page + 1);
+            rest = later;
+            got += missing as u64;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use attnd_kernel::{Causal, Dims, GroupCall, Kernels, attend_node, slot};
+    use rand::rngs::StdRng;
+    use rand::{RngExt, SeedableRng};
+
+    use super::*;
+
+    fn layout(dtype: Dtype) -> Layout {
+        let dims =
+            Dims { batch: 1, heads: 4, kv_heads: 2, queries: 5, keys: 1900, head_dim: 3, value_dim: 2 };
+        Layout { shape: AttnShape::new(dims).unwrap(), dtype, check_finite: true }
+    }
+
+    /// Bytes of one head; every element tells where it is.
+    fn matrix(tokens: usize, dim: usize, salt: f32) -> Vec<u8> {
+        (0..tokens * dim).flat_map(|i| ((i % 251) as f32 * 0.01 - salt).to_le_bytes()).collect()
+    }
+
+    /// The runs of a head's pages in `slots`.
+    fn runs(bytes: &[u8], row: usize, n_keys: usize, slots: &Range<usize>) -> Vec<Range<usize>> {
+        (0..n_pages(n_keys))
+            .filter(|page| slots.contains(&slot_of_page(*page)))
+            .map(|page| page * PAGE_KEYS * row..((page + 1) * PAGE_KEYS * row).min(bytes.len()))
+            .collect()
+    }
+
+    fn feed(
+        assembly: &mut GroupAssembly,
+        tensor: Tensor,
+        head: usize,
+        bytes: &[u8],
+        run: Range<usize>,
+        rng: &mut StdRng,
+    ) {
+        let mut at = run.start;
+        while at < run.end {
+            let end = (at + rng.random_range(1..5000)).min(run.end);
+            assembly.accept(tensor, head, at as u64, &bytes[at..end]).unwrap();
+            at = end;
+        }
+    }
+
+    #[test]
+    fn any_cut_of_the_bytes_gives_the_same_operands() {
+        let layout = layout(Dtype::F32);
+        let (slots, group) = (8..48, 1);
+        let q: Vec<Vec<u8>> = (0..4).map(|head| matrix(5, 3, head as f32)).collect();
+        let (k, v) = (matrix(1900, 3, 0.5), matrix(1900, 2, 0.25));
+        let kernels = Kernels::available()[0];
+        let assemble = |seed: u64| {
+            let mut rng = StdRng::seed_from_u64(seed);
+            let mut assembly = GroupAssembly::new(layout, group, slots.clone());
+            for (tensor, head, bytes, row) in [
+                (Tensor::V, 1, &v, 8),
+                (Tensor::Q, 3, &q[3], 12),
+                (Tensor::K, 1, &k, 12),
+                (Tensor::Q, 2, &q[2], 12),
+            ] {
+                assert!(!assembly.is_complete());
+                // A head of Q is one run, as if one page held all of it.
+                let whole = std::iter::once(0..bytes.len()).collect();
+                let runs = if tensor == Tensor::Q { whole } else { runs(bytes, row, 1900, &slots) };
+                for run in runs {
+                    feed(&mut assembly, tensor, head, bytes, run, &mut rng);
+                }
+            }
+            let operands = assembly.finish().unwrap();
+            let call = GroupCall {
+                shape: layout.shape,
+                scale: 1.0,
+                causal: Causal::None,
+                q: &operands.q,
+                kv: &operands.kv,
+            };
+            let nodes = slot::cover(slots.clone()).into_iter();
+            let partials: Vec<_> = nodes.map(|node| attend_node(kernels, &call, node, 0..5).0).collect();
+            (operands.q.clone(), partials)
+        };
+        let first = assemble(1);
+        assert_eq!(first.0[0].to_bits(), (-2.0_f32).to_bits(), "query heads 2 and 3 in order");
+        assert_eq!(first.0[15].to_bits(), (-3.0_f32).to_bits());
+        for seed in 2..8 {
+            assert_eq!(assemble(seed), first, "seed {seed}");
+        }
+    }
+
+    #[test]
+    fn runs_out_of_order_are_refused_with_both_offsets() {
+        let layout = layout(Dtype::F16);
+        let mut assembly = GroupAssembly::new(layout, 0, 0..64);
+        assembly.accept(Tensor::K, 0, 0, &[0; 100]).unwrap();
+        for got in [0, 99, 101, u64::MAX] {
+            let refused = assembly.accept(Tensor::K, 0, got, &[0; 2]).unwrap_err();
+            assert_eq!(refused, AssemblyError::Offset { tensor: Tensor::K, head: 0, expected: 100, got });
+        }
+        let too_long = vec![0; 5 * 6 + 1];
+        assert!(matches!(assembly.accept(Tensor::Q, 0, 0, &too_long), Err(AssemblyError::Offset { .. })));
+        assert!(matches!(
+            assembly.accept(Tensor::Q, 2, 0, &[0; 2]),
+            Err(AssemblyError::Head { head: 2, .. })
+        ));
+        assert!(matches!(
+            assembly.accept(Tensor::V, 1, 0, &[0; 2]),
+            Err(AssemblyError::Head { head: 1, .. })
+        ));
+    }
+
+    #[test]
+    fn bytes_past_the_end_are_refused() {
+        let mut assembly = GroupAssembly::new(layout(Dtype::F32), 0, 0..64);
+        let v = matrix(1900, 2, 0.0);
+        assembly.accept(Tensor::V, 0, 0, &v).unwrap();
+        let end = v.len() as u64;
+        let refused = assembly.accept(Tensor::V, 0, end, &[0; 4]).unwrap_err();
+        assert_eq!(refused, AssemblyError::Offset { tensor: Tensor::V, head: 0, expected: end, got: end });
+        assert!(assembly.finish().is_none(), "k and q are missing");
+    }
+
+    #[test]
+    fn a_non_finite_element_is_named_wherever_the_cut_is() {
+        let layout = layout(Dtype::F32);
+        let mut bytes = matrix(5, 3, 0.0);
+        bytes[(4 * 3 + 2) * 4..][..4].copy_from_slice(&f32::NEG_INFINITY.to_le_bytes());
+        for cut in [1, 17, 48, 57, 58, 59] {
+            let mut assembly = GroupAssembly::new(layout, 1, 0..64);
+            assembly.accept(Tensor::Q, 3, 0, &bytes[..cut]).unwrap_or(());
+            let refused = assembly.accept(Tensor::Q, 3, cut as u64, &bytes[cut..]).unwrap_err();
+            let found = NonFinite { token: 4, dim: 2, value: f32::NEG_INFINITY };
+            assert_eq!(
+                refused,
+                AssemblyError::NonFinite { tensor: Tensor::Q, head: 3, found },
+                "cut at {cut}"
+            );
+        }
+        let mut k = matrix(1900, 3, 0.0);
+        k[(700 * 3 + 1) * 4..][..4].copy_from_slice(&f32::NAN.to_le_bytes());
+        let mut assembly = GroupAssembly::new(layout, 1, 0..64);
+        let refused = assembly.accept(Tensor::K, 1, 0, &k).unwrap_err();
+        let AssemblyError::NonFinite { tensor: Tensor::K, head: 1, found } = refused else {
+            panic!("{refused}")
+        };
+        assert_eq!((found.token, found.dim), (700, 1));
+        assert!(found.value.is_nan());
+    }
+
+    #[test]
+    fn needs_are_known_before_a_byte_is_read() {
+        let layout = layout(Dtype::F16);
+        let all = GroupAssembly::bytes_expected(&layout, &(0..64));
+        assert_eq!(all, (2 * 5 * 3 + 1900 * 5) * 2);
+        let kv = KvHead::bytes_needed(1900, 3, 2, &(0..64));
+        assert_eq!(GroupAssembly::bytes_needed(&layout, &(0..64)), kv + 2 * 5 * 3 * 4);
+    }
+}

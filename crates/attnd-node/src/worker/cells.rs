@@ -1,0 +1,137 @@
+//! Computing: a group whose operands are complete becomes cells, (tree node x token range), and each finished cell is
+//! sent at once.
+//!
+//! A cell takes its place in the outgoing queue before it is computed, so no more than [`QUEUE`] finished partials
+//! ever wait for a slow reader, and the pool has its next cell while the last one is being sent.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use attnd_kernel::{GroupCall, Kernels};
+use attnd_plan::{CellId, filled_nodes};
+use attnd_wire::{ComputeBegin, ComputeReply, Error, Partial, Reason, proto, refusal};
+use futures::StreamExt;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+
+use super::assembly::Operands;
+use super::budget::Reservation;
+use super::slices::Slicer;
+use crate::compute_pool::{BusyClock, ComputePool, WorkError};
+
+/// Finished or running cells of one call: one is computed while the other is sent.
+pub(crate) const QUEUE: usize = 2;
+
+/// What all cells of a call share.
+#[derive(Debug)]
+pub(crate) struct Call {
+    pub(crate) begin: ComputeBegin,
+    pub(crate) kernels: &'static Kernels,
+    pub(crate) pool: ComputePool,
+    /// Set when nobody wants the answer any more; cells are then given up at their next slice.
+    pub(crate) cancelled: Arc<AtomicBool>,
+    /// Wall time with a kernel of this call running.
+    pub(crate) busy: BusyClock,
+    /// Memory of the cells that are computed or wait to be sent.
+    pub(crate) _memory: Reservation,
+}
+
+/// A group that can be computed. Its memory goes back with its last cell.
+#[derive(Debug)]
+pub(crate) struct ReadyGroup {
+    pub(crate) group: usize,
+    pub(crate) operands: Operands,
+    pub(crate) _memory: Reservation,
+}
+
+/// Where replies of a call go.
+pub(crate) type Replies = mpsc::Sender<Result<proto::ComputeReply, attnd_wire::Status>>;
+
+/// The cells of one group, in the order in which they are computed.
+pub(crate) fn cells_of(call: &Call, ready: &ReadyGroup) -> Vec<CellId> {
+    let ComputeBegin { shape, tokens_per_cell, .. } = &call.begin;
+    let (n_queries, group) = (shape.n_queries(), ready.group);
+    let nodes = filled_nodes(ready.operands.kv.slots(), shape.n_keys());
+    let firsts = (0..n_queries).step_by((*tokens_per_cell).max(1));
+    firsts
+        .flat_map(|first_token| {
+            let tokens = (*tokens_per_cell).min(n_queries - first_token);
+            nodes.iter().map(move |&(node, keys)| CellId { group, node, first_token, tokens, keys })
+        })
+        .collect()
+}
+
+/// Computes groups as they become ready, until there are no more. Returns the number of partials sent.
+///
+/// # Errors
+/// The first thing that went wrong; cells after it are not computed.
+pub(crate) async fn compute(
+    call: Arc<Call>,
+    ready: mpsc::Receiver<ReadyGroup>,
+    replies: Replies,
+) -> Result<u32, Error> {
+    let all_cells = ReceiverStream::new(ready).flat_map(|ready| {
+        let cells = cells_of(&call, &ready);
+        let ready = Arc::new(ready);
+        futures::stream::iter(cells).map(move |cell| (Arc::clone(&ready), cell))
+    });
+    let results =
+        all_cells.map(|(ready, cell)| one_cell(&call, ready, cell, &replies)).buffer_unordered(QUEUE);
+    let mut results = std::pin::pin!(results);
+    let mut sent = 0;
+    while let Some(result) = results.next().await {
+        result?;
+        sent += 1;
+    }
+    Ok(sent)
+}
+
+async fn one_cell(
+    call: &Arc<Call>,
+    ready: Arc<ReadyGroup>,
+    cell: CellId,
+    replies: &Replies,
+) -> Result<(), Error> {
+    let gone = || Error::new(Reason::Cancelled, "nobody waits for the partials");
+    let place = replies.reserve().await.map_err(|_closed| gone())?;
+    let on_pool = Arc::clone(call);
+    let computed = call.pool.run(move || kernel(&on_pool, &ready, cell)).await;
+    let partial = match computed {
+        Ok(Some(result)) => result?,
+        Ok(None) => return Err(gone()),
+        Err(WorkError::Panicked(text)) => {
+            tracing::error!(group = cell.group, panic = text, "a kernel panicked");
+            return Err(Error::new(Reason::Internal, "a kernel panicked"));
+        }
+        Err(WorkError::Dropped) => {
+            return Err(Error::new(Reason::Internal, "the compute pool dropped a cell"));
+        }
+    };
+    place.send(Ok(partial));
+    Ok(())
+}
+
+/// Runs on the compute pool, checksum and all; `None` if nobody wants the answer any more.
+fn kernel(call: &Call, ready: &ReadyGroup, cell: CellId) -> Option<Result<proto::ComputeReply, Error>> {
+    let _busy = call.busy.enter();
+    let ComputeBegin { shape, scale, causal, allow_non_finite, .. } = call.begin;
+    let Operands { q, kv } = &ready.operands;
+    let group = GroupCall { shape, scale, causal, q, kv };
+    let wanted = || !call.cancelled.load(Ordering::Relaxed);
+    let tokens = cell.first_token..cell.first_token + cell.tokens;
+    let (rows, finite) = Slicer::new(call.kernels, group, wanted).attend(cell.node, tokens)?;
+    // Whoever allowed non-finite operands gets what IEEE 754 makes of them.
+    if !allow_non_finite {
+        let first_head = cell.group * shape.group_size();
+        if let Err(at) = finite {
+            return Some(Err(refusal::score_overflow(first_head, &at)));
+        }
+        // Of finite operands only sums that overflowed both ways are NaN; the coordinator takes none for an answer.
+        if let Some(at) = rows.o.iter().position(|o| o.is_nan()) {
+            let row = at / shape.value_dim();
+            let (head, token) = (first_head + row / cell.tokens, cell.first_token + row % cell.tokens);
+            return Some(Err(refusal::output_overflow(head, token)));
+        }
+    }
+    Some(Ok(ComputeReply::Partial(Partial { cell, rows }).into()))
+}

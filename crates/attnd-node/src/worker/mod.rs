@@ -1,0 +1,164 @@
+//! A worker: keeps the keys and values of its share of each call in memory and computes partials where they lie.
+//!
+//! * `service.rs` reads Begin and reserves memory (`budget.rs`); from then on the call belongs to its `shard.rs` actor.
+//! * A shard feeds frames to `intake.rs`, which checks their order and lets `assembly.rs` put the operands together;
+//!   complete groups go to `cells.rs`, which computes on the pool, in `slices.rs`, and sends
+//!   partials.
+//! * `membership.rs` is the actor of the control channel; `supervisor.rs` is the root of all of them.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use attnd_kernel::{KERNEL_ID, Kernels};
+use attnd_plan::WorkerId;
+use attnd_wire::join::WIRE_VERSIONS;
+use attnd_wire::{Hello, Link, limits};
+use kameo::actor::Spawn;
+use rand::RngExt;
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+
+use crate::NodeError;
+use crate::compute_pool::ComputePool;
+use crate::listen::{self, MAX_CONNECTIONS};
+use crate::shutdown::{Calls, DRAIN_DEADLINE, serve_until};
+
+mod assembly;
+pub(crate) mod budget;
+mod cells;
+mod intake;
+mod membership;
+mod service;
+mod shard;
+mod slices;
+mod supervisor;
+#[cfg(test)]
+mod tests;
+
+use budget::Budget;
+use membership::{Leave, MembershipArgs};
+use service::WorkerService;
+use supervisor::Supervisor;
+
+/// How long the speed of the compute threads is measured at start.
+const CALIBRATION: Duration = Duration::from_millis(20);
+
+/// What a worker is told by whoever starts it.
+#[derive(Clone, Debug)]
+pub struct WorkerConfig {
+    /// URL of the coordinator to join.
+    pub coordinator: String,
+    /// URL under which the coordinator reaches this worker; by default that of the listening socket.
+    pub advertise: Option<String>,
+    /// Its name in the cluster; by default `worker-` and 8 random hex digits, another for each life.
+    pub id: Option<WorkerId>,
+    /// Compute threads, at least one.
+    pub threads: usize,
+    /// Bytes that operands and partials of all calls may take.
+    pub memory_budget: u64,
+}
+
+/// What a worker knows about itself at any moment.
+#[derive(Clone, Debug)]
+pub(crate) struct Gauges {
+    budget: Arc<Budget>,
+    calls: Calls,
+    pool: ComputePool,
+}
+
+/// Whether only processes on this machine reach what has this URL. A name that isn't `localhost` may be anything.
+fn is_loopback(url: &str) -> bool {
+    let Ok(uri) = url.parse::<tonic::transport::Uri>() else { return false };
+    let host = uri.host().unwrap_or_default().trim_start_matches('[').trim_end_matches(']');
+    match host.parse::<IpAddr>() {
+        // To connect to a wildcard address is to connect to this machine.
+        Ok(ip) => ip.to_canonical().is_loopback() || ip.is_unspecified(),
+        Err(_name) => host.eq_ignore_ascii_case("localhost"),
+    }
+}
+
+/// Serves as a worker until `shutdown`, then drains.
+///
+/// # Errors
+/// What keeps it from starting, a refusal by the coordinator that won't change, or calls that had to be cut at the end.
+pub async fn run(
+    listener: TcpListener,
+    config: WorkerConfig,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), NodeError> {
+    let address = match &config.advertise {
+        Some(url) => url.clone(),
+        None => {
+            let listen = listener.local_addr().map_err(NodeError::Listen)?;
+            listen::url_of(listen).ok_or(NodeError::Advertise { listen })?
+        }
+    };
+    limits::endpoint(&address, Link::Cluster).map_err(|_shown| NodeError::Url { url: address.clone() })?;
+    let endpoint = limits::endpoint(&config.coordinator, Link::Cluster)
+        .map_err(|_shown| NodeError::Url { url: config.coordinator.clone() })?;
+
+    if is_loopback(&address) && !is_loopback(&config.coordinator) {
+        return Err(NodeError::Loopback { address, coordinator: config.coordinator });
+    }
+
+    let kernels = Kernels::from_env()?;
+    let pool = ComputePool::new(config.threads)?;
+    let gflops = pool
+        .peak_gflops(kernels, CALIBRATION)
+        .await
+        .map_err(|_panic| NodeError::ActorGone("compute pool"))?;
+    let gauges =
+        Gauges { budget: Budget::new(config.memory_budget), calls: Calls::new(), pool: pool.clone() };
+    let incarnation: u64 = rand::rng().random();
+    let worker = match config.id {
+        Some(id) => id,
+        None => membership::default_id(incarnation)?,
+    };
+    tracing::info!(id = %worker, %address, isa = %kernels.isa(), threads = pool.threads(), gflops, "worker starts");
+
+    let hello = Hello {
+        worker,
+        incarnation,
+        address,
+        wire_version: *WIRE_VERSIONS.end(),
+        kernel_id: KERNEL_ID.to_owned(),
+        isa: kernels.isa().to_string(),
+        threads: pool.threads(),
+        gflops,
+        memory_budget_bytes: gauges.budget.limit(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+    };
+    let (refused, mut refusal) = watch::channel(None);
+    let supervisor = Supervisor::spawn(MembershipArgs { endpoint, hello, gauges: gauges.clone(), refused });
+
+    let (health, health_service) = tonic_health::server::health_reporter();
+    let service = limits::worker_server(WorkerService {
+        kernels,
+        gauges: gauges.clone(),
+        supervisor: supervisor.clone(),
+    });
+    health.set_serving::<WorkerServer>().await;
+    let router = limits::server_builder(Link::Cluster).add_service(health_service).add_service(service);
+    let incoming = listen::incoming(listener, MAX_CONNECTIONS);
+    let serve = |stop| router.serve_with_incoming_shutdown(incoming, stop);
+    let on_drain = async {
+        health.set_not_serving::<WorkerServer>().await;
+        health.set_service_status("", tonic_health::ServingStatus::NotServing).await;
+        supervisor.tell(Leave).send().await.ok();
+    };
+    let served = serve_until(shutdown, &gauges.calls, DRAIN_DEADLINE, serve, on_drain);
+
+    let ended = tokio::select! {
+        ended = served => ended,
+        Ok(refused) = refusal.wait_for(Option::is_some) => {
+            Err(NodeError::Refused(refused.as_ref().map_or_else(String::new, ToString::to_string)))
+        }
+        () = supervisor.wait_for_shutdown() => Err(NodeError::ActorGone("supervisor")),
+    };
+    supervisor.kill();
+    supervisor.wait_for_shutdown().await;
+    ended
+}
+
+type WorkerServer = attnd_wire::proto::worker_server::WorkerServer<WorkerService>;

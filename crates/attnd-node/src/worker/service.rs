@@ -1,0 +1,108 @@
+//! The gRPC service of a worker: reads Begin, decides whether the call fits, and hands the stream to a shard actor.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Instant;
+
+use attnd_kernel::Kernels;
+use attnd_plan::call::STREAM_IDLE;
+use attnd_wire::proto::{self, worker_server};
+use attnd_wire::{ComputeBegin, ComputeRequest, Deadline, Error, Reason, Status, refusal};
+use kameo::actor::{ActorRef, Spawn};
+use kameo::mailbox;
+use tokio::sync::mpsc;
+use tonic::{Request, Response, Streaming};
+
+use super::Gauges;
+use super::assembly::Layout;
+use super::cells::{Call, QUEUE};
+use super::intake::{self, Intake};
+use super::shard::{MAILBOX, Replies, Shard, ShardArgs};
+use super::supervisor::Supervisor;
+use crate::compute_pool::BusyClock;
+
+/// The service.
+#[derive(Debug)]
+pub(crate) struct WorkerService {
+    pub(crate) kernels: &'static Kernels,
+    pub(crate) gauges: Gauges,
+    pub(crate) supervisor: ActorRef<Supervisor>,
+}
+
+impl WorkerService {
+    #[tracing::instrument(level = "debug", skip_all, fields(call_id))]
+    async fn start(
+        &self,
+        mut inbound: Streaming<proto::ComputeRequest>,
+        deadline: Deadline,
+    ) -> Result<Replies, Error> {
+        let in_flight = self.gauges.calls.enter().ok_or_else(|| Error::new(Reason::Draining, ""))?;
+        let begin = read_begin(&mut inbound, deadline).await?;
+        tracing::Span::current().record("call_id", begin.call_id);
+        let layout = Layout { shape: begin.shape, dtype: begin.dtype, check_finite: !begin.allow_non_finite };
+        let groups_need = intake::bytes_needed(&layout, &begin.pieces)?;
+        let cells_need = QUEUE as u64 * cell_bytes(&begin);
+        let mut memory = self
+            .gauges
+            .budget
+            .reserve(groups_need.saturating_add(cells_need))
+            .map_err(|over| refusal::kv_budget(over.need, over.free))?;
+        let intake = Intake::new(layout, &begin.pieces, &mut memory);
+        let groups = begin.pieces.iter().map(|piece| piece.groups.len()).sum();
+
+        let cancelled = Arc::new(AtomicBool::new(false));
+        let call = Arc::new(Call {
+            begin,
+            kernels: self.kernels,
+            pool: self.gauges.pool.clone(),
+            cancelled: Arc::clone(&cancelled),
+            busy: BusyClock::default(),
+            _memory: memory,
+        });
+        tracing::debug!(groups, bytes = groups_need, "a call begins");
+        let (replies, queue) = mpsc::channel(QUEUE);
+        let args = ShardArgs { intake, groups, call, inbound, replies, deadline };
+        let shard = Shard::spawn_link_with_mailbox(&self.supervisor, args, mailbox::bounded(MAILBOX)).await;
+        Ok(Replies::new(queue, shard, cancelled, in_flight))
+    }
+}
+
+/// Waits for Begin. No headers are sent until it is here, so the deadline has to pass here a little earlier than in the
+/// library, which would answer in its own words.
+async fn read_begin(
+    inbound: &mut Streaming<proto::ComputeRequest>,
+    deadline: Deadline,
+) -> Result<ComputeBegin, Error> {
+    let left = deadline.for_next_hop().remaining(Instant::now())?;
+    let first = tokio::time::timeout(left.min(STREAM_IDLE), inbound.message());
+    let late = |_elapsed| {
+        if left < STREAM_IDLE { Deadline::expired() } else { refusal::stream_idle(STREAM_IDLE) }
+    };
+    match first.await.map_err(late)??.map(|frame| ComputeRequest::decode(frame, None)).transpose()? {
+        Some(ComputeRequest::Begin(begin)) => Ok(begin),
+        _ => Err(refusal::expected_begin()),
+    }
+}
+
+/// Memory of one partial; Begin was refused if that doesn't fit into a message.
+fn cell_bytes(begin: &ComputeBegin) -> u64 {
+    let rows = begin.tokens_per_cell * begin.shape.group_size();
+    rows as u64 * (begin.shape.value_dim() as u64 + 2) * 4
+}
+
+#[tonic::async_trait]
+impl worker_server::Worker for WorkerService {
+    type ComputeStream = Replies;
+
+    async fn compute(
+        &self,
+        request: Request<Streaming<proto::ComputeRequest>>,
+    ) -> Result<Response<Replies>, Status> {
+        // The layer in front of every service puts it there.
+        let deadline = request.extensions().get::<Deadline>().copied();
+        let deadline =
+            deadline.ok_or_else(|| Error::new(Reason::Internal, "a request without a deadline"))?;
+        let replies = self.start(request.into_inner(), deadline).await?;
+        Ok(Response::new(replies))
+    }
+}

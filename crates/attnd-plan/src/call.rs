@@ -1,0 +1,439 @@
+//! One one-shot call, from its first chunk to its last partial.
+//!
+//! ```text
+//! Receiving --Commit--> Computing --every share finished--> ended (Complete)
+//!     |                     |
+//!     +--- client's mistake, idle, lost worker, bad partial ---> ended (CancelShares, Fail)
+//!     +--- client gone ----------------------------------------> ended (CancelShares)
+//! ```
+//!
+//! A worker computes a kv group as soon as it has all of it, so partials arrive, and rows leave, in both states. What
+//! makes an answer whole is Complete, which no call reaches without Commit.
+//!
+//! Exactly one terminal action comes out of a call, always the last one; events after it change nothing.
+
+use std::time::Duration;
+
+use crate::Tensor;
+use crate::cover::VerifiedPlan;
+use crate::gather::{CellId, Gather, GatherError, Ready};
+use crate::route::{Router, Run};
+use crate::topology::WorkerId;
+
+/// A client that sends nothing for this long before Commit has lost its call.
+pub const STREAM_IDLE: Duration = Duration::from_secs(10);
+
+/// What happens to a call. `P` is the payload of a partial, `E` what a worker says when it fails.
+#[derive(Clone, Debug)]
+pub enum CallEvent<P, E = String> {
+    /// A second Begin; the first one made the call.
+    Begin,
+    /// Bytes of a tensor arrived, checksum verified.
+    ChunkIn {
+        /// The client's count of chunks.
+        index: u32,
+        /// Which tensor.
+        tensor: Tensor,
+        /// Bytes.
+        len: usize,
+    },
+    /// The client says that it sent everything.
+    Commit {
+        /// Chunks, by its count.
+        chunks: u32,
+        /// Bytes of all tensors, by its count.
+        bytes: u64,
+    },
+    /// The client's stream ended.
+    StreamEnded,
+    /// A partial arrived, checksum verified.
+    Partial {
+        /// From whom.
+        share: usize,
+        /// What it covers.
+        cell: CellId,
+        /// The rows.
+        part: P,
+    },
+    /// A worker says that it sent everything.
+    Finished {
+        /// Who.
+        share: usize,
+    },
+    /// A worker is dead, or its stream broke.
+    WorkerLost {
+        /// Who.
+        share: usize,
+    },
+    /// A worker refused its share or failed at it. After its last partial, this changes nothing.
+    ShareFailed {
+        /// Who.
+        share: usize,
+        /// Its words.
+        what: E,
+    },
+    /// Time passed.
+    Tick,
+    /// Nobody waits for the answer any more.
+    ClientGone,
+}
+
+/// What the shell does next, in this order.
+#[derive(Debug)]
+pub enum CallAction<P, E = String> {
+    /// Send these runs of the chunk to their shares.
+    Forward {
+        /// Which tensor.
+        tensor: Tensor,
+        /// Where its bytes go.
+        runs: Vec<Run>,
+    },
+    /// Send Commit to every share.
+    CommitShares,
+    /// Merge these partials and send the rows to the client.
+    Emit(Ready<P>),
+    /// End the streams of every share: nobody needs their work.
+    CancelShares,
+    /// The end: answer with this error.
+    Fail(CallError<E>),
+    /// The end: everything was emitted; answer Done.
+    Complete,
+}
+
+/// Why a call failed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum CallError<E = String> {
+    /// The first frame is not Begin. The shell says so: without Begin there is no call.
+    #[error("expected Begin")]
+    ExpectedBegin,
+    /// Begin came twice.
+    #[error("duplicate Begin")]
+    DuplicateBegin,
+    /// A frame came after Commit.
+    #[error("frame after Commit")]
+    FrameAfterCommit,
+    /// The stream ended without Commit.
+    #[error("{chunks} chunks and {bytes} of {need} bytes, no Commit, nothing applied")]
+    StreamTruncated {
+        /// Chunks received.
+        chunks: u64,
+        /// Bytes received.
+        bytes: u64,
+        /// Bytes that the shape needs.
+        need: u64,
+    },
+    /// A chunk is missing or came again.
+    #[error("expected {expected}, got {got}")]
+    ChunkOrder {
+        /// The next index.
+        expected: u64,
+        /// The index received.
+        got: u64,
+    },
+    /// A chunk without bytes: a stream of them would never end.
+    #[error("chunk {index} has 0 bytes")]
+    EmptyChunk {
+        /// Which chunk.
+        index: u64,
+    },
+    /// A tensor is shorter or longer than its shape.
+    #[error("shape needs {need} bytes of {tensor}, payload {got}")]
+    PayloadLength {
+        /// Which tensor.
+        tensor: Tensor,
+        /// Bytes that the shape needs.
+        need: u64,
+        /// Bytes received.
+        got: u64,
+    },
+    /// Commit declares other bytes than were received.
+    #[error("declared {declared}, got {got}")]
+    CommitLength {
+        /// Bytes by the client's count.
+        declared: u64,
+        /// Bytes received.
+        got: u64,
+    },
+    /// Commit declares other chunks than were received.
+    #[error("commit declares {declared} chunks, got {got}")]
+    CommitChunks {
+        /// Chunks by the client's count.
+        declared: u64,
+        /// Chunks received.
+        got: u64,
+    },
+    /// The client sent nothing for [`STREAM_IDLE`].
+    #[error("{idle_ms} ms")]
+    StreamIdle {
+        /// How long it had, in milliseconds.
+        idle_ms: u64,
+    },
+    /// A worker died before it had sent everything.
+    #[error("worker {worker} was lost")]
+    WorkerLost {
+        /// Who.
+        worker: WorkerId,
+    },
+    /// A worker failed at its share.
+    #[error("worker {worker}: {what}")]
+    ShareFailed {
+        /// Who.
+        worker: WorkerId,
+        /// Its words.
+        what: E,
+    },
+    /// A worker sent a partial that it wasn't asked for.
+    #[error("worker {worker}: {why}")]
+    PartialRefused {
+        /// Who.
+        worker: WorkerId,
+        /// What is wrong with it.
+        why: GatherError,
+    },
+    /// A worker says that it finished, and did not.
+    #[error("worker {worker} finished with {missing} partials missing")]
+    ShareIncomplete {
+        /// Who.
+        worker: WorkerId,
+        /// Cells that it still owes.
+        missing: usize,
+    },
+}
+
+impl<E> CallError<E> {
+    /// Whether the same call may succeed when it is sent again: a worker is at fault, not the input. Whether this
+    /// holds for [`CallError::ShareFailed`] is in the worker's words, and the shell decides.
+    pub fn is_retryable(&self) -> bool {
+        self.culprit().is_some() && !matches!(self, Self::ShareFailed { .. })
+    }
+
+    /// The worker that it is about.
+    pub fn culprit(&self) -> Option<&WorkerId> {
+        match self {
+            Self::WorkerLost { worker }
+            | Self::ShareFailed { worker, .. }
+            | Self::PartialRefused { worker, .. }
+            | Self::ShareIncomplete { worker, .. } => Some(worker),
+            Self::ExpectedBegin
+            | Self::DuplicateBegin
+            | Self::FrameAfterCommit
+            | Self::StreamTruncated { .. }
+            | Self::ChunkOrder { .. }
+            | Self::EmptyChunk { .. }
+            | Self::PayloadLength { .. }
+            | Self::CommitLength { .. }
+            | Self::CommitChunks { .. }
+            | Self::StreamIdle { .. } => None,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    Receiving,
+    Computing,
+    Ended,
+}
+
+/// One tensor as it arrives, front to back.
+#[derive(Clone, Copy, Debug)]
+struct Arrival {
+    tensor: Tensor,
+    need: u64,
+    got: u64,
+}
+
+/// The state machine of one call.
+#[derive(Debug)]
+pub struct Call<P> {
+    phase: Phase,
+    router: Router,
+    gather: Gather<P>,
+    arrivals: [Arrival; 3],
+    chunks: u64,
+    last_frame: Duration,
+    /// Of each share: who, and whether it has nothing more to say.
+    shares: Vec<(WorkerId, bool)>,
+}
+
+impl<P> Call<P> {
+    /// A call whose Begin arrived at `now`, a time since any epoch that the caller keeps to.
+    pub fn new(plan: &VerifiedPlan, dtype_bytes: usize, now: Duration) -> Self {
+        let shape = plan.shape();
+        Self {
+            phase: Phase::Receiving,
+            router: Router::new(plan, shape, dtype_bytes),
+            gather: Gather::new(plan),
+            arrivals: Tensor::ALL.map(|tensor| Arrival {
+                tensor,
+                need: tensor.bytes(shape, dtype_bytes),
+                got: 0,
+            }),
+            chunks: 0,
+            last_frame: now,
+            shares: plan.shares.iter().map(|share| (share.worker.clone(), false)).collect(),
+        }
+    }
+
+    /// Takes one event and says what to do about it. Events of shares that the plan doesn't have are ignored.
+    pub fn handle<E>(&mut self, event: CallEvent<P, E>, now: Duration) -> Vec<CallAction<P, E>> {
+        if self.phase == Phase::Ended {
+            return Vec::new();
+        }
+        self.step(event, now).unwrap_or_else(|error| {
+            self.phase = Phase::Ended;
+            vec![CallAction::CancelShares, CallAction::Fail(error)]
+        })
+    }
+
+    /// When to send [`CallEvent::Tick`], if nothing happens before.
+    pub fn deadline(&self) -> Option<Duration> {
+        (self.phase == Phase::Receiving).then(|| self.last_frame + STREAM_IDLE)
+    }
+
+    /// Whether a terminal action came out.
+    pub fn has_ended(&self) -> bool {
+        self.phase == Phase::Ended
+    }
+
+    fn step<E>(
+        &mut self,
+        event: CallEvent<P, E>,
+        now: Duration,
+    ) -> Result<Vec<CallAction<P, E>>, CallError<E>> {
+        match event {
+            CallEvent::Begin | CallEvent::ChunkIn { .. } | CallEvent::Commit { .. }
+                if self.phase != Phase::Receiving =>
+            {
+                Err(CallError::FrameAfterCommit)
+            }
+            CallEvent::Begin => Err(CallError::DuplicateBegin),
+            CallEvent::ChunkIn { index, tensor, len } => {
+                self.last_frame = now;
+                let offset = self.take_chunk(index, tensor, len)?;
+                Ok(vec![CallAction::Forward { tensor, runs: self.router.route(tensor, offset, len) }])
+            }
+            CallEvent::Commit { chunks, bytes } => {
+                self.check_commit(chunks, bytes)?;
+                self.phase = Phase::Computing;
+                Ok([CallAction::CommitShares].into_iter().chain(self.complete()).collect())
+            }
+            CallEvent::StreamEnded if self.phase == Phase::Receiving => {
+                let need = self.arrivals.iter().map(|arrival| arrival.need).sum();
+                Err(CallError::StreamTruncated { chunks: self.chunks, bytes: self.received(), need })
+            }
+            CallEvent::Partial { share, cell, part } => self.take_partial(share, cell, part),
+            CallEvent::Finished { share } => self.finish_share(share),
+            CallEvent::WorkerLost { share } => {
+                self.end_share(share, |worker| CallError::WorkerLost { worker })
+            }
+            CallEvent::ShareFailed { share, what } => {
+                self.end_share(share, |worker| CallError::ShareFailed { worker, what })
+            }
+            CallEvent::Tick if self.deadline().is_some_and(|deadline| deadline <= now) => {
+                // The limit and not the time that a late tick found, so that equal faults have equal texts.
+                Err(CallError::StreamIdle {
+                    idle_ms: u64::try_from(STREAM_IDLE.as_millis()).unwrap_or(u64::MAX),
+                })
+            }
+            CallEvent::ClientGone => {
+                self.phase = Phase::Ended;
+                Ok(vec![CallAction::CancelShares])
+            }
+            CallEvent::StreamEnded | CallEvent::Tick => Ok(Vec::new()),
+        }
+    }
+
+    fn received(&self) -> u64 {
+        self.arrivals.iter().map(|arrival| arrival.got).sum()
+    }
+
+    /// Counts a chunk in; returns where it begins in its tensor.
+    fn take_chunk<E>(&mut self, index: u32, tensor: Tensor, len: usize) -> Result<u64, CallError<E>> {
+        let index = u64::from(index);
+        if index != self.chunks {
+            return Err(CallError::ChunkOrder { expected: self.chunks, got: index });
+        }
+        if len == 0 {
+            return Err(CallError::EmptyChunk { index });
+        }
+        let [q, k, v] = &mut self.arrivals;
+        let arrival = match tensor {
+            Tensor::Q => q,
+            Tensor::K => k,
+            Tensor::V => v,
+        };
+        let offset = arrival.got;
+        let got = offset.saturating_add(len as u64);
+        if got > arrival.need {
+            return Err(CallError::PayloadLength { tensor, need: arrival.need, got });
+        }
+        arrival.got = got;
+        self.chunks += 1;
+        Ok(offset)
+    }
+
+    fn check_commit<E>(&self, chunks: u32, bytes: u64) -> Result<(), CallError<E>> {
+        if u64::from(chunks) != self.chunks {
+            return Err(CallError::CommitChunks { declared: u64::from(chunks), got: self.chunks });
+        }
+        if bytes != self.received() {
+            return Err(CallError::CommitLength { declared: bytes, got: self.received() });
+        }
+        match self.arrivals.iter().find(|arrival| arrival.got != arrival.need) {
+            Some(Arrival { tensor, need, got }) => {
+                Err(CallError::PayloadLength { tensor: *tensor, need: *need, got: *got })
+            }
+            None => Ok(()),
+        }
+    }
+
+    fn take_partial<E>(
+        &mut self,
+        share: usize,
+        cell: CellId,
+        part: P,
+    ) -> Result<Vec<CallAction<P, E>>, CallError<E>> {
+        let Some((worker, _)) = self.shares.get(share) else { return Ok(Vec::new()) };
+        match self.gather.accept(share, cell, part) {
+            Ok(ready) => Ok(ready.map(CallAction::Emit).into_iter().collect()),
+            Err(why) => Err(CallError::PartialRefused { worker: worker.clone(), why }),
+        }
+    }
+
+    fn finish_share<E>(&mut self, share: usize) -> Result<Vec<CallAction<P, E>>, CallError<E>> {
+        let missing = self.gather.missing_of(share);
+        match self.shares.get_mut(share) {
+            Some((worker, _)) if missing > 0 => {
+                return Err(CallError::ShareIncomplete { worker: worker.clone(), missing });
+            }
+            Some((_, finished)) => *finished = true,
+            None => return Ok(Vec::new()),
+        }
+        Ok(self.complete().into_iter().collect())
+    }
+
+    /// Ends the call when nobody owes anything: the client its Commit, a share its partials.
+    fn complete<E>(&mut self) -> Option<CallAction<P, E>> {
+        let all = self.shares.iter().all(|(_, finished)| *finished) && self.gather.is_complete();
+        (all && self.phase == Phase::Computing).then(|| {
+            self.phase = Phase::Ended;
+            CallAction::Complete
+        })
+    }
+
+    /// A worker whose partials are all here is not missed, however it ends.
+    fn end_share<E>(
+        &mut self,
+        share: usize,
+        error: impl FnOnce(WorkerId) -> CallError<E>,
+    ) -> Result<Vec<CallAction<P, E>>, CallError<E>> {
+        match self.shares.get(share) {
+            Some((worker, _)) if self.gather.missing_of(share) > 0 => Err(error(worker.clone())),
+            _ => self.finish_share(share),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

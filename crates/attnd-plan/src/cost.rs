@@ -1,0 +1,163 @@
+//! Predicts the seconds of a one-shot call, so that the planner can choose how many workers are worth it.
+//!
+//! Every byte of a call passes through the hub (the coordinator's link), so the hub's time doesn't shrink with more
+//! workers, and replicated queries, messages and partials make it grow; only the arithmetic shrinks. The prediction
+//! is `bytes out / link + slowest share's arithmetic + partials in / link + workers * start + messages * handling`.
+//! Nothing overlaps in it, because workers compute after Commit.
+
+use attnd_kernel::AttnShape;
+use attnd_kernel::Causal;
+
+/// Bytes that one message carries when a large tensor streams.
+const CHUNK_BYTES: f64 = (1 << 20) as f64;
+
+/// Measured or assumed speeds of everything around the kernels.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct CostModel {
+    /// Bytes per second of the coordinator's link, one direction, gRPC included. 2e9 is the lower half of the 1.5 to
+    /// 5 GB/s of HTTP/2 on loopback; a 10 Gbit/s network has 1.2e9.
+    pub link_bytes_per_second: f64,
+    /// Seconds that one more worker costs whatever its share: a stream to open, Begin, Commit and Finished.
+    pub worker_seconds: f64,
+    /// Seconds that one message costs beyond its bytes.
+    pub message_seconds: f64,
+    /// Fraction of a worker's calibrated peak that its kernels reach in a call, 0 to 1.
+    pub kernel_efficiency: f64,
+    /// Floating-point operations that a worker could do while it reads one byte of K or V: few queries are bound by
+    /// memory. 230 GFLOP/s at 28 GB/s make 8.
+    pub flops_per_byte: f64,
+}
+
+impl Default for CostModel {
+    fn default() -> Self {
+        Self {
+            link_bytes_per_second: 2e9,
+            worker_seconds: 500e-6,
+            message_seconds: 25e-6,
+            kernel_efficiency: 0.75,
+            flops_per_byte: 8.0,
+        }
+    }
+}
+
+/// One worker's load, as far as it costs time.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Load {
+    /// Keys over all its groups.
+    pub(crate) keys: u64,
+    /// Kv groups that it touches.
+    pub(crate) groups: usize,
+    /// Tree nodes that it sends partials of, over all its groups.
+    pub(crate) nodes: usize,
+    /// 10^9 operations per second.
+    pub(crate) gflops: f64,
+}
+
+/// The costs of one call.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct CallCosts {
+    model: CostModel,
+    /// Operations per key of one kv group, or as many as pass while the key is read.
+    flops_per_key: f64,
+    /// Bytes of K and V per key of one kv group.
+    bytes_per_key: f64,
+    /// Bytes of Q of one kv group.
+    query_bytes: f64,
+    /// Bytes and messages of the partials of one node of one kv group.
+    partial_bytes: f64,
+    partial_messages: f64,
+    /// Bytes of the finished rows of all groups.
+    result_bytes: f64,
+}
+
+impl CallCosts {
+    pub(crate) fn new(
+        model: &CostModel,
+        shape: &AttnShape,
+        causal: Causal,
+        dtype_bytes: usize,
+        tokens_per_cell: usize,
+    ) -> Self {
+        let (d, dv, bytes) = (shape.head_dim() as f64, shape.value_dim() as f64, dtype_bytes as f64);
+        let group_rows = (shape.group_size() * shape.n_queries()) as f64;
+        let pairs = visible_pairs(causal, shape) as f64 * shape.group_size() as f64;
+        Self {
+            model: *model,
+            flops_per_key: (2.0 * (d + dv) * pairs / shape.n_keys() as f64)
+                .max((d + dv) * 4.0 * model.flops_per_byte),
+            bytes_per_key: (d + dv) * bytes,
+            query_bytes: group_rows * d * bytes,
+            partial_bytes: group_rows * (dv + 2.0) * 4.0,
+            partial_messages: shape.n_queries().div_ceil(tokens_per_cell) as f64,
+            result_bytes: group_rows * shape.n_groups() as f64 * (dv + 1.0) * 4.0,
+        }
+    }
+
+    /// Arithmetic of one key of one kv group.
+    pub(crate) fn seconds_per_key(&self, gflops: f64) -> f64 {
+        self.flops_per_key / (gflops * 1e9 * self.model.kernel_efficiency)
+    }
+
+    /// What one more partial of one group costs the hub.
+    pub(crate) fn node_seconds(&self) -> f64 {
+        self.partial_bytes / self.model.link_bytes_per_second
+            + self.partial_messages * self.model.message_seconds
+    }
+
+    /// What sending the queries of one group to one more worker costs the hub.
+    pub(crate) fn query_seconds(&self) -> f64 {
+        self.query_bytes / self.model.link_bytes_per_second + self.model.message_seconds
+    }
+
+    /// The whole call.
+    pub(crate) fn predict(&self, loads: &[Load]) -> f64 {
+        let sum = |of: &dyn Fn(&Load) -> f64| loads.iter().map(of).sum::<f64>();
+        let bytes_in =
+            sum(&|load| load.keys as f64 * self.bytes_per_key + load.groups as f64 * self.query_bytes);
+        let nodes = sum(&|load| load.nodes as f64);
+        let slowest = loads
+            .iter()
+            .map(|load| load.keys as f64 * self.seconds_per_key(load.gflops))
+            .fold(0.0, |a: f64, b| a.max(b));
+        let messages = (bytes_in / CHUNK_BYTES).ceil() + nodes * self.partial_messages;
+        (bytes_in + nodes * self.partial_bytes + self.result_bytes) / self.model.link_bytes_per_second
+            + slowest
+            + loads.len() as f64 * self.model.worker_seconds
+            + messages * self.model.message_seconds
+    }
+}
+
+/// (query, key) pairs that one head computes.
+fn visible_pairs(causal: Causal, shape: &AttnShape) -> u64 {
+    let (queries, keys) = (shape.n_queries() as u64, shape.n_keys() as u64);
+    // Row i sees min(keys, i + shift), or none where that is negative: a staircase, then a plateau.
+    let (blind, first) = match causal {
+        Causal::None => return queries * keys,
+        Causal::TopLeft => (0, 1),
+        Causal::BottomRight if queries > keys => (queries - keys, 1),
+        Causal::BottomRight => (0, keys - queries + 1),
+    };
+    let rows = queries - blind;
+    let stairs = rows.min(keys + 1 - first);
+    stairs * first + stairs * stairs.saturating_sub(1) / 2 + (rows - stairs) * keys
+}
+
+#[cfg(test)]
+mod tests {
+    use attnd_kernel::Dims;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn pairs_are_what_the_mask_shows(queries in 1u64..300, keys in 1u64..300) {
+            let dims = Dims { batch: 1, heads: 1, kv_heads: 1, queries, keys, head_dim: 1, value_dim: 1 };
+            let shape = AttnShape::new(dims).unwrap();
+            for causal in [Causal::None, Causal::BottomRight, Causal::TopLeft] {
+                let counted: usize = (0..shape.n_queries()).map(|i| causal.visible(i, &shape).len()).sum();
+                prop_assert_eq!(visible_pairs(causal, &shape), counted as u64, "{:?}", causal);
+            }
+        }
+    }
+}

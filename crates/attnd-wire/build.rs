@@ -1,0 +1,17 @@
+//! Compiles the proto files into Rust, in Rust: no protoc is needed.
+
+use std::error::Error;
+use std::path::Path;
+
+const FILES: [&str; 2] = ["attnd/v1/attention.proto", "attnd/v1/cluster.proto"];
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../proto");
+    for file in FILES {
+        println!("cargo::rerun-if-changed={}", root.join(file).display());
+    }
+    let descriptors = protox::compile(FILES, [&root])?;
+    // Bytes fields are slices of the received message instead of copies.
+    tonic_prost_build::configure().bytes(".attnd.v1").compile_fds(descriptors)?;
+    Ok(())
+}

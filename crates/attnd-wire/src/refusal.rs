@@ -1,0 +1,436 @@
+//! The wording of refusals: one function or conversion for each way to be wrong, with the numbers that show it.
+//!
+//! The texts are part of what people see and search for; the tests here hold each of them.
+
+use std::time::Duration;
+
+use attnd_kernel::{AttnShape, Dims, KERNEL_ID, NonFinite, OutOfMemory, ScoreOverflow, ShapeError};
+use attnd_plan::{CallError, GatherError, PlanError, Rejection, Tensor, WorkerId};
+
+use crate::error::{Error, Reason};
+use crate::join::WIRE_VERSIONS;
+
+/// Validates dimensions, wherever they come from.
+///
+/// # Errors
+/// [`Reason::ShapeOverflow`], [`Reason::ShapeZero`], [`Reason::ShapeLimit`], [`Reason::GqaRatio`].
+pub fn shape(dims: Dims) -> Result<AttnShape, Error> {
+    let Dims { batch, heads, kv_heads, queries, keys, head_dim, value_dim } = dims;
+    let bytes = |dims: [u64; 4]| dims.into_iter().try_fold(size_of::<f32>() as u64, u64::checked_mul);
+    let tensors = [
+        [batch, heads, queries, head_dim],
+        [batch, kv_heads, keys, head_dim],
+        [batch, kv_heads, keys, value_dim],
+    ];
+    if tensors.into_iter().any(|dims| bytes(dims).is_none()) {
+        return Err(Error::new(Reason::ShapeOverflow, ""));
+    }
+    AttnShape::new(dims).map_err(Into::into)
+}
+
+/// The first frame is not Begin.
+pub fn expected_begin() -> Error {
+    Error::new(Reason::StreamOrder, "expected Begin")
+}
+
+/// Begin came twice.
+pub fn duplicate_begin() -> Error {
+    Error::new(Reason::StreamOrder, "duplicate Begin")
+}
+
+/// A frame without a part that this version knows.
+pub fn empty_frame() -> Error {
+    Error::new(Reason::StreamOrder, "empty frame")
+}
+
+/// The stream ended before Commit, after `chunks` chunks with `bytes` of `need` bytes.
+pub fn stream_truncated(chunks: u64, bytes: u64, need: u64) -> Error {
+    Error::new(Reason::StreamTruncated, format!("{chunks} chunks, {bytes} of {need} bytes, nothing applied"))
+}
+
+/// The peer sent nothing for `idle`.
+pub fn stream_idle(idle: Duration) -> Error {
+    Error::new(Reason::StreamIdle, format!("{} ms", idle.as_millis()))
+}
+
+/// The peer took no reply for `stall` although one waited.
+pub fn stalled(stall: Duration) -> Error {
+    Error::new(Reason::StreamIdle, format!("no reply taken for {} ms", stall.as_millis()))
+}
+
+/// The data of chunk `index` don't have the checksum that came with them.
+pub fn checksum(index: u32) -> Error {
+    Error::new(Reason::Checksum, format!("chunk {index}, nothing applied"))
+}
+
+/// Two operands disagree about a dimension, as in `q.d 64, k.d 128`.
+pub fn shape_mismatch(left: &str, left_size: u64, right: &str, right_size: u64) -> Error {
+    Error::new(Reason::ShapeMismatch, format!("{left} {left_size}, {right} {right_size}"))
+}
+
+/// The scale is NaN, infinite, zero or negative.
+pub fn scale() -> Error {
+    Error::new(Reason::Scale, "must be finite and > 0")
+}
+
+/// A NaN or an infinity in an operand; `head` is flattened over the batch.
+pub fn non_finite(tensor: Tensor, head: usize, at: &NonFinite) -> Error {
+    let value = match at.value {
+        f32::INFINITY => "+inf".into(),
+        other => other.to_string(),
+    };
+    let NonFinite { token, dim, .. } = at;
+    Error::new(Reason::NonFinite, format!("{tensor}[h={head},pos={token},i={dim}] {value}"))
+}
+
+/// A score left the range of f32; `first_head` is the first query head of the group.
+pub fn score_overflow(first_head: usize, at: &ScoreOverflow) -> Error {
+    Error::new(Reason::ScoreOverflow, format!("head {} row {}", first_head + at.head_in_group, at.token))
+}
+
+/// An element of the context left the range of f32.
+pub fn output_overflow(head: usize, token: usize) -> Error {
+    Error::new(Reason::OutputOverflow, format!("head {head} row {token}"))
+}
+
+/// Rows see no key although the caller forbade that.
+pub fn empty_row(rows: u64) -> Error {
+    Error::new(Reason::EmptyRow, format!("rows without a key: {rows}"))
+}
+
+/// A call doesn't fit into the free memory; both in bytes.
+pub fn kv_budget(need: u64, free: u64) -> Error {
+    Error::new(Reason::KvBudget, format!("need {need}, free {free}"))
+}
+
+/// Too many calls run already.
+pub fn overloaded(running: usize) -> Error {
+    Error::new(Reason::Overloaded, format!("{running} running"))
+}
+
+/// A worker died or failed in the middle of a call.
+pub fn worker_lost(worker: &WorkerId, what: &str) -> Error {
+    Error::new(Reason::WorkerLost, format!("{worker}: {what}"))
+}
+
+/// A peer speaks another version of the protocol.
+pub fn wire(theirs: u32) -> Error {
+    Error::new(Reason::Wire, format!("{theirs} not in {}..{}", WIRE_VERSIONS.start(), WIRE_VERSIONS.end()))
+}
+
+/// A peer wants another order of arithmetic than this binary has.
+pub fn kernel_mix(theirs: &str) -> Error {
+    Error::new(Reason::KernelMix, format!("{theirs}, this node computes {KERNEL_ID}"))
+}
+
+impl From<ShapeError> for Error {
+    fn from(error: ShapeError) -> Self {
+        let reason = match error {
+            ShapeError::Zero { .. } => Reason::ShapeZero,
+            ShapeError::Limit { .. } => Reason::ShapeLimit,
+            ShapeError::GqaRatio { .. } => Reason::GqaRatio,
+        };
+        Self::new(reason, error.to_string())
+    }
+}
+
+impl From<OutOfMemory> for Error {
+    fn from(error: OutOfMemory) -> Self {
+        Self::new(Reason::KvBudget, error.to_string())
+    }
+}
+
+impl From<PlanError> for Error {
+    fn from(error: PlanError) -> Self {
+        match error {
+            // Workers come and go: asked again, there may be enough.
+            PlanError::NoWorkers | PlanError::TooFewWorkers { .. } => {
+                Self::new(Reason::NoWorkers, error.to_string())
+            }
+            PlanError::NoneAsked => Self::new(Reason::Workers, error.to_string()),
+            PlanError::Memory { need, free } => kv_budget(need, free),
+        }
+    }
+}
+
+impl From<GatherError> for Error {
+    fn from(error: GatherError) -> Self {
+        Self::new(Reason::Coverage, error.to_string())
+    }
+}
+
+impl From<Rejection> for Error {
+    fn from(error: Rejection) -> Self {
+        let reason = match error {
+            Rejection::Wire { .. } => Reason::Wire,
+            Rejection::Kernel { .. } => Reason::KernelMix,
+            Rejection::IdInUse => Reason::WorkerId,
+            Rejection::IncarnationDead => Reason::IncarnationDead,
+        };
+        Self::new(reason, error.to_string())
+    }
+}
+
+impl From<CallError<Error>> for Error {
+    fn from(error: CallError<Error>) -> Self {
+        let reason = match &error {
+            CallError::ExpectedBegin | CallError::DuplicateBegin | CallError::FrameAfterCommit => {
+                Reason::StreamOrder
+            }
+            CallError::ChunkOrder { .. } | CallError::CommitChunks { .. } => Reason::ChunkOrder,
+            CallError::EmptyChunk { .. } | CallError::CommitLength { .. } => Reason::PayloadLength,
+            CallError::StreamIdle { .. } => Reason::StreamIdle,
+            CallError::StreamTruncated { chunks, bytes, need } => {
+                return stream_truncated(*chunks, *bytes, *need);
+            }
+            CallError::PayloadLength { tensor, need, got } => {
+                return Self::new(
+                    Reason::PayloadLength,
+                    format!("shape needs {need}, payload {got} ({tensor})"),
+                );
+            }
+            CallError::ShareFailed { worker, what } => return share_failed(worker, what),
+            CallError::WorkerLost { worker } => return worker_lost(worker, "lost"),
+            CallError::PartialRefused { worker, why } => {
+                return worker_lost(worker, &Self::from(*why).message());
+            }
+            CallError::ShareIncomplete { worker, missing } => {
+                return worker_lost(worker, &format!("finished with {missing} partials missing"));
+            }
+        };
+        Self::new(reason, error.to_string())
+    }
+}
+
+/// What the client hears when a worker fails: its words where they are about the client's data or about limits, else
+/// that the worker was lost, because the same call may succeed on another one.
+fn share_failed(worker: &WorkerId, what: &Error) -> Error {
+    match what.reason {
+        Reason::NonFinite
+        | Reason::ScoreOverflow
+        | Reason::OutputOverflow
+        | Reason::EmptyRow
+        | Reason::KvBudget
+        | Reason::KernelMix
+        | Reason::Deadline => what.clone(),
+        _about_the_worker => worker_lost(worker, &what.message()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use attnd_kernel::slot::Node;
+    use tonic::Code;
+
+    use super::*;
+
+    const GOOD: Dims =
+        Dims { batch: 1, heads: 8, kv_heads: 2, queries: 3, keys: 4, head_dim: 5, value_dim: 6 };
+
+    fn worker() -> WorkerId {
+        WorkerId::new("w1").unwrap()
+    }
+
+    fn call(error: CallError<Error>) -> Error {
+        error.into()
+    }
+
+    #[test]
+    fn shapes_are_refused_with_field_and_numbers() {
+        let refused = |dims| shape(dims).unwrap_err().message();
+        let max = u64::from(u32::MAX);
+        for (dims, text) in [
+            (Dims { batch: 0, ..GOOD }, "SHAPE_ZERO: batch"),
+            (Dims { heads: 0, ..GOOD }, "SHAPE_ZERO: num_heads"),
+            (Dims { kv_heads: 0, ..GOOD }, "SHAPE_ZERO: num_kv_heads"),
+            (Dims { queries: 0, ..GOOD }, "SHAPE_ZERO: q_len"),
+            (Dims { keys: 0, ..GOOD }, "SHAPE_ZERO: kv_len"),
+            (Dims { head_dim: 0, ..GOOD }, "SHAPE_ZERO: head_dim"),
+            (Dims { value_dim: 0, ..GOOD }, "SHAPE_ZERO: value_dim"),
+            (Dims { heads: max, ..GOOD }, "SHAPE_LIMIT: num_heads 4294967295 > 1024"),
+            (Dims { head_dim: 513, ..GOOD }, "SHAPE_LIMIT: head_dim 513 > 512"),
+            (Dims { batch: 129, ..GOOD }, "SHAPE_LIMIT: batch * num_heads 1032 > 1024"),
+            (Dims { heads: 7, ..GOOD }, "GQA_RATIO: 7 % 2 != 0"),
+            (Dims { batch: max, heads: max, queries: max, ..GOOD }, "SHAPE_OVERFLOW"),
+            (Dims { kv_heads: max, keys: max, value_dim: max, ..GOOD }, "SHAPE_OVERFLOW"),
+        ] {
+            assert_eq!(refused(dims), text);
+        }
+        assert!(shape(GOOD).is_ok());
+    }
+
+    #[test]
+    fn refusals_have_their_exact_text_and_code() {
+        let non_finite =
+            |tensor, head, token, dim, value| non_finite(tensor, head, &NonFinite { token, dim, value });
+        for (error, code, text) in [
+            (expected_begin(), Code::InvalidArgument, "STREAM_ORDER: expected Begin"),
+            (duplicate_begin(), Code::InvalidArgument, "STREAM_ORDER: duplicate Begin"),
+            (
+                stream_truncated(3, 3000, 8000),
+                Code::Aborted,
+                "STREAM_TRUNCATED: 3 chunks, 3000 of 8000 bytes, nothing applied",
+            ),
+            (stream_idle(Duration::from_secs(10)), Code::DeadlineExceeded, "STREAM_IDLE: 10000 ms"),
+            (
+                stalled(Duration::from_secs(10)),
+                Code::DeadlineExceeded,
+                "STREAM_IDLE: no reply taken for 10000 ms",
+            ),
+            (checksum(2), Code::Aborted, "CHECKSUM: chunk 2, nothing applied"),
+            (shape_mismatch("q.d", 64, "k.d", 128), Code::InvalidArgument, "SHAPE_MISMATCH: q.d 64, k.d 128"),
+            (scale(), Code::InvalidArgument, "SCALE: must be finite and > 0"),
+            (
+                non_finite(Tensor::K, 2, 17, 5, f32::NAN),
+                Code::InvalidArgument,
+                "NON_FINITE: k[h=2,pos=17,i=5] NaN",
+            ),
+            (
+                non_finite(Tensor::V, 0, 3, 1, f32::INFINITY),
+                Code::InvalidArgument,
+                "NON_FINITE: v[h=0,pos=3,i=1] +inf",
+            ),
+            (
+                non_finite(Tensor::Q, 1, 0, 0, f32::NEG_INFINITY),
+                Code::InvalidArgument,
+                "NON_FINITE: q[h=1,pos=0,i=0] -inf",
+            ),
+            (
+                score_overflow(8, &ScoreOverflow { head_in_group: 1, token: 3 }),
+                Code::InvalidArgument,
+                "SCORE_OVERFLOW: head 9 row 3",
+            ),
+            (output_overflow(0, 3), Code::InvalidArgument, "OUTPUT_OVERFLOW: head 0 row 3"),
+            (empty_row(2), Code::InvalidArgument, "EMPTY_ROW: rows without a key: 2"),
+            (
+                kv_budget(33_554_432, 1_048_576),
+                Code::ResourceExhausted,
+                "KV_BUDGET: need 33554432, free 1048576",
+            ),
+            (OutOfMemory { bytes: 7 }.into(), Code::ResourceExhausted, "KV_BUDGET: no memory for 7 bytes"),
+            (overloaded(256), Code::ResourceExhausted, "OVERLOADED: 256 running"),
+            (worker_lost(&worker(), "silent for 2 s"), Code::Unavailable, "WORKER_LOST: w1: silent for 2 s"),
+            (kernel_mix("c2"), Code::FailedPrecondition, "KERNEL_MIX: c2, this node computes c1-f32"),
+            (wire(3), Code::FailedPrecondition, "WIRE: 3 not in 1..1"),
+        ] {
+            assert_eq!((error.message().as_str(), error.reason.code()), (text, code));
+        }
+    }
+
+    #[test]
+    fn errors_of_the_plan_are_translated() {
+        let node = Node::ROOT;
+        for (error, code, text) in [
+            (PlanError::NoWorkers.into(), Code::Unavailable, "NO_WORKERS: no worker is alive"),
+            (
+                PlanError::TooFewWorkers { asked: 3, alive: 2 }.into(),
+                Code::Unavailable,
+                "NO_WORKERS: 3 workers asked for, 2 alive",
+            ),
+            (PlanError::NoneAsked.into(), Code::InvalidArgument, "WORKERS: 0 workers asked for"),
+            (
+                PlanError::Memory { need: 9, free: 4 }.into(),
+                Code::ResourceExhausted,
+                "KV_BUDGET: need 9, free 4",
+            ),
+            (
+                GatherError::UnknownCell { group: 1, node }.into(),
+                Code::Internal,
+                "COVERAGE: group 1 node 6/0 is in no share",
+            ),
+            (
+                Rejection::Wire { got: 3, supported: 1..=2 }.into(),
+                Code::FailedPrecondition,
+                "WIRE: 3 not in 1..2",
+            ),
+            (Rejection::IdInUse.into(), Code::AlreadyExists, "WORKER_ID: in use"),
+            (
+                Rejection::IncarnationDead.into(),
+                Code::FailedPrecondition,
+                "INCARNATION_DEAD: rejoin with a new incarnation",
+            ),
+        ] {
+            let error: Error = error;
+            assert_eq!((error.message().as_str(), error.reason.code()), (text, code));
+        }
+        let kernel = Error::from(Rejection::Kernel { got: "c2".into(), expected: "c1".into() });
+        assert_eq!((kernel.reason, kernel.reason.code()), (Reason::KernelMix, Code::FailedPrecondition));
+    }
+
+    #[test]
+    fn errors_of_a_call_are_translated() {
+        for (error, code, text) in [
+            (CallError::ExpectedBegin, Code::InvalidArgument, "STREAM_ORDER: expected Begin"),
+            (CallError::DuplicateBegin, Code::InvalidArgument, "STREAM_ORDER: duplicate Begin"),
+            (CallError::FrameAfterCommit, Code::InvalidArgument, "STREAM_ORDER: frame after Commit"),
+            (
+                CallError::StreamTruncated { chunks: 3, bytes: 3000, need: 8000 },
+                Code::Aborted,
+                "STREAM_TRUNCATED: 3 chunks, 3000 of 8000 bytes, nothing applied",
+            ),
+            (
+                CallError::ChunkOrder { expected: 4, got: 6 },
+                Code::InvalidArgument,
+                "CHUNK_ORDER: expected 4, got 6",
+            ),
+            (
+                CallError::EmptyChunk { index: 5 },
+                Code::InvalidArgument,
+                "PAYLOAD_LENGTH: chunk 5 has 0 bytes",
+            ),
+            (
+                CallError::PayloadLength { tensor: Tensor::K, need: 4_398_046_511_104, got: 16 },
+                Code::InvalidArgument,
+                "PAYLOAD_LENGTH: shape needs 4398046511104, payload 16 (k)",
+            ),
+            (
+                CallError::CommitLength { declared: 4096, got: 4000 },
+                Code::InvalidArgument,
+                "PAYLOAD_LENGTH: declared 4096, got 4000",
+            ),
+            (
+                CallError::CommitChunks { declared: 8, got: 6 },
+                Code::InvalidArgument,
+                "CHUNK_ORDER: commit declares 8 chunks, got 6",
+            ),
+            (CallError::StreamIdle { idle_ms: 10_000 }, Code::DeadlineExceeded, "STREAM_IDLE: 10000 ms"),
+        ] {
+            let error = call(error);
+            assert_eq!((error.message().as_str(), error.reason.code()), (text, code));
+            assert!(!error.is_retryable(), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_failing_worker_is_lost_unless_the_data_are_to_blame() {
+        let why = GatherError::Duplicate { group: 1, node: Node::ROOT, first_token: 16 };
+        for (error, text) in [
+            (CallError::WorkerLost { worker: worker() }, "WORKER_LOST: w1: lost"),
+            (
+                CallError::ShareIncomplete { worker: worker(), missing: 2 },
+                "WORKER_LOST: w1: finished with 2 partials missing",
+            ),
+            (
+                CallError::PartialRefused { worker: worker(), why },
+                "WORKER_LOST: w1: COVERAGE: group 1 node 6/0 tokens from 16 came twice",
+            ),
+            (
+                CallError::ShareFailed { worker: worker(), what: Error::new(Reason::Draining, "") },
+                "WORKER_LOST: w1: DRAINING",
+            ),
+            (
+                CallError::ShareFailed {
+                    worker: worker(),
+                    what: Error::new(Reason::ChunkOrder, "expected 4, got 6"),
+                },
+                "WORKER_LOST: w1: CHUNK_ORDER: expected 4, got 6",
+            ),
+        ] {
+            let error = call(error);
+            assert_eq!(error.message(), text);
+            assert!(error.is_retryable(), "{error}");
+        }
+        let what = output_overflow(0, 3);
+        assert_eq!(call(CallError::ShareFailed { worker: worker(), what: what.clone() }), what);
+    }
+}

@@ -1,0 +1,208 @@
+//! The values of the status call: the cluster as the coordinator sees it.
+
+use std::time::Duration;
+
+use attnd_plan::WorkerId;
+
+use crate::convert::{count, quantity, small, text};
+use crate::error::{Error, Reason};
+use crate::proto;
+
+/// The cluster now.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct ClusterStatus {
+    /// Its workers.
+    pub workers: Vec<WorkerStatus>,
+    /// Version of the coordinator.
+    pub version: String,
+    /// Time since the coordinator started.
+    pub uptime: Duration,
+    /// Calls that run.
+    pub calls_in_flight: u64,
+    /// Calls that ended well.
+    pub calls_finished: u64,
+    /// Calls that ended with an error.
+    pub calls_failed: u64,
+}
+
+/// One worker now.
+#[derive(Clone, Debug, PartialEq)]
+pub struct WorkerStatus {
+    /// Its name.
+    pub worker: WorkerId,
+    /// Where its bulk service is.
+    pub address: String,
+    /// Alive, suspect, draining, ...
+    pub state: String,
+    /// Its instruction set.
+    pub isa: String,
+    /// Its order of arithmetic.
+    pub kernel_id: String,
+    /// Compute threads.
+    pub threads: usize,
+    /// Measured speed of all its threads.
+    pub gflops: f64,
+    /// Memory for keys, values and partials.
+    pub memory_budget_bytes: u64,
+    /// Memory reserved by calls.
+    pub memory_used_bytes: u64,
+    /// Calls that it works on.
+    pub calls_in_flight: u32,
+    /// Share of compute threads that were busy over the last second, 0 to 1.
+    pub load: f64,
+    /// Time since it was last heard of.
+    pub since_heartbeat: Duration,
+    /// Its version.
+    pub version: String,
+}
+
+const INVALID: Reason = Reason::ReplyInvalid;
+
+fn duration(field: &str, seconds: f64) -> Result<Duration, Error> {
+    Duration::try_from_secs_f64(seconds)
+        .map_err(|error| Error::new(INVALID, format!("{field} {seconds}: {error}")))
+}
+
+impl TryFrom<proto::StatusReply> for ClusterStatus {
+    type Error = Error;
+
+    fn try_from(message: proto::StatusReply) -> Result<Self, Error> {
+        count("workers", message.workers.len())?;
+        Ok(Self {
+            workers: message.workers.into_iter().map(TryInto::try_into).collect::<Result<_, Error>>()?,
+            version: text(INVALID, "version", message.version)?,
+            uptime: duration("uptime_seconds", message.uptime_seconds)?,
+            calls_in_flight: message.calls_in_flight,
+            calls_finished: message.calls_finished,
+            calls_failed: message.calls_failed,
+        })
+    }
+}
+
+impl From<ClusterStatus> for proto::StatusReply {
+    fn from(status: ClusterStatus) -> Self {
+        Self {
+            workers: status.workers.into_iter().map(Into::into).collect(),
+            version: status.version,
+            uptime_seconds: status.uptime.as_secs_f64(),
+            calls_in_flight: status.calls_in_flight,
+            calls_finished: status.calls_finished,
+            calls_failed: status.calls_failed,
+        }
+    }
+}
+
+impl TryFrom<proto::WorkerStatus> for WorkerStatus {
+    type Error = Error;
+
+    fn try_from(message: proto::WorkerStatus) -> Result<Self, Error> {
+        let worker =
+            WorkerId::new(message.worker_id).map_err(|error| Error::new(INVALID, error.to_string()))?;
+        Ok(Self {
+            worker,
+            address: text(INVALID, "address", message.address)?,
+            state: text(INVALID, "state", message.state)?,
+            isa: text(INVALID, "isa", message.isa)?,
+            kernel_id: text(INVALID, "kernel_id", message.kernel_id)?,
+            threads: crate::convert::size(message.threads),
+            gflops: quantity(INVALID, "gflops", message.gflops)?,
+            memory_budget_bytes: message.memory_budget_bytes,
+            memory_used_bytes: message.memory_used_bytes,
+            calls_in_flight: message.calls_in_flight,
+            load: quantity(INVALID, "load", message.load)?,
+            since_heartbeat: duration("seconds_since_heartbeat", message.seconds_since_heartbeat)?,
+            version: text(INVALID, "version", message.version)?,
+        })
+    }
+}
+
+impl From<WorkerStatus> for proto::WorkerStatus {
+    fn from(status: WorkerStatus) -> Self {
+        Self {
+            worker_id: status.worker.to_string(),
+            address: status.address,
+            state: status.state,
+            isa: status.isa,
+            kernel_id: status.kernel_id,
+            threads: small(status.threads),
+            gflops: status.gflops,
+            memory_budget_bytes: status.memory_budget_bytes,
+            memory_used_bytes: status.memory_used_bytes,
+            calls_in_flight: status.calls_in_flight,
+            load: status.load,
+            seconds_since_heartbeat: status.since_heartbeat.as_secs_f64(),
+            version: status.version,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use prost::Message as _;
+
+    use super::*;
+
+    fn status() -> ClusterStatus {
+        let worker = WorkerStatus {
+            worker: WorkerId::new("w1").unwrap(),
+            address: "http://127.0.0.1:7001".into(),
+            state: "alive".into(),
+            isa: "avx2".into(),
+            kernel_id: "c1-f32".into(),
+            threads: 2,
+            gflops: 100.0,
+            memory_budget_bytes: 10,
+            memory_used_bytes: 3,
+            calls_in_flight: 1,
+            load: 0.25,
+            since_heartbeat: Duration::from_millis(125),
+            version: "0.1.0".into(),
+        };
+        ClusterStatus {
+            workers: vec![worker],
+            version: "0.1.0".into(),
+            uptime: Duration::from_millis(1500),
+            calls_in_flight: 1,
+            calls_finished: 2,
+            calls_failed: 3,
+        }
+    }
+
+    #[test]
+    fn a_status_returns() {
+        assert_eq!(ClusterStatus::try_from(proto::StatusReply::from(status())), Ok(status()));
+    }
+
+    #[test]
+    fn impossible_answers_are_named() {
+        let refused = |change: fn(&mut proto::StatusReply)| {
+            let mut message = proto::StatusReply::from(status());
+            change(&mut message);
+            ClusterStatus::try_from(message).unwrap_err().message()
+        };
+        assert!(refused(|m| m.uptime_seconds = f64::NAN).starts_with("REPLY_INVALID: uptime_seconds NaN: "));
+        assert!(
+            refused(|m| m.workers[0].seconds_since_heartbeat = -1.0)
+                .starts_with("REPLY_INVALID: seconds_since")
+        );
+        assert_eq!(refused(|m| m.workers[0].load = f64::INFINITY), "REPLY_INVALID: load inf");
+        assert_eq!(
+            refused(|m| m.workers[0].state = "\u{7}".into()),
+            "REPLY_INVALID: state has control characters: \\u{7}"
+        );
+        assert_eq!(refused(|m| m.workers = vec![m.workers[0].clone(); 1025]), "COUNT: workers 1025 > 1024");
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+            if let Ok(message) = proto::StatusReply::decode(&bytes[..]) {
+                let _either = ClusterStatus::try_from(message);
+            }
+            if let Ok(message) = proto::WorkerStatus::decode(&bytes[..]) {
+                let _either = WorkerStatus::try_from(message);
+            }
+        }
+    }
+}

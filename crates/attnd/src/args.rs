@@ -1,0 +1,446 @@
+//! The command line: every verb, flag, default and help text is declared here and nowhere else.
+//!
+//! These are values as typed, checked one by one; what they mean together is decided by each verb before it touches
+//! a file or a socket.
+
+use std::ffi::OsString;
+use std::net::SocketAddr;
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use attnd_client::MAX_TIMEOUT;
+use attnd_kernel::Causal;
+use clap::{Args, CommandFactory as _, Parser, Subcommand, ValueEnum};
+
+use crate::tensor_file::{OutputPath, Source};
+
+/// Environment variable that stands in for `--endpoint`.
+pub const ENDPOINT_ENV: &str = "ATTND_ENDPOINT";
+
+/// Exact attention, sharded over processes and machines, with the same bits on any number of workers.
+#[derive(Debug, Parser)]
+#[command(
+    name = "attnd",
+    version,
+    propagate_version = true,
+    arg_required_else_help = true,
+    subcommand_required = true,
+    after_help = "\
+Start here:
+  attnd demo                       real data through 1, 2, 3 and 4 local worker processes, checked
+  attnd attend --workers 2 --q q.npy --k k.npy --v v.npy -o out.npy
+                                   your own tensors on this machine
+
+A cluster of several machines:
+  attnd coordinator --listen 0.0.0.0:7400                                     on one of them
+  attnd worker --coordinator http://HOST:7400 --listen 0.0.0.0:7401 \\
+               --advertise http://THIS_HOST:7401                              on each of them
+  attnd status --endpoint http://HOST:7400                                    who is there
+
+Exit codes:
+   0  success
+   1  failure: the cluster, the network, or a check of the demo
+   2  unusable input or command line
+  70  a part of a coordinator or worker broke
+  75  a coordinator or worker was stopped before its calls had ended"
+)]
+pub struct Cli {
+    /// How the process reports about itself.
+    #[command(flatten)]
+    pub log: LogArgs,
+    /// What to do.
+    #[command(subcommand)]
+    pub verb: Verb,
+}
+
+/// Logging; results go to stdout, logs and errors to stderr.
+#[derive(Debug, Clone, Args)]
+pub struct LogArgs {
+    /// Form of the log lines on stderr
+    #[arg(long, global = true, value_enum, default_value_t = LogFormat::Human, env = "ATTND_LOG_FORMAT", value_name = "FORMAT")]
+    pub log_format: LogFormat,
+    /// What to log: a level (error, warn, info, debug, trace) or directives such as `attnd_node=debug,warn`
+    /// [default: info for coordinator and worker, warn for the rest]
+    #[arg(long, global = true, env = "ATTND_LOG", value_name = "FILTER")]
+    pub log: Option<String>,
+}
+
+/// Forms of log lines.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// For a person at a terminal
+    Human,
+    /// One JSON object per line
+    Json,
+}
+
+/// The verbs.
+#[derive(Debug, Subcommand)]
+pub enum Verb {
+    /// Show exact distributed attention on real data, checked, in under a minute
+    Demo(DemoArgs),
+    /// Compute attention over tensors from files
+    Attend(AttendArgs),
+    /// Run a coordinator and N worker processes on this machine
+    Local(LocalArgs),
+    /// Show the workers of a cluster: instruction set, memory, load
+    Status(StatusArgs),
+    /// Run the coordinator of a cluster
+    Coordinator(CoordinatorArgs),
+    /// Run a worker and join a cluster
+    Worker(WorkerArgs),
+    /// Print a shell completion script
+    Completions(CompletionsArgs),
+}
+
+/// Arguments of `attnd demo`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+For each number of workers the demo starts a coordinator and that many worker processes, sends them two attention
+layers of a sentence encoder (bundled) and a synthetic sequence of 32,768 keys, and checks every result against an
+f64 reference and against the bits of the other runs. It exits with 1 if any check fails.
+
+Examples:
+  attnd demo
+  attnd demo --out /tmp/attnd-demo --workers-list 1,2,5,8
+  attnd demo --json | jq .checks")]
+pub struct DemoArgs {
+    /// Where the heatmap goes; created if missing
+    #[arg(long, value_name = "DIR", default_value = "attnd-demo")]
+    pub out: PathBuf,
+    /// Numbers of workers to run with
+    #[arg(long, value_name = "N,N,...", value_delimiter = ',', default_value = "1,2,3,4", value_parser = parse_workers)]
+    pub workers_list: Vec<NonZeroUsize>,
+    /// Print one JSON object instead of tables
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `attnd attend`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+SRC is file.npy, file.npz:NAME or file.safetensors:NAME. Tensors are [heads, tokens, dim] or
+[batch, heads, tokens, dim], f32, f16, bf16 or f64. Query heads must be a multiple of key/value heads.
+f64 is rounded to f32; f16 and bf16 travel as they are when all three inputs agree. Arithmetic is f32.
+
+Examples:
+  attnd attend --workers 2 --q q.npy --k k.npy --v v.npy -o context.npy
+  attnd attend --workers 2 --q x.npz:q --k x.npz:k --v x.npz:v --causal -o out.safetensors
+  attnd attend --endpoint http://10.0.0.1:7400 --q a.safetensors:layer0.q --k a.safetensors:layer0.k \\
+               --v a.safetensors:layer0.v --scale 0.125 --json
+  ATTND_ENDPOINT=http://10.0.0.1:7400 attnd attend --q q.npy --k k.npy --v v.npy")]
+pub struct AttendArgs {
+    /// Queries
+    #[arg(long, value_name = "SRC")]
+    pub q: Source,
+    /// Keys
+    #[arg(long, value_name = "SRC")]
+    pub k: Source,
+    /// Values
+    #[arg(long, value_name = "SRC")]
+    pub v: Source,
+    /// Hide later keys: with bottom-right the last query sees every key, with top-left query i sees keys 0 to i
+    /// [without a value: bottom-right]
+    #[arg(long, value_enum, value_name = "ALIGN", num_args = 0..=1, require_equals = true, default_missing_value = "bottom-right")]
+    pub causal: Option<CausalAlign>,
+    /// Factor on the scores [default: 1 / sqrt(dim)]
+    #[arg(long, value_name = "X", value_parser = parse_scale)]
+    pub scale: Option<f32>,
+    /// Where the result goes: .npy (context) or .safetensors (context and lse)
+    #[arg(short, long, value_name = "FILE")]
+    pub output: Option<OutputPath>,
+    /// Coordinator of a running cluster, such as http://127.0.0.1:7400 [env: ATTND_ENDPOINT]
+    #[arg(long, value_name = "URL", conflicts_with_all = ["workers", "threads_per_worker"])]
+    pub endpoint: Option<String>,
+    /// Start this many worker processes on this machine for this call only
+    #[arg(long, value_name = "N", value_parser = parse_workers)]
+    pub workers: Option<NonZeroUsize>,
+    /// Compute threads of each of those workers [default: the cores, divided evenly]
+    #[arg(long, value_name = "N", requires = "workers", value_parser = parse_count)]
+    pub threads_per_worker: Option<NonZeroUsize>,
+    /// Use exactly N of the cluster's workers [default: as many as pay off]
+    #[arg(long, value_name = "N", value_parser = parse_count)]
+    pub use_workers: Option<NonZeroUsize>,
+    /// Let NaN and infinities through; they then follow IEEE 754 into the rows that see them
+    #[arg(long)]
+    pub allow_non_finite: bool,
+    /// Give up after this many seconds, at most 3600. They cover the call: sending, computing, receiving, and sending
+    /// again after a loss; not reading files, starting --workers, or writing the result
+    #[arg(long, value_name = "SECONDS", default_value = "300", value_parser = parse_seconds)]
+    pub timeout: Duration,
+    /// Print one JSON object instead of a table
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Alignments of the causal rule, as typed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum CausalAlign {
+    /// Query i sees keys j <= i + (keys - queries), as for a cache that was just appended to
+    BottomRight,
+    /// Query i sees keys j <= i, as torch's is_causal
+    TopLeft,
+}
+
+impl From<CausalAlign> for Causal {
+    fn from(align: CausalAlign) -> Self {
+        match align {
+            CausalAlign::BottomRight => Self::BottomRight,
+            CausalAlign::TopLeft => Self::TopLeft,
+        }
+    }
+}
+
+/// Arguments of `attnd local`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Prints the endpoint on the first line of stdout once all workers have joined, then runs until Ctrl-C. The processes
+end with this one, however it ends.
+
+Example:
+  attnd local --workers 3
+  attnd status --endpoint http://127.0.0.1:PORT        in another terminal")]
+pub struct LocalArgs {
+    /// Worker processes to start
+    #[arg(long, value_name = "N", default_value = "2", value_parser = parse_workers)]
+    pub workers: NonZeroUsize,
+    /// Compute threads of each worker [default: the cores, divided evenly]
+    #[arg(long, value_name = "N", value_parser = parse_count)]
+    pub threads_per_worker: Option<NonZeroUsize>,
+    /// Address of the coordinator; port 0 takes a free one
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:0")]
+    pub listen: SocketAddr,
+}
+
+/// Arguments of `attnd status`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  attnd status --endpoint http://10.0.0.1:7400
+  attnd status --json | jq '.workers[].load'           with ATTND_ENDPOINT set")]
+pub struct StatusArgs {
+    /// Coordinator of a running cluster, such as http://127.0.0.1:7400 [env: ATTND_ENDPOINT]
+    #[arg(long, value_name = "URL")]
+    pub endpoint: Option<String>,
+    /// Print one JSON object instead of a table
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `attnd coordinator`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Example:
+  attnd coordinator --listen 0.0.0.0:7400")]
+pub struct CoordinatorArgs {
+    /// Address to serve clients and workers on; port 0 takes a free one
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:7400", env = "ATTND_LISTEN")]
+    pub listen: SocketAddr,
+    /// End when stdin ends, as it does when the parent process dies
+    #[arg(long, hide = true)]
+    pub exit_with_parent: bool,
+}
+
+/// Arguments of `attnd worker`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  attnd worker --coordinator http://127.0.0.1:7400
+  attnd worker --coordinator http://10.0.0.1:7400 --listen 0.0.0.0:7401 --advertise http://10.0.0.2:7401
+
+ATTND_ISA=avx512|avx2|neon|portable overrides the instruction set; the result's bits stay the same.")]
+pub struct WorkerArgs {
+    /// Coordinator to join
+    #[arg(long, value_name = "URL", env = "ATTND_COORDINATOR")]
+    pub coordinator: String,
+    /// Address to serve the coordinator on; port 0 takes a free one
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:0", env = "ATTND_LISTEN")]
+    pub listen: SocketAddr,
+    /// URL under which the coordinator reaches this worker [default: http:// and the listen address]
+    #[arg(long, value_name = "URL", env = "ATTND_ADVERTISE")]
+    pub advertise: Option<String>,
+    /// Name of this worker, 1 to 64 of A-Z a-z 0-9 . _ - [default: worker- and 8 random hex digits]
+    #[arg(long, value_name = "ID", env = "ATTND_WORKER_ID")]
+    pub id: Option<String>,
+    /// Compute threads [default: the cores of this machine]
+    #[arg(long, value_name = "N", env = "ATTND_THREADS", value_parser = parse_count)]
+    pub threads: Option<NonZeroUsize>,
+    /// Memory that keys, values and partials may take, such as 512MiB or 8GiB [default: half of this machine's]
+    #[arg(long, value_name = "SIZE", env = "ATTND_MEMORY", value_parser = parse_size)]
+    pub memory: Option<u64>,
+    /// End when stdin ends, as it does when the parent process dies
+    #[arg(long, hide = true)]
+    pub exit_with_parent: bool,
+}
+
+/// Arguments of `attnd completions`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  attnd completions bash > ~/.local/share/bash-completion/completions/attnd
+  attnd completions zsh  > ~/.zfunc/_attnd
+  attnd completions fish > ~/.config/fish/completions/attnd.fish")]
+pub struct CompletionsArgs {
+    /// Shell to write for
+    #[arg(value_enum)]
+    pub shell: clap_complete::Shell,
+}
+
+/// What `--endpoint` and its environment variable say; the flag wins, an empty variable counts as unset.
+pub fn endpoint_or_env(flag: Option<&str>, env: impl Fn(&str) -> Option<String>) -> Option<String> {
+    flag.map(str::to_owned).or_else(|| env(ENDPOINT_ENV)).filter(|url| !url.is_empty())
+}
+
+/// The environment variables that stand in for flags of single verbs. A process that is started with all its flags
+/// must not inherit them; those of logging are for every process and not among them.
+pub fn variables_of_verbs() -> Vec<OsString> {
+    let cli = Cli::command();
+    let flags = cli.get_subcommands().flat_map(clap::Command::get_arguments);
+    flags.filter_map(|flag| flag.get_env().map(OsString::from)).collect()
+}
+
+/// Largest number of local worker processes that is still meant seriously.
+const MAX_LOCAL_WORKERS: usize = 256;
+
+fn parse_workers(text: &str) -> Result<NonZeroUsize, String> {
+    match text.trim().parse() {
+        Ok(n) if n <= MAX_LOCAL_WORKERS => NonZeroUsize::new(n).ok_or_else(|| "at least 1 is needed".into()),
+        _ => Err(format!("expected a number from 1 to {MAX_LOCAL_WORKERS}")),
+    }
+}
+
+fn parse_count(text: &str) -> Result<NonZeroUsize, String> {
+    text.trim().parse().map_err(|_error| "expected a number, at least 1".into())
+}
+
+fn parse_scale(text: &str) -> Result<f32, String> {
+    match text.parse::<f32>() {
+        Ok(scale) if scale.is_finite() && scale > 0.0 => Ok(scale),
+        _ => Err("must be finite and > 0".into()),
+    }
+}
+
+fn parse_seconds(text: &str) -> Result<Duration, String> {
+    let seconds =
+        text.parse::<f64>().map_err(|_error| "expected a number of seconds, such as 30 or 0.5".to_owned())?;
+    match Duration::try_from_secs_f64(seconds) {
+        Ok(timeout) if !timeout.is_zero() && timeout <= MAX_TIMEOUT => Ok(timeout),
+        _ => Err(format!("must be > 0 and at most {}", MAX_TIMEOUT.as_secs())),
+    }
+}
+
+fn parse_size(text: &str) -> Result<u64, String> {
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let shift = match unit.trim().to_ascii_lowercase().as_str() {
+        "" | "b" => 0,
+        "kib" | "k" => 10,
+        "mib" | "m" => 20,
+        "gib" | "g" => 30,
+        "tib" | "t" => 40,
+        _ => return Err("expected a unit of B, KiB, MiB, GiB or TiB".into()),
+    };
+    let number: u64 = number.parse().map_err(|_error| "expected a number such as 512MiB".to_owned())?;
+    number
+        .checked_mul(1 << shift)
+        .filter(|bytes| *bytes > 0)
+        .ok_or_else(|| "must be > 0 and below 16 EiB".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn clap_accepts_the_definition() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_verb_and_every_flag_explains_itself_and_every_verb_has_an_example() {
+        for verb in Cli::command().get_subcommands() {
+            let name = verb.get_name();
+            assert!(verb.get_about().is_some(), "{name} has no description");
+            let examples = verb.get_after_help().map(ToString::to_string).unwrap_or_default();
+            assert!(examples.contains(&format!("attnd {name}")), "{name} has no example");
+            for arg in verb.get_arguments() {
+                assert!(arg.get_help().is_some(), "{name} {} has no help", arg.get_id());
+            }
+        }
+    }
+
+    fn attend(extra: &[&str]) -> Result<AttendArgs, clap::Error> {
+        let base = ["attnd", "attend", "--q", "q.npy", "--k", "x.npz:k", "--v", "a:b.safetensors:l.v"];
+        match Cli::try_parse_from(base.iter().chain(extra))?.verb {
+            Verb::Attend(args) => Ok(args),
+            other => panic!("parsed as {other:?}"),
+        }
+    }
+
+    #[test]
+    fn causal_takes_an_optional_value() {
+        assert_eq!(attend(&[]).unwrap().causal, None);
+        assert_eq!(attend(&["--causal"]).unwrap().causal, Some(CausalAlign::BottomRight));
+        assert_eq!(attend(&["--causal=top-left"]).unwrap().causal, Some(CausalAlign::TopLeft));
+        assert!(attend(&["--causal=left"]).is_err());
+    }
+
+    #[test]
+    fn wrong_values_are_refused_with_exit_code_2() {
+        for wrong in [
+            &["--scale", "0"][..],
+            &["--scale", "nan"],
+            &["--timeout=-1"],
+            &["--timeout", "0"],
+            &["--timeout", "1e12"],
+            &["--timeout", "3600.1"],
+            &["--timeout", "nan"],
+            &["--timeout", "inf"],
+            &["--timeout", "5m"],
+            &["--workers", "0"],
+            &["--workers", "2", "--endpoint", "http://h:1"],
+            &["--threads-per-worker", "2"],
+            &["-o", "out.txt"],
+        ] {
+            assert_eq!(attend(wrong).unwrap_err().exit_code(), 2, "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn a_timeout_is_seconds_up_to_an_hour() {
+        let seconds = |extra: &[&str]| attend(extra).unwrap().timeout.as_secs_f64();
+        assert_eq!(seconds(&[]), 300.0);
+        assert_eq!(seconds(&["--timeout", "3600"]), 3600.0);
+        assert_eq!(seconds(&["--timeout", "0.5"]), 0.5);
+        let error = attend(&["--timeout", "1e12"]).unwrap_err().to_string();
+        assert!(error.contains("must be > 0 and at most 3600"), "{error}");
+    }
+
+    #[test]
+    fn variables_of_single_verbs_are_known_and_those_of_all_left_alone() {
+        let mut variables = variables_of_verbs();
+        variables.sort();
+        variables.dedup();
+        let nodes = ["ADVERTISE", "COORDINATOR", "LISTEN", "MEMORY", "THREADS", "WORKER_ID"];
+        assert_eq!(variables, nodes.map(|name| OsString::from(format!("ATTND_{name}"))));
+    }
+
+    #[test]
+    fn the_endpoint_flag_wins_over_the_environment() {
+        let env = |key: &str| (key == "ATTND_ENDPOINT").then(|| "http://env:1".to_owned());
+        assert_eq!(endpoint_or_env(Some("http://flag:1"), env).as_deref(), Some("http://flag:1"));
+        assert_eq!(endpoint_or_env(None, env).as_deref(), Some("http://env:1"));
+        assert_eq!(endpoint_or_env(None, |_| Some(String::new())), None);
+    }
+
+    #[test]
+    fn sizes_have_binary_units() {
+        assert_eq!(parse_size("512MiB"), Ok(512 << 20));
+        assert_eq!(parse_size("8 GiB"), Ok(8 << 30));
+        assert_eq!(parse_size("17"), Ok(17));
+        for wrong in ["", "GiB", "1.5GiB", "1PB", "0", "99999999999TiB", "-1"] {
+            assert!(parse_size(wrong).is_err(), "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,110 @@
+//! From the bytes of a file to a tensor: byte order, index order, element type, rank.
+
+use attnd_kernel::Dtype;
+use ndarray::{ArrayView, IxDyn, ShapeBuilder};
+
+use super::{Fault, Tensor};
+
+/// Element types that files hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Element {
+    F16,
+    Bf16,
+    F32,
+    F64,
+}
+
+impl Element {
+    pub(super) fn size(self) -> usize {
+        match self {
+            Self::F16 | Self::Bf16 => 2,
+            Self::F32 => 4,
+            Self::F64 => 8,
+        }
+    }
+}
+
+/// A tensor as a file stores it.
+#[derive(Debug)]
+pub(super) struct Stored {
+    pub(super) shape: Vec<usize>,
+    pub(super) element: Element,
+    pub(super) big_endian: bool,
+    /// First index fastest.
+    pub(super) fortran: bool,
+    /// Exactly `shape` elements.
+    pub(super) bytes: Vec<u8>,
+}
+
+/// Bytes that `shape` elements take. Can't overflow: a header holds at most a few thousand digits, but saturates all
+/// the same.
+pub(super) fn declared_bytes(shape: &[usize], element: Element) -> u128 {
+    shape.iter().fold(element.size() as u128, |bytes, dim| bytes.saturating_mul(*dim as u128))
+}
+
+/// Refuses shapes that are no attention operand.
+pub(super) fn check_shape(shape: &[usize]) -> Result<(), Fault> {
+    if !matches!(shape.len(), 3 | 4) {
+        return Err(Fault::Rank(shape.to_vec()));
+    }
+    if shape.contains(&0) {
+        return Err(Fault::Empty(shape.to_vec()));
+    }
+    Ok(())
+}
+
+impl Stored {
+    /// Brings the elements into C order, little-endian, of a type that travels.
+    pub(super) fn into_tensor(mut self) -> Result<Tensor, Fault> {
+        check_shape(&self.shape)?;
+        let size = self.element.size();
+        if self.big_endian {
+            self.bytes.chunks_exact_mut(size).for_each(<[u8]>::reverse);
+        }
+        if self.fortran {
+            self.bytes = match size {
+                2 => c_order::<2>(&self.bytes, &self.shape)?,
+                4 => c_order::<4>(&self.bytes, &self.shape)?,
+                _ => c_order::<8>(&self.bytes, &self.shape)?,
+            };
+        }
+        let (dtype, bytes) = match self.element {
+            Element::F16 => (Dtype::F16, self.bytes),
+            Element::Bf16 => (Dtype::Bf16, self.bytes),
+            Element::F32 => (Dtype::F32, self.bytes),
+            Element::F64 => (Dtype::F32, round_to_f32(&self.bytes)),
+        };
+        let (batch, rest) = match *self.shape {
+            [batch, heads, tokens, dim] => (batch, [heads, tokens, dim]),
+            [heads, tokens, dim] => (1, [heads, tokens, dim]),
+            _ => return Err(Fault::Rank(self.shape)),
+        };
+        Ok(Tensor {
+            shape: [batch, rest[0], rest[1], rest[2]],
+            batched: self.shape.len() == 4,
+            dtype,
+            rounded_from_f64: self.element == Element::F64,
+            bytes: bytes.into(),
+        })
+    }
+}
+
+/// f32 values as little-endian bytes.
+pub(super) fn le_bytes(values: &[f32]) -> Vec<u8> {
+    values.iter().flat_map(|value| value.to_le_bytes()).collect()
+}
+
+/// Rounds to nearest, ties to even; what is too large for f32 becomes infinite and is caught by the finite check.
+fn round_to_f32(bytes: &[u8]) -> Vec<u8> {
+    bytes.as_chunks().0.iter().flat_map(|raw| (f64::from_le_bytes(*raw) as f32).to_le_bytes()).collect()
+}
+
+/// Reorders elements of `N` bytes from first-index-fastest to last-index-fastest.
+fn c_order<const N: usize>(bytes: &[u8], shape: &[usize]) -> Result<Vec<u8>, Fault> {
+    let elements: &[[u8; N]] = bytes.as_chunks().0;
+    let view = ArrayView::from_shape(IxDyn(shape).f(), elements).map_err(|error| Fault::WrongFormat {
+        format: "npy",
+        detail: format!("shape {shape:?} does not fit its data: {error}"),
+    })?;
+    Ok(view.iter().copied().collect::<Vec<_>>().into_flattened())
+}

@@ -1,0 +1,137 @@
+//! Three tensors become the operands of one call: dimensions that agree, one element type.
+
+use attnd_client::Operands;
+use attnd_kernel::{AttnShape, Dims, Dtype, ShapeError};
+
+use super::Tensor;
+
+/// Why three tensors are no attention call.
+#[derive(Debug, thiserror::Error)]
+pub enum OperandError {
+    /// Two tensors disagree about a dimension that they share.
+    #[error("{first} and {second} disagree: {what} {got:?}")]
+    Mismatch {
+        /// One tensor.
+        first: &'static str,
+        /// The other.
+        second: &'static str,
+        /// The dimension.
+        what: &'static str,
+        /// Its size in each.
+        got: (usize, usize),
+    },
+    /// Query heads are no multiple of kv heads.
+    #[error("q has {heads} heads, which is no multiple of the {kv_heads} heads of k and v")]
+    GqaRatio {
+        /// Heads of q.
+        heads: usize,
+        /// Heads of k and v.
+        kv_heads: usize,
+    },
+    /// A dimension is over its limit.
+    #[error("over the limit: {0}")]
+    Shape(ShapeError),
+}
+
+/// Operands, ready to send.
+#[derive(Debug)]
+pub struct Inputs {
+    /// What is sent.
+    pub operands: Operands,
+    /// Whether the result has a batch dimension: it has one if q has.
+    pub batched: bool,
+    /// Remarks that the person at the keyboard should see.
+    pub notes: Vec<String>,
+}
+
+/// Puts q, k and v together. Equal element types travel as they are, others as f32, which is exact.
+///
+/// # Errors
+/// If the dimensions don't fit together or are over a limit.
+pub fn assemble(q: Tensor, k: Tensor, v: Tensor) -> Result<Inputs, OperandError> {
+    let same = |first, second, what, a: usize, b: usize| {
+        if a == b { Ok(()) } else { Err(OperandError::Mismatch { first, second, what, got: (a, b) }) }
+    };
+    let [batch, heads, queries, head_dim] = q.shape;
+    let [k_batch, kv_heads, keys, k_dim] = k.shape;
+    let [v_batch, v_heads, v_keys, value_dim] = v.shape;
+    same("q", "k", "batch", batch, k_batch)?;
+    same("q", "k", "dim", head_dim, k_dim)?;
+    same("k", "v", "batch", k_batch, v_batch)?;
+    same("k", "v", "heads", kv_heads, v_heads)?;
+    same("k", "v", "tokens", keys, v_keys)?;
+    let dims = [batch, heads, kv_heads, queries, keys, head_dim, value_dim].map(|n| n as u64);
+    let [batch, heads, kv_heads, queries, keys, head_dim, value_dim] = dims;
+    let shape = AttnShape::new(Dims { batch, heads, kv_heads, queries, keys, head_dim, value_dim });
+    let shape = shape.map_err(|error| match error {
+        ShapeError::GqaRatio { heads, kv_heads } => OperandError::GqaRatio { heads, kv_heads },
+        other => OperandError::Shape(other),
+    })?;
+
+    let batched = q.batched;
+    let mut notes = Vec::new();
+    for (name, tensor) in [("q", &q), ("k", &k), ("v", &v)] {
+        if tensor.rounded_from_f64 {
+            notes.push(format!("{name} is f64 and was rounded to f32"));
+        }
+    }
+    let [q, k, v] = if q.dtype == k.dtype && k.dtype == v.dtype {
+        [q, k, v]
+    } else {
+        notes.push(format!("q, k, v are {}, {}, {}; all travel as f32", q.dtype, k.dtype, v.dtype));
+        [q, k, v].map(Tensor::into_f32)
+    };
+    let dtype: Dtype = q.dtype;
+    Ok(Inputs { operands: Operands { shape, dtype, q: q.bytes, k: k.bytes, v: v.bytes }, batched, notes })
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+
+    use super::*;
+
+    fn tensor(shape: [usize; 4], dtype: Dtype) -> Tensor {
+        let bytes = Bytes::from(vec![0; shape.iter().product::<usize>() * dtype.size()]);
+        Tensor { shape, batched: false, dtype, rounded_from_f64: false, bytes }
+    }
+
+    fn refusal(q: [usize; 4], k: [usize; 4], v: [usize; 4]) -> String {
+        let [q, k, v] = [q, k, v].map(|shape| tensor(shape, Dtype::F32));
+        assemble(q, k, v).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn equal_types_travel_as_they_are_and_mixed_ones_as_f32() {
+        let [q, k, v] = [[1, 4, 3, 8], [1, 2, 5, 8], [1, 2, 5, 6]];
+        let half = assemble(tensor(q, Dtype::F16), tensor(k, Dtype::F16), tensor(v, Dtype::F16)).unwrap();
+        assert_eq!(
+            (half.operands.dtype, half.operands.q.len(), half.notes.len()),
+            (Dtype::F16, 4 * 3 * 8 * 2, 0)
+        );
+        let mixed = assemble(tensor(q, Dtype::F16), tensor(k, Dtype::Bf16), tensor(v, Dtype::F32)).unwrap();
+        assert_eq!((mixed.operands.dtype, mixed.operands.k.len()), (Dtype::F32, 2 * 5 * 8 * 4));
+        assert_eq!(mixed.notes, ["q, k, v are f16, bf16, f32; all travel as f32"]);
+        let shape = mixed.operands.shape;
+        assert_eq!((shape.n_heads(), shape.n_kv_heads(), shape.n_keys(), shape.value_dim()), (4, 2, 5, 6));
+    }
+
+    #[test]
+    fn rounding_is_not_silent() {
+        let mut k = tensor([1, 1, 1, 1], Dtype::F32);
+        k.rounded_from_f64 = true;
+        let one = || tensor([1, 1, 1, 1], Dtype::F32);
+        assert_eq!(assemble(one(), k, one()).unwrap().notes, ["k is f64 and was rounded to f32"]);
+    }
+
+    #[test]
+    fn disagreements_name_both_tensors_and_the_numbers() {
+        let (q, k, v) = ([1, 4, 3, 8], [1, 2, 5, 8], [1, 2, 5, 6]);
+        assert_eq!(refusal([2, 4, 3, 8], k, v), "q and k disagree: batch (2, 1)");
+        assert_eq!(refusal([1, 4, 3, 9], k, v), "q and k disagree: dim (9, 8)");
+        assert_eq!(refusal(q, k, [1, 2, 4, 6]), "k and v disagree: tokens (5, 4)");
+        assert_eq!(refusal(q, k, [1, 1, 5, 6]), "k and v disagree: heads (2, 1)");
+        assert!(refusal([1, 5, 3, 8], k, v).contains("q has 5 heads, which is no multiple of the 2"));
+        assert!(refusal([1, 4, 3, 600], [1, 2, 5, 600], v).contains("head_dim 600 > 512"));
+    }
+}

@@ -1,0 +1,148 @@
+//! Writes a result beside its destination and renames it there, so that a reader sees the old file or the whole new one.
+
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::io::{self, BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use ndarray::{ArrayView, IxDyn};
+use ndarray_npy::{WriteNpyError, WriteNpyExt};
+use safetensors::SafeTensorError;
+use safetensors::tensor::{Dtype, TensorView};
+
+use super::OutputPath;
+use super::decode::le_bytes;
+
+/// A finished call, as it goes into a file.
+#[derive(Debug, Clone, Copy)]
+pub struct Output<'a> {
+    /// `[heads, queries, value_dim]` or `[batch, heads, queries, value_dim]`.
+    pub shape: &'a [usize],
+    /// Context, C order.
+    pub context: &'a [f32],
+    /// Natural-log lse, shaped as the context without its last dimension.
+    pub lse: &'a [f32],
+    /// Order of arithmetic that made it.
+    pub kernel_id: &'a str,
+}
+
+/// Why a result could not be written.
+#[derive(Debug, thiserror::Error)]
+#[error("{}: {fault}", path.display())]
+pub struct WriteError {
+    /// The destination.
+    pub path: PathBuf,
+    /// What went wrong.
+    #[source]
+    pub fault: WriteFault,
+}
+
+/// What can go wrong when a result is written.
+#[derive(Debug, thiserror::Error)]
+pub enum WriteFault {
+    /// The file system refuses.
+    #[error("{0}")]
+    Io(#[from] io::Error),
+    /// The context is not of its shape.
+    #[error("{0}")]
+    Shape(#[from] ndarray::ShapeError),
+    /// The npy writer refuses.
+    #[error("{0}")]
+    Npy(#[from] WriteNpyError),
+    /// The safetensors writer refuses.
+    #[error("{0}")]
+    Safetensors(#[from] SafeTensorError),
+    /// The directory does not exist.
+    #[error("there is no directory {}", .0.display())]
+    NoDirectory(PathBuf),
+    /// The destination is a directory, a pipe or a device.
+    #[error("exists and is not a regular file")]
+    NotAFile,
+    /// No file can be made beside the destination.
+    #[error("no file can be made in {}: {source}", directory.display())]
+    NotWritable {
+        /// The directory.
+        directory: PathBuf,
+        /// What the file system said.
+        source: io::Error,
+    },
+}
+
+impl OutputPath {
+    /// Refuses a destination that [`write`] can't write; worth asking before hours of computing. Makes the temporary
+    /// file and removes it again, so that a process that is killed meanwhile leaves none behind.
+    ///
+    /// # Errors
+    /// [`WriteFault::NoDirectory`], [`WriteFault::NotAFile`], [`WriteFault::NotWritable`].
+    pub fn check(&self) -> Result<(), WriteError> {
+        self.probe().map_err(|fault| WriteError { path: self.path().into(), fault })
+    }
+
+    fn probe(&self) -> Result<(), WriteFault> {
+        let directory = directory_of(self.path());
+        if !directory.is_dir() {
+            return Err(WriteFault::NoDirectory(directory.into()));
+        }
+        if fs::metadata(self.path()).is_ok_and(|existing| !existing.is_file()) {
+            return Err(WriteFault::NotAFile);
+        }
+        let temporary = self.temporary();
+        let made = File::create(&temporary).and_then(|_empty| fs::remove_file(&temporary));
+        made.map_err(|source| WriteFault::NotWritable { directory: directory.into(), source })
+    }
+
+    /// Where the result is written before it is renamed.
+    fn temporary(&self) -> PathBuf {
+        let name = self.path().file_name().unwrap_or_default().to_string_lossy();
+        directory_of(self.path()).join(format!(".{name}.{}.tmp", std::process::id()))
+    }
+}
+
+/// Writes `output` in the format that the extension names.
+///
+/// # Errors
+/// If the file system refuses; nothing is left behind then, and an earlier file of that name is untouched.
+pub fn write(to: &OutputPath, output: &Output<'_>) -> Result<(), WriteError> {
+    let path = to.path();
+    let temporary = to.temporary();
+    let written = match to {
+        OutputPath::Npy(_) => write_npy(&temporary, output),
+        OutputPath::Safetensors(_) => write_safetensors(&temporary, output),
+    };
+    let renamed = written.and_then(|()| Ok(fs::rename(&temporary, path)?));
+    renamed.map_err(|fault| {
+        // The first error is the one to report; the temporary file may not even exist.
+        fs::remove_file(&temporary).ok();
+        WriteError { path: path.into(), fault }
+    })
+}
+
+fn directory_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if parent != Path::new("") => parent,
+        _ => Path::new("."),
+    }
+}
+
+fn write_npy(path: &Path, output: &Output<'_>) -> Result<(), WriteFault> {
+    let mut file = BufWriter::new(File::create(path)?);
+    ArrayView::from_shape(IxDyn(output.shape), output.context)?.write_npy(&mut file)?;
+    file.flush()?;
+    Ok(file.get_ref().sync_all()?)
+}
+
+fn write_safetensors(path: &Path, output: &Output<'_>) -> Result<(), WriteFault> {
+    let (context, lse) = (le_bytes(output.context), le_bytes(output.lse));
+    let rows = output.shape.split_last().map_or(output.shape, |(_, rows)| rows);
+    let tensors = [
+        ("context", TensorView::new(Dtype::F32, output.shape.into(), &context)?),
+        ("lse", TensorView::new(Dtype::F32, rows.into(), &lse)?),
+    ];
+    // One entry only: the map has no order, and equal results are to make equal files.
+    let metadata = HashMap::from([("kernel_id".to_owned(), output.kernel_id.to_owned())]);
+    // Not `serialize_to_file`: that makes a file which only its owner may read, whatever the umask says.
+    let bytes = safetensors::serialize(tensors, Some(metadata))?;
+    let mut file = File::create(path)?;
+    file.write_all(&bytes)?;
+    Ok(file.sync_all()?)
+}

@@ -1,0 +1,156 @@
+//! `attnd attend`: tensors from files, one call, the result into a file.
+
+use std::time::Instant;
+
+use anyhow::Context as _;
+use attnd_client::{AttendOptions, Attended, WorkerChoice};
+use attnd_kernel::Causal;
+use serde::Serialize;
+
+use crate::args::{AttendArgs, ENDPOINT_ENV, endpoint_or_env};
+use crate::call_report::{PlanReport, TimingsReport, plan_table, timing_table};
+use crate::embedded::{LocalCluster, LocalOptions};
+use crate::exit::{BadInput, connect};
+use crate::output;
+use crate::progress::CallProgress;
+use crate::tensor_file::{self, Inputs, Output};
+
+/// Runs the verb.
+///
+/// # Errors
+/// [`BadInput`] and the errors of reading and writing files end the process with code 2, others with 1.
+pub async fn run(args: &AttendArgs) -> anyhow::Result<()> {
+    let site = Site::of(args, |key| std::env::var(key).ok())?;
+    if let Some(output) = &args.output {
+        output.check()?;
+    }
+    let [q, k, v] = [tensor_file::read(&args.q)?, tensor_file::read(&args.k)?, tensor_file::read(&args.v)?];
+    let inputs = tensor_file::assemble(q, k, v)?;
+    inputs.notes.iter().for_each(|note| output::note(note));
+
+    let (attended, seconds) = match site {
+        Site::Remote(endpoint) => call(&endpoint, args, &inputs).await.with_context(|| endpoint)?,
+        Site::Local(options) => {
+            let cluster = LocalCluster::start(options).await?;
+            let outcome = call(cluster.endpoint(), args, &inputs).await;
+            cluster.stop().await;
+            outcome?
+        }
+    };
+    if let Some(to) = &args.output {
+        let shape = result_shape(&inputs);
+        let (context, lse) = (&attended.context, &attended.lse);
+        tensor_file::write(to, &Output { shape: &shape, context, lse, kernel_id: &attended.kernel_id })?;
+    }
+    report(args, &inputs, &attended, seconds)
+}
+
+/// Where the call is computed.
+#[derive(Debug)]
+enum Site {
+    /// By a cluster that runs already.
+    Remote(String),
+    /// By processes started for this call.
+    Local(LocalOptions),
+}
+
+impl Site {
+    /// `--workers` typed wins over an endpoint in the environment.
+    fn of(args: &AttendArgs, env: impl Fn(&str) -> Option<String>) -> Result<Self, BadInput> {
+        if let Some(workers) = args.workers {
+            if let Some(used) = args.use_workers.filter(|used| *used > workers) {
+                let text = format!("--use-workers {used} needs more workers than --workers {workers} starts");
+                return Err(BadInput::new(text));
+            }
+            let threads_per_worker = args.threads_per_worker.map(Into::into);
+            return Ok(Self::Local(LocalOptions { workers: workers.into(), threads_per_worker }));
+        }
+        endpoint_or_env(args.endpoint.as_deref(), env).map(Self::Remote).ok_or_else(|| {
+            BadInput::new(format!(
+                "where to compute? --workers N starts N processes here, --endpoint URL or {ENDPOINT_ENV} names a cluster"
+            ))
+        })
+    }
+}
+
+async fn call(endpoint: &str, args: &AttendArgs, inputs: &Inputs) -> anyhow::Result<(Attended, f64)> {
+    let options = AttendOptions {
+        scale: args.scale,
+        causal: args.causal.map_or(Causal::None, Into::into),
+        allow_non_finite: args.allow_non_finite,
+        workers: args.use_workers.map_or(WorkerChoice::Auto, |n| WorkerChoice::Exactly(n.into())),
+        timeout: Some(args.timeout),
+        ..AttendOptions::default()
+    };
+    let client = connect(endpoint)?;
+    let progress = CallProgress::new();
+    let begin = Instant::now();
+    let attended = client.attend(&inputs.operands, &options, &mut |event| progress.update(&event)).await?;
+    Ok((attended, begin.elapsed().as_secs_f64()))
+}
+
+fn result_shape(inputs: &Inputs) -> Vec<usize> {
+    let shape = &inputs.operands.shape;
+    let full = [shape.batch(), shape.n_heads(), shape.n_queries(), shape.value_dim()];
+    full[usize::from(!inputs.batched)..].to_vec()
+}
+
+/// The `--json` form.
+#[derive(Debug, Serialize)]
+struct AttendReport {
+    context_shape: Vec<usize>,
+    kv_heads: usize,
+    keys: usize,
+    head_dim: usize,
+    dtype: String,
+    plan: PlanReport,
+    timings: TimingsReport,
+    client_seconds: f64,
+    empty_rows: u64,
+    attempts: u32,
+    retried_after: Vec<&'static str>,
+    kernel_id: String,
+    output: Option<String>,
+}
+
+fn report(args: &AttendArgs, inputs: &Inputs, attended: &Attended, seconds: f64) -> anyhow::Result<()> {
+    let shape = &inputs.operands.shape;
+    let report = AttendReport {
+        context_shape: result_shape(inputs),
+        kv_heads: shape.n_kv_heads(),
+        keys: shape.n_keys(),
+        head_dim: shape.head_dim(),
+        dtype: inputs.operands.dtype.to_string(),
+        plan: PlanReport::from(&attended.plan),
+        timings: TimingsReport::from(&attended.timings),
+        client_seconds: seconds,
+        empty_rows: attended.empty_rows,
+        attempts: attended.attempts,
+        retried_after: attended.retried_after.iter().map(|reason| reason.name()).collect(),
+        kernel_id: attended.kernel_id.clone(),
+        output: args.output.as_ref().map(|output| output.path().display().to_string()),
+    };
+    if args.json {
+        return output::json(&report);
+    }
+    output::line(&format!("plan: {}", report.plan.reason))?;
+    output::line(&plan_table(&report.plan).to_string())?;
+    output::line(&timing_table(&report.timings, seconds).to_string())?;
+    if report.empty_rows > 0 {
+        output::line(&format!(
+            "{} rows see no key: their context is 0 and their lse -inf",
+            report.empty_rows
+        ))?;
+    }
+    if report.attempts > 1 {
+        output::line(&format!(
+            "attempt {} succeeded; before it: {}",
+            report.attempts,
+            report.retried_after.join(", ")
+        ))?;
+    }
+    match &report.output {
+        Some(path) => output::line(&format!("wrote {path}: context {:?}, f32", report.context_shape)),
+        None => output::line(&format!("context {:?}, f32; -o FILE writes it", report.context_shape)),
+    }
+}

@@ -1,0 +1,9 @@
+//! One file per verb.
+
+pub mod attend;
+pub mod completions;
+pub mod coordinator;
+pub mod demo;
+pub mod local;
+pub mod status;
+pub mod worker;

@@ -1,0 +1,42 @@
+//! The project's own commands: `cargo xtask VERB`. Uses nothing but std, so it builds in a second.
+
+// It is a command line program: its output is its purpose.
+#![allow(clippy::print_stdout, clippy::print_stderr)]
+
+mod neon;
+mod step;
+mod suite;
+
+use std::process::ExitCode;
+
+const HELP: &str = "\
+usage: cargo xtask VERB
+
+  test      everything a change must pass: format, clippy, docs, release build, all tests
+  nightly   all tests with their long lists (ATTND_NIGHTLY=1): big shapes, more kills
+  neon      the kernel crate's tests for aarch64 under qemu; says which Debian packages it needs
+";
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let outcome = match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        ["test"] => suite::test(),
+        ["nightly"] => suite::nightly(),
+        ["neon"] => neon::test(),
+        [] | ["help" | "--help" | "-h"] => {
+            print!("{HELP}");
+            Ok(())
+        }
+        _ => {
+            eprint!("xtask: no such command: {}\n\n{HELP}", arguments.join(" "));
+            return ExitCode::from(2);
+        }
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("xtask: {failure}");
+            ExitCode::FAILURE
+        }
+    }
+}

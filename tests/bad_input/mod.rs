@@ -1,0 +1,22 @@
+//! The bad-input contract: what each malformed, hostile or impossible input gets, from running processes.
+//!
+//! Every row sends its input to a real cluster and demands the exact code, text, `attnd-reason` and `attnd-outcome`;
+//! then a good call must give the right bits, and no process may have grown by 64 MiB at any moment. After each table
+//! (after each row where a stream breaks off) the workers' memory must be free again. See [`scene`].
+//!
+//! The modules go by group: [`protocol`] is HTTP/2 and gRPC below the messages, [`stream_order`] the order of frames,
+//! [`begin`] what a call may ask for, [`values`] the numbers in its tensors, [`worker_port`] the same for a worker's
+//! own port, [`files`] what the command line refuses to read.
+//!
+//! Left out, because a one-shot call has none of it: sessions that disagree with a call, tenants, mask bits, causal
+//! offsets, windows and softcaps. Messages are never compressed, so there are no decompression bombs.
+
+mod begin;
+mod call;
+mod files;
+mod http2;
+mod protocol;
+mod scene;
+mod stream_order;
+mod values;
+mod worker_port;

@@ -1,0 +1,11 @@
+//! One test binary: the rules of the house here, clusters of real processes beside it.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test's panic is its verdict")]
+
+mod bad_input;
+mod exactness;
+mod lifecycle;
+mod loss;
+mod memory;
+mod real_layers;
+mod support;
+mod tidy;

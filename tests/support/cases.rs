@@ -1,0 +1,260 @@
+//! Seeded calls, and their answers as the kernels of this process give them.
+
+use std::time::Duration;
+
+use attnd_client::{AttendOptions, Attended, Operands, WorkerChoice};
+use attnd_kernel::reference::{ReferenceRow, reference_row};
+use attnd_kernel::slot::{N_SLOTS, Node, PAGE_KEYS, keys_in_page, n_pages};
+use attnd_kernel::{AttnShape, Causal, Dims, Dtype, GroupCall, Kernels, KvHead, attend_node, widen};
+use bytes::Bytes;
+use half::{bf16, f16};
+use rand::rngs::SmallRng;
+use rand::{RngExt, SeedableRng};
+
+/// Longer than any call of these tests takes: what hangs becomes an error.
+const CALL_LIMIT: Duration = Duration::from_secs(120);
+
+/// What the numbers look like.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Data {
+    /// N(0, 1)-like.
+    Normal,
+    /// Logits of many hundreds: most weights are flushed.
+    Peaked,
+    /// Weights almost equal.
+    Flat,
+    /// Values of +-1e30, or what the dtype holds.
+    HugeValues,
+    /// Many equal scores and signed zeros.
+    Ties,
+    /// NaNs and infinities strewn about.
+    Poisoned,
+}
+
+impl Data {
+    pub(crate) const ALL: [Self; 6] =
+        [Self::Normal, Self::Peaked, Self::Flat, Self::HugeValues, Self::Ties, Self::Poisoned];
+}
+
+/// Head over the batch, and query token.
+pub(crate) type Row = (usize, usize);
+
+/// One call.
+pub(crate) struct Case {
+    pub(crate) data: Data,
+    pub(crate) causal: Causal,
+    pub(crate) scale: f32,
+    pub(crate) operands: Operands,
+}
+
+/// Context `[batch, heads, queries, value_dim]` and lse `[batch, heads, queries]`.
+#[derive(Debug, PartialEq)]
+pub(crate) struct Answer {
+    pub(crate) context: Vec<f32>,
+    pub(crate) lse: Vec<f32>,
+}
+
+/// Elements of one operand, in `dtype`.
+fn fill(rng: &mut SmallRng, n: u64, amplitude: f32, data: Data, dtype: Dtype) -> Bytes {
+    let mut element = || {
+        let x = (rng.random_range(-1.0..1.0_f32) + rng.random_range(-1.0..1.0_f32)) * amplitude * 1.22;
+        match data {
+            Data::Ties => (x * 2.0).round() * if rng.random::<bool>() { 0.5 } else { -0.5 },
+            Data::Poisoned => match rng.random_range(0..5000_u32) {
+                0 => f32::from_bits(0xffc0_1234),
+                1 => f32::INFINITY,
+                2 => f32::NEG_INFINITY,
+                _ => x,
+            },
+            _ => x,
+        }
+    };
+    let n = usize::try_from(n).expect("operands fit into memory");
+    match dtype {
+        Dtype::F32 => attnd_wire::floats::into_bytes((0..n).map(|_| element()).collect()),
+        Dtype::F16 => (0..n).flat_map(|_| f16::from_f32(element()).to_le_bytes()).collect::<Vec<u8>>().into(),
+        Dtype::Bf16 => {
+            (0..n).flat_map(|_| bf16::from_f32(element()).to_le_bytes()).collect::<Vec<u8>>().into()
+        }
+    }
+}
+
+impl Case {
+    /// Seeded operands of that shape.
+    pub(crate) fn new(seed: u64, data: Data, causal: Causal, dtype: Dtype, dims: Dims) -> Self {
+        let shape = AttnShape::new(dims).unwrap_or_else(|error| panic!("{dims:?}: {error}"));
+        let mut rng = SmallRng::seed_from_u64(seed);
+        let (qk, value) = match data {
+            Data::Peaked => (12.0, 1.0),
+            Data::Flat => (1e-2, 1.0),
+            Data::HugeValues if dtype == Dtype::F16 => (1.0, 1e4),
+            Data::HugeValues => (1.0, 1e30),
+            _ => (1.0, 1.0),
+        };
+        let q = fill(&mut rng, shape.q_elements(), qk, data, dtype);
+        let k = fill(&mut rng, shape.k_elements(), qk, data, dtype);
+        let v = fill(&mut rng, shape.v_elements(), value, data, dtype);
+        // Not always the default, and never a power of two by accident.
+        let scale = (dims.head_dim as f32).sqrt().recip() * if seed.is_multiple_of(2) { 1.0 } else { 0.7 };
+        Self { data, causal, scale, operands: Operands { shape, dtype, q, k, v } }
+    }
+
+    /// A case of ordinary numbers, f32, without a mask.
+    pub(crate) fn plain(seed: u64, dims: Dims) -> Self {
+        Self::new(seed, Data::Normal, Causal::None, Dtype::F32, dims)
+    }
+
+    pub(crate) fn shape(&self) -> &AttnShape {
+        &self.operands.shape
+    }
+
+    /// The call's options, with this choice of workers.
+    pub(crate) fn options(&self, workers: WorkerChoice) -> AttendOptions {
+        AttendOptions {
+            scale: Some(self.scale),
+            causal: self.causal,
+            allow_non_finite: self.data == Data::Poisoned,
+            forbid_empty_rows: false,
+            workers,
+            timeout: Some(CALL_LIMIT),
+        }
+    }
+
+    /// Bytes of Q, K and V on the wire.
+    pub(crate) fn bytes(&self) -> usize {
+        self.operands.q.len() + self.operands.k.len() + self.operands.v.len()
+    }
+
+    /// Floating-point operations of both products, as if nothing were masked.
+    pub(crate) fn flops(&self) -> f64 {
+        let shape = self.shape();
+        let pairs = (shape.batch() * shape.n_heads() * shape.n_queries()) as f64 * shape.n_keys() as f64;
+        2.0 * pairs * (shape.head_dim() + shape.value_dim()) as f64
+    }
+
+    /// Rows that see no key.
+    pub(crate) fn empty_rows(&self) -> u64 {
+        let shape = self.shape();
+        let empty =
+            (0..shape.n_queries()).filter(|token| self.causal.visible(*token, shape).is_empty()).count();
+        (empty * shape.batch() * shape.n_heads()) as u64
+    }
+
+    /// Some rows: the first, the last and random ones.
+    pub(crate) fn sample_rows(&self, seed: u64, random: usize) -> Vec<Row> {
+        let (heads, tokens) = (self.shape().batch() * self.shape().n_heads(), self.shape().n_queries());
+        let mut rng = SmallRng::seed_from_u64(seed);
+        let mut rows = vec![(0, 0), (heads - 1, tokens - 1)];
+        rows.extend((0..random).map(|_| (rng.random_range(0..heads), rng.random_range(0..tokens))));
+        rows
+    }
+
+    /// Keys and values of one kv group, all of them.
+    fn resident(&self, group: usize) -> KvHead {
+        let shape = self.shape();
+        let (d, dv, n_keys) = (shape.head_dim(), shape.value_dim(), shape.n_keys());
+        let (dtype, finite) = (self.operands.dtype, self.data != Data::Poisoned);
+        let mut kv = KvHead::new(n_keys, d, dv, 0..N_SLOTS).expect("memory for one kv head");
+        for page in 0..n_pages(n_keys) {
+            let rows = |bytes: &Bytes, dim: usize| {
+                let token = dim * dtype.size();
+                let begin = (group * n_keys + page * PAGE_KEYS) * token;
+                bytes.slice(begin..begin + keys_in_page(page, n_keys) * token)
+            };
+            kv.write_k(page, &rows(&self.operands.k, d), dtype, finite).expect("finite keys");
+            kv.write_v(page, &rows(&self.operands.v, dv), dtype, finite).expect("finite values");
+        }
+        kv
+    }
+
+    /// Computes the call in this process, and the rows of `alone` once more, each by itself: their context and lse.
+    pub(crate) fn compute(&self, kernels: &Kernels, alone: &[Row]) -> (Answer, Vec<(Row, Answer)>) {
+        let shape = *self.shape();
+        let (size, tokens) = (shape.group_size(), shape.n_queries());
+        let mut answer = Answer { context: Vec::new(), lse: Vec::new() };
+        let mut rows = Vec::new();
+        for group in 0..shape.n_groups() {
+            let kv = self.resident(group);
+            let mut q = vec![0.0; size * tokens * shape.head_dim()];
+            let bytes = q.len() * self.operands.dtype.size();
+            widen(&self.operands.q[group * bytes..][..bytes], self.operands.dtype, &mut q);
+            let call = GroupCall { shape, scale: self.scale, causal: self.causal, q: &q, kv: &kv };
+            let finished = attend_node(kernels, &call, Node::ROOT, 0..tokens).0.finish(kernels);
+            answer.context.extend_from_slice(&finished.context);
+            answer.lse.extend_from_slice(&finished.lse);
+            for (head, token) in alone.iter().copied().filter(|(head, _)| head / size == group) {
+                let row = attend_node(kernels, &call, Node::ROOT, token..token + 1).0.finish(kernels);
+                let one = head % size;
+                let context = row.context[one * shape.value_dim()..][..shape.value_dim()].to_vec();
+                rows.push(((head, token), Answer { context, lse: vec![row.lse[one]] }));
+            }
+        }
+        (answer, rows)
+    }
+
+    /// Some rows by the f64 oracle.
+    pub(crate) fn reference(&self, rows: &[Row]) -> Vec<(Row, ReferenceRow)> {
+        let dtype = self.operands.dtype;
+        let floats = |bytes: &Bytes| {
+            let mut floats = vec![0.0; bytes.len() / dtype.size()];
+            widen(bytes, dtype, &mut floats);
+            floats
+        };
+        let (q, k, v) = (floats(&self.operands.q), floats(&self.operands.k), floats(&self.operands.v));
+        let row = |(head, token)| {
+            reference_row(self.shape(), self.scale.into(), self.causal, (&q, &k, &v), head, token)
+        };
+        rows.iter().map(|at| (*at, row(*at))).collect()
+    }
+}
+
+impl From<Attended> for Answer {
+    fn from(attended: Attended) -> Self {
+        Self { context: attended.context, lse: attended.lse }
+    }
+}
+
+impl Answer {
+    /// One row.
+    pub(crate) fn row(&self, shape: &AttnShape, (head, token): Row) -> Self {
+        let row = head * shape.n_queries() + token;
+        let context = self.context[row * shape.value_dim()..][..shape.value_dim()].to_vec();
+        Self { context, lse: vec![self.lse[row]] }
+    }
+
+    /// Where two answers differ in bits.
+    pub(crate) fn difference(&self, other: &Self) -> Option<String> {
+        let differ = |what: &str, a: &[f32], b: &[f32]| {
+            if a.len() != b.len() {
+                return Some(format!("{what}: {} and {} elements", a.len(), b.len()));
+            }
+            let differing = a.iter().zip(b).filter(|(a, b)| a.to_bits() != b.to_bits()).count();
+            let at = a.iter().zip(b).position(|(a, b)| a.to_bits() != b.to_bits())?;
+            let [a_bits, b_bits] = [a[at].to_bits(), b[at].to_bits()];
+            let [a_value, b_value] = [a[at], b[at]];
+            Some(format!(
+                "{differing} of {} differ, first {what}[{at}]: {a_value:e} {a_bits:#x} and {b_value:e} {b_bits:#x}",
+                a.len()
+            ))
+        };
+        differ("context", &self.context, &other.context).or_else(|| differ("lse", &self.lse, &other.lse))
+    }
+
+    /// # Panics
+    /// If the other answer has other bits.
+    pub(crate) fn assert_bits_of(&self, other: &Self, what: &str) {
+        if let Some(difference) = self.difference(other) {
+            panic!("{what}: {difference}");
+        }
+    }
+
+    /// # Panics
+    /// If a row of `wanted` is further from the oracle than its bound.
+    pub(crate) fn assert_within(&self, shape: &AttnShape, wanted: &[(Row, ReferenceRow)], what: &str) {
+        for (at, wanted) in wanted {
+            let row = self.row(shape, *at);
+            let ratio = wanted.worst_ratio(&row.context, row.lse[0]);
+            assert!(ratio <= 1.0, "{what}: row {at:?} is {ratio} times the bound from the f64 reference");
+        }
+    }
+}

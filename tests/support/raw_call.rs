@@ -1,0 +1,104 @@
+//! A call made with the generated client, frame by frame: what the client library would never send.
+
+use std::time::Duration;
+
+use attnd_client::WorkerChoice;
+use attnd_plan::Tensor;
+use attnd_wire::{AttendReply, AttendRequest, Begin, Commit, Error, Link, TensorChunk, limits, proto};
+use rand::RngExt;
+use rand::rngs::SmallRng;
+use tonic::Request;
+use tonic::transport::Channel;
+
+use super::cases::{Answer, Case};
+
+/// A channel to a coordinator, opened with the first call.
+pub(crate) fn channel(url: &str) -> Channel {
+    limits::endpoint(url, Link::Client).expect("a URL").connect_lazy()
+}
+
+/// The first frame of a call.
+pub(crate) fn begin(case: &Case, workers: WorkerChoice) -> Begin {
+    let options = case.options(workers);
+    Begin {
+        shape: *case.shape(),
+        dtype: case.operands.dtype,
+        scale: case.scale,
+        causal: case.causal,
+        allow_non_finite: options.allow_non_finite,
+        forbid_empty_rows: options.forbid_empty_rows,
+        workers,
+    }
+}
+
+/// The frames of a call: chunks of random sizes, from one element to `largest` elements, the three tensors interleaved
+/// at random.
+pub(crate) fn interleaved(
+    case: &Case,
+    workers: WorkerChoice,
+    largest: usize,
+    rng: &mut SmallRng,
+) -> Vec<AttendRequest> {
+    let size = case.operands.dtype.size();
+    let operands = &case.operands;
+    let mut left = vec![
+        (Tensor::Q, operands.q.clone()),
+        (Tensor::K, operands.k.clone()),
+        (Tensor::V, operands.v.clone()),
+    ];
+    let mut frames = vec![AttendRequest::Begin(begin(case, workers))];
+    let mut commit = Commit { chunks: 0, bytes: 0 };
+    while !left.is_empty() {
+        let which = rng.random_range(0..left.len());
+        let (tensor, bytes) = &mut left[which];
+        // Mostly large chunks and a few very small ones: sizes are even over their logarithm.
+        let elements =
+            f64::from(rng.random_range(0.0..1.0_f32)).mul_add((largest as f64).ln(), 0.0).exp() as usize;
+        let data = bytes.split_to((elements.max(1) * size).min(bytes.len()));
+        let tensor = *tensor;
+        if bytes.is_empty() {
+            left.remove(which);
+        }
+        commit.bytes += data.len() as u64;
+        frames.push(AttendRequest::Chunk(TensorChunk { index: commit.chunks, tensor, data }));
+        commit.chunks += 1;
+    }
+    frames.push(AttendRequest::Commit(commit));
+    frames
+}
+
+/// Sends these frames and puts the answer together.
+pub(crate) async fn send(channel: Channel, case: &Case, frames: Vec<AttendRequest>) -> Result<Answer, Error> {
+    let exchange = async {
+        let mut stub = limits::attention_client(channel);
+        let frames = tokio_stream::iter(frames.into_iter().map(proto::AttendRequest::from));
+        let mut replies = stub.attend(Request::new(frames)).await?.into_inner();
+        let shape = case.shape();
+        let (tokens, dim) = (shape.n_queries(), shape.value_dim());
+        let rows = shape.batch() * shape.n_heads() * tokens;
+        let mut answer = Answer { context: vec![f32::NAN; rows * dim], lse: vec![f32::NAN; rows] };
+        let (mut planned, mut seen) = (0, 0);
+        while let Some(reply) = replies.message().await? {
+            match AttendReply::decode(reply, shape)? {
+                AttendReply::Planned(_) => planned += 1,
+                AttendReply::Context(chunk) => {
+                    let n = chunk.tokens.len();
+                    for (i, head) in chunk.heads.clone().enumerate() {
+                        let row = head * tokens + chunk.tokens.start;
+                        answer.lse[row..row + n].copy_from_slice(&chunk.lse[i * n..][..n]);
+                        answer.context[row * dim..(row + n) * dim]
+                            .copy_from_slice(&chunk.context[i * n * dim..][..n * dim]);
+                        seen += n;
+                    }
+                }
+                AttendReply::Done(done) => {
+                    assert_eq!((planned, seen), (1, rows), "plans and rows before Done");
+                    assert_eq!(done.empty_rows, case.empty_rows());
+                    return Ok(answer);
+                }
+            }
+        }
+        panic!("the answer ends before Done");
+    };
+    tokio::time::timeout(Duration::from_secs(60), exchange).await.expect("an answer within a minute")
+}
