@@ -1,5 +1,7 @@
 //! The program as somebody at a keyboard meets it: odd arguments, odd surroundings, and impatience.
 
+#![allow(clippy::unwrap_used)]
+
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::Path;

@@ -69,7 +69,7 @@ pub enum WriteFault {
 }
 
 impl OutputPath {
-    /// Refuses a destination that [`write`] can't write; worth asking before hours of computing. Makes the temporary
+    /// Refuses a destination that [`write()`] can't write; worth asking before hours of computing. Makes the temporary
     /// file and removes it again, so that a process that is killed meanwhile leaves none behind.
     ///
     /// # Errors
