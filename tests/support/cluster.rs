@@ -40,18 +40,23 @@ pub(crate) struct Cluster {
 struct Worker {
     spec: WorkerSpec,
     id: String,
+    /// How often it was started.
+    lives: u32,
     /// The process and the URL of its own service; `None` once it is killed.
     running: Option<(Process, String)>,
 }
 
 impl Worker {
+    /// Starts it under a name that no earlier life had: a name that dies three times a minute is quarantined.
     fn start(&mut self, coordinator: &str) {
+        self.lives += 1;
+        let name = if self.lives == 1 { self.id.clone() } else { format!("{}-{}", self.id, self.lives) };
         let threads = self.spec.threads.to_string();
         let args = ["worker", "--coordinator", coordinator, "--listen", "127.0.0.1:0"];
-        let args = [&args[..], &["--id", &self.id, "--threads", &threads]].concat();
+        let args = [&args[..], &["--id", &name, "--threads", &threads]].concat();
         let isa = self.spec.isa.map(Isa::name);
         let env: Vec<(&str, &str)> = isa.map(|isa| ("ATTND_ISA", isa)).into_iter().collect();
-        let process = Process::start_bound(&self.id, &args, &env);
+        let process = Process::start_bound(&name, &args, &env);
         let url = process.url();
         self.running = Some((process, url));
     }
@@ -76,7 +81,8 @@ impl Cluster {
         let url = coordinator.url();
         let client = Client::connect(&url).expect("the coordinator prints a URL");
         let workers = specs.into_iter().enumerate();
-        let workers = workers.map(|(i, spec)| Worker { spec, id: format!("w{i}"), running: None }).collect();
+        let workers =
+            workers.map(|(i, spec)| Worker { spec, id: format!("w{i}"), lives: 0, running: None }).collect();
         let mut cluster = Self { workers, coordinator, url, client, _alone: alone };
         for i in 0..cluster.workers.len() {
             cluster.start_worker(i);
@@ -105,7 +111,7 @@ impl Cluster {
         self.workers[i].process()
     }
 
-    /// Starts a worker that is not running, under its old name.
+    /// Starts a worker that is not running; from its second life on it has a name of its own, such as `w0-2`.
     pub(crate) fn start_worker(&mut self, i: usize) {
         self.workers[i].start(&self.url);
     }
