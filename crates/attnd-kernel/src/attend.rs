@@ -9,6 +9,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use crate::block::{BLOCK_ROWS, QueryLayout, RowBlock, RowPartials};
 use crate::buffer::Buffer;
 use crate::canonical::query_factor;
 use crate::dispatch::Kernels;
@@ -16,10 +17,8 @@ use crate::float_env::FloatEnvironment;
 use crate::mask::Causal;
 use crate::pages::{KvHead, padded_columns};
 use crate::partial::PartialRows;
-use crate::rows::{BLOCK_ROWS, RowBlock, RowPartials, scratch_floats};
 use crate::shape::AttnShape;
 use crate::slot::{Node, pages_of_slot};
-use crate::tile::{QueryRow, query_row};
 
 /// Blocks per thread below which the keys are split too.
 const BLOCKS_PER_THREAD: usize = 2;
@@ -186,27 +185,31 @@ impl NodeTask<'_> {
         let visible: Vec<Range<usize>> =
             (0..n_rows).map(|row| self.call.causal.visible(place(row).1, shape)).collect();
         let factor = query_factor(self.call.scale);
-        let query_floats = (n_rows * d).next_multiple_of(16);
+        let layout = QueryLayout::new(n_rows, d, self.kernels.tiles());
+        let query_floats = layout.floats().next_multiple_of(16);
         let sum_floats = n_rows.next_multiple_of(16);
         let floats = query_floats + 2 * sum_floats + n_rows * columns;
 
         let _standard = FloatEnvironment::standard();
-        with_scratch(floats + scratch_floats(n_rows, value_dim), |memory| {
+        with_scratch(floats + layout.scratch_floats(value_dim), |memory| {
             let (q, memory) = memory.split_at_mut(query_floats);
             let (m, memory) = memory.split_at_mut(sum_floats);
             let (l, memory) = memory.split_at_mut(sum_floats);
             let (o, scratch) = memory.split_at_mut(n_rows * columns);
+            if n_rows * d < layout.floats() {
+                q.fill(0.0);
+            }
             for row in 0..n_rows {
                 let (head, token) = place(row);
                 let from = &self.call.q[(head * shape.n_queries() + token) * d..][..d];
-                let QueryRow { first, stride } = query_row(row, n_rows, d, self.kernels.tile_rows());
+                let (first, stride) = layout.row(row);
                 for (to, from) in q[first..].iter_mut().step_by(stride).zip(from) {
                     *to = from * factor;
                 }
             }
-            let rows = RowBlock { q: &q[..n_rows * d], visible: &visible, kv: self.call.kv, pages };
+            let rows = RowBlock { q: &q[..layout.floats()], visible: &visible, kv: self.call.kv, pages };
             let mut out = RowPartials { m: &mut m[..n_rows], l: &mut l[..n_rows], o };
-            let overflow = self.kernels.attend_rows(&rows, scratch, &mut out);
+            let overflow = self.kernels.attend_block(&rows, layout, scratch, &mut out);
             for (row, o) in o.chunks_exact(columns).enumerate() {
                 let (head, token) = (row % n_heads, row / n_heads);
                 let to = &mut block.heads[head];

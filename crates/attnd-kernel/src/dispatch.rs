@@ -6,7 +6,7 @@
 use std::sync::OnceLock;
 
 use crate::arch;
-use crate::rows::{RowBlock, RowPartials, attend_rows, divide_rows, merge_rows};
+use crate::block::{QueryLayout, RowBlock, RowPartials, Tiles, attend_block, divide_rows, merge_rows};
 
 /// The environment variable that overrides the choice.
 pub const ISA_VARIABLE: &str = "ATTND_ISA";
@@ -76,7 +76,7 @@ pub enum IsaError {
     },
 }
 
-type AttendRows = unsafe fn(&RowBlock<'_>, &mut [f32], &mut RowPartials<'_>) -> Option<usize>;
+type AttendBlock = unsafe fn(&RowBlock<'_>, QueryLayout, &mut [f32], &mut RowPartials<'_>) -> Option<usize>;
 type MergeRows = unsafe fn(RowPartials<'_>, &[f32], &[f32], &[f32], usize);
 type DivideRows = unsafe fn(&[f32], &[f32], &mut [f32], usize);
 type FmaLoop = unsafe fn(u64) -> f32;
@@ -84,8 +84,8 @@ type FmaLoop = unsafe fn(u64) -> f32;
 /// The kernels of one ISA. Possession proves that this CPU runs them.
 pub struct Kernels {
     isa: Isa,
-    tile_rows: usize,
-    attend_rows: AttendRows,
+    tiles: Tiles,
+    attend_block: AttendBlock,
     merge_rows: MergeRows,
     divide_rows: DivideRows,
     fma_loop: FmaLoop,
@@ -144,19 +144,20 @@ impl Kernels {
         self.isa
     }
 
-    /// Rows of the largest register tile.
-    pub(crate) fn tile_rows(&self) -> usize {
-        self.tile_rows
+    /// The largest register tiles.
+    pub(crate) fn tiles(&self) -> Tiles {
+        self.tiles
     }
 
-    pub(crate) fn attend_rows(
+    pub(crate) fn attend_block(
         &self,
         block: &RowBlock<'_>,
+        layout: QueryLayout,
         scratch: &mut [f32],
         out: &mut RowPartials<'_>,
     ) -> Option<usize> {
         // SAFETY: a Kernels of this ISA is only handed out where the CPU has its features.
-        unsafe { (self.attend_rows)(block, scratch, out) }
+        unsafe { (self.attend_block)(block, layout, scratch, out) }
     }
 
     pub(crate) fn merge_rows(
@@ -167,19 +168,19 @@ impl Kernels {
         o_right: &[f32],
         columns: usize,
     ) {
-        // SAFETY: as in attend_rows.
+        // SAFETY: as in attend_block.
         unsafe { (self.merge_rows)(left, m_right, l_right, o_right, columns) }
     }
 
     pub(crate) fn divide_rows(&self, m: &[f32], l: &[f32], o: &mut [f32], columns: usize) {
-        // SAFETY: as in attend_rows.
+        // SAFETY: as in attend_block.
         unsafe { (self.divide_rows)(m, l, o, columns) }
     }
 
     /// Runs `rounds` of [`FLOP_PER_ROUND`] floating-point operations from registers; the result only keeps the
     /// optimiser honest.
     pub(crate) fn fma_loop(&self, rounds: u64) -> f32 {
-        // SAFETY: as in attend_rows.
+        // SAFETY: as in attend_block.
         unsafe { (self.fma_loop)(rounds) }
     }
 }
@@ -206,22 +207,23 @@ unsafe fn fma_chains<L: crate::lanes::Lanes, const CHAINS: usize>(rounds: u64) -
     }
 }
 
-/// Stamps the entries of one ISA: `$mr` rows by `$nr` times 16 lanes is its register tile, `$chains` its registers of
-/// independent accumulators.
+/// Stamps the entries of one ISA. Its register tiles are `$mr` rows by `$nr` vectors of 16 keys where rows are broadcast,
+/// and `$keys` keys by `$queries` vectors of 16 queries; `$chains` are its independent accumulators.
 ///
 /// # Safety
 /// The entries may only be called on a CPU that has `$features`; [`Kernels::available`] hands the table out only there.
 macro_rules! instantiate {
-    ($table:ident, $isa:expr, $lanes:ty, $mr:literal x $nr:literal, chains $chains:literal $(, #[$features:meta])?) => {
+    ($table:ident, $isa:expr, $lanes:ty, rows $mr:literal x $nr:literal, queries $keys:literal x $queries:literal, chains $chains:literal $(, #[$features:meta])?) => {
         static $table: Kernels = {
             $(#[$features])?
-            unsafe fn attend_rows_entry(
+            unsafe fn attend_block_entry(
                 block: &RowBlock<'_>,
+                layout: QueryLayout,
                 scratch: &mut [f32],
                 out: &mut RowPartials<'_>,
             ) -> Option<usize> {
                 // SAFETY: the features are enabled on this function.
-                unsafe { attend_rows::<$lanes, $mr, $nr>(block, scratch, out) }
+                unsafe { attend_block::<$lanes, $mr, $nr, $keys>(block, layout, scratch, out) }
             }
             $(#[$features])?
             unsafe fn merge_rows_entry(
@@ -246,8 +248,8 @@ macro_rules! instantiate {
             }
             Kernels {
                 isa: $isa,
-                tile_rows: $mr,
-                attend_rows: attend_rows_entry,
+                tiles: Tiles { rows: $mr, query_vectors: $queries },
+                attend_block: attend_block_entry,
                 merge_rows: merge_rows_entry,
                 divide_rows: divide_rows_entry,
                 fma_loop: fma_loop_entry,
@@ -257,12 +259,12 @@ macro_rules! instantiate {
 }
 
 #[cfg(target_arch = "x86_64")]
-instantiate!(AVX512, Isa::Avx512, arch::avx512::Avx512, 6 x 4, chains 12, #[target_feature(enable = "avx512f,avx512dq,avx2,fma")]);
+instantiate!(AVX512, Isa::Avx512, arch::avx512::Avx512, rows 6 x 4, queries 8 x 3, chains 12, #[target_feature(enable = "avx512f,avx512dq,avx2,fma")]);
 #[cfg(target_arch = "x86_64")]
-instantiate!(AVX2, Isa::Avx2, arch::avx2::Avx2, 6 x 1, chains 6, #[target_feature(enable = "avx2,fma")]);
+instantiate!(AVX2, Isa::Avx2, arch::avx2::Avx2, rows 6 x 1, queries 6 x 1, chains 6, #[target_feature(enable = "avx2,fma")]);
 #[cfg(target_arch = "aarch64")]
-instantiate!(NEON, Isa::Neon, arch::neon::Neon, 6 x 1, chains 6);
-instantiate!(PORTABLE, Isa::Portable, arch::portable::Portable, 2 x 1, chains 2);
+instantiate!(NEON, Isa::Neon, arch::neon::Neon, rows 6 x 1, queries 6 x 1, chains 6);
+instantiate!(PORTABLE, Isa::Portable, arch::portable::Portable, rows 2 x 1, queries 2 x 1, chains 2);
 
 #[cfg(test)]
 mod tests {

@@ -4,6 +4,9 @@
 //! two of 256, four of 128, or an array. Sixteen is the number of residue sums of the canonical order, so the
 //! algorithms above this trait have one shape on every ISA and the register width can't reach the bits.
 
+/// Floats in a [`Lanes::V`].
+pub(crate) const LANES: usize = 16;
+
 /// Sixteen-lane arithmetic of one ISA.
 ///
 /// # Safety
@@ -41,6 +44,8 @@ pub(crate) unsafe trait Lanes: Copy {
     /// `y * 2^e` for an integer `e <= 0` and normal `y * 2^e`, and 0 where `e <= -126`. NaN where `y` is NaN and `e`
     /// is not <= -126.
     unsafe fn scale_or_flush(y: Self::V, e: Self::V) -> Self::V;
+    /// `yes` where `lo <= at < hi`, else `no`. None of the three positions is NaN.
+    unsafe fn select_between(at: Self::V, lo: Self::V, hi: Self::V, yes: Self::V, no: Self::V) -> Self::V;
     /// Every NaN replaced by [`crate::canonical::CANONICAL_NAN`].
     unsafe fn canonical_nan(a: Self::V) -> Self::V;
     /// The halving tree of rule 4: `t_i += t_{i+8}`, `+= t_{i+4}`, `+= t_{i+2}`, `t_0 += t_1`.

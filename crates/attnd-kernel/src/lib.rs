@@ -26,22 +26,24 @@
 
 mod arch;
 mod attend;
+mod block;
 mod buffer;
 mod calibrate;
 mod canonical;
 mod dispatch;
 mod dtype;
 mod float_env;
+mod fold;
 mod lanes;
 mod mask;
 mod pages;
 mod partial;
+mod product;
+mod queries;
 pub mod reference;
 mod rows;
 pub mod shape;
 pub mod slot;
-mod softmax;
-mod tile;
 
 pub use attend::{GroupCall, ScoreOverflow, attend_node};
 pub use buffer::OutOfMemory;

@@ -1,9 +1,9 @@
 //! Partials: `(m, l, o)` of some rows over some keys; how two of them merge and how one becomes a result.
 
+use crate::block::RowPartials;
 use crate::canonical;
 use crate::dispatch::Kernels;
 use crate::float_env::FloatEnvironment;
-use crate::rows::RowPartials;
 
 /// The partial of some rows over the keys of one tree node.
 #[derive(Clone, Debug, PartialEq)]

@@ -65,6 +65,18 @@ unsafe fn scale_or_flush_eight(y: __m256, e: __m256) -> __m256 {
 /// # Safety
 /// The CPU must have AVX.
 #[inline(always)]
+unsafe fn select_between_eight(at: __m256, lo: __m256, hi: __m256, yes: __m256, no: __m256) -> __m256 {
+    // SAFETY: the caller vouches for AVX.
+    unsafe {
+        let from = _mm256_cmp_ps::<_CMP_LE_OQ>(lo, at);
+        let to = _mm256_cmp_ps::<_CMP_LT_OQ>(at, hi);
+        _mm256_blendv_ps(no, yes, _mm256_and_ps(from, to))
+    }
+}
+
+/// # Safety
+/// The CPU must have AVX.
+#[inline(always)]
 unsafe fn canonical_nan_of_eight(a: __m256) -> __m256 {
     // SAFETY: the caller vouches for AVX.
     unsafe {
@@ -136,6 +148,15 @@ unsafe impl Lanes for Avx2 {
     #[inline(always)]
     unsafe fn scale_or_flush(y: Self::V, e: Self::V) -> Self::V {
         unsafe { [scale_or_flush_eight(y[0], e[0]), scale_or_flush_eight(y[1], e[1])] }
+    }
+    #[inline(always)]
+    unsafe fn select_between(at: Self::V, lo: Self::V, hi: Self::V, yes: Self::V, no: Self::V) -> Self::V {
+        unsafe {
+            [
+                select_between_eight(at[0], lo[0], hi[0], yes[0], no[0]),
+                select_between_eight(at[1], lo[1], hi[1], yes[1], no[1]),
+            ]
+        }
     }
     #[inline(always)]
     unsafe fn canonical_nan(a: Self::V) -> Self::V {

@@ -72,6 +72,14 @@ unsafe impl Lanes for Avx512 {
         }
     }
     #[inline(always)]
+    unsafe fn select_between(at: Self::V, lo: Self::V, hi: Self::V, yes: Self::V, no: Self::V) -> Self::V {
+        unsafe {
+            let from = _mm512_cmp_ps_mask::<_CMP_LE_OQ>(lo, at);
+            let between = _mm512_mask_cmp_ps_mask::<_CMP_LT_OQ>(from, at, hi);
+            _mm512_mask_blend_ps(between, no, yes)
+        }
+    }
+    #[inline(always)]
     unsafe fn canonical_nan(a: Self::V) -> Self::V {
         unsafe {
             let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(a, a);

@@ -85,6 +85,13 @@ unsafe impl Lanes for Neon {
         })
     }
     #[inline(always)]
+    unsafe fn select_between(at: V, lo: V, hi: V, yes: V, no: V) -> V {
+        std::array::from_fn(|i| unsafe {
+            let between = vandq_u32(vcleq_f32(lo[i], at[i]), vcltq_f32(at[i], hi[i]));
+            vbslq_f32(between, yes[i], no[i])
+        })
+    }
+    #[inline(always)]
     unsafe fn canonical_nan(a: V) -> V {
         a.map(|a| unsafe { vbslq_f32(vceqq_f32(a, a), a, vdupq_n_f32(CANONICAL_NAN)) })
     }

@@ -80,6 +80,10 @@ unsafe impl Lanes for Portable {
         })
     }
     #[inline(always)]
+    unsafe fn select_between(at: V, lo: V, hi: V, yes: V, no: V) -> V {
+        std::array::from_fn(|i| if lo[i] <= at[i] && at[i] < hi[i] { yes[i] } else { no[i] })
+    }
+    #[inline(always)]
     unsafe fn canonical_nan(a: V) -> V {
         a.map(|x| if x.is_nan() { CANONICAL_NAN } else { x })
     }

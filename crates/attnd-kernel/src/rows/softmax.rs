@@ -7,13 +7,13 @@ use crate::lanes::Lanes;
 
 /// What the softmax of a row over a page leaves besides the weights.
 #[derive(Clone, Copy)]
-pub(crate) struct RowSum {
+pub(super) struct RowSum {
     /// Integer maximum in log2 units, -inf where no key is visible.
-    pub(crate) m: f32,
+    pub(super) m: f32,
     /// Sum of the weights.
-    pub(crate) l: f32,
+    pub(super) l: f32,
     /// A score left the range of f32 although its operands may be finite.
-    pub(crate) overflow: bool,
+    pub(super) overflow: bool,
 }
 
 /// Turns the scores `s[0..256]` of one row into weights in place. Keys outside `visible` are skipped: what the scores
@@ -22,7 +22,7 @@ pub(crate) struct RowSum {
 /// # Safety
 /// The ISA of `L` is enabled; `s` is valid for reading and writing 256 f32; `visible.end <= 256`.
 #[inline(always)]
-pub(crate) unsafe fn softmax_row<L: Lanes>(s: *mut f32, visible: Range<usize>) -> RowSum {
+pub(super) unsafe fn softmax_row<L: Lanes>(s: *mut f32, visible: Range<usize>) -> RowSum {
     if visible.is_empty() {
         return RowSum { m: f32::NEG_INFINITY, l: 0.0, overflow: false };
     }

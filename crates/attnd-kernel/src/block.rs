@@ -1,0 +1,271 @@
+//! A block of rows over the pages of one tree node: what both kernel families are given and give back, and which of
+//! them takes it.
+
+use std::ops::Range;
+
+use crate::canonical::{CANONICAL_NAN, finite_max, rescale};
+use crate::lanes::{LANES, Lanes};
+use crate::pages::{KvHead, padded_columns};
+use crate::slot::{N_SLOTS, PAGE_KEYS, slot_of_page};
+use crate::{queries, rows};
+
+/// Rows that one call handles: few enough that scores and queries stay in the near caches, and a multiple of the tiles.
+pub(crate) const BLOCK_ROWS: usize = 96;
+
+/// What one call computes.
+#[derive(Debug)]
+pub(crate) struct RowBlock<'a> {
+    /// [`QueryLayout::floats`] elements: rows, multiplied by scale * log2 e, where [`QueryLayout::row`] says; the rest
+    /// is zero.
+    pub(crate) q: &'a [f32],
+    /// Keys that each row sees, as positions in the sequence.
+    pub(crate) visible: &'a [Range<usize>],
+    /// Keys and values; every page of `pages` is resident.
+    pub(crate) kv: &'a KvHead,
+    /// Pages to cover, ascending.
+    pub(crate) pages: &'a [usize],
+}
+
+/// Where the partial of some rows is or goes.
+#[derive(Debug)]
+pub(crate) struct RowPartials<'a> {
+    /// `[n_rows]`.
+    pub(crate) m: &'a mut [f32],
+    /// `[n_rows]`.
+    pub(crate) l: &'a mut [f32],
+    /// `[n_rows, columns]`; of a block, columns are padded.
+    pub(crate) o: &'a mut [f32],
+}
+
+/// The register tiles of one ISA, in units of one accumulator of [`LANES`] floats.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Tiles {
+    /// Rows of the largest tile of the rows-broadcast family.
+    pub(crate) rows: usize,
+    /// Vectors of query lanes of the largest tile of the other family.
+    pub(crate) query_vectors: usize,
+}
+
+/// How the queries of a block lie in memory.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum QueryLayout {
+    /// For the rows-broadcast family: tile by tile, inside a tile element by element, so that a tile reads its
+    /// broadcasts front to back from one pointer.
+    Tiles { n_rows: usize, tile_rows: usize, d: usize },
+    /// For lanes = queries: group by group, inside a group element by element.
+    Groups { groups: queries::Groups, d: usize },
+}
+
+impl QueryLayout {
+    /// The layout for a block of `n_rows` rows of `d` elements, and with it the family that takes the block.
+    ///
+    /// Lanes that have no row compute for nothing, and a single vector of lanes has too few accumulators to hide their
+    /// latency; then the rows are broadcast.
+    pub(crate) fn new(n_rows: usize, d: usize, tiles: Tiles) -> Self {
+        let idle = n_rows.next_multiple_of(LANES) - n_rows;
+        if n_rows >= LANES * tiles.query_vectors.min(2) && idle * 8 <= n_rows {
+            Self::Groups { groups: queries::Groups::new(n_rows, tiles.query_vectors), d }
+        } else {
+            Self::Tiles { n_rows, tile_rows: tiles.rows, d }
+        }
+    }
+
+    /// Elements of the whole block, padding included.
+    pub(crate) fn floats(self) -> usize {
+        match self {
+            Self::Tiles { n_rows, d, .. } => n_rows * d,
+            Self::Groups { groups, d } => groups.lanes() * d,
+        }
+    }
+
+    /// Where row `row` lies: its first element, and the distance from one to the next.
+    pub(crate) fn row(self, row: usize) -> (usize, usize) {
+        match self {
+            Self::Tiles { n_rows, tile_rows, d } => {
+                let tile = row / tile_rows * tile_rows;
+                (tile * d + row - tile, tile_rows.min(n_rows - tile))
+            }
+            Self::Groups { groups, d } => {
+                let group = groups.of_row(row);
+                (group.start * d + row - group.start, group.len())
+            }
+        }
+    }
+
+    /// Memory that [`attend_block`] works in, in f32s.
+    pub(crate) fn scratch_floats(self, value_dim: usize) -> usize {
+        match self {
+            Self::Tiles { n_rows, .. } => rows::scratch_floats(n_rows, value_dim),
+            Self::Groups { groups, .. } => queries::scratch_floats(groups, value_dim),
+        }
+    }
+}
+
+/// Computes the partial of a block of rows whose queries lie as `layout` says. Returns the first row of which a score
+/// overflowed f32.
+///
+/// # Safety
+/// The ISA of `L` is enabled.
+///
+/// # Panics
+/// If a slice is too short for its shape.
+#[inline(always)]
+pub(crate) unsafe fn attend_block<L: Lanes, const ROWS: usize, const VECTORS: usize, const KEYS: usize>(
+    block: &RowBlock<'_>,
+    layout: QueryLayout,
+    scratch: &mut [f32],
+    out: &mut RowPartials<'_>,
+) -> Option<usize> {
+    let n_rows = block.visible.len();
+    let columns = padded_columns(block.kv.value_dim());
+    assert_eq!(block.q.len(), layout.floats());
+    assert!(scratch.len() >= layout.scratch_floats(block.kv.value_dim()));
+    assert!(out.m.len() == n_rows && out.l.len() == n_rows && out.o.len() == n_rows * columns);
+    // SAFETY: the ISA is enabled, as the caller vouches.
+    unsafe {
+        match layout {
+            QueryLayout::Tiles { n_rows: rows, d, .. } => {
+                assert!(rows == n_rows && d == block.kv.head_dim());
+                rows::attend_rows::<L, ROWS, VECTORS>(block, scratch, out)
+            }
+            QueryLayout::Groups { groups, d } => {
+                assert!(groups.rows() == n_rows && d == block.kv.head_dim());
+                queries::attend_queries::<L, KEYS>(block, groups, scratch, out)
+            }
+        }
+    }
+}
+
+/// How much of a page some rows see.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Seen {
+    /// No row sees a key of it.
+    Nothing,
+    /// Some rows see some keys.
+    Part,
+    /// Every row sees all 256 keys.
+    Whole,
+}
+
+/// The intervals of keys that some rows see.
+#[derive(Clone, Debug)]
+pub(crate) struct Visible<'a> {
+    rows: &'a [Range<usize>],
+    n_keys: usize,
+    /// From the first key that any row sees to the last one.
+    hull: Range<usize>,
+    /// The keys that every row sees.
+    shared: Range<usize>,
+}
+
+impl<'a> Visible<'a> {
+    pub(crate) fn new(rows: &'a [Range<usize>], n_keys: usize) -> Self {
+        let (mut hull, mut shared) = (usize::MAX..0, 0..usize::MAX);
+        for keys in rows {
+            if !keys.is_empty() {
+                hull = hull.start.min(keys.start)..hull.end.max(keys.end);
+            }
+            shared = shared.start.max(keys.start)..shared.end.min(keys.end);
+        }
+        Self { rows, n_keys, hull, shared }
+    }
+
+    /// Keys of `page` that row `row` sees, counted from the page's first.
+    pub(crate) fn of_row(&self, row: usize, page: usize) -> Range<usize> {
+        let first = page * PAGE_KEYS;
+        let keys = &self.rows[row];
+        let end = keys.end.min(self.n_keys).saturating_sub(first).min(PAGE_KEYS);
+        keys.start.saturating_sub(first).min(end)..end
+    }
+
+    /// How much of `page` the rows see.
+    pub(crate) fn of_page(&self, page: usize) -> Seen {
+        let keys = page * PAGE_KEYS..(page + 1) * PAGE_KEYS;
+        if self.shared.start <= keys.start && keys.end <= self.shared.end && keys.end <= self.n_keys {
+            Seen::Whole
+        } else if keys.end <= self.hull.start || self.hull.end <= keys.start {
+            Seen::Nothing
+        } else if (0..self.rows.len()).any(|row| !self.of_row(row, page).is_empty()) {
+            Seen::Part
+        } else {
+            Seen::Nothing
+        }
+    }
+}
+
+/// `pages` in the order of the canonical tree: by slot, then ascending.
+pub(crate) fn by_slot(pages: &[usize]) -> impl Iterator<Item = usize> {
+    (0..N_SLOTS).flat_map(|slot| pages.iter().copied().filter(move |page| slot_of_page(*page) == slot))
+}
+
+/// Rule 6 over rows: `left = merge(left, right)`; `columns` may be any number.
+///
+/// # Safety
+/// The ISA of `L` is enabled.
+///
+/// # Panics
+/// If the slices differ in length.
+#[inline(always)]
+pub(crate) unsafe fn merge_rows<L: Lanes>(
+    left: RowPartials<'_>,
+    m_right: &[f32],
+    l_right: &[f32],
+    o_right: &[f32],
+    columns: usize,
+) {
+    let n_rows = left.m.len();
+    assert!(left.l.len() == n_rows && m_right.len() == n_rows && l_right.len() == n_rows);
+    assert!(left.o.len() == n_rows * columns && o_right.len() == n_rows * columns);
+    for row in 0..n_rows {
+        let max = if left.m[row] > m_right[row] { left.m[row] } else { m_right[row] };
+        let shift = finite_max(max);
+        let (a, b) = (rescale(left.m[row], shift), rescale(m_right[row], shift));
+        left.m[row] = max;
+        left.l[row] = left.l[row].mul_add(a, l_right[row] * b);
+        let (o, o_right) = (&mut left.o[row * columns..][..columns], &o_right[row * columns..][..columns]);
+        let vectors = columns / 16 * 16;
+        // SAFETY: both rows have `columns` elements and the vectors end before that.
+        unsafe {
+            let (a, b) = (L::splat(a), L::splat(b));
+            for c in (0..vectors).step_by(16) {
+                let right = L::mul(L::load(o_right.as_ptr().add(c)), b);
+                let merged = L::fma(L::load(o.as_ptr().add(c)), a, right);
+                L::store(o.as_mut_ptr().add(c), merged);
+            }
+        }
+        for c in vectors..columns {
+            o[c] = o[c].mul_add(a, o_right[c] * b);
+        }
+    }
+}
+
+/// Rule 8 for the context: `o = o / l + 0.0` in place, every NaN the canonical one.
+///
+/// # Safety
+/// The ISA of `L` is enabled.
+///
+/// # Panics
+/// If the slices differ in length.
+#[inline(always)]
+pub(crate) unsafe fn divide_rows<L: Lanes>(m: &[f32], l: &[f32], o: &mut [f32], columns: usize) {
+    assert!(m.len() == l.len() && o.len() == l.len() * columns);
+    for row in 0..l.len() {
+        let empty = m[row] == f32::NEG_INFINITY && l[row] == 0.0;
+        let divisor = if empty { 1.0 } else { l[row] };
+        let o = &mut o[row * columns..][..columns];
+        let vectors = columns / 16 * 16;
+        // SAFETY: the row has `columns` elements and the vectors end before that.
+        unsafe {
+            let divisor = L::splat(divisor);
+            for c in (0..vectors).step_by(16) {
+                let at = o.as_mut_ptr().add(c);
+                let value = L::add(L::div(L::load(at), divisor), L::zero());
+                L::store(at, L::canonical_nan(value));
+            }
+        }
+        for value in &mut o[vectors..] {
+            let divided = *value / divisor + 0.0;
+            *value = if divided.is_nan() { CANONICAL_NAN } else { divided };
+        }
+    }
+}

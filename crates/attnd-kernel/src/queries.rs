@@ -1,0 +1,255 @@
+//! The family with lanes = queries: a block of many rows over pages, scores and output transposed.
+//!
+//! Queries lie in groups of up to three vectors of lanes. Keys and value columns are broadcast, so the maximum, the
+//! sum and the rescaling of a row are operations between vectors, and there is no reduction across lanes at all:
+//!
+//! ```text
+//! scores:  S^T[keys][lanes]    += broadcast(K panel[x][key]) * Q^T[x][lanes]          x ascending
+//! softmax: m, l and P^T in place, a lane at a time
+//! context: O^T[columns][lanes] += broadcast(V panel[j][column]) * P^T[j][lanes]       j ascending
+//! ```
+//!
+//! Pages are walked in the order of the canonical tree, and each page's partial merges with those that wait for it
+//! while the context tile is still in registers. The groups of a block take turns on a page, which then comes from
+//! memory once.
+//!
+//! Rows that see a part of a page: a lane's invisible scores become -inf, whose weight is 0 by rule 3, and a multiply-add
+//! of an invisible key is undone by a select, because a value may be NaN and 0 * NaN is not 0. What is left is the sign
+//! of a zero in `o`, which rule 8 drops.
+
+mod softmax;
+mod tile;
+
+use std::ops::Range;
+
+use crate::block::{RowBlock, RowPartials, Seen, Visible, by_slot};
+use crate::fold::{STACK, Stack};
+use crate::lanes::{LANES, Lanes};
+use crate::pages::{KvHead, padded_columns};
+use crate::slot::{PAGE_KEYS, slot_of_page};
+
+/// Vectors of lanes in a group, at most.
+const MAX_VECTORS: usize = 3;
+
+/// How the rows of a block are cut into groups of lanes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Groups {
+    n_rows: usize,
+    n_groups: usize,
+}
+
+impl Groups {
+    /// Cuts `n_rows` rows into as few groups of at most `vectors` vectors as possible, evenly.
+    pub(crate) fn new(n_rows: usize, vectors: usize) -> Self {
+        Self { n_rows, n_groups: n_rows.div_ceil(LANES * vectors.min(MAX_VECTORS)) }
+    }
+
+    /// Rows of the block.
+    pub(crate) fn rows(self) -> usize {
+        self.n_rows
+    }
+
+    /// Lanes of all groups, those without a row included.
+    pub(crate) fn lanes(self) -> usize {
+        self.n_rows.next_multiple_of(LANES)
+    }
+
+    /// The lanes of one group.
+    fn group(self, group: usize) -> Range<usize> {
+        let vectors = self.lanes() / LANES;
+        let first = |group: usize| LANES * (vectors * group / self.n_groups);
+        first(group)..first(group + 1)
+    }
+
+    /// The lanes of the group that holds row `row`.
+    pub(crate) fn of_row(self, row: usize) -> Range<usize> {
+        let group = (0..self.n_groups).map(|group| self.group(group)).find(|lanes| lanes.contains(&row));
+        group.unwrap_or(0..0)
+    }
+}
+
+/// What a group needs besides its queries, in f32s: partials, rescaling factors, and a few vectors.
+fn group_floats(lanes: usize, columns: usize) -> usize {
+    lanes * (STACK * (columns + 2) + 2 * STACK + 3)
+}
+
+/// Memory that [`attend_queries`] works in, in f32s.
+pub(crate) fn scratch_floats(groups: Groups, value_dim: usize) -> usize {
+    let widest = (0..groups.n_groups).map(|group| groups.group(group).len()).max().unwrap_or(0);
+    PAGE_KEYS * widest + group_floats(groups.lanes(), padded_columns(value_dim))
+}
+
+/// Computes the partial of a block of rows. Returns the first row of which a score overflowed f32.
+///
+/// # Safety
+/// The ISA of `L` is enabled. `block.q` has `groups.lanes() * head_dim` elements, `scratch` has [`scratch_floats`], and
+/// `out` has the block's rows and padded columns.
+#[inline(always)]
+pub(crate) unsafe fn attend_queries<L: Lanes, const KEYS: usize>(
+    block: &RowBlock<'_>,
+    groups: Groups,
+    scratch: &mut [f32],
+    out: &mut RowPartials<'_>,
+) -> Option<usize> {
+    let (d, columns) = (block.kv.head_dim(), padded_columns(block.kv.value_dim()));
+    let (mut rest, scores) = scratch.split_at_mut(group_floats(groups.lanes(), columns));
+    let mut parts: Vec<Group<'_>> = Vec::with_capacity(groups.n_groups);
+    for group in 0..groups.n_groups {
+        let lanes = groups.group(group);
+        let (own, others) = rest.split_at_mut(group_floats(lanes.len(), columns));
+        rest = others;
+        let rows = lanes.start..lanes.end.min(groups.n_rows);
+        let q = &block.q[lanes.start * d..lanes.end * d];
+        parts.push(Group::new(block, rows, q, lanes.len(), own));
+    }
+    let order: Vec<usize> = by_slot(block.pages).collect();
+    for (i, page) in order.iter().enumerate() {
+        for group in &mut parts {
+            // SAFETY: the ISA is enabled, and scratch has been cut for the widest group.
+            unsafe {
+                match group.lanes / LANES {
+                    1 => group.page::<L, KEYS, 1>(block.kv, *page, &order[i + 1..], scores),
+                    2 => group.page::<L, KEYS, 2>(block.kv, *page, &order[i + 1..], scores),
+                    _ => group.page::<L, KEYS, 3>(block.kv, *page, &order[i + 1..], scores),
+                }
+            }
+        }
+    }
+    parts.iter().fold(None, |overflow, group| overflow.or(group.finish(out)))
+}
+
+/// One group of lanes, and how far it has come.
+struct Group<'a> {
+    /// Rows of the block; the lanes behind the last one have none.
+    rows: Range<usize>,
+    lanes: usize,
+    columns: usize,
+    q: &'a [f32],
+    visible: Visible<'a>,
+    stack: Stack,
+    /// Those on the stack: `[STACK][m [lanes], l [lanes], o [columns, lanes]]`.
+    partials: &'a mut [f32],
+    /// What the merges of a page multiply by: `[STACK][left [lanes], right [lanes]]`.
+    factors: &'a mut [f32],
+    /// First key of the page at hand that a lane sees, and the one behind the last: `[2][lanes]`.
+    seen: &'a mut [f32],
+    /// The smallest score that a lane has seen: `[lanes]`.
+    lowest: &'a mut [f32],
+}
+
+impl<'a> Group<'a> {
+    fn new(
+        block: &RowBlock<'a>,
+        rows: Range<usize>,
+        q: &'a [f32],
+        lanes: usize,
+        memory: &'a mut [f32],
+    ) -> Self {
+        let columns = padded_columns(block.kv.value_dim());
+        let (partials, memory) = memory.split_at_mut(STACK * lanes * (columns + 2));
+        let (factors, memory) = memory.split_at_mut(STACK * 2 * lanes);
+        let (seen, lowest) = memory.split_at_mut(2 * lanes);
+        lowest.fill(f32::INFINITY);
+        let visible = Visible::new(&block.visible[rows.clone()], block.kv.n_keys());
+        Self { rows, lanes, columns, q, visible, stack: Stack::default(), partials, factors, seen, lowest }
+    }
+
+    /// Computes the partial of a page, if any row sees a key of it, and merges it with those that wait. `later` are
+    /// the pages that follow.
+    ///
+    /// # Safety
+    /// The ISA of `L` is enabled; `scores` is valid for `256 * lanes` elements, and the group has `NR` vectors of lanes.
+    #[inline(always)]
+    unsafe fn page<L: Lanes, const MR: usize, const NR: usize>(
+        &mut self,
+        kv: &KvHead,
+        page: usize,
+        later: &[usize],
+        scores: &mut [f32],
+    ) {
+        let seen = self.visible.of_page(page);
+        if seen == Seen::Nothing {
+            return;
+        }
+        let Some((k, v)) = kv.page(page) else {
+            panic!("page {page} is not resident");
+        };
+        assert!(self.lanes == LANES * NR && scores.len() >= PAGE_KEYS * self.lanes);
+        let next = later.iter().find(|page| self.visible.of_page(**page) != Seen::Nothing);
+        let place = self.stack.depth();
+        let merges = self.stack.push(slot_of_page(page), next.map(|page| slot_of_page(*page)));
+        let keys = if seen == Seen::Whole { tile::Keys::WHOLE } else { self.keys_of(page) };
+        let s = scores.as_mut_ptr();
+        let size = self.lanes * (self.columns + 2);
+        // SAFETY: q, scores and the group's memory have been cut for `lanes` and `columns`; a page's panels have 256 * d
+        // and 256 * columns elements by construction; a stack of STACK partials has the places used here.
+        unsafe {
+            let mut extremes =
+                tile::scores::<L, MR, NR>(k.as_ptr(), kv.head_dim(), &keys, self.q.as_ptr(), s);
+            if seen == Seen::Part {
+                extremes = softmax::hide::<L, NR>(s, &keys, self.seen.as_ptr());
+            }
+            let partials = self.partials.as_mut_ptr();
+            let (top, to) = (partials.add(place * size), partials.add((place - merges) * size));
+            let sums = softmax::weigh::<L, NR>(s, &keys, extremes.largest);
+            for n in 0..NR {
+                let lowest = self.lowest.as_mut_ptr().add(LANES * n);
+                L::store(lowest, L::min(L::load(lowest), extremes.smallest[n]));
+            }
+            let factors = self.factors.as_mut_ptr();
+            softmax::merge::<L, NR>(sums, merges, top, size, factors, to);
+            let o = tile::Merge {
+                merges,
+                left: top.add(2 * self.lanes),
+                size,
+                factors,
+                to: to.add(2 * self.lanes),
+            };
+            tile::context::<L, MR, NR>(v.as_ptr(), self.columns, &keys, self.seen.as_ptr(), s, &o);
+        }
+    }
+
+    /// The keys of a page that the lanes see; notes each lane's in `seen`.
+    fn keys_of(&mut self, page: usize) -> tile::Keys {
+        let (mut hull, mut shared) = (PAGE_KEYS..0, 0..PAGE_KEYS);
+        let (first, end) = self.seen.split_at_mut(self.lanes);
+        for lane in 0..self.lanes {
+            let keys = if lane < self.rows.len() { self.visible.of_row(lane, page) } else { 0..0 };
+            (first[lane], end[lane]) = (keys.start as f32, keys.end as f32);
+            if lane < self.rows.len() {
+                if !keys.is_empty() {
+                    hull = hull.start.min(keys.start)..hull.end.max(keys.end);
+                }
+                shared = shared.start.max(keys.start)..shared.end.min(keys.end);
+            }
+        }
+        let shared = if shared.is_empty() { hull.end..hull.end } else { shared };
+        tile::Keys { hull, shared }
+    }
+
+    /// Puts the rows in place; the first one of which a score overflowed f32.
+    fn finish(&self, out: &mut RowPartials<'_>) -> Option<usize> {
+        let (lanes, columns) = (self.lanes, self.columns);
+        let (m, rest) = self.partials.split_at(lanes);
+        let (l, o) = rest.split_at(lanes);
+        let mut overflow = None;
+        for (lane, row) in self.rows.clone().enumerate() {
+            let to = &mut out.o[row * columns..][..columns];
+            if self.stack.depth() == 0 {
+                (out.m[row], out.l[row]) = (f32::NEG_INFINITY, 0.0);
+                to.fill(0.0);
+                continue;
+            }
+            (out.m[row], out.l[row]) = (m[lane], l[lane]);
+            for (to, from) in to.iter_mut().zip(o[lane..].iter().step_by(lanes)) {
+                *to = *from;
+            }
+            let left_range =
+                self.lowest[lane] == f32::NEG_INFINITY || m[lane] == f32::INFINITY || l[lane].is_nan();
+            if left_range && overflow.is_none() {
+                overflow = Some(row);
+            }
+        }
+        overflow
+    }
+}

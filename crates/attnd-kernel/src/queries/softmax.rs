@@ -1,0 +1,172 @@
+//! The softmax of a group of lanes over one page (rules 2 to 4 of the canonical order), and the rescaling of what merges
+//! with it (rule 6). A key's scores are one row of `lanes` elements.
+
+use super::tile::Keys;
+use crate::canonical::EXP2_POLY;
+use crate::lanes::{LANES, Lanes};
+
+/// The largest and the smallest score of each lane.
+#[derive(Clone, Copy)]
+pub(super) struct Extremes<L: Lanes, const NR: usize> {
+    pub(super) largest: [L::V; NR],
+    pub(super) smallest: [L::V; NR],
+}
+
+impl<L: Lanes, const NR: usize> Extremes<L, NR> {
+    /// Of no scores.
+    ///
+    /// # Safety
+    /// The ISA of `L` is enabled.
+    #[inline(always)]
+    pub(super) unsafe fn none() -> Self {
+        // SAFETY: as the caller vouches.
+        unsafe {
+            Self { largest: [L::splat(f32::NEG_INFINITY); NR], smallest: [L::splat(f32::INFINITY); NR] }
+        }
+    }
+}
+
+/// Maximum and sum of each lane.
+#[derive(Clone, Copy)]
+pub(super) struct Sums<L: Lanes, const NR: usize> {
+    m: [L::V; NR],
+    l: [L::V; NR],
+}
+
+/// Makes the scores that a lane doesn't see -inf, in all the residues that [`weigh`] reads. The extremes of the others.
+///
+/// # Safety
+/// The ISA of `L` is enabled. `s` is valid for 256 rows of `16 * NR` elements, `seen` for two.
+#[inline(always)]
+pub(super) unsafe fn hide<L: Lanes, const NR: usize>(
+    s: *mut f32,
+    keys: &Keys,
+    seen: *const f32,
+) -> Extremes<L, NR> {
+    // SAFETY: keys.residues() stays inside a page.
+    unsafe {
+        let mut extremes = Extremes::<L, NR>::none();
+        let (low, high) = (L::splat(f32::NEG_INFINITY), L::splat(f32::INFINITY));
+        for n in 0..NR {
+            let (first, end) = (L::load(seen.add(LANES * n)), L::load(seen.add(LANES * (NR + n))));
+            for j in keys.residues() {
+                let at = s.add(LANES * (NR * j + n));
+                let (score, key) = (L::load(at), L::splat(j as f32));
+                let visible = L::select_between(key, first, end, score, low);
+                L::store(at, visible);
+                extremes.largest[n] = L::max(extremes.largest[n], visible);
+                let visible = L::select_between(key, first, end, score, high);
+                extremes.smallest[n] = L::min(extremes.smallest[n], visible);
+            }
+        }
+        extremes
+    }
+}
+
+/// Turns scores into weights in place and sums them.
+///
+/// # Safety
+/// The ISA of `L` is enabled. `s` is valid for 256 rows of `16 * NR` elements.
+#[inline(always)]
+pub(super) unsafe fn weigh<L: Lanes, const NR: usize>(
+    s: *mut f32,
+    keys: &Keys,
+    largest: [L::V; NR],
+) -> Sums<L, NR> {
+    let residues = keys.residues();
+    // SAFETY: keys.residues() is whole vectors of residues inside a page.
+    unsafe {
+        let mut sums = Sums::<L, NR> { m: [L::zero(); NR], l: [L::zero(); NR] };
+        let poly = EXP2_POLY.map(|c| L::splat(c));
+        for n in 0..NR {
+            let m = L::add(L::rint(largest[n]), L::zero());
+            let shift = finite::<L>(m);
+            // One sum per residue of the key modulo 16, as rule 4 says.
+            let mut t = [L::zero(); LANES];
+            for j in residues.clone().step_by(LANES) {
+                for r in 0..LANES {
+                    let at = s.add(LANES * (NR * (j + r) + n));
+                    let score = L::load(at);
+                    let nearest = L::rint(score);
+                    let rest = L::sub(score, nearest);
+                    let mut y = poly[6];
+                    for i in (0..6).rev() {
+                        y = L::fma(y, rest, poly[i]);
+                    }
+                    let p = L::scale_or_flush(y, L::sub(nearest, shift));
+                    L::store(at, p);
+                    t[r] = L::add(t[r], p);
+                }
+            }
+            for half in [8, 4, 2, 1] {
+                for i in 0..half {
+                    t[i] = L::add(t[i], t[i + half]);
+                }
+            }
+            sums.m[n] = m;
+            sums.l[n] = t[0];
+        }
+        sums
+    }
+}
+
+/// `m'` of rule 2: -inf becomes a number that no finite maximum is below. Where a maximum is -inf so are all scores, and
+/// any number gives them the weight 0.
+///
+/// # Safety
+/// The ISA of `L` is enabled.
+#[inline(always)]
+unsafe fn finite<L: Lanes>(m: L::V) -> L::V {
+    // SAFETY: as the caller vouches.
+    unsafe { L::max(L::splat(f32::MIN), m) }
+}
+
+/// `P(m, M')` of rule 6 for integers `m`: a power of two, 0, or NaN where a score overflowed.
+///
+/// # Safety
+/// The ISA of `L` is enabled.
+#[inline(always)]
+unsafe fn rescale<L: Lanes>(m: L::V, shift: L::V) -> L::V {
+    // SAFETY: as the caller vouches.
+    unsafe {
+        // m - m is 0, or NaN where m is no number.
+        let one = L::add(L::splat(1.0), L::sub(m, m));
+        L::scale_or_flush(one, L::sub(m, shift))
+    }
+}
+
+/// Merges maximum and sum of a page with those of `merges` partials, one after the other; they lie before `top`, `size`
+/// apart, backwards. Leaves `[left, right]` of each merge in `factors`, for the output to follow, and the result at `to`.
+///
+/// # Safety
+/// The ISA of `L` is enabled. Each partial, and `to`, is valid for `m` and `l`, two rows of `16 * NR` elements, and
+/// `factors` for writing two rows a merge.
+#[inline(always)]
+pub(super) unsafe fn merge<L: Lanes, const NR: usize>(
+    sums: Sums<L, NR>,
+    merges: usize,
+    top: *const f32,
+    size: usize,
+    factors: *mut f32,
+    to: *mut f32,
+) {
+    // SAFETY: the ranges above, vector by vector.
+    unsafe {
+        for n in 0..NR {
+            let (mut m, mut l) = (sums.m[n], sums.l[n]);
+            for i in 0..merges {
+                let left = top.sub((i + 1) * size).add(LANES * n);
+                let m_left = L::load(left);
+                let largest = L::max(m_left, m);
+                let shift = finite::<L>(largest);
+                let (a, b) = (rescale::<L>(m_left, shift), rescale::<L>(m, shift));
+                l = L::fma(L::load(left.add(LANES * NR)), a, L::mul(l, b));
+                m = largest;
+                L::store(factors.add(LANES * (NR * 2 * i + n)), a);
+                L::store(factors.add(LANES * (NR * (2 * i + 1) + n)), b);
+            }
+            L::store(to.add(LANES * n), m);
+            L::store(to.add(LANES * (NR + n)), l);
+        }
+    }
+}

@@ -1,0 +1,219 @@
+//! The loops that cover a page with the two register tiles of the family with lanes = queries.
+
+use std::ops::Range;
+
+use super::softmax::Extremes;
+use crate::lanes::{LANES, Lanes};
+use crate::pages::{PANEL_COLUMNS, PANEL_KEYS};
+use crate::product::{Operand, reduce};
+use crate::slot::PAGE_KEYS;
+
+/// The keys of one page that some lanes see.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Keys {
+    /// From the first that any lane sees to the last.
+    pub(super) hull: Range<usize>,
+    /// Those that every lane sees; inside `hull`.
+    pub(super) shared: Range<usize>,
+}
+
+impl Keys {
+    /// All of them, for every lane.
+    pub(super) const WHOLE: Self = Self { hull: 0..PAGE_KEYS, shared: 0..PAGE_KEYS };
+
+    /// The keys whose weights are computed: whole rounds of residues around those that some lane sees.
+    pub(super) fn residues(&self) -> Range<usize> {
+        self.hull.start / LANES * LANES..self.hull.end.next_multiple_of(LANES)
+    }
+}
+
+/// Calls `$f::<L, MR, NR>($args)` on as many full tiles as fit into `$len` elements and then on smaller ones; `$at` is
+/// the first element of each.
+macro_rules! cover {
+    ($len:expr, |$at:ident| $f:ident::<$l:ty, $mr:tt, $nr:tt>($($arg:expr),*)) => {{
+        let mut $at = 0;
+        let len: usize = $len;
+        while len - $at >= $mr {
+            $f::<$l, $mr, $nr>($($arg),*);
+            $at += $mr;
+        }
+        if $mr > 4 && len - $at >= 4 {
+            $f::<$l, 4, $nr>($($arg),*);
+            $at += 4;
+        }
+        if $mr > 2 && len - $at >= 2 {
+            $f::<$l, 2, $nr>($($arg),*);
+            $at += 2;
+        }
+        debug_assert_eq!(len, $at);
+    }};
+}
+
+/// Scores of the keys of a page, `s[key * lanes + lane]`, at least for those in `keys.hull`; their extremes.
+///
+/// # Safety
+/// The ISA of `L` is enabled. `k` (the page's K panels) is valid for `256 * d` reads, `q` for `d` rows of `16 * NR`, `s` for
+/// writing 256 rows of `16 * NR`.
+#[inline(always)]
+pub(super) unsafe fn scores<L: Lanes, const MR: usize, const NR: usize>(
+    k: *const f32,
+    d: usize,
+    keys: &Keys,
+    q: *const f32,
+    s: *mut f32,
+) -> Extremes<L, NR> {
+    // SAFETY: every tile lies inside a panel of 64 keys.
+    unsafe {
+        let mut extremes = Extremes::none();
+        for panel in keys.hull.start / PANEL_KEYS..keys.hull.end.div_ceil(PANEL_KEYS) {
+            let first = panel * PANEL_KEYS;
+            let (k, s) = (k.add(first * d), s.add(first * LANES * NR));
+            let wanted = keys.hull.start.saturating_sub(first)..keys.hull.end - first;
+            cover!(PANEL_KEYS, |key| score_tile::<L, MR, NR>(k, d, q, s, key, &wanted, &mut extremes));
+        }
+        extremes
+    }
+}
+
+/// Scores of `MR` keys from `key` on, if one of them is wanted.
+///
+/// # Safety
+/// The ISA of `L` is enabled. `k` is a panel, valid for `64 * d` reads, and `key + MR <= 64`; `q` is valid for `d` rows of
+/// `16 * NR`, `s` for writing 64.
+#[inline(always)]
+unsafe fn score_tile<L: Lanes, const MR: usize, const NR: usize>(
+    k: *const f32,
+    d: usize,
+    q: *const f32,
+    s: *mut f32,
+    key: usize,
+    wanted: &Range<usize>,
+    extremes: &mut Extremes<L, NR>,
+) {
+    if key + MR <= wanted.start || wanted.end <= key {
+        return;
+    }
+    // SAFETY: the ranges above, element by element.
+    unsafe {
+        let mut acc = [[L::zero(); NR]; MR];
+        let (k, q) = (Operand { at: k.add(key), step: PANEL_KEYS }, Operand { at: q, step: LANES * NR });
+        reduce::<L, MR, NR, 1>(k, q, d, &mut acc);
+        for n in 0..NR {
+            for r in 0..MR {
+                L::store(s.add(LANES * (NR * (key + r) + n)), acc[r][n]);
+                extremes.largest[n] = L::max(extremes.largest[n], acc[r][n]);
+                extremes.smallest[n] = L::min(extremes.smallest[n], acc[r][n]);
+            }
+        }
+    }
+}
+
+/// What happens to the output of a page when its sum is complete: it merges with partials that wait.
+pub(super) struct Merge {
+    /// How many.
+    pub(super) merges: usize,
+    /// The output behind that of the first partial to merge with; those lie `size` apart, backwards.
+    pub(super) left: *const f32,
+    pub(super) size: usize,
+    /// `[left, right]` of each merge.
+    pub(super) factors: *const f32,
+    /// Where the result goes.
+    pub(super) to: *mut f32,
+}
+
+/// Adds up the values of one page by weight, merges, and stores: `o[column * lanes + lane]`.
+///
+/// # Safety
+/// The ISA of `L` is enabled. `v` (the page's V panels) is valid for `256 * columns` reads, `columns` a multiple of 16, `seen`
+/// for two rows of `16 * NR`, `p` for 256; each output of `merge` for `columns` rows, and its factors for two a merge.
+#[inline(always)]
+pub(super) unsafe fn context<L: Lanes, const MR: usize, const NR: usize>(
+    v: *const f32,
+    columns: usize,
+    keys: &Keys,
+    seen: *const f32,
+    p: *const f32,
+    merge: &Merge,
+) {
+    // SAFETY: column * 256 is where a panel starts, because all panels before it are 64 wide; tiles stay inside one.
+    unsafe {
+        for first in (0..columns).step_by(PANEL_COLUMNS) {
+            let width = PANEL_COLUMNS.min(columns - first);
+            let v = Operand { at: v.add(first * PAGE_KEYS), step: width };
+            cover!(width, |column| context_tile::<L, MR, NR>(v, first, column, keys, seen, p, merge));
+        }
+    }
+}
+
+/// `MR` columns from `column` of a panel on; `first` is the panel's first column.
+///
+/// # Safety
+/// As [`context`]; `v` is the panel, and `column + MR` at most its width.
+#[inline(always)]
+unsafe fn context_tile<L: Lanes, const MR: usize, const NR: usize>(
+    v: Operand,
+    first: usize,
+    column: usize,
+    keys: &Keys,
+    seen: *const f32,
+    p: *const f32,
+    merge: &Merge,
+) {
+    // SAFETY: the ranges above, element by element.
+    unsafe {
+        let mut acc = [[L::zero(); NR]; MR];
+        let v = Operand { at: v.at.add(column), ..v };
+        let p = Operand { at: p, step: LANES * NR };
+        let Keys { hull, shared } = keys;
+        for key in hull.start..shared.start {
+            visible_step::<L, MR, NR>(v.from_step(key).at, p.from_step(key).at, key, seen, &mut acc);
+        }
+        reduce::<L, MR, NR, 1>(v.from_step(shared.start), p.from_step(shared.start), shared.len(), &mut acc);
+        for key in shared.end..hull.end {
+            visible_step::<L, MR, NR>(v.from_step(key).at, p.from_step(key).at, key, seen, &mut acc);
+        }
+        let at = LANES * NR * (first + column);
+        for i in 0..merge.merges {
+            let left = merge.left.sub((i + 1) * merge.size).add(at);
+            for n in 0..NR {
+                let a = L::load(merge.factors.add(LANES * (NR * 2 * i + n)));
+                let b = L::load(merge.factors.add(LANES * (NR * (2 * i + 1) + n)));
+                for r in 0..MR {
+                    let left = L::load(left.add(LANES * (NR * r + n)));
+                    acc[r][n] = L::fma(left, a, L::mul(acc[r][n], b));
+                }
+            }
+        }
+        for r in 0..MR {
+            for n in 0..NR {
+                L::store(merge.to.add(at + LANES * (NR * r + n)), acc[r][n]);
+            }
+        }
+    }
+}
+
+/// Adds the products of one key in the lanes that see it.
+///
+/// # Safety
+/// The ISA of `L` is enabled. `v` is valid for `MR` reads, `p` for `16 * NR`, `seen` for two rows of `16 * NR`.
+#[inline(always)]
+unsafe fn visible_step<L: Lanes, const MR: usize, const NR: usize>(
+    v: *const f32,
+    p: *const f32,
+    key: usize,
+    seen: *const f32,
+    acc: &mut [[L::V; NR]; MR],
+) {
+    // SAFETY: the ranges above, element by element.
+    unsafe {
+        let key = L::splat(key as f32);
+        for n in 0..NR {
+            let (first, end) = (L::load(seen.add(LANES * n)), L::load(seen.add(LANES * (NR + n))));
+            let p = L::load(p.add(LANES * n));
+            for r in 0..MR {
+                let sum = L::fma(L::splat(*v.add(r)), p, acc[r][n]);
+                acc[r][n] = L::select_between(key, first, end, sum, acc[r][n]);
+            }
+        }
+    }
+}
