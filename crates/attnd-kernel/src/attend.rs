@@ -196,18 +196,13 @@ impl NodeTask<'_> {
             let (m, memory) = memory.split_at_mut(sum_floats);
             let (l, memory) = memory.split_at_mut(sum_floats);
             let (o, scratch) = memory.split_at_mut(n_rows * columns);
-            if n_rows * d < layout.floats() {
-                q.fill(0.0);
-            }
-            for row in 0..n_rows {
+            let of_row = |row: usize| {
                 let (head, token) = place(row);
-                let from = &self.call.q[(head * shape.n_queries() + token) * d..][..d];
-                let (first, stride) = layout.row(row);
-                for (to, from) in q[first..].iter_mut().step_by(stride).zip(from) {
-                    *to = from * factor;
-                }
-            }
-            let rows = RowBlock { q: &q[..layout.floats()], visible: &visible, kv: self.call.kv, pages };
+                &self.call.q[(head * shape.n_queries() + token) * d..][..d]
+            };
+            let q = &mut q[..layout.floats()];
+            self.kernels.pack_queries(layout, &(0..n_rows).map(of_row).collect::<Vec<_>>(), factor, q);
+            let rows = RowBlock { q, visible: &visible, kv: self.call.kv, pages };
             let mut out = RowPartials { m: &mut m[..n_rows], l: &mut l[..n_rows], o };
             let overflow = self.kernels.attend_block(&rows, layout, scratch, &mut out);
             for (row, o) in o.chunks_exact(columns).enumerate() {

@@ -15,8 +15,7 @@ pub(crate) const BLOCK_ROWS: usize = 96;
 /// What one call computes.
 #[derive(Debug)]
 pub(crate) struct RowBlock<'a> {
-    /// [`QueryLayout::floats`] elements: rows, multiplied by scale * log2 e, where [`QueryLayout::row`] says; the rest
-    /// is zero.
+    /// What [`pack_queries`] left.
     pub(crate) q: &'a [f32],
     /// Keys that each row sees, as positions in the sequence.
     pub(crate) visible: &'a [Range<usize>],
@@ -78,26 +77,43 @@ impl QueryLayout {
         }
     }
 
-    /// Where row `row` lies: its first element, and the distance from one to the next.
-    pub(crate) fn row(self, row: usize) -> (usize, usize) {
-        match self {
-            Self::Tiles { n_rows, tile_rows, d } => {
-                let tile = row / tile_rows * tile_rows;
-                (tile * d + row - tile, tile_rows.min(n_rows - tile))
-            }
-            Self::Groups { groups, d } => {
-                let group = groups.of_row(row);
-                (group.start * d + row - group.start, group.len())
-            }
-        }
-    }
-
     /// Memory that [`attend_block`] works in, in f32s.
     pub(crate) fn scratch_floats(self, value_dim: usize) -> usize {
         match self {
             Self::Tiles { n_rows, .. } => rows::scratch_floats(n_rows, value_dim),
             Self::Groups { groups, .. } => queries::scratch_floats(groups, value_dim),
         }
+    }
+}
+
+/// Lays the rows of a block out as `layout` says, multiplied by `factor`.
+///
+/// # Safety
+/// The ISA of `L` is enabled.
+///
+/// # Panics
+/// If `q` doesn't have [`QueryLayout::floats`] elements, or `rows` another number or length of rows than the layout.
+#[inline(always)]
+pub(crate) unsafe fn pack_queries<L: Lanes>(
+    layout: QueryLayout,
+    rows: &[&[f32]],
+    factor: f32,
+    q: &mut [f32],
+) {
+    assert_eq!(q.len(), layout.floats());
+    match layout {
+        QueryLayout::Tiles { n_rows, tile_rows, d } => {
+            assert!(rows.len() == n_rows && rows.iter().all(|row| row.len() == d));
+            for (tile, rows) in q.chunks_mut(tile_rows * d).zip(rows.chunks(tile_rows)) {
+                for (r, row) in rows.iter().enumerate() {
+                    for (to, from) in tile[r..].iter_mut().step_by(rows.len()).zip(*row) {
+                        *to = from * factor;
+                    }
+                }
+            }
+        }
+        // SAFETY: the ISA is enabled, as the caller vouches.
+        QueryLayout::Groups { groups, d } => unsafe { queries::pack::<L>(groups, d, rows, factor, q) },
     }
 }
 

@@ -6,7 +6,9 @@
 use std::sync::OnceLock;
 
 use crate::arch;
-use crate::block::{QueryLayout, RowBlock, RowPartials, Tiles, attend_block, divide_rows, merge_rows};
+use crate::block::{
+    QueryLayout, RowBlock, RowPartials, Tiles, attend_block, divide_rows, merge_rows, pack_queries,
+};
 
 /// The environment variable that overrides the choice.
 pub const ISA_VARIABLE: &str = "ATTND_ISA";
@@ -77,6 +79,7 @@ pub enum IsaError {
 }
 
 type AttendBlock = unsafe fn(&RowBlock<'_>, QueryLayout, &mut [f32], &mut RowPartials<'_>) -> Option<usize>;
+type PackQueries = unsafe fn(QueryLayout, &[&[f32]], f32, &mut [f32]);
 type MergeRows = unsafe fn(RowPartials<'_>, &[f32], &[f32], &[f32], usize);
 type DivideRows = unsafe fn(&[f32], &[f32], &mut [f32], usize);
 type FmaLoop = unsafe fn(u64) -> f32;
@@ -85,6 +88,7 @@ type FmaLoop = unsafe fn(u64) -> f32;
 pub struct Kernels {
     isa: Isa,
     tiles: Tiles,
+    pack_queries: PackQueries,
     attend_block: AttendBlock,
     merge_rows: MergeRows,
     divide_rows: DivideRows,
@@ -145,8 +149,23 @@ impl Kernels {
     }
 
     /// The largest register tiles.
+    ///
+    /// With AVX-512, two vectors of queries where the scores of a page against them (32 KiB) fit into the first-level
+    /// cache, else three, which load less per multiply-add.
     pub(crate) fn tiles(&self) -> Tiles {
+        #[cfg(target_arch = "x86_64")]
+        if self.isa == Isa::Avx512 {
+            static FIRST_LEVEL: OnceLock<Option<usize>> = OnceLock::new();
+            let bytes = *FIRST_LEVEL.get_or_init(crate::cache::first_level_bytes);
+            let query_vectors = if bytes.is_some_and(|bytes| bytes >= 48 << 10) { 2 } else { 3 };
+            return Tiles { query_vectors, ..self.tiles };
+        }
         self.tiles
+    }
+
+    pub(crate) fn pack_queries(&self, layout: QueryLayout, rows: &[&[f32]], factor: f32, q: &mut [f32]) {
+        // SAFETY: as in attend_block.
+        unsafe { (self.pack_queries)(layout, rows, factor, q) }
     }
 
     pub(crate) fn attend_block(
@@ -216,6 +235,11 @@ macro_rules! instantiate {
     ($table:ident, $isa:expr, $lanes:ty, rows $mr:literal x $nr:literal, queries $keys:literal x $queries:literal, chains $chains:literal $(, #[$features:meta])?) => {
         static $table: Kernels = {
             $(#[$features])?
+            unsafe fn pack_queries_entry(layout: QueryLayout, rows: &[&[f32]], factor: f32, q: &mut [f32]) {
+                // SAFETY: the features are enabled on this function.
+                unsafe { pack_queries::<$lanes>(layout, rows, factor, q) }
+            }
+            $(#[$features])?
             unsafe fn attend_block_entry(
                 block: &RowBlock<'_>,
                 layout: QueryLayout,
@@ -249,6 +273,7 @@ macro_rules! instantiate {
             Kernels {
                 isa: $isa,
                 tiles: Tiles { rows: $mr, query_vectors: $queries },
+                pack_queries: pack_queries_entry,
                 attend_block: attend_block_entry,
                 merge_rows: merge_rows_entry,
                 divide_rows: divide_rows_entry,

@@ -44,10 +44,33 @@ pub(crate) unsafe trait Lanes: Copy {
     /// `y * 2^e` for an integer `e <= 0` and normal `y * 2^e`, and 0 where `e <= -126`. NaN where `y` is NaN and `e`
     /// is not <= -126.
     unsafe fn scale_or_flush(y: Self::V, e: Self::V) -> Self::V;
+    /// `y * 2^e` as [`Lanes::scale_or_flush`], for callers that know every `e` to be in -126 < e <= 0.
+    unsafe fn scale(y: Self::V, e: Self::V) -> Self::V;
     /// `yes` where `lo <= at < hi`, else `no`. None of the three positions is NaN.
     unsafe fn select_between(at: Self::V, lo: Self::V, hi: Self::V, yes: Self::V, no: Self::V) -> Self::V;
     /// Every NaN replaced by [`crate::canonical::CANONICAL_NAN`].
     unsafe fn canonical_nan(a: Self::V) -> Self::V;
+    /// Swaps lanes and vectors: lane `i` of vector `j` becomes lane `j` of vector `i`.
+    #[inline(always)]
+    unsafe fn transpose(vectors: [Self::V; LANES]) -> [Self::V; LANES] {
+        let (mut from, mut to) = ([[0.0_f32; LANES]; LANES], [[0.0_f32; LANES]; LANES]);
+        // SAFETY: each array is 16 f32.
+        unsafe {
+            for i in 0..LANES {
+                Self::store(from[i].as_mut_ptr(), vectors[i]);
+            }
+            for i in 0..LANES {
+                for j in 0..LANES {
+                    to[i][j] = from[j][i];
+                }
+            }
+            let mut transposed = [Self::zero(); LANES];
+            for i in 0..LANES {
+                transposed[i] = Self::load(to[i].as_ptr());
+            }
+            transposed
+        }
+    }
     /// The halving tree of rule 4: `t_i += t_{i+8}`, `+= t_{i+4}`, `+= t_{i+2}`, `t_0 += t_1`.
     unsafe fn halving_sum(t: Self::V) -> f32;
     /// The largest lane, in any order.

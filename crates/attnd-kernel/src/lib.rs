@@ -16,9 +16,10 @@
 //! its range are reported, not hidden.
 //!
 //! **Map.** [`slot`] and [`shape`] are the vocabulary; [`KvHead`] holds keys and values as the kernels read them;
-//! [`attend_node`] computes a [`PartialRows`]; partials merge and finish. Inside: `tile.rs` (register tiles),
-//! `softmax.rs` (one row over one page), `rows.rs` (a block of rows over the pages of a node), `lanes.rs` and `arch/`
-//! (vectors), `dispatch.rs` (which ISA). This is the only crate of the project with unsafe code.
+//! [`attend_node`] computes a [`PartialRows`]; partials merge and finish. Inside: `block.rs` (a block of rows, and which
+//! family takes it), `rows.rs` and `queries.rs` (the families: rows broadcast, lanes = queries), `product.rs` (the
+//! register tile of both), `fold.rs` (the order of merges), `lanes.rs` and `arch/` (vectors), `dispatch.rs` (which ISA).
+//! This is the only crate of the project with unsafe code.
 
 #![allow(unsafe_code)]
 // Register tiles are written with indices: `acc[r][n]` is the notation of the comment above them.
@@ -28,6 +29,7 @@ mod arch;
 mod attend;
 mod block;
 mod buffer;
+mod cache;
 mod calibrate;
 mod canonical;
 mod dispatch;

@@ -160,11 +160,6 @@ impl KvHead {
         let size = page_floats(self.head_dim, self.value_dim);
         self.memory[place as usize * size..][..size].split_at_mut(PAGE_KEYS * self.head_dim)
     }
-
-    /// Keys that a resident page holds.
-    pub(crate) fn keys_in_page(&self, page: usize) -> usize {
-        keys_in_page(page, self.n_keys)
-    }
 }
 
 fn for_each_row(

@@ -60,12 +60,6 @@ impl Groups {
         let first = |group: usize| LANES * (vectors * group / self.n_groups);
         first(group)..first(group + 1)
     }
-
-    /// The lanes of the group that holds row `row`.
-    pub(crate) fn of_row(self, row: usize) -> Range<usize> {
-        let group = (0..self.n_groups).map(|group| self.group(group)).find(|lanes| lanes.contains(&row));
-        group.unwrap_or(0..0)
-    }
 }
 
 /// What a group needs besides its queries, in f32s: partials, rescaling factors, and a few vectors.
@@ -77,6 +71,50 @@ fn group_floats(lanes: usize, columns: usize) -> usize {
 pub(crate) fn scratch_floats(groups: Groups, value_dim: usize) -> usize {
     let widest = (0..groups.n_groups).map(|group| groups.group(group).len()).max().unwrap_or(0);
     PAGE_KEYS * widest + group_floats(groups.lanes(), padded_columns(value_dim))
+}
+
+/// Transposes the rows of a block into `q`, multiplied by `factor`: `q[group][x][lane]`. Lanes without a row are zero.
+///
+/// # Safety
+/// The ISA of `L` is enabled.
+///
+/// # Panics
+/// If `rows` or `q` have other lengths than the groups and `d` say.
+#[inline(always)]
+pub(crate) unsafe fn pack<L: Lanes>(groups: Groups, d: usize, rows: &[&[f32]], factor: f32, q: &mut [f32]) {
+    assert!(rows.len() == groups.n_rows && rows.iter().all(|row| row.len() == d));
+    assert_eq!(q.len(), groups.lanes() * d);
+    let whole = d / LANES * LANES;
+    for group in 0..groups.n_groups {
+        let lanes = groups.group(group);
+        let width = lanes.len();
+        let q = &mut q[lanes.start * d..lanes.end * d];
+        for first in (0..width).step_by(LANES) {
+            let rows = &rows[lanes.start + first..];
+            let rows = &rows[..rows.len().min(LANES)];
+            // SAFETY: the ISA is enabled; a row has `d` elements, of which vectors end at `whole`, and a step of `q`
+            // has `width` lanes, of which these 16 begin at `first`.
+            unsafe {
+                let factor = L::splat(factor);
+                for x in (0..whole).step_by(LANES) {
+                    let mut vectors = [L::zero(); LANES];
+                    for (vector, row) in vectors.iter_mut().zip(rows) {
+                        *vector = L::mul(L::load(row.as_ptr().add(x)), factor);
+                    }
+                    for (i, vector) in L::transpose(vectors).into_iter().enumerate() {
+                        L::store(q.as_mut_ptr().add((x + i) * width + first), vector);
+                    }
+                }
+            }
+            for x in whole..d {
+                let to = &mut q[x * width + first..][..LANES];
+                to.fill(0.0);
+                for (to, row) in to.iter_mut().zip(rows) {
+                    *to = row[x] * factor;
+                }
+            }
+        }
+    }
 }
 
 /// Computes the partial of a block of rows. Returns the first row of which a score overflowed f32.
@@ -115,7 +153,13 @@ pub(crate) unsafe fn attend_queries<L: Lanes, const KEYS: usize>(
             }
         }
     }
-    parts.iter().fold(None, |overflow, group| overflow.or(group.finish(out)))
+    let mut overflow = None;
+    for group in &parts {
+        // SAFETY: the ISA is enabled.
+        let found = unsafe { group.finish::<L>(out) };
+        overflow = overflow.or(found);
+    }
+    overflow
 }
 
 /// One group of lanes, and how far it has come.
@@ -191,7 +235,7 @@ impl<'a> Group<'a> {
             }
             let partials = self.partials.as_mut_ptr();
             let (top, to) = (partials.add(place * size), partials.add((place - merges) * size));
-            let sums = softmax::weigh::<L, NR>(s, &keys, extremes.largest);
+            let sums = softmax::weigh::<L, NR>(s, &keys, &extremes);
             for n in 0..NR {
                 let lowest = self.lowest.as_mut_ptr().add(LANES * n);
                 L::store(lowest, L::min(L::load(lowest), extremes.smallest[n]));
@@ -228,28 +272,43 @@ impl<'a> Group<'a> {
     }
 
     /// Puts the rows in place; the first one of which a score overflowed f32.
-    fn finish(&self, out: &mut RowPartials<'_>) -> Option<usize> {
-        let (lanes, columns) = (self.lanes, self.columns);
+    ///
+    /// # Safety
+    /// The ISA of `L` is enabled.
+    #[inline(always)]
+    unsafe fn finish<L: Lanes>(&self, out: &mut RowPartials<'_>) -> Option<usize> {
+        let (lanes, columns, rows) = (self.lanes, self.columns, self.rows.clone());
+        let (out_m, out_l) = (&mut out.m[rows.clone()], &mut out.l[rows.clone()]);
+        let out_o = &mut out.o[rows.start * columns..rows.end * columns];
+        if self.stack.depth() == 0 {
+            out_m.fill(f32::NEG_INFINITY);
+            out_l.fill(0.0);
+            out_o.fill(0.0);
+            return None;
+        }
         let (m, rest) = self.partials.split_at(lanes);
         let (l, o) = rest.split_at(lanes);
-        let mut overflow = None;
-        for (lane, row) in self.rows.clone().enumerate() {
-            let to = &mut out.o[row * columns..][..columns];
-            if self.stack.depth() == 0 {
-                (out.m[row], out.l[row]) = (f32::NEG_INFINITY, 0.0);
-                to.fill(0.0);
-                continue;
-            }
-            (out.m[row], out.l[row]) = (m[lane], l[lane]);
-            for (to, from) in to.iter_mut().zip(o[lane..].iter().step_by(lanes)) {
-                *to = *from;
-            }
-            let left_range =
-                self.lowest[lane] == f32::NEG_INFINITY || m[lane] == f32::INFINITY || l[lane].is_nan();
-            if left_range && overflow.is_none() {
-                overflow = Some(row);
+        out_m.copy_from_slice(&m[..rows.len()]);
+        out_l.copy_from_slice(&l[..rows.len()]);
+        for lane in (0..rows.len()).step_by(LANES) {
+            for column in (0..columns).step_by(LANES) {
+                // SAFETY: o has `columns` rows of `lanes` elements, both multiples of 16, and out_o has a row for each
+                // lane that is stored.
+                unsafe {
+                    let mut vectors = [L::zero(); LANES];
+                    for (i, vector) in vectors.iter_mut().enumerate() {
+                        *vector = L::load(o.as_ptr().add((column + i) * lanes + lane));
+                    }
+                    let of_rows = L::transpose(vectors).into_iter().take(rows.len() - lane);
+                    for (i, vector) in of_rows.enumerate() {
+                        L::store(out_o.as_mut_ptr().add((lane + i) * columns + column), vector);
+                    }
+                }
             }
         }
-        overflow
+        let left_range = |lane: usize| {
+            self.lowest[lane] == f32::NEG_INFINITY || m[lane] == f32::INFINITY || l[lane].is_nan()
+        };
+        (0..rows.len()).find(|lane| left_range(*lane)).map(|lane| rows.start + lane)
     }
 }

@@ -50,15 +50,24 @@ pub(super) unsafe fn smallest_of_eight(t: __m256) -> f32 {
 /// # Safety
 /// The CPU must have AVX2.
 #[inline(always)]
-unsafe fn scale_or_flush_eight(y: __m256, e: __m256) -> __m256 {
+unsafe fn scale_eight(y: __m256, e: __m256) -> __m256 {
     // SAFETY: the caller vouches for AVX2.
     unsafe {
         let biased = _mm256_add_epi32(_mm256_cvtps_epi32(e), _mm256_set1_epi32(127));
-        let power = _mm256_castsi256_ps(_mm256_slli_epi32::<23>(biased));
+        _mm256_mul_ps(y, _mm256_castsi256_ps(_mm256_slli_epi32::<23>(biased)))
+    }
+}
+
+/// # Safety
+/// The CPU must have AVX2.
+#[inline(always)]
+unsafe fn scale_or_flush_eight(y: __m256, e: __m256) -> __m256 {
+    // SAFETY: the caller vouches for AVX2.
+    unsafe {
         // Not-less-or-equal, unordered. The flush is a bitwise and, because the product of a masked score of -inf is
         // NaN by now.
         let keep = _mm256_cmp_ps::<_CMP_NLE_UQ>(e, _mm256_set1_ps(FLUSH_EXPONENT));
-        _mm256_and_ps(_mm256_mul_ps(y, power), keep)
+        _mm256_and_ps(scale_eight(y, e), keep)
     }
 }
 
@@ -148,6 +157,10 @@ unsafe impl Lanes for Avx2 {
     #[inline(always)]
     unsafe fn scale_or_flush(y: Self::V, e: Self::V) -> Self::V {
         unsafe { [scale_or_flush_eight(y[0], e[0]), scale_or_flush_eight(y[1], e[1])] }
+    }
+    #[inline(always)]
+    unsafe fn scale(y: Self::V, e: Self::V) -> Self::V {
+        unsafe { [scale_eight(y[0], e[0]), scale_eight(y[1], e[1])] }
     }
     #[inline(always)]
     unsafe fn select_between(at: Self::V, lo: Self::V, hi: Self::V, yes: Self::V, no: Self::V) -> Self::V {

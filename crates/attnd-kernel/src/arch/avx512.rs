@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 
 use crate::canonical::{CANONICAL_NAN, FLUSH_EXPONENT};
-use crate::lanes::Lanes;
+use crate::lanes::{LANES, Lanes};
 
 /// AVX-512 F and DQ, with AVX2 and FMA below them.
 #[derive(Clone, Copy)]
@@ -69,6 +69,42 @@ unsafe impl Lanes for Avx512 {
             // Not-less-or-equal, unordered: true for NaN, which therefore stays.
             let keep = _mm512_cmp_ps_mask::<_CMP_NLE_UQ>(e, _mm512_set1_ps(FLUSH_EXPONENT));
             _mm512_maskz_scalef_ps(keep, y, e)
+        }
+    }
+    #[inline(always)]
+    unsafe fn scale(y: Self::V, e: Self::V) -> Self::V {
+        unsafe { _mm512_scalef_ps(y, e) }
+    }
+    #[inline(always)]
+    unsafe fn transpose(v: [Self::V; LANES]) -> [Self::V; LANES] {
+        unsafe {
+            let mut pairs = v;
+            for i in 0..8 {
+                pairs[2 * i] = _mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]);
+                pairs[2 * i + 1] = _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]);
+            }
+            // fours[4 g + k]: in each quarter of the register, element k of that quarter from rows 4 g to 4 g + 3.
+            let mut fours = v;
+            for g in 0..4 {
+                for half in 0..2 {
+                    let a = _mm512_castps_pd(pairs[4 * g + half]);
+                    let b = _mm512_castps_pd(pairs[4 * g + 2 + half]);
+                    fours[4 * g + 2 * half] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+                    fours[4 * g + 2 * half + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+                }
+            }
+            let mut transposed = v;
+            for k in 0..4 {
+                let even = _mm512_shuffle_f32x4::<0b10_00_10_00>(fours[k], fours[4 + k]);
+                let odd = _mm512_shuffle_f32x4::<0b11_01_11_01>(fours[k], fours[4 + k]);
+                let even_high = _mm512_shuffle_f32x4::<0b10_00_10_00>(fours[8 + k], fours[12 + k]);
+                let odd_high = _mm512_shuffle_f32x4::<0b11_01_11_01>(fours[8 + k], fours[12 + k]);
+                transposed[k] = _mm512_shuffle_f32x4::<0b10_00_10_00>(even, even_high);
+                transposed[8 + k] = _mm512_shuffle_f32x4::<0b11_01_11_01>(even, even_high);
+                transposed[4 + k] = _mm512_shuffle_f32x4::<0b10_00_10_00>(odd, odd_high);
+                transposed[12 + k] = _mm512_shuffle_f32x4::<0b11_01_11_01>(odd, odd_high);
+            }
+            transposed
         }
     }
     #[inline(always)]

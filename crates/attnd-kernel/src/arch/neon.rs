@@ -16,6 +16,16 @@ fn zip(a: V, b: V, f: impl Fn(float32x4_t, float32x4_t) -> float32x4_t) -> V {
     std::array::from_fn(|i| f(a[i], b[i]))
 }
 
+/// `2^e` for integers in -127 < e < 128.
+#[inline(always)]
+fn power_of_two(e: float32x4_t) -> float32x4_t {
+    // SAFETY: every aarch64 has Advanced SIMD.
+    unsafe {
+        let biased = vaddq_s32(vcvtq_s32_f32(e), vdupq_n_s32(127));
+        vreinterpretq_f32_s32(vshlq_n_s32::<23>(biased))
+    }
+}
+
 // SAFETY: every method is a few NEON intrinsics, and the caller vouches for the pointers as the trait demands. That
 // one argument covers each block below.
 #[allow(clippy::undocumented_unsafe_blocks)]
@@ -77,12 +87,15 @@ unsafe impl Lanes for Neon {
     #[inline(always)]
     unsafe fn scale_or_flush(y: V, e: V) -> V {
         zip(y, e, |y, e| unsafe {
-            let biased = vaddq_s32(vcvtq_s32_f32(e), vdupq_n_s32(127));
-            let power = vreinterpretq_f32_s32(vshlq_n_s32::<23>(biased));
+            let power = power_of_two(e);
             // The comparison is false for NaN, which therefore stays.
             let flush = vcleq_f32(e, vdupq_n_f32(FLUSH_EXPONENT));
             vbslq_f32(flush, vdupq_n_f32(0.0), vmulq_f32(y, power))
         })
+    }
+    #[inline(always)]
+    unsafe fn scale(y: V, e: V) -> V {
+        zip(y, e, |y, e| unsafe { vmulq_f32(y, power_of_two(e)) })
     }
     #[inline(always)]
     unsafe fn select_between(at: V, lo: V, hi: V, yes: V, no: V) -> V {

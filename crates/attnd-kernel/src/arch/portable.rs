@@ -80,6 +80,10 @@ unsafe impl Lanes for Portable {
         })
     }
     #[inline(always)]
+    unsafe fn scale(y: V, e: V) -> V {
+        zip(y, e, |y, e| y * f32::from_bits(((e as i32).wrapping_add(127) as u32) << 23))
+    }
+    #[inline(always)]
     unsafe fn select_between(at: V, lo: V, hi: V, yes: V, no: V) -> V {
         std::array::from_fn(|i| if lo[i] <= at[i] && at[i] < hi[i] { yes[i] } else { no[i] })
     }

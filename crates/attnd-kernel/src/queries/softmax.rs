@@ -1,9 +1,14 @@
 //! The softmax of a group of lanes over one page (rules 2 to 4 of the canonical order), and the rescaling of what merges
 //! with it (rule 6). A key's scores are one row of `lanes` elements.
 
+use std::ops::Range;
+
 use super::tile::Keys;
 use crate::canonical::EXP2_POLY;
 use crate::lanes::{LANES, Lanes};
+
+/// Exponents above this are safely above the one at which weights are flushed.
+const NO_FLUSH: f32 = -120.0;
 
 /// The largest and the smallest score of each lane.
 #[derive(Clone, Copy)]
@@ -65,39 +70,35 @@ pub(super) unsafe fn hide<L: Lanes, const NR: usize>(
 
 /// Turns scores into weights in place and sums them.
 ///
+/// Where no weight of a vector of lanes is small enough to be flushed, which the smallest score tells, flushing is left
+/// out. A NaN among the scores of a lane may hide from its extremes; all that the lane gives is NaN either way.
+///
 /// # Safety
 /// The ISA of `L` is enabled. `s` is valid for 256 rows of `16 * NR` elements.
 #[inline(always)]
 pub(super) unsafe fn weigh<L: Lanes, const NR: usize>(
     s: *mut f32,
     keys: &Keys,
-    largest: [L::V; NR],
+    extremes: &Extremes<L, NR>,
 ) -> Sums<L, NR> {
     let residues = keys.residues();
+    let is_whole = *keys == Keys::WHOLE;
     // SAFETY: keys.residues() is whole vectors of residues inside a page.
     unsafe {
         let mut sums = Sums::<L, NR> { m: [L::zero(); NR], l: [L::zero(); NR] };
-        let poly = EXP2_POLY.map(|c| L::splat(c));
         for n in 0..NR {
-            let m = L::add(L::rint(largest[n]), L::zero());
+            let m = L::add(L::rint(extremes.largest[n]), L::zero());
             let shift = finite::<L>(m);
-            // One sum per residue of the key modulo 16, as rule 4 says.
-            let mut t = [L::zero(); LANES];
-            for j in residues.clone().step_by(LANES) {
-                for r in 0..LANES {
-                    let at = s.add(LANES * (NR * (j + r) + n));
-                    let score = L::load(at);
-                    let nearest = L::rint(score);
-                    let rest = L::sub(score, nearest);
-                    let mut y = poly[6];
-                    for i in (0..6).rev() {
-                        y = L::fma(y, rest, poly[i]);
-                    }
-                    let p = L::scale_or_flush(y, L::sub(nearest, shift));
-                    L::store(at, p);
-                    t[r] = L::add(t[r], p);
-                }
-            }
+            let (low, high) = (L::splat(NO_FLUSH), L::splat(f32::INFINITY));
+            let least = L::sub(L::rint(extremes.smallest[n]), shift);
+            // A comparison with NaN is false, whereas the smallest of several lanes may lose one and its neighbour.
+            let is_safe = L::select_between(least, low, high, L::splat(1.0), L::zero());
+            let s = s.add(LANES * n);
+            let mut t = if is_whole && L::smallest(is_safe) == 1.0 {
+                residue_sums::<L, NR, false>(s, residues.clone(), shift)
+            } else {
+                residue_sums::<L, NR, true>(s, residues.clone(), shift)
+            };
             for half in [8, 4, 2, 1] {
                 for i in 0..half {
                     t[i] = L::add(t[i], t[i + half]);
@@ -107,6 +108,52 @@ pub(super) unsafe fn weigh<L: Lanes, const NR: usize>(
             sums.l[n] = t[0];
         }
         sums
+    }
+}
+
+/// Runs a block with the constant `$r` from 0 to 15.
+macro_rules! each_residue {
+    ($r:ident, $block:block) => {
+        each_residue!($r, $block, 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15)
+    };
+    ($r:ident, $block:block, $($n:literal)*) => {
+        $({ const $r: usize = $n; $block })*
+    };
+}
+
+/// Weights in place, and one sum per residue of the key modulo 16, as rule 4 says.
+///
+/// # Safety
+/// The ISA of `L` is enabled. `s` is valid for a vector of each of the rows `residues`, `NR` vectors apart. Without
+/// `FLUSH`, every score minus `shift` is above [`NO_FLUSH`].
+#[inline(always)]
+unsafe fn residue_sums<L: Lanes, const NR: usize, const FLUSH: bool>(
+    s: *mut f32,
+    residues: Range<usize>,
+    shift: L::V,
+) -> [L::V; LANES] {
+    // SAFETY: the ranges above, vector by vector.
+    unsafe {
+        let poly = EXP2_POLY.map(|c| L::splat(c));
+        let mut t = [L::zero(); LANES];
+        for j in residues.step_by(LANES) {
+            // Written out, because a loop would keep the sums in memory: LLVM unrolls none that is this long.
+            each_residue!(R, {
+                let at = s.add(LANES * NR * (j + R));
+                let score = L::load(at);
+                let nearest = L::rint(score);
+                let rest = L::sub(score, nearest);
+                let mut y = poly[6];
+                for i in (0..6).rev() {
+                    y = L::fma(y, rest, poly[i]);
+                }
+                let e = L::sub(nearest, shift);
+                let p = if FLUSH { L::scale_or_flush(y, e) } else { L::scale(y, e) };
+                L::store(at, p);
+                t[R] = L::add(t[R], p);
+            });
+        }
+        t
     }
 }
 
