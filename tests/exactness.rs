@@ -225,16 +225,17 @@ struct Seen {
 async fn check(what: &str, client: &Client, case: &Case, seen: &mut Seen) {
     let fast = Kernels::available()[0];
     let rows = case.sample_rows(1, 2);
-    let (wanted, alone) = case.compute(fast, &rows);
-    for (at, row) in &alone {
-        row.assert_bits_of(
-            &wanted.row(case.shape(), *at),
-            &format!("{what}: row {at:?} alone and in the batch"),
-        );
-    }
-    if case.flops() <= PORTABLE_FLOPS {
-        let portable = Kernels::for_isa(Isa::Portable).expect("it is always there");
-        case.compute(portable, &[]).0.assert_bits_of(&wanted, &format!("{what}: portable kernels"));
+    let wanted = case.compute(fast);
+    // The whole call with every ISA, and some rows by themselves; the portable kernels are too slow for most whole calls.
+    for kernels in Kernels::available() {
+        let isa = kernels.isa();
+        if isa != Isa::Portable || case.flops() <= PORTABLE_FLOPS {
+            case.compute(kernels).assert_bits_of(&wanted, &format!("{what}: {isa} kernels"));
+        }
+        for (at, row) in case.compute_alone(kernels, &rows) {
+            let what = format!("{what}: row {at:?} alone and in the batch, {isa} kernels");
+            row.assert_bits_of(&wanted.row(case.shape(), at), &what);
+        }
     }
     if case.data != Data::Poisoned {
         wanted.assert_within(case.shape(), &case.reference(&rows), what);
@@ -311,7 +312,7 @@ async fn half_precision_and_any_interleaving_of_chunks_have_the_same_bits() {
         let what = format!("seed {seed}: {dtype} {data:?} {causal:?} {dims:?}");
         let case = Case::new(seed, data, causal, dtype, dims);
         let rows = case.sample_rows(seed, 2);
-        let (wanted, _) = case.compute(fast, &[]);
+        let wanted = case.compute(fast);
         wanted.assert_within(case.shape(), &case.reference(&rows), &what);
         let workers = WorkerChoice::Exactly(COUNTS[seed as usize % COUNTS.len()]);
 
@@ -347,7 +348,7 @@ async fn what_no_row_sees_changes_no_bit() {
     };
     poisoned.operands.k = poison(&case.operands.k, 48, f32::NAN);
     poisoned.operands.v = poison(&case.operands.v, 40, f32::INFINITY);
-    let (wanted, _) = case.compute(Kernels::available()[0], &[]);
+    let wanted = case.compute(Kernels::available()[0]);
 
     let cluster = Cluster::start(3).await;
     let client = cluster.client();

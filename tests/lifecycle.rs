@@ -21,7 +21,7 @@ fn case(seed: u64) -> Case {
 }
 
 fn computed_here(case: &Case) -> Answer {
-    case.compute(Kernels::available()[0], &[]).0
+    case.compute(Kernels::available()[0])
 }
 
 async fn assert_right(client: &Client, case: &Case, wanted: &Answer, workers: WorkerChoice, what: &str) {

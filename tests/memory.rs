@@ -52,7 +52,7 @@ async fn the_coordinator_holds_partials_and_no_operands() {
     let dims =
         Dims { batch: 1, heads: 8, kv_heads: 8, queries: 4096, keys: 4096, head_dim: 128, value_dim: 128 };
     let case = Case::plain(1, dims);
-    let (wanted, _) = case.compute(Kernels::available()[0], &[]);
+    let wanted = case.compute(Kernels::available()[0]);
     // Two workers take four heads each; three cut heads into slots, which makes more partials.
     for workers in [2, 3] {
         let attended = check(&case, workers, 2).await;
@@ -69,7 +69,7 @@ async fn nightly_two_gib_of_keys_and_values_pass_through_the_coordinator() {
         Dims { batch: 1, heads: 8, kv_heads: 2, queries: 16, keys: 1 << 20, head_dim: 128, value_dim: 128 };
     let case = Case::plain(2, dims);
     assert_eq!(case.operands.k.len() + case.operands.v.len(), 2 << 30);
-    let (wanted, _) = case.compute(Kernels::available()[0], &[]);
+    let wanted = case.compute(Kernels::available()[0]);
     for workers in [2, 3] {
         let attended = check(&case, workers, 1).await;
         Answer::from(attended).assert_bits_of(&wanted, &format!("{workers} workers"));

@@ -35,7 +35,7 @@ async fn main() {
     let dims =
         Dims { batch: 1, heads: 8, kv_heads: 8, queries: 4096, keys: 4096, head_dim: 128, value_dim: 128 };
     let case = Case::plain(0, dims);
-    let (wanted, _) = case.compute(Kernels::available()[0], &[]);
+    let wanted = case.compute(Kernels::available()[0]);
     let mut cluster = Cluster::start(2).await;
     let idle = cluster.coordinator().peak_memory();
     let client = cluster.client();

@@ -1,11 +1,14 @@
 //! Seeded calls, and their answers as the kernels of this process give them.
 
+use std::ops::Range;
 use std::time::Duration;
 
 use attnd_client::{AttendOptions, Attended, Operands, WorkerChoice};
 use attnd_kernel::reference::{ReferenceRow, reference_row};
 use attnd_kernel::slot::{N_SLOTS, Node, PAGE_KEYS, keys_in_page, n_pages};
-use attnd_kernel::{AttnShape, Causal, Dims, Dtype, GroupCall, Kernels, KvHead, attend_node, widen};
+use attnd_kernel::{
+    AttnShape, Causal, Dims, Dtype, FinishedRows, GroupCall, Kernels, KvHead, attend_node, widen,
+};
 use bytes::Bytes;
 use half::{bf16, f16};
 use rand::rngs::SmallRng;
@@ -167,29 +170,40 @@ impl Case {
         kv
     }
 
-    /// Computes the call in this process, and the rows of `alone` once more, each by itself: their context and lse.
-    pub(crate) fn compute(&self, kernels: &Kernels, alone: &[Row]) -> (Answer, Vec<(Row, Answer)>) {
-        let shape = *self.shape();
-        let (size, tokens) = (shape.group_size(), shape.n_queries());
+    /// Computes the call in this process.
+    pub(crate) fn compute(&self, kernels: &Kernels) -> Answer {
         let mut answer = Answer { context: Vec::new(), lse: Vec::new() };
-        let mut rows = Vec::new();
-        for group in 0..shape.n_groups() {
-            let kv = self.resident(group);
-            let mut q = vec![0.0; size * tokens * shape.head_dim()];
-            let bytes = q.len() * self.operands.dtype.size();
-            widen(&self.operands.q[group * bytes..][..bytes], self.operands.dtype, &mut q);
-            let call = GroupCall { shape, scale: self.scale, causal: self.causal, q: &q, kv: &kv };
-            let finished = attend_node(kernels, &call, Node::ROOT, 0..tokens).0.finish(kernels);
+        for group in 0..self.shape().n_groups() {
+            let finished = self.compute_group(kernels, group, 0..self.shape().n_queries());
             answer.context.extend_from_slice(&finished.context);
             answer.lse.extend_from_slice(&finished.lse);
-            for (head, token) in alone.iter().copied().filter(|(head, _)| head / size == group) {
-                let row = attend_node(kernels, &call, Node::ROOT, token..token + 1).0.finish(kernels);
-                let one = head % size;
-                let context = row.context[one * shape.value_dim()..][..shape.value_dim()].to_vec();
-                rows.push(((head, token), Answer { context, lse: vec![row.lse[one]] }));
-            }
         }
-        (answer, rows)
+        answer
+    }
+
+    /// Computes some rows in this process, each by itself.
+    pub(crate) fn compute_alone(&self, kernels: &Kernels, rows: &[Row]) -> Vec<(Row, Answer)> {
+        let (size, value_dim) = (self.shape().group_size(), self.shape().value_dim());
+        let row = |(head, token): Row| {
+            let group = self.compute_group(kernels, head / size, token..token + 1);
+            let one = head % size;
+            Answer {
+                context: group.context[one * value_dim..][..value_dim].to_vec(),
+                lse: vec![group.lse[one]],
+            }
+        };
+        rows.iter().map(|at| (*at, row(*at))).collect()
+    }
+
+    /// Some tokens of one kv group, all heads of the group.
+    fn compute_group(&self, kernels: &Kernels, group: usize, tokens: Range<usize>) -> FinishedRows {
+        let shape = *self.shape();
+        let kv = self.resident(group);
+        let mut q = vec![0.0; shape.group_size() * shape.n_queries() * shape.head_dim()];
+        let bytes = q.len() * self.operands.dtype.size();
+        widen(&self.operands.q[group * bytes..][..bytes], self.operands.dtype, &mut q);
+        let call = GroupCall { shape, scale: self.scale, causal: self.causal, q: &q, kv: &kv };
+        attend_node(kernels, &call, Node::ROOT, tokens).0.finish(kernels)
     }
 
     /// Some rows by the f64 oracle.

@@ -163,6 +163,31 @@ pub(crate) enum Seen {
     Whole,
 }
 
+/// What some intervals of keys have in common.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Span {
+    /// From the first key of any interval to the last; empty if all are.
+    pub(crate) hull: Range<usize>,
+    /// The keys of every interval; empty at the end of `hull` if there are none.
+    pub(crate) shared: Range<usize>,
+}
+
+impl Span {
+    pub(crate) fn of(intervals: impl Iterator<Item = Range<usize>>) -> Self {
+        let (mut first, mut end) = (usize::MAX, 0);
+        let mut shared = 0..usize::MAX;
+        for keys in intervals {
+            if !keys.is_empty() {
+                (first, end) = (first.min(keys.start), end.max(keys.end));
+            }
+            shared = shared.start.max(keys.start)..shared.end.min(keys.end);
+        }
+        let hull = first.min(end)..end;
+        let shared = if shared.is_empty() || hull.is_empty() { end..end } else { shared };
+        Self { hull, shared }
+    }
+}
+
 /// The intervals of keys that some rows see.
 #[derive(Clone, Debug)]
 pub(crate) struct Visible<'a> {
@@ -176,13 +201,7 @@ pub(crate) struct Visible<'a> {
 
 impl<'a> Visible<'a> {
     pub(crate) fn new(rows: &'a [Range<usize>], n_keys: usize) -> Self {
-        let (mut hull, mut shared) = (usize::MAX..0, 0..usize::MAX);
-        for keys in rows {
-            if !keys.is_empty() {
-                hull = hull.start.min(keys.start)..hull.end.max(keys.end);
-            }
-            shared = shared.start.max(keys.start)..shared.end.min(keys.end);
-        }
+        let Span { hull, shared } = Span::of(rows.iter().cloned());
         Self { rows, n_keys, hull, shared }
     }
 

@@ -82,9 +82,15 @@ impl Buffer {
             return None;
         }
         let memory = base.map_addr(|address| address.next_multiple_of(HUGE_PAGE));
-        // SAFETY: `whole` bytes from the first huge-page boundary lie inside the mapping, and MADV_HUGEPAGE changes no
-        // contents. A refusal costs speed and nothing else.
-        let _refused = unsafe { libc::madvise(memory, whole, libc::MADV_HUGEPAGE) };
+        // What does not fill a huge page stays in small ones, so that a buffer takes the memory that was asked for: its
+        // bytes are what a worker reserves.
+        let huge = bytes / HUGE_PAGE * HUGE_PAGE;
+        // SAFETY: both ranges lie inside the mapping, which reaches `whole` bytes past the first huge-page boundary, and
+        // the advice changes no contents. A refusal costs speed or memory and nothing else.
+        let _refused = unsafe {
+            libc::madvise(memory, huge, libc::MADV_HUGEPAGE)
+                | libc::madvise(memory.byte_add(huge), whole - huge, libc::MADV_NOHUGEPAGE)
+        };
         let start = NonNull::new(memory.cast::<f32>())?;
         Some(Self { start, len, origin: Origin::Mapping { base, bytes: mapped } })
     }
@@ -138,6 +144,28 @@ mod tests {
             assert!(buffer.iter().all(|x| x.to_bits() == 0));
             buffer.fill(1.0);
         }
+    }
+
+    #[cfg(all(target_os = "linux", not(miri)))]
+    #[test]
+    fn a_buffer_takes_the_memory_that_was_asked_for() {
+        // Just over one huge page, which rounding up would make two.
+        let mut buffer = Buffer::zeroed((HUGE_PAGE + 8192) / 4).unwrap();
+        buffer.fill(1.0);
+        let start = buffer.as_ptr() as usize;
+        let resident =
+            |line: &str| line.strip_prefix("Rss:")?.trim().strip_suffix(" kB")?.parse::<usize>().ok();
+        let (mut inside, mut total) = (false, 0);
+        for line in std::fs::read_to_string("/proc/self/smaps").unwrap().lines() {
+            let range = line.split(' ').next().and_then(|range| range.split_once('-'));
+            let bounds =
+                range.map(|(from, to)| (usize::from_str_radix(from, 16), usize::from_str_radix(to, 16)));
+            if let Some((Ok(from), Ok(to))) = bounds {
+                inside = start < to && from < start + HUGE_PAGE + 8192;
+            }
+            total += resident(line).filter(|_| inside).unwrap_or(0);
+        }
+        assert!((HUGE_PAGE / 1024 + 8..HUGE_PAGE / 1024 + 256).contains(&total), "{total} kB");
     }
 
     #[test]

@@ -36,7 +36,7 @@ impl Operand {
     /// # Safety
     /// The step is inside the memory of the operand, or one past its end.
     #[inline(always)]
-    pub(crate) unsafe fn from_step(self, step: usize) -> Self {
+    pub(crate) unsafe fn skip_to(self, step: usize) -> Self {
         // SAFETY: as the caller vouches.
         Self { at: unsafe { self.at.add(step * self.step) }, ..self }
     }

@@ -22,7 +22,7 @@ mod tile;
 
 use std::ops::Range;
 
-use crate::block::{RowBlock, RowPartials, Seen, Visible, by_slot};
+use crate::block::{RowBlock, RowPartials, Seen, Span, Visible, by_slot};
 use crate::fold::{STACK, Stack};
 use crate::lanes::{LANES, Lanes};
 use crate::pages::{KvHead, padded_columns};
@@ -222,7 +222,7 @@ impl<'a> Group<'a> {
         let next = later.iter().find(|page| self.visible.of_page(**page) != Seen::Nothing);
         let place = self.stack.depth();
         let merges = self.stack.push(slot_of_page(page), next.map(|page| slot_of_page(*page)));
-        let keys = if seen == Seen::Whole { tile::Keys::WHOLE } else { self.keys_of(page) };
+        let keys = if seen == Seen::Whole { tile::WHOLE_PAGE } else { self.keys_of(page) };
         let s = scores.as_mut_ptr();
         let size = self.lanes * (self.columns + 2);
         // SAFETY: q, scores and the group's memory have been cut for `lanes` and `columns`; a page's panels have 256 * d
@@ -254,21 +254,16 @@ impl<'a> Group<'a> {
     }
 
     /// The keys of a page that the lanes see; notes each lane's in `seen`.
-    fn keys_of(&mut self, page: usize) -> tile::Keys {
-        let (mut hull, mut shared) = (PAGE_KEYS..0, 0..PAGE_KEYS);
+    fn keys_of(&mut self, page: usize) -> Span {
         let (first, end) = self.seen.split_at_mut(self.lanes);
-        for lane in 0..self.lanes {
-            let keys = if lane < self.rows.len() { self.visible.of_row(lane, page) } else { 0..0 };
+        // Lanes without a row see nothing.
+        first.fill(0.0);
+        end.fill(0.0);
+        for lane in 0..self.rows.len() {
+            let keys = self.visible.of_row(lane, page);
             (first[lane], end[lane]) = (keys.start as f32, keys.end as f32);
-            if lane < self.rows.len() {
-                if !keys.is_empty() {
-                    hull = hull.start.min(keys.start)..hull.end.max(keys.end);
-                }
-                shared = shared.start.max(keys.start)..shared.end.min(keys.end);
-            }
         }
-        let shared = if shared.is_empty() { hull.end..hull.end } else { shared };
-        tile::Keys { hull, shared }
+        Span::of((0..self.rows.len()).map(|lane| self.visible.of_row(lane, page)))
     }
 
     /// Puts the rows in place; the first one of which a score overflowed f32.

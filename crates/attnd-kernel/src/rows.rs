@@ -16,7 +16,7 @@ mod tile;
 
 use self::softmax::softmax_row;
 use self::tile::Start;
-use crate::block::{RowBlock, RowPartials, Seen, Visible, by_slot, merge_rows};
+use crate::block::{RowBlock, RowPartials, Seen, Span, Visible, by_slot, merge_rows};
 use crate::fold::{STACK, Stack};
 use crate::lanes::Lanes;
 use crate::pages::{PANEL_KEYS, padded_columns};
@@ -172,10 +172,7 @@ impl Walk<'_> {
         };
         let seen = |row: usize| visible.of_row(row, page);
         let whole = visible.of_page(page) == Seen::Whole;
-        let hull = (0..n_rows)
-            .map(seen)
-            .filter(|keys| !keys.is_empty())
-            .fold(PAGE_KEYS..0, |all, keys| all.start.min(keys.start)..all.end.max(keys.end));
+        let Span { hull, .. } = Span::of((0..n_rows).map(seen));
         let size = n_rows * (columns + 2);
         let (m, l, o) = split_partial(&mut self.partials[into * size..][..size], n_rows, columns);
         let s = self.scores.as_mut_ptr();
@@ -200,10 +197,7 @@ impl Walk<'_> {
             let mut row = 0;
             while row < n_rows {
                 let rows = MR.min(n_rows - row);
-                let shared = (row..row + rows)
-                    .map(seen)
-                    .fold(0..PAGE_KEYS, |all, keys| all.start.max(keys.start)..all.end.min(keys.end));
-                let shared = if shared.is_empty() { 0..0 } else { shared };
+                let Span { shared, .. } = Span::of((row..row + rows).map(seen));
                 let p = p.add(row * PAGE_KEYS);
                 let o = o.add(row * columns);
                 for r in 0..rows {

@@ -3,12 +3,18 @@
 
 use std::ops::Range;
 
-use super::tile::Keys;
+use super::tile::WHOLE_PAGE;
+use crate::block::Span;
 use crate::canonical::EXP2_POLY;
 use crate::lanes::{LANES, Lanes};
 
 /// Exponents above this are safely above the one at which weights are flushed.
 const NO_FLUSH: f32 = -120.0;
+
+/// The keys whose weights are computed: whole rounds of residues around those that some lane sees.
+fn residues(keys: &Span) -> Range<usize> {
+    keys.hull.start / LANES * LANES..keys.hull.end.next_multiple_of(LANES)
+}
 
 /// The largest and the smallest score of each lane.
 #[derive(Clone, Copy)]
@@ -45,16 +51,16 @@ pub(super) struct Sums<L: Lanes, const NR: usize> {
 #[inline(always)]
 pub(super) unsafe fn hide<L: Lanes, const NR: usize>(
     s: *mut f32,
-    keys: &Keys,
+    keys: &Span,
     seen: *const f32,
 ) -> Extremes<L, NR> {
-    // SAFETY: keys.residues() stays inside a page.
+    // SAFETY: residues(keys) stays inside a page.
     unsafe {
         let mut extremes = Extremes::<L, NR>::none();
         let (low, high) = (L::splat(f32::NEG_INFINITY), L::splat(f32::INFINITY));
         for n in 0..NR {
             let (first, end) = (L::load(seen.add(LANES * n)), L::load(seen.add(LANES * (NR + n))));
-            for j in keys.residues() {
+            for j in residues(keys) {
                 let at = s.add(LANES * (NR * j + n));
                 let (score, key) = (L::load(at), L::splat(j as f32));
                 let visible = L::select_between(key, first, end, score, low);
@@ -78,12 +84,12 @@ pub(super) unsafe fn hide<L: Lanes, const NR: usize>(
 #[inline(always)]
 pub(super) unsafe fn weigh<L: Lanes, const NR: usize>(
     s: *mut f32,
-    keys: &Keys,
+    keys: &Span,
     extremes: &Extremes<L, NR>,
 ) -> Sums<L, NR> {
-    let residues = keys.residues();
-    let is_whole = *keys == Keys::WHOLE;
-    // SAFETY: keys.residues() is whole vectors of residues inside a page.
+    let residues = residues(keys);
+    let is_whole = *keys == WHOLE_PAGE;
+    // SAFETY: residues(keys) is whole vectors of residues inside a page.
     unsafe {
         let mut sums = Sums::<L, NR> { m: [L::zero(); NR], l: [L::zero(); NR] };
         for n in 0..NR {

@@ -3,29 +3,14 @@
 use std::ops::Range;
 
 use super::softmax::Extremes;
+use crate::block::Span;
 use crate::lanes::{LANES, Lanes};
 use crate::pages::{PANEL_COLUMNS, PANEL_KEYS};
 use crate::product::{Operand, reduce};
 use crate::slot::PAGE_KEYS;
 
-/// The keys of one page that some lanes see.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Keys {
-    /// From the first that any lane sees to the last.
-    pub(super) hull: Range<usize>,
-    /// Those that every lane sees; inside `hull`.
-    pub(super) shared: Range<usize>,
-}
-
-impl Keys {
-    /// All of them, for every lane.
-    pub(super) const WHOLE: Self = Self { hull: 0..PAGE_KEYS, shared: 0..PAGE_KEYS };
-
-    /// The keys whose weights are computed: whole rounds of residues around those that some lane sees.
-    pub(super) fn residues(&self) -> Range<usize> {
-        self.hull.start / LANES * LANES..self.hull.end.next_multiple_of(LANES)
-    }
-}
+/// All keys of a page, for every lane.
+pub(super) const WHOLE_PAGE: Span = Span { hull: 0..PAGE_KEYS, shared: 0..PAGE_KEYS };
 
 /// Calls `$f::<L, MR, NR>($args)` on as many full tiles as fit into `$len` elements and then on smaller ones; `$at` is
 /// the first element of each.
@@ -58,7 +43,7 @@ macro_rules! cover {
 pub(super) unsafe fn scores<L: Lanes, const MR: usize, const NR: usize>(
     k: *const f32,
     d: usize,
-    keys: &Keys,
+    keys: &Span,
     q: *const f32,
     s: *mut f32,
 ) -> Extremes<L, NR> {
@@ -130,7 +115,7 @@ pub(super) struct Merge {
 pub(super) unsafe fn context<L: Lanes, const MR: usize, const NR: usize>(
     v: *const f32,
     columns: usize,
-    keys: &Keys,
+    keys: &Span,
     seen: *const f32,
     p: *const f32,
     merge: &Merge,
@@ -154,7 +139,7 @@ unsafe fn context_tile<L: Lanes, const MR: usize, const NR: usize>(
     v: Operand,
     first: usize,
     column: usize,
-    keys: &Keys,
+    keys: &Span,
     seen: *const f32,
     p: *const f32,
     merge: &Merge,
@@ -164,13 +149,13 @@ unsafe fn context_tile<L: Lanes, const MR: usize, const NR: usize>(
         let mut acc = [[L::zero(); NR]; MR];
         let v = Operand { at: v.at.add(column), ..v };
         let p = Operand { at: p, step: LANES * NR };
-        let Keys { hull, shared } = keys;
+        let Span { hull, shared } = keys;
         for key in hull.start..shared.start {
-            visible_step::<L, MR, NR>(v.from_step(key).at, p.from_step(key).at, key, seen, &mut acc);
+            visible_step::<L, MR, NR>(v.skip_to(key).at, p.skip_to(key).at, key, seen, &mut acc);
         }
-        reduce::<L, MR, NR, 1>(v.from_step(shared.start), p.from_step(shared.start), shared.len(), &mut acc);
+        reduce::<L, MR, NR, 1>(v.skip_to(shared.start), p.skip_to(shared.start), shared.len(), &mut acc);
         for key in shared.end..hull.end {
-            visible_step::<L, MR, NR>(v.from_step(key).at, p.from_step(key).at, key, seen, &mut acc);
+            visible_step::<L, MR, NR>(v.skip_to(key).at, p.skip_to(key).at, key, seen, &mut acc);
         }
         let at = LANES * NR * (first + column);
         for i in 0..merge.merges {

@@ -172,12 +172,7 @@ unsafe fn context_tile<L: Lanes, const MR: usize, const NR: usize>(tile: Context
             }
         }
         let (p, v) = (Operand { at: p, step: 1 }, Operand { at: v, step: v_stride });
-        reduce::<L, MR, NR, PAGE_KEYS>(
-            p.from_step(keys.start),
-            v.from_step(keys.start),
-            keys.len(),
-            &mut acc,
-        );
+        reduce::<L, MR, NR, PAGE_KEYS>(p.skip_to(keys.start), v.skip_to(keys.start), keys.len(), &mut acc);
         for r in 0..MR {
             for n in 0..NR {
                 L::store(o.add(r * o_stride + 16 * n), acc[r][n]);
