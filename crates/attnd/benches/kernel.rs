@@ -1,4 +1,5 @@
-//! `cargo bench -p attnd [-- ARGUMENTS]`: runs `attnd bench kernel` with these arguments.
+//! `cargo bench -p attnd [-- ARGUMENTS]`: runs `attnd bench kernel` with these arguments. cargo
+//! starts it in this crate's folder, so a path after `--compare` is best an absolute one.
 
 use std::process::{Command, ExitCode};
 

@@ -95,7 +95,7 @@ pub enum Verb {
     Coordinator(CoordinatorArgs),
     /// Run a worker and join a cluster
     Worker(WorkerArgs),
-    /// Measure the kernels against this machine's own limits
+    /// Measure the kernels against this machine's own limits, or against other libraries
     Bench(BenchArgs),
     /// Print a shell completion script
     Completions(CompletionsArgs),
@@ -287,7 +287,8 @@ pub struct WorkerArgs {
     arg_required_else_help = true,
     after_help = "\
 Examples:
-  attnd bench kernel                   every shape, as a fraction of what this machine can do at most"
+  attnd bench kernel                   every shape, as a fraction of what this machine can do at most
+  attnd bench peers                    the same shapes beside torch"
 )]
 pub struct BenchArgs {
     /// What to measure.
@@ -300,6 +301,8 @@ pub struct BenchArgs {
 pub enum Bench {
     /// The kernels of this machine, as fractions of its multiply-add peak and of its memory bandwidth
     Kernel(BenchKernelArgs),
+    /// The same shapes by torch's scaled_dot_product_attention and by attnd, side by side
+    Peers(BenchPeersArgs),
 }
 
 /// Arguments of `attnd bench kernel`.
@@ -338,6 +341,30 @@ pub struct BenchKernelArgs {
     /// Show how the fractions changed since an earlier run, whose --json output this file holds
     #[arg(long, value_name = "OLD.json")]
     pub compare: Option<PathBuf>,
+}
+
+/// Arguments of `attnd bench peers`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Needs python3 with its venv module. torch is installed from PyPI on the first use, which can take minutes and some GB; pip's
+own settings apply, such as PIP_INDEX_URL=https://download.pytorch.org/whl/cpu for a smaller build.
+
+Examples:
+  attnd bench peers
+  attnd bench peers --case decode --json")]
+pub struct BenchPeersArgs {
+    /// Python environment to use; made if missing [default: attnd/peers in the user's cache folder]
+    #[arg(long, value_name = "DIR")]
+    pub venv: Option<PathBuf>,
+    /// Only the cases whose name contains this
+    #[arg(long, value_name = "SUBSTRING")]
+    pub case: Option<String>,
+    /// Run each case for this long with each library, and at least ten times
+    #[arg(long, value_name = "SECONDS", default_value = "1.5", value_parser = parse_seconds)]
+    pub seconds: Duration,
+    /// Print one JSON object instead of a table
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Arguments of `attnd completions`.

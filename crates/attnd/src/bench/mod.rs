@@ -7,5 +7,8 @@ pub mod limits;
 pub mod machine;
 pub mod measure;
 pub mod operands;
+pub mod peers;
 pub mod report;
 pub mod threads;
+pub mod torch;
+pub mod venv;

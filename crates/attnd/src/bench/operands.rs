@@ -1,12 +1,13 @@
 //! Operands of a case: random queries, keys and values, the same in every run.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use anyhow::Context as _;
 use attnd_kernel::slot::{N_SLOTS, Node, keys_in_page, n_pages};
 use attnd_kernel::{AttnShape, Dtype, GroupCall, Kernels, KvHead, attend_node};
 use rand::rngs::SmallRng;
 use rand::{RngExt as _, SeedableRng as _};
 use rayon::ThreadPool;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::case::{Case, Team};
 

@@ -14,6 +14,8 @@ use super::case::Team;
 pub struct Pools {
     one: ThreadPool,
     all: ThreadPool,
+    /// Cores that this process may use, by the system's numbers; empty if it doesn't say.
+    cores: Vec<usize>,
     /// Whether each thread was kept on its core.
     pub pinned: bool,
 }
@@ -28,8 +30,9 @@ impl Pools {
         let refused = Arc::new(AtomicBool::new(ids.is_empty() || threads > ids.len()));
         let last: Vec<CoreId> = ids.last().copied().into_iter().collect();
         let one = pool(1, last, Arc::clone(&refused))?;
+        let cores = ids.iter().map(|core| core.id).collect();
         let all = pool(threads, ids, Arc::clone(&refused))?;
-        Ok(Self { one, all, pinned: !refused.load(Ordering::Acquire) })
+        Ok(Self { one, all, cores, pinned: !refused.load(Ordering::Acquire) })
     }
 
     /// The pool of a team.
@@ -37,6 +40,15 @@ impl Pools {
         match team {
             Team::One => &self.one,
             Team::All => &self.all,
+        }
+    }
+
+    /// The cores that a team works on, by the system's numbers; empty where nothing could be pinned.
+    pub fn cores_of(&self, team: Team) -> &[usize] {
+        match team {
+            _ if !self.pinned => &[],
+            Team::One => &self.cores[self.cores.len().saturating_sub(1)..],
+            Team::All => &self.cores[..self.threads(team)],
         }
     }
 

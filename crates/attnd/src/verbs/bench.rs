@@ -5,7 +5,7 @@ use std::time::Instant;
 use anyhow::Context as _;
 use attnd_kernel::{ISA_VARIABLE, Isa, Kernels};
 
-use crate::args::{Bench, BenchArgs, BenchKernelArgs};
+use crate::args::{Bench, BenchArgs, BenchKernelArgs, BenchPeersArgs};
 use crate::bench::case::{Case, chosen};
 use crate::bench::compare::Earlier;
 use crate::bench::limits::Limits;
@@ -14,6 +14,8 @@ use crate::bench::measure::{Effort, measure};
 use crate::bench::operands::CaseOperands;
 use crate::bench::report::{CaseReport, KernelReport};
 use crate::bench::threads::Pools;
+use crate::bench::torch::Torch;
+use crate::bench::{peers, venv};
 use crate::exit::BadInput;
 use crate::output;
 
@@ -24,6 +26,7 @@ use crate::output;
 pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
     match &args.what {
         Bench::Kernel(args) => kernel(args),
+        Bench::Peers(args) => beside_peers(args),
     }
 }
 
@@ -33,7 +36,7 @@ fn kernel(args: &BenchKernelArgs) -> anyhow::Result<()> {
     let kernels = kernels_of(&args.isa)?;
     let threads = match args.threads {
         Some(threads) => threads.get(),
-        None => std::thread::available_parallelism().context("count the cores")?.get(),
+        None => cores()?,
     };
     let cases = chosen(args.case.as_deref(), threads)?;
     let effort = args.repeat.map_or(Effort::Span(args.seconds), Effort::Runs);
@@ -52,6 +55,29 @@ fn kernel(args: &BenchKernelArgs) -> anyhow::Result<()> {
     output::line(&report.limit_table().to_string())?;
     output::line(&report.case_table(earlier.is_some()).to_string())?;
     output::line(&report.legend())
+}
+
+fn beside_peers(args: &BenchPeersArgs) -> anyhow::Result<()> {
+    let threads = cores()?;
+    let cases = chosen(args.case.as_deref(), threads)?;
+    let kernels = Kernels::from_env().map_err(|error| BadInput::new(error.to_string()))?;
+    let folder = match &args.venv {
+        Some(folder) => folder.clone(),
+        None => venv::default_folder(|key| std::env::var(key).ok())?,
+    };
+    let mut torch = Torch::start(&venv::python_with_torch(&folder)?)?;
+    let pools = Pools::start(threads)?;
+    let report = peers::run(&cases, kernels, &pools, &mut torch, args.seconds)?;
+    if args.json {
+        return output::json(&report);
+    }
+    output::line(&report.headline())?;
+    output::line(&report.table().to_string())?;
+    output::line(report.legend())
+}
+
+fn cores() -> anyhow::Result<usize> {
+    Ok(std::thread::available_parallelism().context("count the cores")?.get())
 }
 
 /// The kernels that were asked for; by default what `ATTND_ISA` says, or all but the portable ones, which only say
