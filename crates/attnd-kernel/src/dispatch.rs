@@ -83,6 +83,7 @@ type PackQueries = unsafe fn(QueryLayout, &[&[f32]], f32, &mut [f32]);
 type MergeRows = unsafe fn(RowPartials<'_>, &[f32], &[f32], &[f32], usize);
 type DivideRows = unsafe fn(&[f32], &[f32], &mut [f32], usize);
 type FmaLoop = unsafe fn(u64) -> f32;
+type ReadLoop = unsafe fn(&[f32]) -> f32;
 
 /// The kernels of one ISA. Possession proves that this CPU runs them.
 pub struct Kernels {
@@ -93,6 +94,7 @@ pub struct Kernels {
     merge_rows: MergeRows,
     divide_rows: DivideRows,
     fma_loop: FmaLoop,
+    read_loop: ReadLoop,
 }
 
 impl std::fmt::Debug for Kernels {
@@ -202,6 +204,12 @@ impl Kernels {
         // SAFETY: as in attend_block.
         unsafe { (self.fma_loop)(rounds) }
     }
+
+    /// Adds up what it reads, in no particular order; the result only keeps the optimiser honest.
+    pub(crate) fn read_loop(&self, from: &[f32]) -> f32 {
+        // SAFETY: as in attend_block.
+        unsafe { (self.read_loop)(from) }
+    }
 }
 
 /// Accumulators of the calibration loop: enough to hide the latency of two multiply-add pipes.
@@ -223,6 +231,27 @@ unsafe fn fma_chains<L: crate::lanes::Lanes, const CHAINS: usize>(rounds: u64) -
             }
         }
         acc.into_iter().map(|chain| L::halving_sum(chain)).sum()
+    }
+}
+
+/// Accumulators of the reading loop: enough to hide the latency of an addition behind two loads a cycle.
+const READ_CHAINS: usize = 8;
+
+/// # Safety
+/// The ISA of `L` is enabled.
+#[inline(always)]
+unsafe fn read_chains<L: crate::lanes::Lanes>(from: &[f32]) -> f32 {
+    let mut chunks = from.chunks_exact(READ_CHAINS * 16);
+    // SAFETY: the ISA is enabled, and a chunk is READ_CHAINS times sixteen f32 long.
+    unsafe {
+        let mut acc = [L::zero(); READ_CHAINS];
+        for chunk in &mut chunks {
+            for (i, chain) in acc.iter_mut().enumerate() {
+                *chain = L::add(*chain, L::load(chunk.as_ptr().add(i * 16)));
+            }
+        }
+        let sums: f32 = acc.into_iter().map(|chain| L::halving_sum(chain)).sum();
+        sums + chunks.remainder().iter().sum::<f32>()
     }
 }
 
@@ -270,6 +299,11 @@ macro_rules! instantiate {
                 // SAFETY: the features are enabled on this function.
                 unsafe { fma_chains::<$lanes, $chains>(rounds) }
             }
+            $(#[$features])?
+            unsafe fn read_loop_entry(from: &[f32]) -> f32 {
+                // SAFETY: the features are enabled on this function.
+                unsafe { read_chains::<$lanes>(from) }
+            }
             Kernels {
                 isa: $isa,
                 tiles: Tiles { rows: $mr, query_vectors: $queries },
@@ -278,6 +312,7 @@ macro_rules! instantiate {
                 merge_rows: merge_rows_entry,
                 divide_rows: divide_rows_entry,
                 fma_loop: fma_loop_entry,
+                read_loop: read_loop_entry,
             }
         };
     };
@@ -302,6 +337,15 @@ mod tests {
         }
         let error = "avx9".parse::<Isa>().unwrap_err();
         assert!(error.to_string().contains("avx512, avx2, neon, portable"), "{error}");
+    }
+
+    #[test]
+    fn the_reading_loop_reads_every_element_once() {
+        for kernels in Kernels::available() {
+            for len in [0, 1, 127, 128, 1000, 4096] {
+                assert_eq!(kernels.read_loop(&vec![1.0; len]), len as f32, "{kernels:?}, {len}");
+            }
+        }
     }
 
     #[test]

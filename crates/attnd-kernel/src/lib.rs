@@ -49,6 +49,7 @@ pub mod slot;
 
 pub use attend::{GroupCall, ScoreOverflow, attend_node};
 pub use buffer::OutOfMemory;
+pub use calibrate::{ReadArea, core_ghz};
 pub use canonical::KERNEL_ID;
 pub use dispatch::{ISA_VARIABLE, Isa, IsaError, Kernels};
 pub use dtype::{Dtype, first_non_finite, widen};

@@ -9,11 +9,13 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use attnd_client::MAX_TIMEOUT;
-use attnd_kernel::Causal;
+use attnd_kernel::{Causal, Isa};
 use clap::{Args, CommandFactory as _, Parser, Subcommand, ValueEnum};
 
+use self::values::{parse_count, parse_isa, parse_scale, parse_seconds, parse_size, parse_workers};
 use crate::tensor_file::{OutputPath, Source};
+
+mod values;
 
 /// Environment variable that stands in for `--endpoint`.
 pub const ENDPOINT_ENV: &str = "ATTND_ENDPOINT";
@@ -37,6 +39,9 @@ A cluster of several machines:
   attnd worker --coordinator http://HOST:7400 --listen 0.0.0.0:7401 \\
                --advertise http://THIS_HOST:7401                              on each of them
   attnd status --endpoint http://HOST:7400                                    who is there
+
+How fast this machine is, and how near to its limits attnd comes:
+  attnd bench kernel
 
 Exit codes:
    0  success
@@ -90,6 +95,8 @@ pub enum Verb {
     Coordinator(CoordinatorArgs),
     /// Run a worker and join a cluster
     Worker(WorkerArgs),
+    /// Measure the kernels against this machine's own limits, or against other libraries
+    Bench(BenchArgs),
     /// Print a shell completion script
     Completions(CompletionsArgs),
 }
@@ -274,6 +281,92 @@ pub struct WorkerArgs {
     pub exit_with_parent: bool,
 }
 
+/// Arguments of `attnd bench`.
+#[derive(Debug, Args)]
+#[command(
+    arg_required_else_help = true,
+    after_help = "\
+Examples:
+  attnd bench kernel                   every shape, as a fraction of what this machine can do at most
+  attnd bench peers                    the same shapes beside torch"
+)]
+pub struct BenchArgs {
+    /// What to measure.
+    #[command(subcommand)]
+    pub what: Bench,
+}
+
+/// What can be measured.
+#[derive(Debug, Subcommand)]
+pub enum Bench {
+    /// The kernels of this machine, as fractions of its multiply-add peak and of its memory bandwidth
+    Kernel(BenchKernelArgs),
+    /// The same shapes by torch's scaled_dot_product_attention and by attnd, side by side
+    Peers(BenchPeersArgs),
+}
+
+/// Arguments of `attnd bench kernel`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+The limits are measured in the same run, before and after each case, because clocks drift: the multiply-add rate of
+registers for prefill, the rate of reading memory and doing nothing else for decode. Compare fractions, not times,
+and leave the machine alone while it runs: the load averages at the end say whether others were at work. It needs
+about 1 GiB of memory.
+
+Examples:
+  attnd bench kernel
+  attnd bench kernel --isa avx512 --case 'decode' --threads 1
+  attnd bench kernel --json > before.json              then change something
+  attnd bench kernel --compare before.json")]
+pub struct BenchKernelArgs {
+    /// Instruction sets to measure: avx512, avx2, neon, portable [default: the one that ATTND_ISA names, or else all
+    /// that this CPU has but portable]
+    #[arg(long, value_name = "ISA,...", value_delimiter = ',', value_parser = parse_isa)]
+    pub isa: Vec<Isa>,
+    /// Only the cases whose name contains this
+    #[arg(long, value_name = "SUBSTRING")]
+    pub case: Option<String>,
+    /// Threads of the cases that use all of them; 1 leaves those out [default: the cores of this machine]
+    #[arg(long, value_name = "N", value_parser = parse_count)]
+    pub threads: Option<NonZeroUsize>,
+    /// Run each case exactly this many times, after one run that isn't counted
+    #[arg(long, value_name = "N", value_parser = parse_count, conflicts_with = "seconds")]
+    pub repeat: Option<NonZeroUsize>,
+    /// Run each case for this long, and at least five times
+    #[arg(long, value_name = "SECONDS", default_value = "1.5", value_parser = parse_seconds)]
+    pub seconds: Duration,
+    /// Print one JSON object instead of tables
+    #[arg(long)]
+    pub json: bool,
+    /// Show how the fractions changed since an earlier run, whose --json output this file holds
+    #[arg(long, value_name = "OLD.json")]
+    pub compare: Option<PathBuf>,
+}
+
+/// Arguments of `attnd bench peers`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Needs python3 with its venv module. torch is installed from PyPI on the first use, which can take minutes and some GB; pip's
+own settings apply, such as PIP_INDEX_URL=https://download.pytorch.org/whl/cpu for a smaller build.
+
+Examples:
+  attnd bench peers
+  attnd bench peers --case decode --json")]
+pub struct BenchPeersArgs {
+    /// Python environment to use; made if missing [default: attnd/peers in the user's cache folder]
+    #[arg(long, value_name = "DIR")]
+    pub venv: Option<PathBuf>,
+    /// Only the cases whose name contains this
+    #[arg(long, value_name = "SUBSTRING")]
+    pub case: Option<String>,
+    /// Run each case for this long with each library, and at least ten times
+    #[arg(long, value_name = "SECONDS", default_value = "1.5", value_parser = parse_seconds)]
+    pub seconds: Duration,
+    /// Print one JSON object instead of a table
+    #[arg(long)]
+    pub json: bool,
+}
+
 /// Arguments of `attnd completions`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -300,54 +393,6 @@ pub fn variables_of_verbs() -> Vec<OsString> {
     flags.filter_map(|flag| flag.get_env().map(OsString::from)).collect()
 }
 
-/// Largest number of local worker processes that is still meant seriously.
-const MAX_LOCAL_WORKERS: usize = 256;
-
-fn parse_workers(text: &str) -> Result<NonZeroUsize, String> {
-    match text.trim().parse() {
-        Ok(n) if n <= MAX_LOCAL_WORKERS => NonZeroUsize::new(n).ok_or_else(|| "at least 1 is needed".into()),
-        _ => Err(format!("expected a number from 1 to {MAX_LOCAL_WORKERS}")),
-    }
-}
-
-fn parse_count(text: &str) -> Result<NonZeroUsize, String> {
-    text.trim().parse().map_err(|_error| "expected a number, at least 1".into())
-}
-
-fn parse_scale(text: &str) -> Result<f32, String> {
-    match text.parse::<f32>() {
-        Ok(scale) if scale.is_finite() && scale > 0.0 => Ok(scale),
-        _ => Err("must be finite and > 0".into()),
-    }
-}
-
-fn parse_seconds(text: &str) -> Result<Duration, String> {
-    let seconds =
-        text.parse::<f64>().map_err(|_error| "expected a number of seconds, such as 30 or 0.5".to_owned())?;
-    match Duration::try_from_secs_f64(seconds) {
-        Ok(timeout) if !timeout.is_zero() && timeout <= MAX_TIMEOUT => Ok(timeout),
-        _ => Err(format!("must be > 0 and at most {}", MAX_TIMEOUT.as_secs())),
-    }
-}
-
-fn parse_size(text: &str) -> Result<u64, String> {
-    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
-    let (number, unit) = text.split_at(digits);
-    let shift = match unit.trim().to_ascii_lowercase().as_str() {
-        "" | "b" => 0,
-        "kib" | "k" => 10,
-        "mib" | "m" => 20,
-        "gib" | "g" => 30,
-        "tib" | "t" => 40,
-        _ => return Err("expected a unit of B, KiB, MiB, GiB or TiB".into()),
-    };
-    let number: u64 = number.parse().map_err(|_error| "expected a number such as 512MiB".to_owned())?;
-    number
-        .checked_mul(1 << shift)
-        .filter(|bytes| *bytes > 0)
-        .ok_or_else(|| "must be > 0 and below 16 EiB".into())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -359,15 +404,19 @@ mod tests {
 
     #[test]
     fn every_verb_and_every_flag_explains_itself_and_every_verb_has_an_example() {
-        for verb in Cli::command().get_subcommands() {
-            let name = verb.get_name();
-            assert!(verb.get_about().is_some(), "{name} has no description");
-            let examples = verb.get_after_help().map(ToString::to_string).unwrap_or_default();
-            assert!(examples.contains(&format!("attnd {name}")), "{name} has no example");
-            for arg in verb.get_arguments() {
-                assert!(arg.get_help().is_some(), "{name} {} has no help", arg.get_id());
+        fn check(path: &str, verbs: &clap::Command) {
+            for verb in verbs.get_subcommands() {
+                let path = format!("{path} {}", verb.get_name());
+                assert!(verb.get_about().is_some(), "{path} has no description");
+                let examples = verb.get_after_help().map(ToString::to_string).unwrap_or_default();
+                assert!(examples.contains(&path), "{path} has no example");
+                for arg in verb.get_arguments() {
+                    assert!(arg.get_help().is_some(), "{path} {} has no help", arg.get_id());
+                }
+                check(&path, verb);
             }
         }
+        check("attnd", &Cli::command());
     }
 
     fn attend(extra: &[&str]) -> Result<AttendArgs, clap::Error> {
@@ -432,15 +481,5 @@ mod tests {
         assert_eq!(endpoint_or_env(Some("http://flag:1"), env).as_deref(), Some("http://flag:1"));
         assert_eq!(endpoint_or_env(None, env).as_deref(), Some("http://env:1"));
         assert_eq!(endpoint_or_env(None, |_| Some(String::new())), None);
-    }
-
-    #[test]
-    fn sizes_have_binary_units() {
-        assert_eq!(parse_size("512MiB"), Ok(512 << 20));
-        assert_eq!(parse_size("8 GiB"), Ok(8 << 30));
-        assert_eq!(parse_size("17"), Ok(17));
-        for wrong in ["", "GiB", "1.5GiB", "1PB", "0", "99999999999TiB", "-1"] {
-            assert!(parse_size(wrong).is_err(), "{wrong}");
-        }
     }
 }

@@ -3,6 +3,7 @@
 #![allow(unreachable_pub, reason = "a program exports nothing; pub marks what a module offers to the others")]
 
 mod args;
+mod bench;
 mod call_report;
 mod demo;
 mod embedded;
@@ -38,6 +39,7 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
             Verb::Status(args) => verbs::status::run(args).await,
             Verb::Coordinator(args) => verbs::coordinator::run(args).await,
             Verb::Worker(args) => verbs::worker::run(args).await,
+            Verb::Bench(args) => verbs::bench::run(args),
             Verb::Completions(args) => verbs::completions::run(args),
         }
     });

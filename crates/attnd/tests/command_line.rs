@@ -82,6 +82,38 @@ fn what_cannot_work_is_refused_before_the_call() {
     assert_eq!(code, Some(1), "nothing is wrong with the call itself: {stderr}");
 }
 
+#[test]
+fn a_benchmark_that_cannot_work_is_refused_before_it_runs() {
+    let folder = TempDir::new().unwrap();
+    let other = folder.path().join("other.json");
+    fs::write(&other, r#"{"cases": 1}"#).unwrap();
+    let cases: &[(&[&str], &str)] = &[
+        (&["--compare", "no/such.json"], "--compare no/such.json: "),
+        (&["--compare", other.to_str().unwrap()], "expected what `attnd bench kernel --json` prints"),
+        (&["--case", "abacus"], "there are: prefill T=2048"),
+        (&["--isa", "abacus"], "expected one of avx512, avx2, neon, portable"),
+        (&["--repeat", "3", "--seconds", "1"], "cannot be used with"),
+    ];
+    for (extra, reason) in cases {
+        let output = attnd().args(["bench", "kernel"]).args(*extra).output().unwrap();
+        let (code, stderr) = code_and_stderr(&output);
+        assert_eq!(code, Some(2), "{extra:?}: {stderr}");
+        assert!(stderr.contains(reason), "{extra:?}: {stderr}");
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn peers_without_python_are_a_failure_of_one_line() {
+    let folder = TempDir::new().unwrap();
+    let venv = folder.path().join("venv");
+    let mut command = attnd();
+    command.env("PATH", folder.path()).args(["bench", "peers", "--venv"]).arg(&venv);
+    let (code, stderr) = code_and_stderr(&command.output().unwrap());
+    assert_eq!(code, Some(1), "{stderr}");
+    assert!(stderr.contains("install Python 3") && stderr.lines().count() == 1, "{stderr}");
+}
+
 #[cfg(target_os = "linux")]
 #[test]
 fn a_result_larger_than_memory_is_refused_before_the_call() {

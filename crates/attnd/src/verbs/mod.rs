@@ -1,6 +1,7 @@
 //! One file per verb.
 
 pub mod attend;
+pub mod bench;
 pub mod completions;
 pub mod coordinator;
 pub mod demo;

@@ -1,0 +1,87 @@
+//! Values of flags as typed: each of these functions checks one, by itself, and says what it expected.
+
+use std::num::NonZeroUsize;
+use std::time::Duration;
+
+use attnd_client::MAX_TIMEOUT;
+use attnd_kernel::Isa;
+
+/// Largest number of local worker processes that is still meant seriously.
+const MAX_LOCAL_WORKERS: usize = 256;
+
+/// Local worker processes: 1 to [`MAX_LOCAL_WORKERS`].
+pub(super) fn parse_workers(text: &str) -> Result<NonZeroUsize, String> {
+    match text.trim().parse() {
+        Ok(n) if n <= MAX_LOCAL_WORKERS => NonZeroUsize::new(n).ok_or_else(|| "at least 1 is needed".into()),
+        _ => Err(format!("expected a number from 1 to {MAX_LOCAL_WORKERS}")),
+    }
+}
+
+/// A number of threads, workers or runs, at least 1.
+pub(super) fn parse_count(text: &str) -> Result<NonZeroUsize, String> {
+    text.trim().parse().map_err(|_error| "expected a number, at least 1".into())
+}
+
+/// A factor on scores: finite and > 0.
+pub(super) fn parse_scale(text: &str) -> Result<f32, String> {
+    match text.parse::<f32>() {
+        Ok(scale) if scale.is_finite() && scale > 0.0 => Ok(scale),
+        _ => Err("must be finite and > 0".into()),
+    }
+}
+
+/// A time in seconds, > 0 and at most [`MAX_TIMEOUT`].
+pub(super) fn parse_seconds(text: &str) -> Result<Duration, String> {
+    let seconds =
+        text.parse::<f64>().map_err(|_error| "expected a number of seconds, such as 30 or 0.5".to_owned())?;
+    match Duration::try_from_secs_f64(seconds) {
+        Ok(timeout) if !timeout.is_zero() && timeout <= MAX_TIMEOUT => Ok(timeout),
+        _ => Err(format!("must be > 0 and at most {}", MAX_TIMEOUT.as_secs())),
+    }
+}
+
+/// A size with a binary unit, in bytes.
+pub(super) fn parse_size(text: &str) -> Result<u64, String> {
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let shift = match unit.trim().to_ascii_lowercase().as_str() {
+        "" | "b" => 0,
+        "kib" | "k" => 10,
+        "mib" | "m" => 20,
+        "gib" | "g" => 30,
+        "tib" | "t" => 40,
+        _ => return Err("expected a unit of B, KiB, MiB, GiB or TiB".into()),
+    };
+    let number: u64 = number.parse().map_err(|_error| "expected a number such as 512MiB".to_owned())?;
+    number
+        .checked_mul(1 << shift)
+        .filter(|bytes| *bytes > 0)
+        .ok_or_else(|| "must be > 0 and below 16 EiB".into())
+}
+
+/// An instruction set, by the name that `ATTND_ISA` has for it.
+pub(super) fn parse_isa(text: &str) -> Result<Isa, String> {
+    let names = || Isa::ALL.map(Isa::name).join(", ");
+    text.trim().parse().map_err(|_unknown| format!("expected one of {}", names()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_have_binary_units() {
+        assert_eq!(parse_size("512MiB"), Ok(512 << 20));
+        assert_eq!(parse_size("8 GiB"), Ok(8 << 30));
+        assert_eq!(parse_size("17"), Ok(17));
+        for wrong in ["", "GiB", "1.5GiB", "1PB", "0", "99999999999TiB", "-1"] {
+            assert!(parse_size(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn instruction_sets_have_the_names_of_the_variable() {
+        assert_eq!(parse_isa("avx2"), Ok(Isa::Avx2));
+        assert!(parse_isa("sse9").unwrap_err().contains("avx512, avx2, neon, portable"));
+    }
+}

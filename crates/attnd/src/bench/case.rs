@@ -1,0 +1,223 @@
+//! The cases, as data: shapes that say something about the kernels, and how much work each of them is.
+
+use attnd_kernel::{AttnShape, Causal, Dims, ShapeError};
+
+use crate::exit::BadInput;
+
+/// How keys and values are stored. One so far; each case will name its own when there are more.
+pub const STORAGE: &str = "f32";
+/// In what arithmetic scores and contexts are computed. One so far.
+pub const MODE: &str = "f32";
+/// Bytes of a stored element.
+const STORED_BYTES: u64 = 4;
+
+/// How many threads a case runs on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Team {
+    /// One, pinned to its core.
+    One,
+    /// All that the run may use.
+    All,
+}
+
+/// What the hardware runs out of first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Bound {
+    /// Multiply-adds: prefill. Rates are GFLOP/s.
+    Fma,
+    /// Memory bandwidth: decode. Rates are GB/s of keys and values.
+    Read,
+}
+
+impl Bound {
+    /// The unit of its rates.
+    pub fn unit(self) -> &'static str {
+        match self {
+            Self::Fma => "GFLOP/s",
+            Self::Read => "GB/s",
+        }
+    }
+}
+
+/// One thing to measure.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Case {
+    /// For people, `--case` and `--compare`; with `team` it names one case.
+    pub name: &'static str,
+    /// Query heads.
+    pub heads: u64,
+    /// Key/value heads.
+    pub kv_heads: u64,
+    /// Query tokens.
+    pub queries: u64,
+    /// Key tokens.
+    pub keys: u64,
+    /// Dimension of queries and keys.
+    pub head_dim: u64,
+    /// Dimension of values.
+    pub value_dim: u64,
+    /// Which keys a query sees.
+    pub causal: Causal,
+    /// Threads.
+    pub team: Team,
+}
+
+/// All cases. Neighbours of one shape share their operands; those of decode hold 256 MiB of keys and values, more than
+/// any cache of a core. (A last-level cache of that size holds the calibration's buffer as well.)
+pub const CASES: &[Case] = &[
+    prefill("prefill T=2048 d=128", 1, 1, 2048, 128, Causal::None, Team::One),
+    prefill("prefill T=2048 d=64", 1, 1, 2048, 64, Causal::None, Team::One),
+    prefill("prefill T=2048 d=256", 1, 1, 2048, 256, Causal::None, Team::One),
+    prefill("causal T=4096 d=128 H=8/2", 8, 2, 4096, 128, Causal::BottomRight, Team::One),
+    prefill("causal T=4096 d=128 H=8/2", 8, 2, 4096, 128, Causal::BottomRight, Team::All),
+    prefill("prefill T=2048 d=128 H=8", 8, 8, 2048, 128, Causal::None, Team::One),
+    prefill("prefill T=2048 d=128 H=8", 8, 8, 2048, 128, Causal::None, Team::All),
+    decode("decode T=32768 d=128 H=8", 8, 8, 32_768, 128, Team::One),
+    decode("decode T=32768 d=128 H=8", 8, 8, 32_768, 128, Team::All),
+    decode("decode T=32768 d=128 H=32/8", 32, 8, 32_768, 128, Team::One),
+    decode("decode T=32768 d=128 H=32/8", 32, 8, 32_768, 128, Team::All),
+    decode("decode T=65536 d=64 H=32/8", 32, 8, 65_536, 64, Team::One),
+    decode("decode T=65536 d=64 H=32/8", 32, 8, 65_536, 64, Team::All),
+];
+
+const fn prefill(
+    name: &'static str,
+    heads: u64,
+    kv_heads: u64,
+    tokens: u64,
+    dim: u64,
+    causal: Causal,
+    team: Team,
+) -> Case {
+    Case { name, heads, kv_heads, queries: tokens, keys: tokens, head_dim: dim, value_dim: dim, causal, team }
+}
+
+const fn decode(name: &'static str, heads: u64, kv_heads: u64, keys: u64, dim: u64, team: Team) -> Case {
+    let causal = Causal::None;
+    Case { name, heads, kv_heads, queries: 1, keys, head_dim: dim, value_dim: dim, causal, team }
+}
+
+impl Case {
+    /// Its dimensions, validated.
+    ///
+    /// # Errors
+    /// If they are no attention shape.
+    pub fn shape(&self) -> Result<AttnShape, ShapeError> {
+        AttnShape::new(Dims {
+            batch: 1,
+            heads: self.heads,
+            kv_heads: self.kv_heads,
+            queries: self.queries,
+            keys: self.keys,
+            head_dim: self.head_dim,
+            value_dim: self.value_dim,
+        })
+    }
+
+    /// What limits it: one query token reads each key for one group of rows, many compute.
+    pub fn bound(&self) -> Bound {
+        if self.queries == 1 { Bound::Read } else { Bound::Fma }
+    }
+
+    /// Useful floating-point operations: a multiply and an add per dimension for each score and each weighed value
+    /// of a key that is visible. What a kernel computes beside the diagonal and throws away doesn't count, nor does
+    /// softmax.
+    ///
+    /// # Errors
+    /// As [`Self::shape`].
+    pub fn flops(&self) -> Result<f64, ShapeError> {
+        let shape = self.shape()?;
+        let visible: usize =
+            (0..shape.n_queries()).map(|token| self.causal.visible(token, &shape).len()).sum();
+        Ok(2.0 * self.heads as f64 * visible as f64 * (self.head_dim + self.value_dim) as f64)
+    }
+
+    /// Bytes of keys and values as stored, each of which a call has to read at least once.
+    pub fn kv_bytes(&self) -> u64 {
+        self.kv_heads * self.keys * (self.head_dim + self.value_dim) * STORED_BYTES
+    }
+
+    /// The work that its bound is about: floating-point operations, or bytes.
+    ///
+    /// # Errors
+    /// As [`Self::shape`].
+    pub fn work(&self) -> Result<f64, ShapeError> {
+        match self.bound() {
+            Bound::Fma => self.flops(),
+            Bound::Read => Ok(self.kv_bytes() as f64),
+        }
+    }
+
+    /// Whether two cases have the same operands.
+    pub fn same_operands(&self, other: &Self) -> bool {
+        let Self { name, team, causal, .. } = *self;
+        Self { name, team, causal, ..*other } == *self
+    }
+}
+
+/// The cases whose name contains `part`, without those for several threads where there is only one.
+///
+/// # Errors
+/// [`BadInput`] if there are none.
+pub fn chosen(part: Option<&str>, threads: usize) -> Result<Vec<Case>, BadInput> {
+    let part = part.unwrap_or_default();
+    let named: Vec<Case> = CASES.iter().filter(|case| case.name.contains(part)).copied().collect();
+    if named.is_empty() {
+        let mut names: Vec<&str> = CASES.iter().map(|case| case.name).collect();
+        names.dedup();
+        return Err(BadInput::new(format!("--case '{part}' is in no name; there are: {}", names.join(", "))));
+    }
+    Ok(named.into_iter().filter(|case| case.team == Team::One || threads > 1).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_visible_keys_are_useful_work() {
+        let full = prefill("", 8, 2, 4, 16, Causal::None, Team::One);
+        // 8 heads, 4 x 4 scores, 16 multiply-adds for the score and 16 for the value.
+        assert_eq!(full.flops().unwrap(), f64::from(8 * 16 * 2 * (16 + 16)));
+        let causal = Case { causal: Causal::BottomRight, ..full };
+        assert_eq!(causal.flops().unwrap(), f64::from(8 * (1 + 2 + 3 + 4) * 2 * (16 + 16)));
+        assert_eq!(full.bound(), Bound::Fma);
+        assert_eq!(full.work().unwrap(), full.flops().unwrap());
+    }
+
+    #[test]
+    fn decode_reads_keys_and_values_of_each_kv_head_once() {
+        let case = decode("", 32, 8, 1000, 64, Team::One);
+        assert_eq!(case.kv_bytes(), 8 * 1000 * (64 + 64) * 4);
+        assert_eq!(case.work().unwrap(), case.kv_bytes() as f64);
+        let narrow = Case { value_dim: 32, ..case };
+        assert_eq!(narrow.kv_bytes(), 8 * 1000 * (64 + 32) * 4);
+        assert_eq!(narrow.flops().unwrap(), f64::from(32 * 1000 * 2 * (64 + 32)));
+    }
+
+    #[test]
+    fn the_table_is_sound() {
+        for (i, case) in CASES.iter().enumerate() {
+            assert!(case.shape().is_ok(), "{}", case.name);
+            assert!(case.bound() == Bound::Fma || case.kv_bytes() >= 256 << 20, "{} is too small", case.name);
+            let others = &CASES[..i];
+            assert!(
+                !others.iter().any(|o| (o.name, o.team) == (case.name, case.team)),
+                "{} twice",
+                case.name
+            );
+            let same = others.iter().filter(|other| other.name == case.name);
+            assert!(same.clone().all(|other| other.same_operands(case) && other.causal == case.causal));
+        }
+    }
+
+    #[test]
+    fn cases_are_chosen_by_a_part_of_their_name() {
+        assert_eq!(chosen(None, 2).unwrap(), CASES);
+        assert!(chosen(None, 1).unwrap().iter().all(|case| case.team == Team::One));
+        let gqa = chosen(Some("H=32/8"), 2).unwrap();
+        assert!(!gqa.is_empty() && gqa.iter().all(|case| case.heads == 32));
+        let error = chosen(Some("Prefill"), 2).unwrap_err().to_string();
+        assert!(error.contains("there are: prefill T=2048 d=128, "), "{error}");
+    }
+}
