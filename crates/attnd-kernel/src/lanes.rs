@@ -25,6 +25,8 @@ pub(crate) unsafe trait Lanes: Copy {
     unsafe fn load(from: *const f32) -> Self::V;
     /// Sixteen consecutive f32.
     unsafe fn store(to: *mut f32, v: Self::V);
+    /// Asks for the cache line at an address, which need not be readable.
+    fn prefetch(at: *const f32);
     /// `a * b + c`, rounded once.
     unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     /// `a + b`.

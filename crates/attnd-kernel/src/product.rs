@@ -43,6 +43,8 @@ impl Operand {
 }
 
 /// Adds `steps` products to each accumulator. `A_ROW` is the distance from one broadcast element of a step to the next.
+/// Where `ahead` is not 0, cache lines of `b` are asked for that many elements ahead of their use, for operands that
+/// are swept forward and come from memory; it should be a constant where this is inlined.
 ///
 /// # Safety
 /// The ISA of `L` is enabled. At every step `a` is valid for reading `MR` elements at a distance of `A_ROW`, and `b` for
@@ -52,6 +54,7 @@ pub(crate) unsafe fn reduce<L: Lanes, const MR: usize, const NR: usize, const A_
     a: Operand,
     b: Operand,
     steps: usize,
+    ahead: usize,
     acc: &mut [[L::V; NR]; MR],
 ) {
     let whole = steps / UNROLL * UNROLL;
@@ -59,7 +62,13 @@ pub(crate) unsafe fn reduce<L: Lanes, const MR: usize, const NR: usize, const A_
     unsafe {
         for x in (0..whole).step_by(UNROLL) {
             for i in x..x + UNROLL {
-                step::<L, MR, NR, A_ROW>(a.at.add(i * a.step), b.at.add(i * b.step), acc);
+                let b = b.at.add(i * b.step);
+                if ahead > 0 {
+                    for n in 0..NR {
+                        L::prefetch(b.wrapping_add(ahead + LANES * n));
+                    }
+                }
+                step::<L, MR, NR, A_ROW>(a.at.add(i * a.step), b, acc);
             }
         }
         for x in whole..steps {

@@ -53,6 +53,10 @@ unsafe impl Lanes for Neon {
         }
     }
     #[inline(always)]
+    fn prefetch(_at: *const f32) {
+        // The intrinsic is not stable yet, and what runs ahead by itself does well on a forward sweep.
+    }
+    #[inline(always)]
     unsafe fn fma(a: V, b: V, c: V) -> V {
         unsafe { std::array::from_fn(|i| vfmaq_f32(c[i], a[i], b[i])) }
     }

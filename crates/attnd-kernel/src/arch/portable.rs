@@ -37,6 +37,8 @@ unsafe impl Lanes for Portable {
         unsafe { to.cast::<V>().write_unaligned(v) }
     }
     #[inline(always)]
+    fn prefetch(_at: *const f32) {}
+    #[inline(always)]
     unsafe fn fma(a: V, b: V, c: V) -> V {
         std::array::from_fn(|i| a[i].mul_add(b[i], c[i]))
     }

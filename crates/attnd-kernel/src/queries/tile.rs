@@ -82,7 +82,7 @@ unsafe fn score_tile<L: Lanes, const MR: usize, const NR: usize>(
     unsafe {
         let mut acc = [[L::zero(); NR]; MR];
         let (k, q) = (Operand { at: k.add(key), step: PANEL_KEYS }, Operand { at: q, step: LANES * NR });
-        reduce::<L, MR, NR, 1>(k, q, d, &mut acc);
+        reduce::<L, MR, NR, 1>(k, q, d, 0, &mut acc);
         for n in 0..NR {
             for r in 0..MR {
                 L::store(s.add(LANES * (NR * (key + r) + n)), acc[r][n]);
@@ -153,7 +153,7 @@ unsafe fn context_tile<L: Lanes, const MR: usize, const NR: usize>(
         for key in hull.start..shared.start {
             visible_step::<L, MR, NR>(v.skip_to(key).at, p.skip_to(key).at, key, seen, &mut acc);
         }
-        reduce::<L, MR, NR, 1>(v.skip_to(shared.start), p.skip_to(shared.start), shared.len(), &mut acc);
+        reduce::<L, MR, NR, 1>(v.skip_to(shared.start), p.skip_to(shared.start), shared.len(), 0, &mut acc);
         for key in shared.end..hull.end {
             visible_step::<L, MR, NR>(v.skip_to(key).at, p.skip_to(key).at, key, seen, &mut acc);
         }

@@ -26,6 +26,15 @@ macro_rules! with_rows {
 /// Rows of the largest tile.
 pub(super) const MAX_ROWS: usize = 6;
 
+/// How far ahead of its use a line of a panel is asked for, in elements.
+///
+/// With one or two rows a core runs far enough ahead by itself. With more, the multiply-adds between two lines fill its
+/// window before the lines of the next 4 KiB are on their way.
+#[inline(always)]
+const fn ahead(rows: usize) -> usize {
+    if rows > 2 { 1024 } else { 0 }
+}
+
 /// Scores of `n_rows` rows against panels `panels` of one page: `s[row * 256 + key]`.
 ///
 /// # Safety
@@ -76,7 +85,7 @@ unsafe fn score_tile<L: Lanes, const MR: usize, const NR: usize>(
     unsafe {
         let mut acc = [[L::zero(); NR]; MR];
         let (q, k) = (Operand { at: q, step: MR }, Operand { at: k, step: PANEL_KEYS });
-        reduce::<L, MR, NR, 1>(q, k, d, &mut acc);
+        reduce::<L, MR, NR, 1>(q, k, d, ahead(MR), &mut acc);
         for r in 0..MR {
             for n in 0..NR {
                 L::store(s.add(r * PAGE_KEYS + 16 * n), acc[r][n]);
@@ -172,7 +181,13 @@ unsafe fn context_tile<L: Lanes, const MR: usize, const NR: usize>(tile: Context
             }
         }
         let (p, v) = (Operand { at: p, step: 1 }, Operand { at: v, step: v_stride });
-        reduce::<L, MR, NR, PAGE_KEYS>(p.skip_to(keys.start), v.skip_to(keys.start), keys.len(), &mut acc);
+        reduce::<L, MR, NR, PAGE_KEYS>(
+            p.skip_to(keys.start),
+            v.skip_to(keys.start),
+            keys.len(),
+            ahead(MR),
+            &mut acc,
+        );
         for r in 0..MR {
             for n in 0..NR {
                 L::store(o.add(r * o_stride + 16 * n), acc[r][n]);
