@@ -114,6 +114,25 @@ fn peers_without_python_are_a_failure_of_one_line() {
     assert!(stderr.contains("install Python 3") && stderr.lines().count() == 1, "{stderr}");
 }
 
+#[test]
+fn an_input_is_never_replaced_by_the_result() {
+    let folder = TempDir::new().unwrap();
+    let call = small(folder.path());
+    let v = folder.path().join("v.npy");
+    let before = fs::read(&v).unwrap();
+    std::os::unix::fs::symlink("v.npy", folder.path().join("link.npy")).unwrap();
+    fs::hard_link(&v, folder.path().join("second.npy")).unwrap();
+    for output in ["v.npy", "./v.npy", "link.npy", "second.npy"] {
+        let output = folder.path().join(output);
+        let extra = ["--endpoint", NOBODY, "-o", output.to_str().unwrap()];
+        let (code, stderr) = code_and_stderr(&attnd().args(&call).args(extra).output().unwrap());
+        assert_eq!(code, Some(2), "{output:?}: {stderr}");
+        let both = format!("--output {} is the file of --v {}", output.display(), v.display());
+        assert!(stderr.contains(&both) && stderr.lines().count() == 1, "{stderr}");
+    }
+    assert_eq!(fs::read(&v).unwrap(), before);
+}
+
 #[cfg(target_os = "linux")]
 #[test]
 fn a_result_larger_than_memory_is_refused_before_the_call() {

@@ -288,6 +288,32 @@ fn a_destination_is_tried_before_the_call_and_left_as_it_was() {
     assert!(refusal("/proc/x.npy".into()).contains("no file can be made in /proc"));
 }
 
+#[test]
+fn a_link_to_a_destination_stays_a_link() {
+    let files = Files::new();
+    let at = |name: &str| files.0.path().join(name);
+    fs::create_dir(at("store")).unwrap();
+    files.put("store/earlier.npy", b"earlier");
+    let output = Output { shape: &[2, 3, 2], context: &counting(), lse: &[], kernel_id: "c1-f32" };
+    // One to a file, one through another link to what isn't there yet.
+    for (link, to) in
+        [("a.npy", "store/earlier.npy"), ("b.npy", "store/c.npy"), ("store/c.npy", "../store/new.npy")]
+    {
+        std::os::unix::fs::symlink(to, at(link)).unwrap();
+    }
+    for (link, target) in [("a.npy", "store/earlier.npy"), ("b.npy", "store/new.npy")] {
+        let path = OutputPath::Npy(at(link));
+        path.check().unwrap();
+        write(&path, &output).unwrap();
+        assert!(fs::symlink_metadata(at(link)).unwrap().is_symlink(), "{link} was replaced");
+        assert!(fs::symlink_metadata(at(target)).unwrap().is_file(), "{target}");
+        assert_eq!(values(&files.read(target).unwrap()), counting());
+    }
+    std::os::unix::fs::symlink("loop.npy", at("loop.npy")).unwrap();
+    let refusal = OutputPath::Npy(at("loop.npy")).check().unwrap_err().to_string();
+    assert!(refusal.contains("not a regular file"), "{refusal}");
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 300, failure_persistence: None, ..ProptestConfig::default() })]
 

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use ndarray::{ArrayView, IxDyn};
@@ -10,8 +11,11 @@ use ndarray_npy::{WriteNpyError, WriteNpyExt};
 use safetensors::SafeTensorError;
 use safetensors::tensor::{Dtype, TensorView};
 
-use super::OutputPath;
 use super::decode::le_bytes;
+use super::{OutputPath, Source};
+
+/// Links that are followed to a destination, as many as Linux follows.
+const MAX_LINKS: usize = 40;
 
 /// A finished call, as it goes into a file.
 #[derive(Debug, Clone, Copy)]
@@ -55,7 +59,7 @@ pub enum WriteFault {
     /// The directory does not exist.
     #[error("there is no directory {}", .0.display())]
     NoDirectory(PathBuf),
-    /// The destination is a directory, a pipe or a device.
+    /// The destination is a directory, a pipe, a device, or links that lead in a circle.
     #[error("exists and is not a regular file")]
     NotAFile,
     /// No file can be made beside the destination.
@@ -79,42 +83,61 @@ impl OutputPath {
     }
 
     fn probe(&self) -> Result<(), WriteFault> {
-        let directory = directory_of(self.path());
+        let target = self.target();
+        let directory = directory_of(&target);
         if !directory.is_dir() {
             return Err(WriteFault::NoDirectory(directory.into()));
         }
-        if fs::metadata(self.path()).is_ok_and(|existing| !existing.is_file()) {
+        // The target itself is a link only where the links never end.
+        if fs::symlink_metadata(&target).is_ok_and(|existing| !existing.is_file()) {
             return Err(WriteFault::NotAFile);
         }
-        let temporary = self.temporary();
+        let temporary = temporary_beside(&target);
         let made = File::create(&temporary).and_then(|_empty| fs::remove_file(&temporary));
         made.map_err(|source| WriteFault::NotWritable { directory: directory.into(), source })
     }
 
-    /// Where the result is written before it is renamed.
-    fn temporary(&self) -> PathBuf {
-        let name = self.path().file_name().unwrap_or_default().to_string_lossy();
-        directory_of(self.path()).join(format!(".{name}.{}.tmp", std::process::id()))
+    /// Whether the destination exists and is the very file that `source` is read from, under whatever names. It would
+    /// be replaced by the result.
+    pub fn is_file_of(&self, source: &Source) -> bool {
+        let identity = |path: &Path| fs::metadata(path).ok().map(|file| (file.dev(), file.ino()));
+        identity(self.path()).is_some_and(|file| Some(file) == identity(source.path()))
+    }
+
+    /// What a rename has to replace: the path, or what it names in the end where it is a link, so that links stay.
+    fn target(&self) -> PathBuf {
+        let mut target = self.path().to_path_buf();
+        for _ in 0..MAX_LINKS {
+            let Ok(link) = fs::read_link(&target) else { break };
+            target = directory_of(&target).join(link);
+        }
+        target
     }
 }
 
-/// Writes `output` in the format that the extension names.
+/// Writes `output` in the format that the extension names. A link stays one: what it names is written.
 ///
 /// # Errors
 /// If the file system refuses; nothing is left behind then, and an earlier file of that name is untouched.
 pub fn write(to: &OutputPath, output: &Output<'_>) -> Result<(), WriteError> {
-    let path = to.path();
-    let temporary = to.temporary();
+    let target = to.target();
+    let temporary = temporary_beside(&target);
     let written = match to {
         OutputPath::Npy(_) => write_npy(&temporary, output),
         OutputPath::Safetensors(_) => write_safetensors(&temporary, output),
     };
-    let renamed = written.and_then(|()| Ok(fs::rename(&temporary, path)?));
+    let renamed = written.and_then(|()| Ok(fs::rename(&temporary, &target)?));
     renamed.map_err(|fault| {
         // The first error is the one to report; the temporary file may not even exist.
         fs::remove_file(&temporary).ok();
-        WriteError { path: path.into(), fault }
+        WriteError { path: to.path().into(), fault }
     })
+}
+
+/// Where a result is written before it is renamed.
+fn temporary_beside(target: &Path) -> PathBuf {
+    let name = target.file_name().unwrap_or_default().to_string_lossy();
+    directory_of(target).join(format!(".{name}.{}.tmp", std::process::id()))
 }
 
 fn directory_of(path: &Path) -> &Path {

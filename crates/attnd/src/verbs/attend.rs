@@ -23,6 +23,14 @@ pub async fn run(args: &AttendArgs) -> anyhow::Result<()> {
     let site = Site::of(args, |key| std::env::var(key).ok())?;
     if let Some(output) = &args.output {
         output.check()?;
+        for (option, source) in [("--q", &args.q), ("--k", &args.k), ("--v", &args.v)] {
+            if output.is_file_of(source) {
+                let path = output.path().display();
+                let text =
+                    format!("--output {path} is the file of {option} {source}, which it would replace");
+                return Err(BadInput::new(text).into());
+            }
+        }
     }
     let [q, k, v] = [tensor_file::read(&args.q)?, tensor_file::read(&args.k)?, tensor_file::read(&args.v)?];
     let inputs = tensor_file::assemble(q, k, v)?;
