@@ -193,6 +193,12 @@ fn systemd_accepts_the_units() {
         for line in ["DynamicUser=yes", "NoNewPrivileges=yes", "ProtectSystem=strict", "Restart=always"] {
             assert!(unit.lines().any(|l| l == line), "{name} lacks {line}");
         }
+        // With a limit, Restart=always gives up after five failures. Elsewhere than in [Unit] the line says nothing.
+        let section = unit.split("\n[").next().unwrap_or_default();
+        assert!(
+            section.starts_with("[Unit]") && section.lines().any(|l| l == "StartLimitIntervalSec=0"),
+            "{name} gives up when it has failed a few times"
+        );
         // The program needn't be installed for its unit to be checked.
         let path = folder.path().join(name);
         std::fs::write(&path, unit.replace("=/usr/local/bin/attnd ", "=/bin/true "))
