@@ -3,6 +3,7 @@
 use anyhow::Context as _;
 use attnd_client::Operands;
 use attnd_kernel::reference::{ReferenceRow, reference_row};
+use attnd_kernel::slot::{N_SLOTS, n_pages};
 use attnd_kernel::{AttnShape, Causal, Dims, Dtype, widen};
 use safetensors::SafeTensors;
 
@@ -24,6 +25,14 @@ pub struct Case {
     pub stored: Option<Stored>,
     /// The f64 reference: all rows of a layer, a sample of the long sequence.
     pub reference: Vec<ReferenceAt>,
+}
+
+impl Case {
+    /// Parts that the call can be cut into, and so workers that can take part in it: a kv group times a slot with keys.
+    pub fn cells(&self) -> usize {
+        let shape = &self.operands.shape;
+        shape.n_groups() * n_pages(shape.n_keys()).min(N_SLOTS)
+    }
 }
 
 /// The context and lse that the model's own attention produced, in f32.
@@ -172,6 +181,8 @@ mod tests {
     fn the_bundled_layers_agree_with_the_reference() {
         let tokens = tokens().unwrap();
         for case in layers().unwrap() {
+            // Twelve heads over one page: a thirteenth worker has nothing to do.
+            assert_eq!(case.cells(), 12);
             let stored = case.stored.unwrap();
             let (n, dv) = (tokens.len(), case.operands.shape.value_dim());
             assert_eq!(case.reference.len(), case.operands.shape.n_heads() * n);
