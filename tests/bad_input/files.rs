@@ -134,6 +134,15 @@ fn files_that_cannot_be_read() {
         ("complex.npy", npy("'<c8'", "(1, 3, 4)", &data), &["dtype '<c8' is not supported"]),
         ("text_dtype.npy", npy("'<U4'", "(1, 3, 2)", &data), &["dtype '<U4' is not supported"]),
         ("fields.npy", npy("[('a', '<f4')]", "(2, 3, 4)", &data), &["not supported"]),
+        (
+            "over_f32.npy",
+            npy(
+                "'<f8'",
+                "(2, 2, 3)",
+                &[[0; 8].repeat(7), 1e300_f64.to_le_bytes().into(), vec![0; 32]].concat(),
+            ),
+            &["element [1, 0, 1] is 1e300"],
+        ),
         ("object.npy", npy("'|O'", "(2, 3, 4)", b"\x80\x04\x95pickled"), &["object array"]),
         ("rank_1.npy", zeros(&[24]), &["shape [24]", "[heads, tokens, dim]"]),
         ("rank_2.npy", zeros(&[6, 4]), &["shape [6, 4]", "[heads, tokens, dim]"]),

@@ -72,7 +72,7 @@ impl Stored {
             Element::F16 => (Dtype::F16, self.bytes),
             Element::Bf16 => (Dtype::Bf16, self.bytes),
             Element::F32 => (Dtype::F32, self.bytes),
-            Element::F64 => (Dtype::F32, round_to_f32(&self.bytes)),
+            Element::F64 => (Dtype::F32, round_to_f32(&self.bytes, &self.shape)?),
         };
         let (batch, rest) = match *self.shape {
             [batch, heads, tokens, dim] => (batch, [heads, tokens, dim]),
@@ -94,9 +94,28 @@ pub(super) fn le_bytes(values: &[f32]) -> Vec<u8> {
     values.iter().flat_map(|value| value.to_le_bytes()).collect()
 }
 
-/// Rounds to nearest, ties to even; what is too large for f32 becomes infinite and is caught by the finite check.
-fn round_to_f32(bytes: &[u8]) -> Vec<u8> {
-    bytes.as_chunks().0.iter().flat_map(|raw| (f64::from_le_bytes(*raw) as f32).to_le_bytes()).collect()
+/// Rounds to nearest, ties to even. A number that would become infinite is refused; infinities and NaN stay what they
+/// are. `shape` is in C order.
+fn round_to_f32(bytes: &[u8], shape: &[usize]) -> Result<Vec<u8>, Fault> {
+    let mut rounded = Vec::with_capacity(bytes.len() / 2);
+    for (at, raw) in bytes.as_chunks().0.iter().enumerate() {
+        let value = f64::from_le_bytes(*raw);
+        let nearest = value as f32;
+        if nearest.is_infinite() && value.is_finite() {
+            return Err(Fault::OverF32 { index: index_of(at, shape), value });
+        }
+        rounded.extend(nearest.to_le_bytes());
+    }
+    Ok(rounded)
+}
+
+/// The index of element `at` in C order; no dimension is zero.
+fn index_of(mut at: usize, shape: &[usize]) -> Vec<usize> {
+    let mut index = vec![0; shape.len()];
+    for (place, dim) in index.iter_mut().zip(shape).rev() {
+        (*place, at) = (at % dim, at / dim);
+    }
+    index
 }
 
 /// Reorders elements of `N` bytes from first-index-fastest to last-index-fastest.

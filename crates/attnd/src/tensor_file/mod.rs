@@ -108,6 +108,14 @@ pub enum Fault {
     /// A dimension is zero.
     #[error("shape {0:?} has no elements")]
     Empty(Vec<usize>),
+    /// A finite f64 that no f32 is near.
+    #[error("element {index:?} is {value:e}, over the range of f32, to which f64 is rounded")]
+    OverF32 {
+        /// Where it is.
+        index: Vec<usize>,
+        /// What it is.
+        value: f64,
+    },
     /// The tensor does not fit into memory.
     #[error("{bytes} bytes do not fit into memory")]
     OutOfMemory {
@@ -119,8 +127,8 @@ pub enum Fault {
 /// Reads the tensor that `source` names.
 ///
 /// # Errors
-/// If it can't be opened, is not what its extension says, is cut short, holds no floats, or is no 3- or 4-dimensional
-/// tensor.
+/// If it can't be opened, is not what its extension says, is cut short, holds no floats or one over the range of f32,
+/// or is no 3- or 4-dimensional tensor.
 pub fn read(source: &Source) -> Result<Tensor, ReadError> {
     let stored = open(source.path()).and_then(|(file, len)| match source {
         Source::Npy(_) => npy::read(file, len),

@@ -118,14 +118,23 @@ fn headers_of_version_2_and_a_batch_dimension_are_read() {
 #[test]
 fn f64_is_rounded_to_nearest() {
     let files = Files::new();
-    let data: Vec<u8> = [1.0 + 2_f64.powi(-24), 1.0 + 3.0 * 2_f64.powi(-24), 1e300, f64::NAN]
-        .iter()
-        .flat_map(|x| x.to_le_bytes())
-        .collect();
-    files.put("a.npy", &npy("'<f8'", false, "(1, 2, 2)", &data));
+    let put = |fortran, elements: [f64; 4]| {
+        let data: Vec<u8> = elements.iter().flat_map(|x| x.to_le_bytes()).collect();
+        files.put("a.npy", &npy("'<f8'", fortran, "(1, 2, 2)", &data));
+    };
+    put(false, [1.0 + 2_f64.powi(-24), 1.0 + 3.0 * 2_f64.powi(-24), f64::NEG_INFINITY, f64::NAN]);
     let rounded = values(&files.read("a.npy").unwrap());
-    assert_eq!(rounded[..3], [1.0, 1.0 + 2.0 * f32::EPSILON, f32::INFINITY]);
+    assert_eq!(rounded[..3], [1.0, 1.0 + 2.0 * f32::EPSILON, f32::NEG_INFINITY]);
     assert!(rounded[3].is_nan());
+
+    // Half a step over f32's largest number there is nothing to round to, whichever index is fastest.
+    let most = f64::from(f32::MAX);
+    put(false, [most, -most, most * (1.0 + 2_f64.powi(-26)), 0.0]);
+    assert_eq!(values(&files.read("a.npy").unwrap())[..3], [f32::MAX, f32::MIN, f32::MAX]);
+    put(false, [0.0, -1e300, 0.0, 0.0]);
+    assert!(files.refusal("a.npy").contains("element [0, 0, 1] is -1e300, over the range of f32"));
+    put(true, [0.0, most * (1.0 + 2_f64.powi(-24)), 0.0, 0.0]);
+    assert!(files.refusal("a.npy").contains("element [0, 1, 0] is 3.4028"));
 }
 
 #[test]
