@@ -45,7 +45,7 @@ How fast this machine is, and how near to its limits attnd comes:
 
 Exit codes:
    0  success
-   1  failure: the cluster, the network, or a check of the demo
+   1  failure: the cluster, the network, the disk, or a check of the demo
    2  unusable input or command line
   70  a part of a coordinator or worker broke
   75  a coordinator or worker was stopped before its calls had ended"

@@ -8,7 +8,7 @@ use attnd_client::{Client, ClientError, Reason};
 use attnd_node::NodeError;
 
 use crate::output;
-use crate::tensor_file::{OperandError, ReadError, WriteError};
+use crate::tensor_file::{OperandError, ReadError};
 
 /// Something the person at the keyboard can fix: a bad argument or unusable input. Ends the process with code 2.
 #[derive(Debug, thiserror::Error)]
@@ -65,10 +65,7 @@ fn is_bad_input(error: &(dyn Error + 'static)) -> bool {
     if let Some(error) = error.downcast_ref::<ClientError>() {
         return is_about_the_input(error.reason);
     }
-    error.is::<BadInput>()
-        || error.is::<ReadError>()
-        || error.is::<OperandError>()
-        || error.is::<WriteError>()
+    error.is::<BadInput>() || error.is::<ReadError>() || error.is::<OperandError>()
 }
 
 /// Whether a call was refused for what was asked, rather than for the state of the cluster.

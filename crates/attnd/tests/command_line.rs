@@ -149,6 +149,30 @@ fn a_result_larger_than_memory_is_refused_before_the_call() {
 }
 
 #[test]
+fn a_result_that_cannot_be_written_is_a_failure_after_a_report() {
+    let folder = TempDir::new().unwrap();
+    let call = small(folder.path());
+    let files = || fs::read_dir(folder.path()).unwrap().count();
+    let before = files();
+    let output = folder.path().join("o.npy");
+    for (extra, shown) in [(None, "plan: "), (Some("--json"), "\"output\": null")] {
+        // Not a byte may be written to a file, as on a full disk; a file may still be made.
+        let mut shell = Command::new("sh");
+        let script = "trap '' XFSZ && ulimit -f 0 && exec \"$0\" \"$@\"";
+        shell.args(["-c", script, env!("CARGO_BIN_EXE_attnd")]).args(&call);
+        shell.args(["--workers", "1", "-o", output.to_str().unwrap()]).args(extra);
+        let ended = shell.output().unwrap();
+        let (code, stderr) = code_and_stderr(&ended);
+        let stdout = String::from_utf8(ended.stdout).unwrap();
+        assert_eq!(code, Some(1), "{stderr}");
+        assert!(stderr.contains("o.npy: ") && stderr.lines().count() == 1, "{stderr}");
+        assert!(stdout.contains(shown) && !stdout.contains("wrote"), "{stdout}");
+        assert!(stdout.contains("compute"), "no timings in {stdout}");
+        assert_eq!(files(), before, "something is left");
+    }
+}
+
+#[test]
 fn variables_meant_for_some_other_node_do_not_reach_local_processes() {
     let folder = TempDir::new().unwrap();
     let call = small(folder.path());

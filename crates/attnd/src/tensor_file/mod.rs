@@ -20,7 +20,7 @@ use bytes::Bytes;
 
 pub use operands::{Inputs, OperandError, assemble};
 pub use source::{OutputPath, Source};
-pub use write::{Output, WriteError, write};
+pub use write::{Output, write};
 
 /// A tensor in memory, `[batch, heads, tokens, dim]` in C order, little-endian.
 #[derive(Debug, Clone)]

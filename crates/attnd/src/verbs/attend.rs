@@ -18,11 +18,12 @@ use crate::tensor_file::{self, Inputs, Output};
 /// Runs the verb.
 ///
 /// # Errors
-/// [`BadInput`] and the errors of reading and writing files end the process with code 2, others with 1.
+/// [`BadInput`] and the errors of reading files end the process with code 2, others with 1, among them a result that
+/// can't be written.
 pub async fn run(args: &AttendArgs) -> anyhow::Result<()> {
     let site = Site::of(args, |key| std::env::var(key).ok())?;
     if let Some(output) = &args.output {
-        output.check()?;
+        output.check().map_err(|error| BadInput::new(error.to_string()))?;
         for (option, source) in [("--q", &args.q), ("--k", &args.k), ("--v", &args.v)] {
             if output.is_file_of(source) {
                 let path = output.path().display();
@@ -45,12 +46,15 @@ pub async fn run(args: &AttendArgs) -> anyhow::Result<()> {
             outcome?
         }
     };
-    if let Some(to) = &args.output {
+    let written = args.output.as_ref().map(|to| {
         let shape = result_shape(&inputs);
         let (context, lse) = (&attended.context, &attended.lse);
-        tensor_file::write(to, &Output { shape: &shape, context, lse, kernel_id: &attended.kernel_id })?;
-    }
-    report(args, &inputs, &attended, seconds)
+        tensor_file::write(to, &Output { shape: &shape, context, lse, kernel_id: &attended.kernel_id })
+    });
+    // The call was made and may have taken hours: what is known of it is printed even where the disk is full.
+    let reported = report(args, &inputs, &attended, seconds, matches!(written, Some(Ok(()))));
+    written.transpose()?;
+    reported
 }
 
 /// Where the call is computed.
@@ -118,10 +122,17 @@ struct AttendReport {
     attempts: u32,
     retried_after: Vec<&'static str>,
     kernel_id: String,
+    /// What was written, if anything.
     output: Option<String>,
 }
 
-fn report(args: &AttendArgs, inputs: &Inputs, attended: &Attended, seconds: f64) -> anyhow::Result<()> {
+fn report(
+    args: &AttendArgs,
+    inputs: &Inputs,
+    attended: &Attended,
+    seconds: f64,
+    written: bool,
+) -> anyhow::Result<()> {
     let shape = &inputs.operands.shape;
     let report = AttendReport {
         context_shape: result_shape(inputs),
@@ -136,7 +147,7 @@ fn report(args: &AttendArgs, inputs: &Inputs, attended: &Attended, seconds: f64)
         attempts: attended.attempts,
         retried_after: attended.retried_after.iter().map(|reason| reason.name()).collect(),
         kernel_id: attended.kernel_id.clone(),
-        output: args.output.as_ref().map(|output| output.path().display().to_string()),
+        output: args.output.as_ref().filter(|_| written).map(|output| output.path().display().to_string()),
     };
     if args.json {
         return output::json(&report);
@@ -159,6 +170,7 @@ fn report(args: &AttendArgs, inputs: &Inputs, attended: &Attended, seconds: f64)
     }
     match &report.output {
         Some(path) => output::line(&format!("wrote {path}: context {:?}, f32", report.context_shape)),
+        None if args.output.is_some() => Ok(()),
         None => output::line(&format!("context {:?}, f32; -o FILE writes it", report.context_shape)),
     }
 }
