@@ -119,6 +119,8 @@ fn compose_runs_one_coordinator_and_three_workers() {
         if command.first() == Some(&"worker") {
             let own_url = format!("http://{name}:{}", attnd.coordinator_port + 1);
             assert!(command.contains(&own_url.as_str()), "{name} does not advertise {own_url}");
+            // Each would take all cores of the one machine that they share.
+            assert!(service["environment"]["ATTND_THREADS"].is_string(), "{name} has no number of threads");
         } else {
             let host_ports = strings(&service["ports"]);
             assert!(
