@@ -53,7 +53,7 @@ async fn shapes_that_nobody_can_compute() {
     scene.close().await;
 }
 
-/// Row 28: what is over every budget is refused at Begin, with the numbers and without memory for it.
+/// Row 28: what is over every budget is refused at Begin, with the numbers, without memory for it, and for good.
 #[tokio::test]
 async fn shapes_over_every_budget() {
     let mut scene = Scene::open().await;
@@ -66,8 +66,8 @@ async fn shapes_over_every_budget() {
         .collect();
     let [need, free] = *numbers else { panic!("{status:?}") };
     assert!(need >= 4 << 40 && 0 < free && free < 1 << 40, "{status:?}");
-    let pushback = status.metadata().get("grpc-retry-pushback-ms").and_then(|value| value.to_str().ok());
-    assert!(pushback.is_some_and(|ms| ms.parse::<u64>().is_ok()), "{status:?}");
+    // More than the workers have even when idle: it would be in vain to come back.
+    assert!(status.metadata().get("grpc-retry-pushback-ms").is_none(), "{status:?}");
     scene.recovers("4 TiB").await;
     // The payload is not even looked at.
     let frames = small().with_shape(|shape| *shape = dims([1024, 1024, 1, 1 << 20, 512, 512])).frames();

@@ -10,6 +10,14 @@
 //!
 //! Left out, because a one-shot call has none of it: sessions that disagree with a call, tenants, mask bits, causal
 //! offsets, windows and softcaps. Messages are never compressed, so there are no decompression bombs.
+//!
+//! Three rows of the table of bad inputs are answered otherwise than it says:
+//!
+//! * Row 28, a shape of terabytes with a payload of 16 bytes, is KV_BUDGET with RESOURCE_EXHAUSTED. Memory is reserved
+//!   from declared sizes before bytes are read, so nobody ever sees that the payload is short. Where the shape fits,
+//!   16 bytes are PAYLOAD_LENGTH.
+//! * Rows 31 and 32, tensors that disagree about a dimension, can't be said on this wire: Begin has one shape for all
+//!   three. What is meant by them arrives as a tensor of the wrong length, and is PAYLOAD_LENGTH.
 
 mod begin;
 mod call;

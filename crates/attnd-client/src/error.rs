@@ -24,7 +24,7 @@ impl ClientError {
     /// Whether the same call may be sent again and may then succeed. The client has done so already as often as it
     /// thinks right.
     pub fn is_retryable(&self) -> bool {
-        Error { reason: self.reason, outcome: self.outcome, detail: String::new() }.is_retryable()
+        Error::new(self.reason, "").with_outcome(self.outcome).is_retryable()
     }
 }
 

@@ -22,7 +22,7 @@ pub(crate) fn pause_before_next(
         return None;
     }
     let doubled = FIRST_PAUSE * (1 << attempts.saturating_sub(1));
-    let asked = error.reason.pushback().unwrap_or_default();
+    let asked = error.pushback().unwrap_or_default();
     let pause = doubled.max(asked).mul_f64(0.75 + 0.5 * jitter.clamp(0.0, 1.0));
     left.is_none_or(|left| pause < left).then_some(pause)
 }

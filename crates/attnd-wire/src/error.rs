@@ -17,7 +17,7 @@ use crate::normalise;
 pub const REASON_KEY: &str = "attnd-reason";
 /// Metadata key of [`Outcome`].
 pub const OUTCOME_KEY: &str = "attnd-outcome";
-/// Metadata key of [`Reason::pushback`], in milliseconds.
+/// Metadata key of [`Error::pushback`], in milliseconds.
 pub const PUSHBACK_KEY: &str = "grpc-retry-pushback-ms";
 /// Longest text of an error, in bytes.
 pub const MAX_MESSAGE: usize = 256;
@@ -31,6 +31,8 @@ pub struct Error {
     pub outcome: Outcome,
     /// Numbers and names for a person; may be empty. [`Error::new`] escapes and shortens it.
     pub detail: String,
+    /// Whether waiting may help, which the reason alone can't say of a call larger than all memory there is.
+    may_pass: bool,
 }
 
 /// What is known about the effect of a failed call.
@@ -163,7 +165,7 @@ impl Reason {
         }
     }
 
-    /// How long a caller does well to wait before it tries again.
+    /// How long a caller does well to wait before it tries again, unless the error itself says that it needn't.
     pub fn pushback(self) -> Option<Duration> {
         const PUSHBACK: Duration = Duration::from_millis(200);
         matches!(self, Self::Overloaded | Self::KvBudget | Self::Draining | Self::NoWorkers)
@@ -182,13 +184,24 @@ impl Error {
     /// is cut where the text would be longer than [`MAX_MESSAGE`].
     pub fn new(reason: Reason, detail: impl AsRef<str>) -> Self {
         let detail = printable(detail.as_ref(), detail_room(reason)).into_owned();
-        Self { reason, outcome: reason.outcome(), detail }
+        Self { reason, outcome: reason.outcome(), detail, may_pass: reason.pushback().is_some() }
     }
 
     /// The same error with another outcome.
     #[must_use]
     pub fn with_outcome(self, outcome: Outcome) -> Self {
         Self { outcome, ..self }
+    }
+
+    /// The same error of a call for which waiting is in vain.
+    #[must_use]
+    pub fn without_pushback(self) -> Self {
+        Self { may_pass: false, ..self }
+    }
+
+    /// How long a caller does well to wait before it tries again; `None` where waiting doesn't help.
+    pub fn pushback(&self) -> Option<Duration> {
+        self.reason.pushback().filter(|_| self.may_pass)
     }
 
     /// `REASON: detail`, or `REASON` alone: at most [`MAX_MESSAGE`] bytes without control characters.
@@ -219,7 +232,8 @@ impl Error {
             }
             None => normalise::foreign(status),
         };
-        Self { outcome: outcome.unwrap_or(Outcome::Unknown), ..error }
+        let may_pass = error.may_pass && status.metadata().get(PUSHBACK_KEY).is_some();
+        Self { outcome: outcome.unwrap_or(Outcome::Unknown), may_pass, ..error }
     }
 }
 
@@ -236,7 +250,7 @@ impl From<&Error> for Status {
         let mut metadata = MetadataMap::new();
         metadata.insert(REASON_KEY, MetadataValue::from_static(error.reason.name()));
         metadata.insert(OUTCOME_KEY, MetadataValue::from_static(error.outcome.name()));
-        if let Some(pushback) = error.reason.pushback() {
+        if let Some(pushback) = error.pushback() {
             metadata.insert(PUSHBACK_KEY, MetadataValue::from(pushback.as_millis() as u64));
         }
         Self::with_metadata(error.reason.code(), error.message(), metadata)
@@ -344,7 +358,9 @@ mod tests {
     fn overload_asks_for_patience() {
         let status = Status::from(Error::new(Reason::Overloaded, "256 running"));
         assert_eq!(status.metadata().get(PUSHBACK_KEY).unwrap().to_str().unwrap(), "200");
-        assert!(Status::from(Error::new(Reason::Scale, "")).metadata().get(PUSHBACK_KEY).is_none());
+        for in_vain in [Error::new(Reason::Scale, ""), Error::new(Reason::KvBudget, "").without_pushback()] {
+            assert!(Status::from(in_vain).metadata().get(PUSHBACK_KEY).is_none());
+        }
     }
 
     #[test]
@@ -373,8 +389,10 @@ mod tests {
             reason in proptest::sample::select(Reason::ALL),
             outcome in proptest::sample::select(&Outcome::ALL[..]),
             detail in "(?s).{0,300}",
+            in_vain: bool,
         ) {
             let error = Error::new(reason, detail).with_outcome(outcome);
+            let error = if in_vain { error.without_pushback() } else { error };
             let status = Status::from(&error);
             prop_assert!(status.message().len() <= MAX_MESSAGE);
             prop_assert!(!status.message().chars().any(char::is_control));

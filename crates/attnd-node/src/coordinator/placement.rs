@@ -1,6 +1,6 @@
 //! Finds workers for a call: plans it, reserves their memory, opens the shares.
 
-use attnd_plan::{Capacity, Plan, PlanRequest, VerifiedPlan};
+use attnd_plan::{Capacity, Plan, PlanError, PlanRequest, VerifiedPlan};
 use attnd_wire::{Begin, ComputeBegin, Deadline, Error, Reason};
 
 use super::Hub;
@@ -33,7 +33,10 @@ pub(crate) async fn place(
         let gone = |_| Error::new(Reason::Internal, "the membership actor is gone");
         let Candidates { usable: workers, unused } =
             hub.cluster.ask(Capacities).send().await.map_err(gone)?;
-        let plan = plan(hub, begin, &workers).await.map_err(|error| with_unused(error, unused))?;
+        // What workers that get no new work just now have may come back.
+        let hopeless_over = (unused == Unused::default()).then(|| total_memory(&workers));
+        let plan = plan(hub, begin, &workers, hopeless_over).await;
+        let plan = plan.map_err(|error| with_unused(error, unused))?;
         if let Some(shares) = open(&plan, &workers, begin, call_id, deadline).await {
             return Ok(Placement { plan, shares });
         }
@@ -52,14 +55,35 @@ fn with_unused(error: Error, unused: Unused) -> Error {
     Error::new(error.reason, format!("{}; {unused}", error.detail))
 }
 
+/// What all workers together could give if no call ran.
+fn total_memory(workers: &[Candidate]) -> u64 {
+    workers.iter().fold(0, |sum, worker| sum.saturating_add(worker.memory.limit()))
+}
+
+/// The refusal of a call that can't be planned. One that needs more than `hopeless_over` needn't come back.
+fn refusal(error: PlanError, hopeless_over: Option<u64>) -> Error {
+    match error {
+        PlanError::Memory { need, .. } if hopeless_over.is_some_and(|total| need > total) => {
+            Error::from(error).without_pushback()
+        }
+        _may_pass => error.into(),
+    }
+}
+
 /// Plans, and proves that the plan covers every key once. Large plans take milliseconds: too long for this thread.
-async fn plan(hub: &Hub, begin: &Begin, workers: &[Candidate]) -> Result<VerifiedPlan, Error> {
+async fn plan(
+    hub: &Hub,
+    begin: &Begin,
+    workers: &[Candidate],
+    hopeless_over: Option<u64>,
+) -> Result<VerifiedPlan, Error> {
     let capacities: Vec<Capacity> = workers.iter().map(|worker| worker.capacity.clone()).collect();
     let Begin { shape, dtype, causal, workers, .. } = *begin;
     let request = PlanRequest { shape, causal, dtype_bytes: dtype.size(), workers };
     let costs = hub.costs;
     let planned = hub.pool.run(move || {
-        let plan = attnd_plan::plan(&request, &capacities, &costs)?;
+        let plan = attnd_plan::plan(&request, &capacities, &costs);
+        let plan = plan.map_err(|error| refusal(error, hopeless_over))?;
         plan.verify(&shape).map_err(|error| Error::new(Reason::Internal, error.to_string()))
     });
     planned.await.map_err(|error| Error::new(Reason::Internal, format!("planning {error}")))?
@@ -95,4 +119,24 @@ async fn open(
         opened.push(worker.actor.ask(OpenShare { begin, memory, deadline }).send().await.ok()?);
     }
     Some(opened)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_needs_more_than_there_is_is_not_asked_to_come_back() {
+        let memory = PlanError::Memory { need: 9, free: 4 };
+        for (error, hopeless_over, comes_back) in [
+            (memory, Some(9), true),
+            (memory, Some(8), false),
+            (memory, None, true),
+            (PlanError::NoWorkers, Some(0), true),
+        ] {
+            let refused = refusal(error, hopeless_over);
+            assert_eq!(refused.pushback().is_some(), comes_back, "{refused}, {hopeless_over:?}");
+            assert_eq!(refused.message(), Error::from(error).message());
+        }
+    }
 }
