@@ -153,6 +153,17 @@ async fn finite_values_whose_sum_overflows() {
         let text = format!("OUTPUT_OVERFLOW: head {} row 3", kv_head * 2);
         scene.refuses(&row, draft.frames(), &Refusal::invalid(text)).await;
     }
+    // One key, whose score in powers of two is k: its weight is 2 to the distance of k from the next integer. What
+    // overflows is the sum before the division, though the context is the value itself.
+    let one_key = |k: f32, value: f32| {
+        let of_tensor = move |tensor: usize, _: usize| [1.0, k * std::f32::consts::LN_2, value][tensor];
+        Draft::of_values(dims([1; 6]), Dtype::F32, of_tensor).on_workers(1)
+    };
+    let refusal = Refusal::invalid("OUTPUT_OVERFLOW: head 0 row 0");
+    scene.refuses("3e38 with a weight of 2^0.4", one_key(0.4, 3e38).frames(), &refusal).await;
+    for (k, value) in [(0.4, 2.5e38), (0.0, 3e38), (-0.4, 3e38), (0.5, f32::MAX / 1.4143)] {
+        scene.accepts(&format!("{value:e} with a weight of 2^{k}"), &one_key(k, value)).await;
+    }
     // Under f32's largest number over the number of keys, with room for weights of up to sqrt(2).
     let most = f32::MAX / (300.0 * 1.5);
     let value = move |tensor: usize, i: usize| if tensor == 2 { most } else { mild(tensor, i) };

@@ -121,7 +121,7 @@ reasons! {
     Workers "WORKERS" InvalidArgument "A number of workers that can't be had.";
     NonFinite "NON_FINITE" InvalidArgument "NaN or an infinity in Q, K or V.";
     ScoreOverflow "SCORE_OVERFLOW" InvalidArgument "A score of finite operands overflows f32.";
-    OutputOverflow "OUTPUT_OVERFLOW" InvalidArgument "A context element overflows f32.";
+    OutputOverflow "OUTPUT_OVERFLOW" InvalidArgument "A context element overflows f32, be it only before its division by the sum of weights.";
     EmptyRow "EMPTY_ROW" InvalidArgument "A row sees no key, and the caller forbade that.";
     // The cluster.
     KvBudget "KV_BUDGET" ResourceExhausted "Keys and values don't fit into the free memory.";

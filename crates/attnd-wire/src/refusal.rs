@@ -88,7 +88,8 @@ pub fn score_overflow(first_head: usize, at: &ScoreOverflow) -> Error {
     Error::new(Reason::ScoreOverflow, format!("head {} row {}", first_head + at.head_in_group, at.token))
 }
 
-/// An element of the context left the range of f32.
+/// An element of the context left the range of f32, or did before it was divided by the sum of the weights. Values
+/// above `f32::MAX / (sqrt 2 * visible keys)` can do that: a weight is up to sqrt 2.
 pub fn output_overflow(head: usize, token: usize) -> Error {
     Error::new(Reason::OutputOverflow, format!("head {head} row {token}"))
 }
