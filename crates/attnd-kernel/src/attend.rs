@@ -191,7 +191,7 @@ impl NodeTask<'_> {
         let floats = query_floats + 2 * sum_floats + n_rows * columns;
 
         let _standard = FloatEnvironment::standard();
-        with_scratch(floats + layout.scratch_floats(value_dim), |memory| {
+        with_scratch(floats + layout.scratch_floats(self.call.kv), |memory| {
             let (q, memory) = memory.split_at_mut(query_floats);
             let (m, memory) = memory.split_at_mut(sum_floats);
             let (l, memory) = memory.split_at_mut(sum_floats);

@@ -4,9 +4,11 @@
 use std::ops::Range;
 
 use crate::canonical::{CANONICAL_NAN, finite_max, rescale};
+use crate::dtype::Dtype;
 use crate::lanes::{LANES, Lanes};
 use crate::pages::{KvHead, padded_columns};
 use crate::slot::{N_SLOTS, PAGE_KEYS, slot_of_page};
+use crate::storage::{StoredBf16, StoredF16, StoredF32};
 use crate::{queries, rows};
 
 /// Rows that one call handles: few enough that scores and queries stay in the near caches, and a multiple of the tiles.
@@ -78,10 +80,10 @@ impl QueryLayout {
     }
 
     /// Memory that [`attend_block`] works in, in f32s.
-    pub(crate) fn scratch_floats(self, value_dim: usize) -> usize {
+    pub(crate) fn scratch_floats(self, kv: &KvHead) -> usize {
         match self {
-            Self::Tiles { n_rows, .. } => rows::scratch_floats(n_rows, value_dim),
-            Self::Groups { groups, .. } => queries::scratch_floats(groups, value_dim),
+            Self::Tiles { n_rows, .. } => rows::scratch_floats(n_rows, kv.value_dim()),
+            Self::Groups { groups, .. } => queries::scratch_floats(groups, kv),
         }
     }
 }
@@ -135,14 +137,18 @@ pub(crate) unsafe fn attend_block<L: Lanes, const ROWS: usize, const VECTORS: us
     let n_rows = block.visible.len();
     let columns = padded_columns(block.kv.value_dim());
     assert_eq!(block.q.len(), layout.floats());
-    assert!(scratch.len() >= layout.scratch_floats(block.kv.value_dim()));
+    assert!(scratch.len() >= layout.scratch_floats(block.kv));
     assert!(out.m.len() == n_rows && out.l.len() == n_rows && out.o.len() == n_rows * columns);
     // SAFETY: the ISA is enabled, as the caller vouches.
     unsafe {
         match layout {
             QueryLayout::Tiles { n_rows: rows, d, .. } => {
                 assert!(rows == n_rows && d == block.kv.head_dim());
-                rows::attend_rows::<L, ROWS, VECTORS>(block, scratch, out)
+                match block.kv.storage() {
+                    Dtype::F32 => rows::attend_rows::<L, StoredF32, ROWS, VECTORS>(block, scratch, out),
+                    Dtype::F16 => rows::attend_rows::<L, StoredF16, ROWS, VECTORS>(block, scratch, out),
+                    Dtype::Bf16 => rows::attend_rows::<L, StoredBf16, ROWS, VECTORS>(block, scratch, out),
+                }
             }
             QueryLayout::Groups { groups, d } => {
                 assert!(groups.rows() == n_rows && d == block.kv.head_dim());

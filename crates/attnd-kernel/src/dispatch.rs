@@ -18,7 +18,7 @@ pub const ISA_VARIABLE: &str = "ATTND_ISA";
 pub enum Isa {
     /// x86-64 with AVX-512 F and DQ.
     Avx512,
-    /// x86-64 with AVX2 and FMA.
+    /// x86-64 with AVX2, FMA and F16C.
     Avx2,
     /// aarch64.
     Neon,
@@ -131,7 +131,9 @@ impl Kernels {
         #[cfg(target_arch = "x86_64")]
         {
             // One predicate per ISA, over all the features that its entries enable.
-            let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+            let avx2 = is_x86_feature_detected!("avx2")
+                && is_x86_feature_detected!("fma")
+                && is_x86_feature_detected!("f16c");
             if avx2 && is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512dq") {
                 available.push(&AVX512);
             }
@@ -319,9 +321,9 @@ macro_rules! instantiate {
 }
 
 #[cfg(target_arch = "x86_64")]
-instantiate!(AVX512, Isa::Avx512, arch::avx512::Avx512, rows 6 x 4, queries 8 x 3, chains 12, #[target_feature(enable = "avx512f,avx512dq,avx2,fma")]);
+instantiate!(AVX512, Isa::Avx512, arch::avx512::Avx512, rows 6 x 4, queries 8 x 3, chains 12, #[target_feature(enable = "avx512f,avx512dq,avx2,fma,f16c")]);
 #[cfg(target_arch = "x86_64")]
-instantiate!(AVX2, Isa::Avx2, arch::avx2::Avx2, rows 6 x 1, queries 6 x 1, chains 6, #[target_feature(enable = "avx2,fma")]);
+instantiate!(AVX2, Isa::Avx2, arch::avx2::Avx2, rows 6 x 1, queries 6 x 1, chains 6, #[target_feature(enable = "avx2,fma,f16c")]);
 #[cfg(target_arch = "aarch64")]
 instantiate!(NEON, Isa::Neon, arch::neon::Neon, rows 6 x 1, queries 6 x 1, chains 6);
 instantiate!(PORTABLE, Isa::Portable, arch::portable::Portable, rows 2 x 1, queries 2 x 1, chains 2);

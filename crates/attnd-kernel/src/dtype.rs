@@ -16,7 +16,7 @@ pub enum Dtype {
 
 impl Dtype {
     /// Bytes of one element.
-    pub fn size(self) -> usize {
+    pub const fn size(self) -> usize {
         match self {
             Self::F32 => 4,
             Self::F16 | Self::Bf16 => 2,
@@ -31,6 +31,15 @@ impl std::fmt::Display for Dtype {
             Self::F16 => "f16",
             Self::Bf16 => "bf16",
         })
+    }
+}
+
+/// Rounds each value to the nearest one that `dtype` holds, ties to even; an infinity where it is over the range.
+pub(crate) fn round(values: &mut [f32], dtype: Dtype) {
+    match dtype {
+        Dtype::F32 => {}
+        Dtype::F16 => values.iter_mut().for_each(|value| *value = f16::from_f32(*value).to_f32()),
+        Dtype::Bf16 => values.iter_mut().for_each(|value| *value = bf16::from_f32(*value).to_f32()),
     }
 }
 

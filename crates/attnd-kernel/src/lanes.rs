@@ -27,6 +27,14 @@ pub(crate) unsafe trait Lanes: Copy {
     unsafe fn store(to: *mut f32, v: Self::V);
     /// Asks for the cache line at an address, which need not be readable.
     fn prefetch(at: *const f32);
+    /// The lower halves of 16 words as bf16.
+    unsafe fn low_bf16(words: Self::V) -> Self::V;
+    /// The upper halves of 16 words as bf16.
+    unsafe fn high_bf16(words: Self::V) -> Self::V;
+    /// The lower halves of 16 words as f16.
+    unsafe fn low_f16(words: Self::V) -> Self::V;
+    /// The upper halves of 16 words as f16.
+    unsafe fn high_f16(words: Self::V) -> Self::V;
     /// `a * b + c`, rounded once.
     unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     /// `a + b`.

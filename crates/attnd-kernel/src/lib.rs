@@ -46,6 +46,7 @@ pub mod reference;
 mod rows;
 pub mod shape;
 pub mod slot;
+mod storage;
 
 pub use attend::{GroupCall, ScoreOverflow, attend_node};
 pub use buffer::OutOfMemory;

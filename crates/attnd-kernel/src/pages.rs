@@ -5,14 +5,18 @@
 //! * V panels of 64 columns (the last one narrower, in steps of 16); in a panel of width `w` column `c` of key `j`
 //!   is at `j * w + c`.
 //!
+//! With 16-bit elements a place in a panel is a word that holds two of them: dimensions `2 x` and `2 x + 1` of a key,
+//! keys `2 j` and `2 j + 1` of a column.
+//!
 //! Values are padded to 16 columns with zeros. Keys of a page that were not written yet are zeros; kernels never use
 //! them.
 
 use std::ops::Range;
 
 use crate::buffer::{Buffer, OutOfMemory};
-use crate::dtype::{Dtype, first_non_finite, widen};
+use crate::dtype::{Dtype, first_non_finite, round, widen};
 use crate::slot::{PAGE_KEYS, keys_in_page, n_pages, slot_of_page};
+use crate::storage::{per_word, put};
 
 /// Keys in a K panel.
 pub(crate) const PANEL_KEYS: usize = 64;
@@ -26,6 +30,7 @@ const ABSENT: u32 = u32::MAX;
 /// Keys and values of one kv head in the pages of a range of slots.
 #[derive(Debug)]
 pub struct KvHead {
+    storage: Dtype,
     n_keys: usize,
     head_dim: usize,
     value_dim: usize,
@@ -52,8 +57,10 @@ pub(crate) fn padded_columns(value_dim: usize) -> usize {
     value_dim.next_multiple_of(COLUMN_STEP)
 }
 
-fn page_floats(head_dim: usize, value_dim: usize) -> usize {
-    PAGE_KEYS * (head_dim + padded_columns(value_dim))
+/// Words of the K panels and of the V panels of a page.
+fn page_words(head_dim: usize, value_dim: usize, storage: Dtype) -> (usize, usize) {
+    let per_word = per_word(storage);
+    (PAGE_KEYS * head_dim.div_ceil(per_word), PAGE_KEYS / per_word * padded_columns(value_dim))
 }
 
 fn owned_pages(n_keys: usize, slots: &Range<usize>) -> impl Iterator<Item = usize> {
@@ -61,18 +68,38 @@ fn owned_pages(n_keys: usize, slots: &Range<usize>) -> impl Iterator<Item = usiz
 }
 
 impl KvHead {
-    /// Memory that the pages of `slots` take, in bytes.
+    /// Memory that the pages of `slots` take in f32, in bytes.
     pub fn bytes_needed(n_keys: usize, head_dim: usize, value_dim: usize, slots: &Range<usize>) -> u64 {
         let pages = owned_pages(n_keys, slots).count();
-        (pages * page_floats(head_dim, value_dim)) as u64 * 4
+        let (k, v) = page_words(head_dim, value_dim, Dtype::F32);
+        (pages * (k + v)) as u64 * 4
     }
 
-    /// Reserves memory for the pages that a sequence of `n_keys` has in `slots`, all zeros.
+    /// Reserves memory for the pages that a sequence of `n_keys` has in `slots`, all zeros, stored as f32.
+    ///
+    /// # Errors
+    /// If the system has no such memory.
     pub fn new(
         n_keys: usize,
         head_dim: usize,
         value_dim: usize,
         slots: Range<usize>,
+    ) -> Result<Self, OutOfMemory> {
+        Self::with_storage(n_keys, head_dim, value_dim, slots, Dtype::F32)
+    }
+
+    /// As [`Self::new`], with elements stored as `storage`. What is written is rounded to it, to nearest even; kernels
+    /// widen it exactly and compute in f32, so that the result has the bits that f32 storage of the rounded values
+    /// gives.
+    ///
+    /// # Errors
+    /// If the system has no such memory.
+    pub fn with_storage(
+        n_keys: usize,
+        head_dim: usize,
+        value_dim: usize,
+        slots: Range<usize>,
+        storage: Dtype,
     ) -> Result<Self, OutOfMemory> {
         let mut place = vec![ABSENT; n_pages(n_keys)];
         let mut count = 0;
@@ -80,10 +107,15 @@ impl KvHead {
             place[page] = count;
             count += 1;
         }
-        let memory = Buffer::zeroed(count as usize * page_floats(head_dim, value_dim))?;
-        Ok(Self { n_keys, head_dim, value_dim, slots, place, memory })
+        let (k, v) = page_words(head_dim, value_dim, storage);
+        let memory = Buffer::zeroed(count as usize * (k + v))?;
+        Ok(Self { storage, n_keys, head_dim, value_dim, slots, place, memory })
     }
 
+    /// How elements are stored.
+    pub fn storage(&self) -> Dtype {
+        self.storage
+    }
     /// Key tokens of the whole sequence, resident here or not.
     pub fn n_keys(&self) -> usize {
         self.n_keys
@@ -102,7 +134,8 @@ impl KvHead {
     /// Stores the keys of one page: `rows` holds `[keys_in_page, head_dim]` elements.
     ///
     /// # Errors
-    /// The first NaN or infinity, if `check_finite`; the page is then only partly written.
+    /// The first NaN or infinity, if `check_finite`, after rounding to the storage type; the page is then only partly
+    /// written.
     ///
     /// # Panics
     /// If the page is not resident here or `rows` has another length.
@@ -113,14 +146,18 @@ impl KvHead {
         dtype: Dtype,
         check_finite: bool,
     ) -> Result<(), NonFinite> {
-        let d = self.head_dim;
-        let n_rows = keys_in_page(page, self.n_keys);
+        let (d, storage, n_rows) = (self.head_dim, self.storage, keys_in_page(page, self.n_keys));
+        let per_word = per_word(storage);
+        let panel_words = PANEL_KEYS * d.div_ceil(per_word);
         let k = self.page_mut(page).0;
-        for_each_row(page, n_rows, rows, d, dtype, check_finite, |key, row| {
+        let source = Rows { page, n_rows, bytes: rows, dim: d, dtype, check_finite };
+        source.for_each(storage, |key, row| {
             let (panel, t) = (key / PANEL_KEYS, key % PANEL_KEYS);
-            let panel = &mut k[panel * PANEL_KEYS * d..][..PANEL_KEYS * d];
-            for (column, value) in panel.chunks_exact_mut(PANEL_KEYS).zip(row) {
-                column[t] = *value;
+            let panel = &mut k[panel * panel_words..][..panel_words];
+            for (word, values) in panel.chunks_exact_mut(PANEL_KEYS).zip(row.chunks(per_word)) {
+                for (at, value) in values.iter().enumerate() {
+                    put(&mut word[t], at, *value, storage);
+                }
             }
         })
     }
@@ -134,54 +171,68 @@ impl KvHead {
         dtype: Dtype,
         check_finite: bool,
     ) -> Result<(), NonFinite> {
-        let dv = self.value_dim;
-        let columns = padded_columns(dv);
-        let n_rows = keys_in_page(page, self.n_keys);
+        let (dv, storage, n_rows) = (self.value_dim, self.storage, keys_in_page(page, self.n_keys));
+        let (columns, per_word) = (padded_columns(dv), per_word(storage));
         let v = self.page_mut(page).1;
-        for_each_row(page, n_rows, rows, dv, dtype, check_finite, |key, row| {
+        let source = Rows { page, n_rows, bytes: rows, dim: dv, dtype, check_finite };
+        source.for_each(storage, |key, row| {
             for (i, part) in row.chunks(PANEL_COLUMNS).enumerate() {
                 let width = (columns - i * PANEL_COLUMNS).min(PANEL_COLUMNS);
-                let at = i * PANEL_COLUMNS * PAGE_KEYS + key * width;
-                v[at..at + part.len()].copy_from_slice(part);
+                let at = i * PANEL_COLUMNS * PAGE_KEYS / per_word + key / per_word * width;
+                if storage == Dtype::F32 {
+                    v[at..at + part.len()].copy_from_slice(part);
+                } else {
+                    for (word, value) in v[at..].iter_mut().zip(part) {
+                        put(word, key % per_word, *value, storage);
+                    }
+                }
             }
         })
     }
 
-    /// The K panels and the V panels of a resident page.
+    /// The K panels and the V panels of a resident page, in words.
     pub(crate) fn page(&self, page: usize) -> Option<(&[f32], &[f32])> {
         let place = *self.place.get(page).filter(|place| **place != ABSENT)?;
-        let size = page_floats(self.head_dim, self.value_dim);
-        Some(self.memory[place as usize * size..][..size].split_at(PAGE_KEYS * self.head_dim))
+        let (k, v) = page_words(self.head_dim, self.value_dim, self.storage);
+        Some(self.memory[place as usize * (k + v)..][..k + v].split_at(k))
     }
 
     fn page_mut(&mut self, page: usize) -> (&mut [f32], &mut [f32]) {
         let place = self.place.get(page).copied().filter(|place| *place != ABSENT);
         let Some(place) = place else { panic!("page {page} is not in slots {:?}", self.slots) };
-        let size = page_floats(self.head_dim, self.value_dim);
-        self.memory[place as usize * size..][..size].split_at_mut(PAGE_KEYS * self.head_dim)
+        let (k, v) = page_words(self.head_dim, self.value_dim, self.storage);
+        self.memory[place as usize * (k + v)..][..k + v].split_at_mut(k)
     }
 }
 
-fn for_each_row(
+/// Rows of one page as somebody sent them.
+struct Rows<'a> {
     page: usize,
     n_rows: usize,
-    rows: &[u8],
+    bytes: &'a [u8],
     dim: usize,
     dtype: Dtype,
     check_finite: bool,
-    mut store: impl FnMut(usize, &[f32]),
-) -> Result<(), NonFinite> {
-    let stride = dim * dtype.size();
-    assert_eq!(rows.len(), n_rows * stride, "bytes of the {n_rows} rows of page {page}");
-    let mut values = vec![0.0; dim];
-    for (key, row) in rows.chunks_exact(stride).enumerate() {
-        widen(row, dtype, &mut values);
-        if check_finite && let Some(dim) = first_non_finite(&values) {
-            return Err(NonFinite { token: page * PAGE_KEYS + key, dim, value: values[dim] });
+}
+
+impl Rows<'_> {
+    fn for_each(&self, storage: Dtype, mut store: impl FnMut(usize, &[f32])) -> Result<(), NonFinite> {
+        let Self { page, n_rows, bytes, dim, dtype, check_finite } = *self;
+        let stride = dim * dtype.size();
+        assert_eq!(bytes.len(), n_rows * stride, "bytes of the {n_rows} rows of page {page}");
+        let mut values = vec![0.0; dim];
+        for (key, row) in bytes.chunks_exact(stride).enumerate() {
+            widen(row, dtype, &mut values);
+            if storage != dtype {
+                round(&mut values, storage);
+            }
+            if check_finite && let Some(dim) = first_non_finite(&values) {
+                return Err(NonFinite { token: page * PAGE_KEYS + key, dim, value: values[dim] });
+            }
+            store(key, &values);
         }
-        store(key, &values);
+        Ok(())
     }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -211,6 +262,38 @@ mod tests {
         assert_eq!(values[43 * 64 + 63], k(256 + 43, 63));
         assert_eq!(values[64 * 256 + 43 * 16 + 5], k(256 + 43, 69));
         assert_eq!(values[64 * 256 + 43 * 16 + 6], 0.0, "padding");
+    }
+
+    #[test]
+    fn two_elements_of_sixteen_bits_share_a_word() {
+        for storage in [Dtype::Bf16, Dtype::F16] {
+            let mut kv = KvHead::with_storage(300, 3, 70, 0..64, storage).unwrap();
+            let keys: Vec<f32> = (0..256 * 3).map(|i| i as f32 / 4.0 % 50.0).collect();
+            kv.write_k(0, &bytes(&keys), Dtype::F32, true).unwrap();
+            let values: Vec<f32> = (0..256 * 70).map(|i| (i % 120) as f32).collect();
+            kv.write_v(0, &bytes(&values), Dtype::F32, true).unwrap();
+            let halves = |word: f32| {
+                let half = |bits: u32| match storage {
+                    Dtype::Bf16 => half::bf16::from_bits(bits as u16).to_f32(),
+                    _ => half::f16::from_bits(bits as u16).to_f32(),
+                };
+                (half(word.to_bits() & 0xffff), half(word.to_bits() >> 16))
+            };
+            let (k, v) = kv.page(0).unwrap();
+            let key = 64 + 7;
+            assert_eq!(halves(k[64 * 2 + 7]), (keys[key * 3], keys[key * 3 + 1]));
+            assert_eq!(halves(k[64 * 2 + 64 + 7]), (keys[key * 3 + 2], 0.0), "an odd dimension is alone");
+            assert_eq!(halves(v[20 * 64 + 9]), (values[40 * 70 + 9], values[41 * 70 + 9]));
+            assert_eq!(halves(v[64 * 128 + 20 * 16 + 5]), (values[40 * 70 + 69], values[41 * 70 + 69]));
+        }
+    }
+
+    #[test]
+    fn what_the_storage_type_cannot_hold_is_refused_or_becomes_infinite() {
+        let mut kv = KvHead::with_storage(1, 1, 1, 0..64, Dtype::F16).unwrap();
+        let found = kv.write_k(0, &bytes(&[70_000.0]), Dtype::F32, true).unwrap_err();
+        assert_eq!(found.value, f32::INFINITY);
+        assert!(kv.write_k(0, &bytes(&[70_000.0]), Dtype::F32, false).is_ok());
     }
 
     #[test]

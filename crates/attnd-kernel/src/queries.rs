@@ -23,10 +23,12 @@ mod tile;
 use std::ops::Range;
 
 use crate::block::{RowBlock, RowPartials, Seen, Span, Visible, by_slot};
+use crate::dtype::Dtype;
 use crate::fold::{STACK, Stack};
 use crate::lanes::{LANES, Lanes};
 use crate::pages::{KvHead, padded_columns};
 use crate::slot::{PAGE_KEYS, slot_of_page};
+use crate::storage::{StoredBf16, StoredF16, widen_keys, widen_values};
 
 /// Vectors of lanes in a group, at most.
 const MAX_VECTORS: usize = 3;
@@ -68,9 +70,46 @@ fn group_floats(lanes: usize, columns: usize) -> usize {
 }
 
 /// Memory that [`attend_queries`] works in, in f32s.
-pub(crate) fn scratch_floats(groups: Groups, value_dim: usize) -> usize {
+pub(crate) fn scratch_floats(groups: Groups, kv: &KvHead) -> usize {
     let widest = (0..groups.n_groups).map(|group| groups.group(group).len()).max().unwrap_or(0);
-    PAGE_KEYS * widest + group_floats(groups.lanes(), padded_columns(value_dim))
+    PAGE_KEYS * widest + group_floats(groups.lanes(), padded_columns(kv.value_dim())) + widened_floats(kv)
+}
+
+/// What a page takes that has been widened to f32; nothing where it is f32 already.
+fn widened_floats(kv: &KvHead) -> usize {
+    match kv.storage() {
+        Dtype::F32 => 0,
+        Dtype::F16 | Dtype::Bf16 => PAGE_KEYS * (kv.head_dim() + padded_columns(kv.value_dim())),
+    }
+}
+
+/// The panels of a page in f32: those that are resident, or widened copies in `memory`. Widening once per block costs
+/// little beside its products, and leaves one kernel for all storage types.
+///
+/// # Safety
+/// The ISA of `L` is enabled.
+#[inline(always)]
+unsafe fn panels<'m, L: Lanes>(
+    kv: &'m KvHead,
+    (k, v): (&'m [f32], &'m [f32]),
+    memory: &'m mut [f32],
+) -> (&'m [f32], &'m [f32]) {
+    let (d, columns) = (kv.head_dim(), padded_columns(kv.value_dim()));
+    if kv.storage() == Dtype::F32 {
+        return (k, v);
+    }
+    let (keys, values) = memory.split_at_mut(PAGE_KEYS * d);
+    // SAFETY: the ISA is enabled.
+    unsafe {
+        if kv.storage() == Dtype::F16 {
+            widen_keys::<L, StoredF16>(k, d, keys);
+            widen_values::<L, StoredF16>(v, columns, values);
+        } else {
+            widen_keys::<L, StoredBf16>(k, d, keys);
+            widen_values::<L, StoredBf16>(v, columns, values);
+        }
+    }
+    (keys, values)
 }
 
 /// Transposes the rows of a block into `q`, multiplied by `factor`: `q[group][x][lane]`. Lanes without a row are zero.
@@ -130,7 +169,8 @@ pub(crate) unsafe fn attend_queries<L: Lanes, const KEYS: usize>(
     out: &mut RowPartials<'_>,
 ) -> Option<usize> {
     let (d, columns) = (block.kv.head_dim(), padded_columns(block.kv.value_dim()));
-    let (mut rest, scores) = scratch.split_at_mut(group_floats(groups.lanes(), columns));
+    let (mut rest, scratch) = scratch.split_at_mut(group_floats(groups.lanes(), columns));
+    let (widened, scores) = scratch.split_at_mut(widened_floats(block.kv));
     let mut parts: Vec<Group<'_>> = Vec::with_capacity(groups.n_groups);
     for group in 0..groups.n_groups {
         let lanes = groups.group(group);
@@ -142,13 +182,20 @@ pub(crate) unsafe fn attend_queries<L: Lanes, const KEYS: usize>(
     }
     let order: Vec<usize> = by_slot(block.pages).collect();
     for (i, page) in order.iter().enumerate() {
-        for group in &mut parts {
-            // SAFETY: the ISA is enabled, and scratch has been cut for the widest group.
-            unsafe {
+        if parts.iter().all(|group| group.visible.of_page(*page) == Seen::Nothing) {
+            continue;
+        }
+        let Some(stored) = block.kv.page(*page) else {
+            panic!("page {page} is not resident");
+        };
+        // SAFETY: the ISA is enabled, and scratch has been cut for the widest group.
+        unsafe {
+            let panels = panels::<L>(block.kv, stored, widened);
+            for group in &mut parts {
                 match group.lanes / LANES {
-                    1 => group.page::<L, KEYS, 1>(block.kv, *page, &order[i + 1..], scores),
-                    2 => group.page::<L, KEYS, 2>(block.kv, *page, &order[i + 1..], scores),
-                    _ => group.page::<L, KEYS, 3>(block.kv, *page, &order[i + 1..], scores),
+                    1 => group.page::<L, KEYS, 1>(panels, *page, &order[i + 1..], scores),
+                    2 => group.page::<L, KEYS, 2>(panels, *page, &order[i + 1..], scores),
+                    _ => group.page::<L, KEYS, 3>(panels, *page, &order[i + 1..], scores),
                 }
             }
         }
@@ -206,7 +253,7 @@ impl<'a> Group<'a> {
     #[inline(always)]
     unsafe fn page<L: Lanes, const MR: usize, const NR: usize>(
         &mut self,
-        kv: &KvHead,
+        (k, v): (&[f32], &[f32]),
         page: usize,
         later: &[usize],
         scores: &mut [f32],
@@ -215,9 +262,8 @@ impl<'a> Group<'a> {
         if seen == Seen::Nothing {
             return;
         }
-        let Some((k, v)) = kv.page(page) else {
-            panic!("page {page} is not resident");
-        };
+        let d = self.q.len() / self.lanes;
+        assert!(k.len() >= PAGE_KEYS * d && v.len() >= PAGE_KEYS * self.columns);
         assert!(self.lanes == LANES * NR && scores.len() >= PAGE_KEYS * self.lanes);
         let next = later.iter().find(|page| self.visible.of_page(**page) != Seen::Nothing);
         let place = self.stack.depth();
@@ -225,11 +271,10 @@ impl<'a> Group<'a> {
         let keys = if seen == Seen::Whole { tile::WHOLE_PAGE } else { self.keys_of(page) };
         let s = scores.as_mut_ptr();
         let size = self.lanes * (self.columns + 2);
-        // SAFETY: q, scores and the group's memory have been cut for `lanes` and `columns`; a page's panels have 256 * d
-        // and 256 * columns elements by construction; a stack of STACK partials has the places used here.
+        // SAFETY: q, scores and the group's memory have been cut for `lanes` and `columns`; the panels are long
+        // enough, as has been asserted; a stack of STACK partials has the places used here.
         unsafe {
-            let mut extremes =
-                tile::scores::<L, MR, NR>(k.as_ptr(), kv.head_dim(), &keys, self.q.as_ptr(), s);
+            let mut extremes = tile::scores::<L, MR, NR>(k.as_ptr(), d, &keys, self.q.as_ptr(), s);
             if seen == Seen::Part {
                 extremes = softmax::hide::<L, NR>(s, &keys, self.seen.as_ptr());
             }

@@ -21,6 +21,7 @@ use crate::fold::{STACK, Stack};
 use crate::lanes::Lanes;
 use crate::pages::{PANEL_KEYS, padded_columns};
 use crate::slot::{N_SLOTS, PAGE_KEYS, slot_of_page};
+use crate::storage::Stored;
 
 /// Up to this many rows, pages are walked by address.
 const FEW_ROWS: usize = tile::MAX_ROWS;
@@ -37,10 +38,10 @@ fn partials_alive(n_rows: usize) -> usize {
 /// Computes the partial of a block of rows. Returns the first row of which a score overflowed f32.
 ///
 /// # Safety
-/// The ISA of `L` is enabled. `block.q` has `n_rows * head_dim` elements, `scratch` has [`scratch_floats`], and `out` has
+/// The ISA of `L` is enabled, and `S` is how keys and values are stored. `block.q` has `n_rows * head_dim` elements, `scratch` has [`scratch_floats`], and `out` has
 /// the block's rows and padded columns.
 #[inline(always)]
-pub(crate) unsafe fn attend_rows<L: Lanes, const MR: usize, const NR: usize>(
+pub(crate) unsafe fn attend_rows<L: Lanes, S: Stored, const MR: usize, const NR: usize>(
     block: &RowBlock<'_>,
     scratch: &mut [f32],
     out: &mut RowPartials<'_>,
@@ -54,9 +55,9 @@ pub(crate) unsafe fn attend_rows<L: Lanes, const MR: usize, const NR: usize>(
     // SAFETY: the ISA is enabled and the slices are long enough, as the caller vouches.
     let result = unsafe {
         if n_rows <= FEW_ROWS {
-            walk.by_address::<L, MR, NR>(block, &visible)
+            walk.by_address::<L, S, MR, NR>(block, &visible)
         } else {
-            walk.by_slot::<L, MR, NR>(block, &visible)
+            walk.by_slot::<L, S, MR, NR>(block, &visible)
         }
     };
     match result {
@@ -94,7 +95,7 @@ impl Walk<'_> {
     /// # Safety
     /// As [`attend_rows`].
     #[inline(always)]
-    unsafe fn by_slot<L: Lanes, const MR: usize, const NR: usize>(
+    unsafe fn by_slot<L: Lanes, S: Stored, const MR: usize, const NR: usize>(
         &mut self,
         block: &RowBlock<'_>,
         visible: &Visible<'_>,
@@ -107,7 +108,7 @@ impl Walk<'_> {
             let next = pages.peek().map(|page| slot_of_page(*page));
             // SAFETY: as the caller vouches.
             unsafe {
-                self.page::<L, MR, NR>(block, visible, page, place);
+                self.page::<L, S, MR, NR>(block, visible, page, place);
                 for merged in 0..stack.push(slot_of_page(page), next) {
                     self.merge::<L>(place - merged - 1, place - merged);
                 }
@@ -121,7 +122,7 @@ impl Walk<'_> {
     /// # Safety
     /// As [`attend_rows`].
     #[inline(always)]
-    unsafe fn by_address<L: Lanes, const MR: usize, const NR: usize>(
+    unsafe fn by_address<L: Lanes, S: Stored, const MR: usize, const NR: usize>(
         &mut self,
         block: &RowBlock<'_>,
         visible: &Visible<'_>,
@@ -133,7 +134,7 @@ impl Walk<'_> {
             let into = if present[slot] { FRESH } else { slot };
             // SAFETY: as the caller vouches.
             unsafe {
-                self.page::<L, MR, NR>(block, visible, page, into);
+                self.page::<L, S, MR, NR>(block, visible, page, into);
                 if present[slot] {
                     self.merge::<L>(slot, FRESH);
                 }
@@ -159,7 +160,7 @@ impl Walk<'_> {
     /// # Safety
     /// As [`attend_rows`].
     #[inline(always)]
-    unsafe fn page<L: Lanes, const MR: usize, const NR: usize>(
+    unsafe fn page<L: Lanes, S: Stored, const MR: usize, const NR: usize>(
         &mut self,
         block: &RowBlock<'_>,
         visible: &Visible<'_>,
@@ -177,10 +178,10 @@ impl Walk<'_> {
         let (m, l, o) = split_partial(&mut self.partials[into * size..][..size], n_rows, columns);
         let s = self.scores.as_mut_ptr();
         // SAFETY: q, scores and partials fit n_rows, d and columns, as the caller vouches; a page's panels have
-        // 256 * d and 256 * columns elements by construction; `seen` stays inside the page.
+        // the words of 256 * d and 256 * columns elements by construction; `seen` stays inside the page.
         unsafe {
             let panels = hull.start / PANEL_KEYS..hull.end.div_ceil(PANEL_KEYS);
-            tile::scores::<L, MR, NR>(block.q.as_ptr(), n_rows, d, k.as_ptr(), panels, s);
+            tile::scores::<L, S, MR, NR>(block.q.as_ptr(), n_rows, d, k.as_ptr(), panels, s);
             for row in 0..n_rows {
                 let sum = softmax_row::<L>(s.add(row * PAGE_KEYS), seen(row));
                 m[row] = sum.m;
@@ -191,7 +192,7 @@ impl Walk<'_> {
             }
             let (p, v, o) = (s.cast_const(), v.as_ptr(), o.as_mut_ptr());
             if whole {
-                tile::context::<L, MR, NR>(p, n_rows, v, 0..PAGE_KEYS, columns, o, Start::Zero);
+                tile::context::<L, S, MR, NR>(p, n_rows, v, 0..PAGE_KEYS, columns, o, Start::Zero);
                 return;
             }
             let mut row = 0;
@@ -204,16 +205,16 @@ impl Walk<'_> {
                     let keys = seen(row + r);
                     let alone = if shared.is_empty() { keys } else { keys.start..shared.start };
                     let (p, o) = (p.add(r * PAGE_KEYS), o.add(r * columns));
-                    tile::context::<L, 1, NR>(p, 1, v, alone, columns, o, Start::Zero);
+                    tile::context::<L, S, 1, NR>(p, 1, v, alone, columns, o, Start::Zero);
                 }
                 if !shared.is_empty() {
                     let end = shared.end;
-                    tile::context::<L, MR, NR>(p, rows, v, shared, columns, o, Start::Output);
+                    tile::context::<L, S, MR, NR>(p, rows, v, shared, columns, o, Start::Output);
                     for r in 0..rows {
                         let alone = end..seen(row + r).end;
                         let (p, o) = (p.add(r * PAGE_KEYS), o.add(r * columns));
                         if !alone.is_empty() {
-                            tile::context::<L, 1, NR>(p, 1, v, alone, columns, o, Start::Output);
+                            tile::context::<L, S, 1, NR>(p, 1, v, alone, columns, o, Start::Output);
                         }
                     }
                 }

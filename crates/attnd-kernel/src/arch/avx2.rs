@@ -50,6 +50,29 @@ pub(super) unsafe fn smallest_of_eight(t: __m256) -> f32 {
 /// # Safety
 /// The CPU must have AVX2.
 #[inline(always)]
+unsafe fn low_bf16_of_eight(words: __m256) -> __m256 {
+    // SAFETY: the caller vouches for AVX2.
+    unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_castps_si256(words))) }
+}
+
+/// The halves that begin at byte `FIRST` of eight words, as f16.
+///
+/// # Safety
+/// The CPU must have AVX2 and F16C.
+#[inline(always)]
+unsafe fn f16_of_eight<const FIRST: i8>(words: __m256) -> __m256 {
+    // SAFETY: the caller vouches for AVX2 and F16C.
+    unsafe {
+        let [a, b, c, d] = [FIRST, FIRST + 4, FIRST + 8, FIRST + 12];
+        let quarter = _mm_setr_epi8(a, a + 1, b, b + 1, c, c + 1, d, d + 1, -1, -1, -1, -1, -1, -1, -1, -1);
+        let gathered = _mm256_shuffle_epi8(_mm256_castps_si256(words), _mm256_set_m128i(quarter, quarter));
+        _mm256_cvtph_ps(_mm256_castsi256_si128(_mm256_permute4x64_epi64::<0b00_00_10_00>(gathered)))
+    }
+}
+
+/// # Safety
+/// The CPU must have AVX2.
+#[inline(always)]
 unsafe fn scale_eight(y: __m256, e: __m256) -> __m256 {
     // SAFETY: the caller vouches for AVX2.
     unsafe {
@@ -123,6 +146,25 @@ unsafe impl Lanes for Avx2 {
     fn prefetch(at: *const f32) {
         // SAFETY: SSE is part of x86-64, and a prefetch never faults.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn low_bf16(words: Self::V) -> Self::V {
+        unsafe { [low_bf16_of_eight(words[0]), low_bf16_of_eight(words[1])] }
+    }
+    #[inline(always)]
+    unsafe fn high_bf16(words: Self::V) -> Self::V {
+        unsafe {
+            let upper = _mm256_castsi256_ps(_mm256_set1_epi32(0xffff_0000_u32.cast_signed()));
+            [_mm256_and_ps(words[0], upper), _mm256_and_ps(words[1], upper)]
+        }
+    }
+    #[inline(always)]
+    unsafe fn low_f16(words: Self::V) -> Self::V {
+        unsafe { [f16_of_eight::<0>(words[0]), f16_of_eight::<0>(words[1])] }
+    }
+    #[inline(always)]
+    unsafe fn high_f16(words: Self::V) -> Self::V {
+        unsafe { [f16_of_eight::<2>(words[0]), f16_of_eight::<2>(words[1])] }
     }
     #[inline(always)]
     unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V {

@@ -37,6 +37,28 @@ unsafe impl Lanes for Avx512 {
         unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
     }
     #[inline(always)]
+    unsafe fn low_bf16(words: Self::V) -> Self::V {
+        unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_castps_si512(words))) }
+    }
+    #[inline(always)]
+    unsafe fn high_bf16(words: Self::V) -> Self::V {
+        unsafe {
+            let upper = _mm512_set1_epi32(0xffff_0000_u32.cast_signed());
+            _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(words), upper))
+        }
+    }
+    #[inline(always)]
+    unsafe fn low_f16(words: Self::V) -> Self::V {
+        unsafe { _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_castps_si512(words))) }
+    }
+    #[inline(always)]
+    unsafe fn high_f16(words: Self::V) -> Self::V {
+        unsafe {
+            let upper = _mm512_srli_epi32::<16>(_mm512_castps_si512(words));
+            _mm512_cvtph_ps(_mm512_cvtepi32_epi16(upper))
+        }
+    }
+    #[inline(always)]
     unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V {
         unsafe { _mm512_fmadd_ps(a, b, c) }
     }

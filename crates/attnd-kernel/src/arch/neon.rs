@@ -16,6 +16,22 @@ fn zip(a: V, b: V, f: impl Fn(float32x4_t, float32x4_t) -> float32x4_t) -> V {
     std::array::from_fn(|i| f(a[i], b[i]))
 }
 
+/// f16 in the lower halves of four words, by integer operations: the conversion's intrinsic has a type that is not
+/// stable. The product is exact, subnormals included; infinities and NaNs get the exponent of one afterwards.
+#[inline(always)]
+fn f16_in_low_half(words: uint32x4_t) -> float32x4_t {
+    // SAFETY: every aarch64 has Advanced SIMD.
+    unsafe {
+        let sign = vshlq_n_u32::<16>(vandq_u32(words, vdupq_n_u32(0x8000)));
+        let magnitude = vshlq_n_u32::<13>(vandq_u32(words, vdupq_n_u32(0x7fff)));
+        let two_to_112 = vdupq_n_f32(f32::from_bits((112 + 127) << 23));
+        let value = vreinterpretq_u32_f32(vmulq_f32(vreinterpretq_f32_u32(magnitude), two_to_112));
+        let is_no_number = vcgeq_u32(magnitude, vdupq_n_u32(0x7c00 << 13));
+        let exponent = vandq_u32(is_no_number, vdupq_n_u32(0x7f80_0000));
+        vreinterpretq_f32_u32(vorrq_u32(vorrq_u32(value, exponent), sign))
+    }
+}
+
 /// `2^e` for integers in -127 < e < 128.
 #[inline(always)]
 fn power_of_two(e: float32x4_t) -> float32x4_t {
@@ -55,6 +71,24 @@ unsafe impl Lanes for Neon {
     #[inline(always)]
     fn prefetch(_at: *const f32) {
         // The intrinsic is not stable yet, and what runs ahead by itself does well on a forward sweep.
+    }
+    #[inline(always)]
+    unsafe fn low_bf16(words: V) -> V {
+        words.map(|words| unsafe { vreinterpretq_f32_u32(vshlq_n_u32::<16>(vreinterpretq_u32_f32(words))) })
+    }
+    #[inline(always)]
+    unsafe fn high_bf16(words: V) -> V {
+        words.map(|words| unsafe {
+            vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(words), vdupq_n_u32(0xffff_0000)))
+        })
+    }
+    #[inline(always)]
+    unsafe fn low_f16(words: V) -> V {
+        words.map(|words| unsafe { f16_in_low_half(vreinterpretq_u32_f32(words)) })
+    }
+    #[inline(always)]
+    unsafe fn high_f16(words: V) -> V {
+        words.map(|words| unsafe { f16_in_low_half(vshrq_n_u32::<16>(vreinterpretq_u32_f32(words))) })
     }
     #[inline(always)]
     unsafe fn fma(a: V, b: V, c: V) -> V {

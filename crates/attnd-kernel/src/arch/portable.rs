@@ -39,6 +39,22 @@ unsafe impl Lanes for Portable {
     #[inline(always)]
     fn prefetch(_at: *const f32) {}
     #[inline(always)]
+    unsafe fn low_bf16(words: V) -> V {
+        words.map(|word| f32::from_bits(word.to_bits() << 16))
+    }
+    #[inline(always)]
+    unsafe fn high_bf16(words: V) -> V {
+        words.map(|word| f32::from_bits(word.to_bits() & 0xffff_0000))
+    }
+    #[inline(always)]
+    unsafe fn low_f16(words: V) -> V {
+        words.map(|word| half::f16::from_bits((word.to_bits() & 0xffff) as u16).to_f32())
+    }
+    #[inline(always)]
+    unsafe fn high_f16(words: V) -> V {
+        words.map(|word| half::f16::from_bits((word.to_bits() >> 16) as u16).to_f32())
+    }
+    #[inline(always)]
     unsafe fn fma(a: V, b: V, c: V) -> V {
         std::array::from_fn(|i| a[i].mul_add(b[i], c[i]))
     }

@@ -8,6 +8,7 @@ use crate::lanes::{LANES, Lanes};
 use crate::pages::{PANEL_COLUMNS, PANEL_KEYS};
 use crate::product::{Operand, reduce};
 use crate::slot::PAGE_KEYS;
+use crate::storage::StoredF32;
 
 /// All keys of a page, for every lane.
 pub(super) const WHOLE_PAGE: Span = Span { hull: 0..PAGE_KEYS, shared: 0..PAGE_KEYS };
@@ -82,7 +83,7 @@ unsafe fn score_tile<L: Lanes, const MR: usize, const NR: usize>(
     unsafe {
         let mut acc = [[L::zero(); NR]; MR];
         let (k, q) = (Operand { at: k.add(key), step: PANEL_KEYS }, Operand { at: q, step: LANES * NR });
-        reduce::<L, MR, NR, 1>(k, q, d, 0, &mut acc);
+        reduce::<L, StoredF32, MR, NR, 1>(k, q, 0..d, 0, &mut acc);
         for n in 0..NR {
             for r in 0..MR {
                 L::store(s.add(LANES * (NR * (key + r) + n)), acc[r][n]);
@@ -151,11 +152,11 @@ unsafe fn context_tile<L: Lanes, const MR: usize, const NR: usize>(
         let p = Operand { at: p, step: LANES * NR };
         let Span { hull, shared } = keys;
         for key in hull.start..shared.start {
-            visible_step::<L, MR, NR>(v.skip_to(key).at, p.skip_to(key).at, key, seen, &mut acc);
+            visible_step::<L, MR, NR>(v, p, key, seen, &mut acc);
         }
-        reduce::<L, MR, NR, 1>(v.skip_to(shared.start), p.skip_to(shared.start), shared.len(), 0, &mut acc);
+        reduce::<L, StoredF32, MR, NR, 1>(v, p, shared.clone(), 0, &mut acc);
         for key in shared.end..hull.end {
-            visible_step::<L, MR, NR>(v.skip_to(key).at, p.skip_to(key).at, key, seen, &mut acc);
+            visible_step::<L, MR, NR>(v, p, key, seen, &mut acc);
         }
         let at = LANES * NR * (first + column);
         for i in 0..merge.merges {
@@ -180,17 +181,18 @@ unsafe fn context_tile<L: Lanes, const MR: usize, const NR: usize>(
 /// Adds the products of one key in the lanes that see it.
 ///
 /// # Safety
-/// The ISA of `L` is enabled. `v` is valid for `MR` reads, `p` for `16 * NR`, `seen` for two rows of `16 * NR`.
+/// The ISA of `L` is enabled. At `key`, `v` is valid for `MR` reads and `p` for `16 * NR`; `seen` is for two rows of `16 * NR`.
 #[inline(always)]
 unsafe fn visible_step<L: Lanes, const MR: usize, const NR: usize>(
-    v: *const f32,
-    p: *const f32,
+    v: Operand,
+    p: Operand,
     key: usize,
     seen: *const f32,
     acc: &mut [[L::V; NR]; MR],
 ) {
     // SAFETY: the ranges above, element by element.
     unsafe {
+        let (v, p) = (v.at.add(key * v.step), p.at.add(key * p.step));
         let key = L::splat(key as f32);
         for n in 0..NR {
             let (first, end) = (L::load(seen.add(LANES * n)), L::load(seen.add(LANES * (NR + n))));

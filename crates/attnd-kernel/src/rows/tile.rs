@@ -8,17 +8,18 @@ use crate::lanes::Lanes;
 use crate::pages::{PANEL_COLUMNS, PANEL_KEYS};
 use crate::product::{Operand, reduce};
 use crate::slot::PAGE_KEYS;
+use crate::storage::Stored;
 
-/// Calls `$f::<L, rows, $nr>($args)` for a run-time row count of 1 to 6.
+/// Calls `$f::<L, S, rows, $nr>($args)` for a run-time row count of 1 to 6.
 macro_rules! with_rows {
-    ($rows:expr, $f:ident::<$l:ty, _, $nr:tt>($($arg:expr),*)) => {
+    ($rows:expr, $f:ident::<$l:ty, $s:ty, _, $nr:tt>($($arg:expr),*)) => {
         match $rows {
-            1 => $f::<$l, 1, $nr>($($arg),*),
-            2 => $f::<$l, 2, $nr>($($arg),*),
-            3 => $f::<$l, 3, $nr>($($arg),*),
-            4 => $f::<$l, 4, $nr>($($arg),*),
-            5 => $f::<$l, 5, $nr>($($arg),*),
-            _ => $f::<$l, 6, $nr>($($arg),*),
+            1 => $f::<$l, $s, 1, $nr>($($arg),*),
+            2 => $f::<$l, $s, 2, $nr>($($arg),*),
+            3 => $f::<$l, $s, 3, $nr>($($arg),*),
+            4 => $f::<$l, $s, 4, $nr>($($arg),*),
+            5 => $f::<$l, $s, 5, $nr>($($arg),*),
+            _ => $f::<$l, $s, 6, $nr>($($arg),*),
         }
     };
 }
@@ -38,10 +39,10 @@ const fn ahead(rows: usize) -> usize {
 /// Scores of `n_rows` rows against panels `panels` of one page: `s[row * 256 + key]`.
 ///
 /// # Safety
-/// The ISA of `L` is enabled. `q`, laid out in tiles of `MR` rows (`QueryLayout::Tiles`), is valid for `n_rows * d` reads, `k` (the page's K panels) for `256 * d`, `s` for
+/// The ISA of `L` is enabled. `q`, laid out in tiles of `MR` rows (`QueryLayout::Tiles`), is valid for `n_rows * d` reads, `k` (the page's K panels) for their words, `s` for
 /// `n_rows * 256` writes.
 #[inline(always)]
-pub(super) unsafe fn scores<L: Lanes, const MR: usize, const NR: usize>(
+pub(super) unsafe fn scores<L: Lanes, S: Stored, const MR: usize, const NR: usize>(
     q: *const f32,
     n_rows: usize,
     d: usize,
@@ -60,9 +61,9 @@ pub(super) unsafe fn scores<L: Lanes, const MR: usize, const NR: usize>(
                 // caller vouches for.
                 unsafe {
                     let q = q.add(row * d);
-                    let k = k.add(panel * PANEL_KEYS * d + key);
+                    let k = k.add(panel * PANEL_KEYS * d.div_ceil(S::PER_WORD) + key);
                     let s = s.add(row * PAGE_KEYS + panel * PANEL_KEYS + key);
-                    with_rows!(rows, score_tile::<L, _, NR>(q, d, k, s));
+                    with_rows!(rows, score_tile::<L, S, _, NR>(q, d, k, s));
                 }
                 key += 16 * NR;
             }
@@ -75,7 +76,7 @@ pub(super) unsafe fn scores<L: Lanes, const MR: usize, const NR: usize>(
 /// The ISA of `L` is enabled. `q` is valid for `d` times `MR` elements; `k` for `d` rows of `16 * NR` at a stride of 64; `s`
 /// for writing `MR` rows of `16 * NR` at a stride of 256.
 #[inline(always)]
-unsafe fn score_tile<L: Lanes, const MR: usize, const NR: usize>(
+unsafe fn score_tile<L: Lanes, S: Stored, const MR: usize, const NR: usize>(
     q: *const f32,
     d: usize,
     k: *const f32,
@@ -85,7 +86,7 @@ unsafe fn score_tile<L: Lanes, const MR: usize, const NR: usize>(
     unsafe {
         let mut acc = [[L::zero(); NR]; MR];
         let (q, k) = (Operand { at: q, step: MR }, Operand { at: k, step: PANEL_KEYS });
-        reduce::<L, MR, NR, 1>(q, k, d, ahead(MR), &mut acc);
+        reduce::<L, S, MR, NR, 1>(q, k, 0..d, ahead(MR), &mut acc);
         for r in 0..MR {
             for n in 0..NR {
                 L::store(s.add(r * PAGE_KEYS + 16 * n), acc[r][n]);
@@ -106,10 +107,10 @@ pub(super) enum Start {
 /// Adds keys `keys` of one page to the context of `n_rows` rows: `o[row * columns + c] += p[row * 256 + j] * v[j][c]`.
 ///
 /// # Safety
-/// The ISA of `L` is enabled. `p` is valid for `n_rows * 256` reads, `v` (the page's V panels) for `256 * columns`,
+/// The ISA of `L` is enabled. `p` is valid for `n_rows * 256` reads, `v` (the page's V panels) for their words,
 /// `o` for `n_rows * columns` reads and writes; `columns` is a multiple of 16 and `keys.end <= 256`.
 #[inline(always)]
-pub(super) unsafe fn context<L: Lanes, const MR: usize, const NR: usize>(
+pub(super) unsafe fn context<L: Lanes, S: Stored, const MR: usize, const NR: usize>(
     p: *const f32,
     n_rows: usize,
     v: *const f32,
@@ -132,7 +133,7 @@ pub(super) unsafe fn context<L: Lanes, const MR: usize, const NR: usize>(
                 unsafe {
                     let tile = ContextTile {
                         p: p.add(row * PAGE_KEYS),
-                        v: v.add(column * PAGE_KEYS + strip),
+                        v: v.add(column * PAGE_KEYS / S::PER_WORD + strip),
                         v_stride: width,
                         keys: keys.clone(),
                         o: o.add(row * columns + column + strip),
@@ -140,10 +141,10 @@ pub(super) unsafe fn context<L: Lanes, const MR: usize, const NR: usize>(
                         start,
                     };
                     match lanes {
-                        1 => with_rows!(rows, context_tile::<L, _, 1>(tile)),
-                        2 => with_rows!(rows, context_tile::<L, _, 2>(tile)),
-                        3 => with_rows!(rows, context_tile::<L, _, 3>(tile)),
-                        _ => with_rows!(rows, context_tile::<L, _, 4>(tile)),
+                        1 => with_rows!(rows, context_tile::<L, S, _, 1>(tile)),
+                        2 => with_rows!(rows, context_tile::<L, S, _, 2>(tile)),
+                        3 => with_rows!(rows, context_tile::<L, S, _, 3>(tile)),
+                        _ => with_rows!(rows, context_tile::<L, S, _, 4>(tile)),
                     }
                 }
                 strip += 16 * lanes;
@@ -168,7 +169,7 @@ struct ContextTile {
 /// The ISA of `L` is enabled. `p` is valid for `MR` rows at a stride of 256, `v` for `16 * NR` columns of each key, `o`
 /// for reading and writing `MR` rows of `16 * NR` columns.
 #[inline(always)]
-unsafe fn context_tile<L: Lanes, const MR: usize, const NR: usize>(tile: ContextTile) {
+unsafe fn context_tile<L: Lanes, S: Stored, const MR: usize, const NR: usize>(tile: ContextTile) {
     let ContextTile { p, v, v_stride, keys, o, o_stride, start } = tile;
     // SAFETY: the ranges above, element by element.
     unsafe {
@@ -181,13 +182,7 @@ unsafe fn context_tile<L: Lanes, const MR: usize, const NR: usize>(tile: Context
             }
         }
         let (p, v) = (Operand { at: p, step: 1 }, Operand { at: v, step: v_stride });
-        reduce::<L, MR, NR, PAGE_KEYS>(
-            p.skip_to(keys.start),
-            v.skip_to(keys.start),
-            keys.len(),
-            ahead(MR),
-            &mut acc,
-        );
+        reduce::<L, S, MR, NR, PAGE_KEYS>(p, v, keys, ahead(MR), &mut acc);
         for r in 0..MR {
             for n in 0..NR {
                 L::store(o.add(r * o_stride + 16 * n), acc[r][n]);

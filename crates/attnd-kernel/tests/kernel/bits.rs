@@ -1,6 +1,6 @@
 //! One canonical order: the same bits from any ISA, any cut of the keys, a row alone or in a batch, any thread count.
 
-use attnd_kernel::{Causal, Isa, Kernels};
+use attnd_kernel::{Causal, Dtype, Isa, Kernels};
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 
@@ -47,6 +47,33 @@ fn every_isa_gives_the_bits_of_the_portable_path() {
         for kernels in Kernels::available() {
             let got = case.attend(kernels, 0..case.shape.n_queries());
             check(&format!("seed {seed} {data:?} {causal:?} {sizes:?} {}", kernels.isa()), &expected, &got);
+        }
+    }
+}
+
+/// 16-bit storage is widened exactly: the bits are those of f32 storage of the same values, on every path.
+#[test]
+fn stored_halves_give_the_bits_of_the_values_they_hold() {
+    for seed in 0..60 {
+        let mut rng = SmallRng::seed_from_u64(500 + seed);
+        let sizes = random_sizes(&mut rng);
+        let causal = [Causal::None, Causal::BottomRight, Causal::TopLeft][seed as usize % 3];
+        let data = Data::ALL[seed as usize / 3 % Data::ALL.len()];
+        for storage in [Dtype::Bf16, Dtype::F16] {
+            let mut case = Case::new(seed, data, causal, sizes);
+            for x in case.k.iter_mut().chain(&mut case.v) {
+                *x = match storage {
+                    Dtype::Bf16 => half::bf16::from_f32(*x).to_f32(),
+                    _ => half::f16::from_f32(*x).to_f32(),
+                };
+            }
+            let all = 0..case.shape.n_queries();
+            let expected = case.attend(Kernels::available()[0], all.clone());
+            case.storage = storage;
+            for kernels in Kernels::available() {
+                let what = format!("seed {seed} {data:?} {causal:?} {sizes:?} {storage} {}", kernels.isa());
+                check(&what, &expected, &case.attend(kernels, all.clone()));
+            }
         }
     }
 }

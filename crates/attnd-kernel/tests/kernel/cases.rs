@@ -52,6 +52,8 @@ impl Data {
 pub(crate) struct Case {
     pub(crate) shape: AttnShape,
     pub(crate) causal: Causal,
+    /// How keys and values are stored.
+    pub(crate) storage: Dtype,
     pub(crate) scale: f32,
     pub(crate) q: Vec<f32>,
     pub(crate) k: Vec<f32>,
@@ -107,13 +109,13 @@ impl Case {
             _ => (1.0, 1.0),
         };
         let (q, k, v) = (fill(group * tq * d, qk), fill(tk * d, qk), fill(tk * dv, value));
-        Self { shape, causal, scale: (d as f32).sqrt().recip(), q, k, v }
+        Self { shape, causal, storage: Dtype::F32, scale: (d as f32).sqrt().recip(), q, k, v }
     }
 
     /// Keys and values as the worker that owns `slots` holds them.
     pub(crate) fn resident(&self, slots: Range<usize>) -> KvHead {
         let (d, dv, tk) = (self.shape.head_dim(), self.shape.value_dim(), self.shape.n_keys());
-        let mut kv = KvHead::new(tk, d, dv, slots.clone()).unwrap();
+        let mut kv = KvHead::with_storage(tk, d, dv, slots.clone(), self.storage).unwrap();
         for page in (0..n_pages(tk)).filter(|p| slots.contains(&slot_of_page(*p))) {
             let keys = page * PAGE_KEYS..page * PAGE_KEYS + keys_in_page(page, tk);
             let bytes = |x: &[f32], dim: usize| -> Vec<u8> {
