@@ -1,15 +1,11 @@
 //! The cases, as data: shapes that say something about the kernels, and how much work each of them is.
 
-use attnd_kernel::{AttnShape, Causal, Dims, ShapeError};
+use attnd_kernel::{AttnShape, Causal, Dims, Dtype, ShapeError};
 
 use crate::exit::BadInput;
 
-/// How keys and values are stored. One so far; each case will name its own when there are more.
-pub const STORAGE: &str = "f32";
 /// In what arithmetic scores and contexts are computed. One so far.
 pub const MODE: &str = "f32";
-/// Bytes of a stored element.
-const STORED_BYTES: u64 = 4;
 
 /// How many threads a case runs on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,6 +54,8 @@ pub struct Case {
     pub value_dim: u64,
     /// Which keys a query sees.
     pub causal: Causal,
+    /// How keys and values are stored.
+    pub storage: Dtype,
     /// Threads.
     pub team: Team,
 }
@@ -78,6 +76,11 @@ pub const CASES: &[Case] = &[
     decode("decode T=32768 d=128 H=32/8", 32, 8, 32_768, 128, Team::All),
     decode("decode T=65536 d=64 H=32/8", 32, 8, 65_536, 64, Team::One),
     decode("decode T=65536 d=64 H=32/8", 32, 8, 65_536, 64, Team::All),
+    prefill("prefill T=2048 d=128 bf16", 1, 1, 2048, 128, Causal::None, Team::One).stored(Dtype::Bf16),
+    decode("decode T=65536 d=128 H=8 bf16", 8, 8, 65_536, 128, Team::One).stored(Dtype::Bf16),
+    decode("decode T=65536 d=128 H=32/8 bf16", 32, 8, 65_536, 128, Team::One).stored(Dtype::Bf16),
+    decode("decode T=65536 d=128 H=32/8 bf16", 32, 8, 65_536, 128, Team::All).stored(Dtype::Bf16),
+    decode("decode T=65536 d=128 H=32/8 f16", 32, 8, 65_536, 128, Team::One).stored(Dtype::F16),
 ];
 
 const fn prefill(
@@ -89,15 +92,42 @@ const fn prefill(
     causal: Causal,
     team: Team,
 ) -> Case {
-    Case { name, heads, kv_heads, queries: tokens, keys: tokens, head_dim: dim, value_dim: dim, causal, team }
+    Case {
+        name,
+        heads,
+        kv_heads,
+        queries: tokens,
+        keys: tokens,
+        head_dim: dim,
+        value_dim: dim,
+        causal,
+        storage: Dtype::F32,
+        team,
+    }
 }
 
 const fn decode(name: &'static str, heads: u64, kv_heads: u64, keys: u64, dim: u64, team: Team) -> Case {
     let causal = Causal::None;
-    Case { name, heads, kv_heads, queries: 1, keys, head_dim: dim, value_dim: dim, causal, team }
+    Case {
+        name,
+        heads,
+        kv_heads,
+        queries: 1,
+        keys,
+        head_dim: dim,
+        value_dim: dim,
+        causal,
+        storage: Dtype::F32,
+        team,
+    }
 }
 
 impl Case {
+    /// The same with keys and values stored otherwise.
+    const fn stored(self, storage: Dtype) -> Self {
+        Self { storage, ..self }
+    }
+
     /// Its dimensions, validated.
     ///
     /// # Errors
@@ -134,7 +164,7 @@ impl Case {
 
     /// Bytes of keys and values as stored, each of which a call has to read at least once.
     pub fn kv_bytes(&self) -> u64 {
-        self.kv_heads * self.keys * (self.head_dim + self.value_dim) * STORED_BYTES
+        self.kv_heads * self.keys * (self.head_dim + self.value_dim) * self.storage.size() as u64
     }
 
     /// The work that its bound is about: floating-point operations, or bytes.
@@ -192,6 +222,7 @@ mod tests {
         assert_eq!(case.work().unwrap(), case.kv_bytes() as f64);
         let narrow = Case { value_dim: 32, ..case };
         assert_eq!(narrow.kv_bytes(), 8 * 1000 * (64 + 32) * 4);
+        assert_eq!(narrow.stored(Dtype::Bf16).kv_bytes(), 8 * 1000 * (64 + 32) * 2);
         assert_eq!(narrow.flops().unwrap(), f64::from(32 * 1000 * 2 * (64 + 32)));
     }
 

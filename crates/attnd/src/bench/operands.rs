@@ -38,7 +38,8 @@ impl CaseOperands {
     pub fn random(case: &Case) -> anyhow::Result<Self> {
         let shape = case.shape().with_context(|| case.name)?;
         let mut rng = SmallRng::seed_from_u64(SEED);
-        let groups = (0..shape.n_groups()).map(|_group| GroupOperands::random(&shape, &mut rng));
+        let groups =
+            (0..shape.n_groups()).map(|_group| GroupOperands::random(&shape, case.storage, &mut rng));
         let groups: anyhow::Result<Vec<GroupOperands>> = groups.collect();
         Ok(Self { case: *case, shape, groups: groups.with_context(|| case.name)? })
     }
@@ -79,11 +80,11 @@ impl CaseOperands {
 }
 
 impl GroupOperands {
-    fn random(shape: &AttnShape, rng: &mut SmallRng) -> anyhow::Result<Self> {
+    fn random(shape: &AttnShape, storage: Dtype, rng: &mut SmallRng) -> anyhow::Result<Self> {
         let mut random = |n: usize| -> Vec<f32> { (0..n).map(|_| rng.random_range(-1.7..1.7)).collect() };
         let (d, dv, n_keys) = (shape.head_dim(), shape.value_dim(), shape.n_keys());
         let q = random(shape.group_size() * shape.n_queries() * d);
-        let mut kv = KvHead::new(n_keys, d, dv, 0..N_SLOTS)?;
+        let mut kv = KvHead::with_storage(n_keys, d, dv, 0..N_SLOTS, storage)?;
         for page in 0..n_pages(n_keys) {
             let mut rows = |dim: usize| -> Vec<u8> {
                 random(keys_in_page(page, n_keys) * dim).into_iter().flat_map(f32::to_le_bytes).collect()

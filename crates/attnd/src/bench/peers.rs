@@ -7,7 +7,7 @@ use attnd_kernel::{KERNEL_ID, Kernels};
 use comfy_table::Table;
 use serde::Serialize;
 
-use super::case::{Bound, Case, MODE, STORAGE};
+use super::case::{Bound, Case, MODE};
 use super::machine;
 use super::measure::{Effort, Times, times};
 use super::operands::CaseOperands;
@@ -62,7 +62,7 @@ pub struct PeerRow {
     /// The same as a rate: useful GFLOP/s, or GB/s of keys and values as attnd stores them, whatever torch does.
     pub torch_rate: f64,
     /// How attnd stores keys and values.
-    pub storage: &'static str,
+    pub storage: String,
     /// In what arithmetic attnd computes.
     pub mode: &'static str,
     /// attnd's median time of a call.
@@ -185,7 +185,7 @@ fn row(
         torch_call: variant.call(),
         torch_seconds,
         torch_rate: work / torch_seconds * 1e-9,
-        storage: STORAGE,
+        storage: case.storage.to_string(),
         mode: MODE,
         attnd_seconds,
         attnd_rate: work / attnd_seconds * 1e-9,

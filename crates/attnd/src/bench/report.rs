@@ -4,7 +4,7 @@ use attnd_kernel::{KERNEL_ID, Kernels};
 use comfy_table::Table;
 use serde::Serialize;
 
-use super::case::{Bound, Case, MODE, STORAGE};
+use super::case::{Bound, Case, MODE};
 use super::limits::Limit;
 use super::measure::Measured;
 use crate::table;
@@ -51,7 +51,7 @@ pub struct CaseReport {
     /// Threads that ran it.
     pub threads: usize,
     /// How keys and values are stored.
-    pub storage: &'static str,
+    pub storage: String,
     /// In what arithmetic.
     pub mode: &'static str,
     /// Query heads.
@@ -106,7 +106,7 @@ impl CaseReport {
             name: case.name,
             isa: kernels.isa().name(),
             threads,
-            storage: STORAGE,
+            storage: case.storage.to_string(),
             mode: MODE,
             heads: case.heads,
             kv_heads: case.kv_heads,
@@ -154,8 +154,8 @@ impl KernelReport {
     /// Adds a case; on several threads it is set beside itself on one, if that ran before it.
     pub fn push(&mut self, mut case: CaseReport) {
         let alone = |other: &&CaseReport| {
-            (other.name, other.isa, other.storage, other.mode)
-                == (case.name, case.isa, case.storage, case.mode)
+            (other.name, other.isa, &other.storage, other.mode)
+                == (case.name, case.isa, &case.storage, case.mode)
                 && other.threads == 1
         };
         if case.threads > 1 {

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use anyhow::Context as _;
-use attnd_kernel::{ISA_VARIABLE, Isa, Kernels};
+use attnd_kernel::{Dtype, ISA_VARIABLE, Isa, Kernels};
 
 use crate::args::{Bench, BenchArgs, BenchKernelArgs, BenchPeersArgs};
 use crate::bench::case::{Case, chosen};
@@ -59,7 +59,9 @@ fn kernel(args: &BenchKernelArgs) -> anyhow::Result<()> {
 
 fn beside_peers(args: &BenchPeersArgs) -> anyhow::Result<()> {
     let threads = cores()?;
-    let cases = chosen(args.case.as_deref(), threads)?;
+    let mut cases = chosen(args.case.as_deref(), threads)?;
+    // torch runs each case with each of its own types, so those of ours would only repeat them.
+    cases.retain(|case| case.storage == Dtype::F32);
     let kernels = Kernels::from_env().map_err(|error| BadInput::new(error.to_string()))?;
     let folder = match &args.venv {
         Some(folder) => folder.clone(),
