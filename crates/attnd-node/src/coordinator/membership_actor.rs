@@ -55,8 +55,9 @@ pub(crate) struct MembershipActor {
 struct Member {
     hello: Hello,
     heartbeat: Heartbeat,
-    /// What this coordinator has reserved of the worker's memory. Nobody else uses it, so this is exact where the
-    /// number in a heartbeat would be late.
+    /// What this coordinator has reserved of the worker's memory. Nobody else uses it, and the number in a heartbeat
+    /// would be late. It may be too low for a moment: a share that was given up is over here before it is there, and
+    /// a worker that has no room for the next one yet says so.
     memory: Arc<Budget>,
     actor: ActorRef<WorkerActor>,
     /// When a share last found no connection.
