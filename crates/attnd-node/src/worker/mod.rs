@@ -43,6 +43,9 @@ use supervisor::Supervisor;
 
 /// How long the speed of the compute threads is measured at start.
 const CALIBRATION: Duration = Duration::from_millis(20);
+/// Cells in the compute pool at a time. A large one takes all threads; the second has work for those that find nothing
+/// more to do at the end of the first. With more, a thread that waits inside of one could take up one after another.
+const CELLS_AT_ONCE: usize = 2;
 
 /// What a worker is told by whoever starts it.
 #[derive(Clone, Debug)]
@@ -103,7 +106,7 @@ pub async fn run(
     }
 
     let kernels = Kernels::from_env()?;
-    let pool = ComputePool::new(config.threads)?;
+    let pool = ComputePool::new(config.threads, CELLS_AT_ONCE)?;
     let gflops = pool
         .peak_gflops(kernels, CALIBRATION)
         .await

@@ -249,7 +249,7 @@ mod tests {
         let call = Arc::new(Call {
             begin,
             kernels: Kernels::from_env().unwrap(),
-            pool: ComputePool::new(1).unwrap(),
+            pool: ComputePool::new(1, 1).unwrap(),
             cancelled: AtomicBool::new(false),
             busy: BusyClock::default(),
             memory: budget.reserve(100).unwrap(),
