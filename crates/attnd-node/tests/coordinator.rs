@@ -344,6 +344,8 @@ async fn clients_that_read_nothing_hold_nobody_up_and_lose_their_calls() {
         assert!(begun.elapsed() < STALL * 2, "calls that nobody reads go on");
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
+    // Their connections and streams are still there, and nobody reads them.
+    eventually("nothing is left of them", || async { cluster.status().await.calls_in_flight == 0 }).await;
     for replies in unread {
         let error = collect(replies, &large).await.unwrap_err();
         assert_eq!(error.message(), "STREAM_IDLE: no reply taken for 10000 ms");
