@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use attnd_kernel::reference::reference_row;
 use attnd_kernel::{AttnShape, Causal, Dims};
+use attnd_node::NodeError;
 use attnd_node::coordinator::CoordinatorConfig;
 use attnd_plan::WorkerChoice;
 use attnd_wire::limits::STALL;
@@ -225,6 +226,22 @@ async fn calls_in_flight_are_finished_before_the_coordinator_ends() {
     }
     collect(replies, &shape).await.unwrap();
     cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn calls_that_do_not_finish_in_time_are_told_to_go_elsewhere() {
+    let drain_deadline = Duration::from_millis(500);
+    let config = CoordinatorConfig { drain_deadline, ..CoordinatorConfig::default() };
+    let mut cluster = Cluster::start(config, 1).await;
+    let shape = AttnShape::new(DIMS).unwrap();
+    let (_requests, mut replies) = cluster.begin_attend(begin(&shape)).await;
+    assert!(replies.message().await.unwrap().is_some());
+    cluster.drain().await;
+    let error = Error::from(replies.message().await.unwrap_err());
+    assert_eq!(error.message(), "DRAINING: the time to finish is over");
+    assert!(error.is_retryable());
+    let ended = cluster.end_of_coordinator().await;
+    assert!(matches!(ended, Err(NodeError::DrainDeadline { calls: 1, .. })), "{ended:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -104,10 +104,11 @@ impl attention_server::Attention for AttentionService {
         let call_id = self.next_call.fetch_add(1, Ordering::Relaxed);
         let (answer, stream) = reply_stream(in_flight);
         let (hub, places, tally) = (Arc::clone(&self.hub), Arc::clone(&self.places), Arc::clone(&self.tally));
+        let calls = self.calls.clone();
         let requests = request.into_inner();
         let task = async move {
             let begun = Instant::now();
-            let ended = attend(&hub, &places, call_id, requests, answer.queue(), deadline).await;
+            let ended = attend(&hub, &calls, &places, call_id, requests, answer.queue(), deadline).await;
             tally.count(&ended, begun.elapsed().as_secs_f64());
             // Whoever was idle has had its time.
             let idle = ended.as_ref().is_err_and(|error| error.reason == Reason::StreamIdle);
