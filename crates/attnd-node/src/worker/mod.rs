@@ -98,7 +98,7 @@ pub async fn run(
         }
     };
     limits::endpoint(&address, Link::Cluster).map_err(|_shown| NodeError::Url { url: address.clone() })?;
-    let endpoint = limits::endpoint(&config.coordinator, Link::Cluster)
+    let endpoint = limits::endpoint(&config.coordinator, Link::Coordinator)
         .map_err(|_shown| NodeError::Url { url: config.coordinator.clone() })?;
 
     if is_loopback(&address) && !is_loopback(&config.coordinator) {
@@ -142,7 +142,8 @@ pub async fn run(
         supervisor: supervisor.clone(),
     });
     health.set_serving::<WorkerServer>().await;
-    let router = limits::server_builder(Link::Cluster).add_service(health_service).add_service(service);
+    // It is the coordinator who connects to a worker.
+    let router = limits::server_builder(Link::Coordinator).add_service(health_service).add_service(service);
     let incoming = listen::incoming(listener, MAX_CONNECTIONS);
     let serve = |stop| router.serve_with_incoming_shutdown(incoming, stop);
     let on_drain = async {
