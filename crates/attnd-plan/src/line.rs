@@ -77,14 +77,35 @@ impl Line {
         if cells.is_empty() { 0 } else { (cells.end - 1) / N_SLOTS + 1 - cells.start / N_SLOTS }
     }
 
+    /// Pages of an interval.
+    pub(crate) fn pages(&self, cells: &Range<usize>) -> u64 {
+        self.before(&self.pages_before, cells.end) - self.before(&self.pages_before, cells.start)
+    }
+
+    /// Runs of consecutive pages in which an interval gets K, and V, of the groups that it shares with others. The slots
+    /// of neighbouring pages are far apart, so pages alternate between shares, and most runs are one page long. Whole
+    /// groups count nothing: they are cut by size.
+    pub(crate) fn cut_runs(&self, cells: &Range<usize>) -> u64 {
+        let of_group = self.pages(&(0..N_SLOTS));
+        let cut = self.pieces(cells).into_iter().filter(|piece| self.pages(&piece.slots) < of_group);
+        cut.map(|Piece { slots, .. }| {
+            // Bit reversal is its own inverse: this is the first page of the slot.
+            let page_before = |slot: &usize| slot::slot_of_page(*slot) + N_SLOTS - 1;
+            let begins = |slot: &usize| !slots.contains(&slot::slot_of_page(page_before(slot)));
+            slots.clone().filter(begins).map(|slot| self.pages(&(slot..slot + 1))).sum::<u64>()
+        })
+        .sum()
+    }
+
     /// Bytes that a worker must reserve for an interval: K and V in whole pages and Q, all in f32, and two cells of
     /// partials, one being computed and one being sent.
     pub(crate) fn resident_bytes(&self, cells: &Range<usize>) -> u64 {
         if cells.is_empty() {
             return 0;
         }
-        let pages = self.before(&self.pages_before, cells.end) - self.before(&self.pages_before, cells.start);
-        pages * self.page_bytes + self.groups(cells) as u64 * self.query_bytes + 2 * self.cell_bytes
+        self.pages(cells) * self.page_bytes
+            + self.groups(cells) as u64 * self.query_bytes
+            + 2 * self.cell_bytes
     }
 
     /// An interval as rectangles of groups and slots.
@@ -227,7 +248,7 @@ impl Line {
             let free = FREE_SHIFT * share(left, even[left].clone()?).min(share(right, even[right].clone()?));
             let price = |at: usize| {
                 let moved = self.keys(&(at.min(cut)..at.max(cut))) as f64 * per_key(left).max(per_key(right));
-                (moved - free).max(0.0) + self.split_seconds(at, costs)
+                (moved - free).max(0.0) + self.split_seconds(at, &(from..to), costs)
             };
             let holds = |i: usize, cells: Range<usize>| {
                 self.keys(&cells) > 0 && self.resident_bytes(&cells) <= hands[i].free_bytes
@@ -243,13 +264,19 @@ impl Line {
         Some(snapped)
     }
 
-    /// What it costs to cut a group here: more partials, and its queries once more.
-    fn split_seconds(&self, at: usize, costs: &CallCosts) -> f64 {
+    /// What it costs to cut a group here, between the cuts at the ends of `between`: more partials, and its queries once
+    /// more. If it were whole without this cut, its pages come one by one too.
+    fn split_seconds(&self, at: usize, between: &Range<usize>, costs: &CallCosts) -> f64 {
         let slot = at % N_SLOTS;
         if slot == 0 {
             return 0.0;
         }
         let nodes = self.filled_nodes(0..slot) + self.filled_nodes(slot..N_SLOTS);
-        nodes.saturating_sub(1) as f64 * costs.node_seconds() + costs.query_seconds()
+        let group = at - slot..at - slot + N_SLOTS;
+        let is_whole = between.start <= group.start && group.end <= between.end;
+        let runs = if is_whole { self.pages(&group) } else { 0 };
+        nodes.saturating_sub(1) as f64 * costs.node_seconds()
+            + costs.query_seconds()
+            + runs as f64 * costs.run_seconds()
     }
 }

@@ -204,12 +204,15 @@ impl<'a> Planner<'a> {
         let all: f64 = chosen.iter().map(|worker| worker.speed()).sum();
         let keys = self.line.keys(&(0..self.line.len())) as f64;
         let groups = self.shape.n_groups();
+        // Of more workers than groups, hardly anybody has a whole one.
+        let cut_pages = if n > groups { self.line.pages(&(0..self.line.len())) } else { 0 };
         let loads: Vec<Load> = chosen
             .iter()
             .map(|worker| Load {
                 keys: (keys * worker.speed() / all) as u64,
                 groups: (groups / n).max(1),
                 nodes: (groups / n).max(1),
+                cut_runs: cut_pages / n as u64,
                 gflops: worker.speed(),
             })
             .collect();
@@ -241,6 +244,7 @@ impl<'a> Planner<'a> {
                 keys: self.line.keys(cells),
                 groups: self.line.groups(cells),
                 nodes: self.line.nodes(cells),
+                cut_runs: self.line.cut_runs(cells),
                 gflops: worker.speed(),
             })
             .collect();
