@@ -32,12 +32,13 @@ use tokio::time::{Interval, MissedTickBehavior};
 use tonic::transport::Channel;
 
 use super::worker_actor::{WorkerActor, WorkerActorArgs};
+use crate::listen::MAX_CONNECTIONS;
 use crate::worker::budget::Budget;
 
 /// How often silence is looked for: twice per beat.
 const TICK: Duration = Duration::from_millis(100);
-/// Workers that may have joined at a time.
-const MAX_MEMBERS: usize = 1024;
+/// Workers that may have joined at a time. Each of them keeps a connection, and clients need some too.
+const MAX_MEMBERS: usize = MAX_CONNECTIONS / 2;
 /// How long a worker gets no new work after a share could not connect to it.
 const NOT_CONNECTED: Duration = Duration::from_secs(2);
 
