@@ -109,19 +109,19 @@ proptest! {
         rounds in 1u64..5,
         speeds in proptest::collection::vec(50.0f64..500.0, 1..12),
     ) {
-        // Whole rounds over the slots: all cells cost the same.
+        // Whole rounds over the slots: all places cost the same.
         let shape = shape(kv_heads, 1, rounds * 64 * 256);
         let workers = capacities(&speeds.iter().map(|speed| (*speed, 1.0)).collect::<Vec<_>>(), f64::INFINITY);
         let free = CostModel { link_bytes_per_second: 1e30, message_seconds: 0.0, ..CostModel::default() };
         let plan = super::plan(&request(shape, WorkerChoice::Exactly(workers.len())), &workers, &free).unwrap();
         let plan = plan.verify(&shape).unwrap();
         prop_assert_eq!(plan.shares.len(), workers.len());
-        let cells = (kv_heads * 64) as f64;
+        let places = (kv_heads * 64) as f64;
         let all: f64 = speeds.iter().sum();
         for (share, speed) in plan.shares.iter().zip(&speeds) {
             let got: usize = share.pieces.iter().map(|piece| piece.groups.len() * piece.slots.len()).sum();
-            let fair = cells * speed / all;
-            prop_assert!(got as f64 <= fair * 1.04 + 2.0, "{got} cells for {fair}: {}", share.worker);
+            let fair = places * speed / all;
+            prop_assert!(got as f64 <= fair * 1.04 + 2.0, "{got} places for {fair}: {}", share.worker);
         }
     }
 
