@@ -141,8 +141,8 @@ async fn attend_and_tell(
         }
     };
     let attended = client.attend(&case.operands, options, &mut progress).await;
-    let attended = attended.unwrap_or_else(|error| panic!("a call that began before SIGTERM: {error}"));
-    assert_eq!(attended.attempts, 1, "a call that began before SIGTERM ends where it began");
+    let attended = attended.unwrap_or_else(|error| panic!("a call in flight: {error}"));
+    assert_eq!(attended.attempts, 1, "a call in flight ends where it began");
     attended.into()
 }
 
@@ -186,6 +186,35 @@ async fn sigterm_lets_calls_in_flight_finish_and_exits_with_0() {
     cluster.worker(0).signal("TERM");
     let status = cluster.worker(0).wait_for_end(Duration::from_secs(5)).await;
     assert_eq!(status.code(), Some(0), "worker without a coordinator: {status}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_coordinator_that_stands_still_for_a_while_loses_neither_workers_nor_calls() {
+    const PAUSE: Duration = Duration::from_secs(3);
+    let mut cluster = Cluster::start(2).await;
+    let client = cluster.client();
+    let dims =
+        Dims { batch: 1, heads: 8, kv_heads: 8, queries: 2000, keys: 4000, head_dim: 128, value_dim: 128 };
+    let case = Case::plain(8, dims);
+    let options = case.options(WorkerChoice::Exactly(2));
+    let (tell, planned) = oneshot::channel();
+    let pause = async {
+        planned.await.expect("the call is planned");
+        cluster.coordinator().signal("STOP");
+        tokio::time::sleep(PAUSE).await;
+        let left: Vec<String> =
+            (0..2).map(|i| cluster.worker(i).log()).filter(|log| log.contains("not joined")).collect();
+        cluster.coordinator().signal("CONT");
+        left
+    };
+    let (answer, left) = tokio::join!(attend_and_tell(&client, &case, &options, tell), pause);
+    assert!(left.is_empty(), "{left:?}");
+    answer.assert_bits_of(&computed_here(&case), "while the coordinator stood still");
+    // Each worker has beaten since, and nobody died in between.
+    cluster.wait_until_idle(Duration::from_secs(1)).await;
+    cluster.wait_until_settled().await;
+    let log = cluster.coordinator().log();
+    assert!(log.matches("change=Admit").count() == 2 && !log.contains("change=Dead"), "{log}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -1,12 +1,16 @@
 //! The bridge from async code to the compute threads: one rayon pool, whose work is skipped when nobody waits for it
 //! any more, whose panics end one call and not the node, and whose busy time is counted.
+//!
+//! Work waits outside of the pool, but for a few pieces of it. What waits inside keeps its memory until its turn comes,
+//! also when nobody wants it any more, and a thread that waits for others in the middle of one piece of work may take
+//! up a whole other one there.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use attnd_kernel::Kernels;
-use tokio::sync::oneshot;
+use tokio::sync::{Semaphore, oneshot};
 
 use crate::NodeError;
 
@@ -14,6 +18,8 @@ use crate::NodeError;
 #[derive(Clone, Debug)]
 pub struct ComputePool {
     pool: Arc<rayon::ThreadPool>,
+    /// One for each piece of work that may be in the pool.
+    places: Arc<Semaphore>,
     busy: Arc<BusyClock>,
     load: Arc<Mutex<LoadWindow>>,
 }
@@ -30,11 +36,11 @@ pub enum WorkError {
 }
 
 impl ComputePool {
-    /// Starts `threads` threads, at least one.
+    /// Starts `threads` threads, at least one, for `at_once` pieces of work at a time, at least one too.
     ///
     /// # Errors
     /// [`NodeError::Threads`] where the system refuses them.
-    pub fn new(threads: usize) -> Result<Self, NodeError> {
+    pub fn new(threads: usize, at_once: usize) -> Result<Self, NodeError> {
         let threads = threads.max(1);
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(threads)
@@ -44,6 +50,7 @@ impl ComputePool {
         let now = Instant::now();
         Ok(Self {
             pool: Arc::new(pool),
+            places: Arc::new(Semaphore::new(at_once.clamp(1, Semaphore::MAX_PERMITS))),
             busy: Arc::new(BusyClock::default()),
             load: Arc::new(Mutex::new(LoadWindow::new(now))),
         })
@@ -63,8 +70,8 @@ impl ComputePool {
         self.run(move || kernels.peak_gflops(&pool, span)).await
     }
 
-    /// Runs `work` on the pool, in the order of the calls to this function. Work whose future was dropped before its
-    /// turn came is skipped.
+    /// Runs `work` on the pool; who asked first comes first. Work whose future is dropped while it waits for its turn is
+    /// dropped with it.
     ///
     /// # Errors
     /// [`WorkError::Panicked`] if it panics.
@@ -72,6 +79,7 @@ impl ComputePool {
         &self,
         work: impl FnOnce() -> T + Send + 'static,
     ) -> Result<T, WorkError> {
+        let place = Arc::clone(&self.places).acquire_owned().await.map_err(|_closed| WorkError::Dropped)?;
         let (answer, answered) = oneshot::channel();
         let span = tracing::Span::current();
         let busy = Arc::clone(&self.busy);
@@ -85,6 +93,7 @@ impl ComputePool {
                 // Nothing that the closure owns outlives it after a panic, so no broken state can be seen.
                 catch_unwind(AssertUnwindSafe(work)).map_err(|panic| WorkError::Panicked(text_of(&*panic)))
             };
+            drop(place);
             // Nobody waits any more: the result is dropped here, on the pool.
             drop(answer.send(result));
         });
@@ -185,15 +194,41 @@ mod tests {
 
     #[tokio::test]
     async fn a_panic_is_an_answer_and_the_pool_lives() {
-        let pool = ComputePool::new(1).unwrap();
+        let pool = ComputePool::new(1, 1).unwrap();
         let failed = pool.run(|| -> u32 { panic!("query of {}", "death") }).await;
         assert_eq!(failed, Err(WorkError::Panicked("query of death".into())));
         assert_eq!(pool.run(|| 7).await, Ok(7));
     }
 
     #[tokio::test]
+    async fn work_that_waits_for_its_turn_goes_with_whoever_wanted_it() {
+        let pool = ComputePool::new(1, 2).unwrap();
+        let (release, gate) = mpsc::channel::<()>();
+        let mut blocking = std::pin::pin!(pool.run(move || gate.recv()));
+        assert!(futures::poll!(&mut blocking).is_pending());
+        let operands = Arc::new(());
+        {
+            let mut waiting: Vec<_> = (0..9)
+                .map(|_| {
+                    let operands = Arc::clone(&operands);
+                    Box::pin(pool.run(move || drop(operands)))
+                })
+                .collect();
+            for work in &mut waiting {
+                assert!(futures::poll!(work).is_pending());
+            }
+            assert_eq!(Arc::strong_count(&operands), 10);
+        }
+        // The thread is still at the first piece of work; the second place in the pool was taken.
+        assert_eq!(Arc::strong_count(&operands), 2);
+        release.send(()).unwrap();
+        assert!(blocking.await.unwrap().is_ok());
+        assert_eq!(pool.run(|| 7).await, Ok(7), "the places are free again");
+    }
+
+    #[tokio::test]
     async fn work_that_nobody_waits_for_is_skipped() {
-        let pool = ComputePool::new(1).unwrap();
+        let pool = ComputePool::new(1, 2).unwrap();
         let (release, gate) = mpsc::channel::<()>();
         let ran = Arc::new(AtomicBool::new(false));
         let mut blocking = std::pin::pin!(pool.run(move || gate.recv()));

@@ -11,7 +11,7 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::pin::Pin;
 use std::sync::{Arc, Weak};
 use std::task::{Context, Poll};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures::Stream;
@@ -24,12 +24,15 @@ use tonic::transport::server::{Connected, TcpConnectInfo};
 
 /// Connections that one node keeps at a time; the next ones wait in the system's backlog.
 pub const MAX_CONNECTIONS: usize = 1000;
-/// One peer may have one in so many of a node's connections; more of it are closed.
+/// One peer may have one in so many of a node's connections; more of it are closed. So many workers at most can join a
+/// coordinator from one address, such as that of a gateway that hides theirs.
 const PEER_FRACTION: usize = 4;
 /// What a client says first, RFC 9113 section 3.4.
 const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 /// Time for the preface to be here.
 const GREETING: Duration = Duration::from_secs(5);
+/// Once in this time, it is said that a peer has too many connections.
+const SAY_AGAIN: Duration = Duration::from_secs(60);
 const FIRST_PAUSE: Duration = Duration::from_millis(5);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
@@ -62,7 +65,7 @@ fn incoming_within(
         listener,
         greeting,
         places: Arc::new(Semaphore::new(max_connections)),
-        peers: Peers { most: max_connections.div_ceil(PEER_FRACTION), seats: HashMap::new() },
+        peers: Peers { most: max_connections.div_ceil(PEER_FRACTION), of: HashMap::new() },
         greetings: FuturesUnordered::new(),
     };
     futures::stream::unfold(door, async |mut door| Some((Ok(door.next().await?), door)))
@@ -88,9 +91,14 @@ impl Door {
                 },
                 accepted = accept(&self.listener, &self.places) => {
                     let (stream, peer, place) = accepted?;
-                    match self.peers.seat(peer.ip()) {
-                        Some(seat) => self.greetings.push(Box::pin(greet(self.greeting, stream, place, seat))),
-                        None => tracing::debug!(%peer, most = self.peers.most, "a peer has too many connections"),
+                    match self.peers.seat(peer.ip(), Instant::now()) {
+                        Ok(seat) => self.greetings.push(Box::pin(greet(self.greeting, stream, place, seat))),
+                        Err(Full { is_news: true }) => tracing::warn!(
+                            %peer,
+                            most = self.peers.most,
+                            "a peer has as many connections as one may have, and more of it are closed"
+                        ),
+                        Err(Full { is_news: false }) => tracing::debug!(%peer, "one connection more is closed"),
                     }
                 }
             }
@@ -101,20 +109,37 @@ impl Door {
 /// Counts the connections of each peer: each holds a seat of its peer.
 struct Peers {
     most: usize,
-    seats: HashMap<IpAddr, Weak<()>>,
+    of: HashMap<IpAddr, Peer>,
+}
+
+/// A peer with connections.
+#[derive(Default)]
+struct Peer {
+    seats: Weak<()>,
+    /// When it was last said that it has too many.
+    said: Option<Instant>,
+}
+
+/// A peer has too many connections.
+#[derive(Debug, PartialEq, Eq)]
+struct Full {
+    /// It was not said lately.
+    is_news: bool,
 }
 
 impl Peers {
-    /// A seat for one more connection; `None` if the peer has too many.
-    fn seat(&mut self, peer: IpAddr) -> Option<Arc<()>> {
-        self.seats.retain(|_, seats| seats.strong_count() > 0);
-        let seats = self.seats.entry(network_of(peer)).or_default();
+    /// A seat for one more connection.
+    fn seat(&mut self, peer: IpAddr, now: Instant) -> Result<Arc<()>, Full> {
+        self.of.retain(|_, peer| peer.seats.strong_count() > 0);
+        let Peer { seats, said } = self.of.entry(network_of(peer)).or_default();
         if seats.strong_count() >= self.most {
-            return None;
+            let is_news = said.is_none_or(|said| now.saturating_duration_since(said) >= SAY_AGAIN);
+            *said = if is_news { Some(now) } else { *said };
+            return Err(Full { is_news });
         }
         let seat = seats.upgrade().unwrap_or_default();
         *seats = Arc::downgrade(&seat);
-        Some(seat)
+        Ok(seat)
     }
 }
 
@@ -357,6 +382,21 @@ mod tests {
         kept.pop();
         peers.push(peer(address, PREFACE).await);
         assert!(tokio::time::timeout(SOON, connections.next()).await.is_ok(), "a seat came free");
+    }
+
+    #[test]
+    fn that_a_peer_has_too_many_is_said_once_a_minute() {
+        let mut peers = Peers { most: 2, of: HashMap::new() };
+        let begun = Instant::now();
+        let mut seat = |peer: &str, seconds| {
+            let full = peers.seat(peer.parse().unwrap(), begun + Duration::from_secs(seconds));
+            full.map_err(|full| full.is_news)
+        };
+        let _kept = [seat("10.0.0.1", 0).unwrap(), seat("10.0.0.1", 0).unwrap()];
+        let _another = [seat("10.0.0.2", 0).unwrap(), seat("10.0.0.2", 0).unwrap()];
+        let said = [0, 1, 59, 60, 61, 119, 120].map(|seconds| seat("10.0.0.1", seconds).unwrap_err());
+        assert_eq!(said, [true, false, false, true, false, false, true]);
+        assert_eq!(seat("10.0.0.2", 61), Err(true));
     }
 
     #[test]

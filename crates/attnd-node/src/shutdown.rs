@@ -1,5 +1,5 @@
 //! How a node ends: it stops taking calls, finishes those in flight under a deadline, and says which of the two
-//! happened.
+//! happened. Calls that the deadline cuts are told, so that they are sent again elsewhere.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,6 +18,7 @@ const FLUSH: Duration = Duration::from_millis(500);
 #[derive(Clone, Debug)]
 pub struct Calls {
     state: Arc<watch::Sender<State>>,
+    cut: CancellationToken,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -35,7 +36,7 @@ pub struct InFlight {
 impl Calls {
     /// No calls yet, and open for them.
     pub fn new() -> Self {
-        Self { state: Arc::new(watch::Sender::new(State::default())) }
+        Self { state: Arc::new(watch::Sender::new(State::default())), cut: CancellationToken::new() }
     }
 
     /// Enters a call; `None` once the node is draining.
@@ -62,6 +63,16 @@ impl Calls {
         self.state.send_modify(|state| state.draining = true);
     }
 
+    /// Ends those in flight: [`Self::is_cut`] completes.
+    fn cut(&self) {
+        self.cut.cancel();
+    }
+
+    /// Completes when calls in flight must end at once.
+    pub async fn is_cut(&self) {
+        self.cut.cancelled().await;
+    }
+
     /// Completes when no call is in flight.
     pub async fn idle(&self) {
         // The sender lives in self, so waiting can't fail.
@@ -82,7 +93,7 @@ impl Drop for InFlight {
 }
 
 /// Serves until `shutdown`, then drains: `on_drain` runs (readiness off, peers told), new calls are refused, those in
-/// flight get `deadline`. `serve` makes the server future from the signal that stops it gracefully.
+/// flight get `deadline` and are then cut. `serve` makes the server future from the signal that stops it gracefully.
 ///
 /// # Errors
 /// The server's own failure, or [`NodeError::DrainDeadline`] where calls had to be cut.
@@ -111,18 +122,23 @@ where
         stop.cancel();
         tokio::time::timeout(deadline, calls.idle()).await.is_ok()
     };
-    tokio::select! {
+    let drained = tokio::select! {
         ended = &mut server => {
             ended?;
             tracing::info!("drained");
             return Ok(());
         }
-        drained = drained => if !drained {
-            return Err(NodeError::DrainDeadline { calls: calls.in_flight(), deadline });
-        }
+        drained = drained => drained,
+    };
+    let left = calls.in_flight();
+    if !drained {
+        calls.cut();
     }
     if tokio::time::timeout(FLUSH, server).await.is_err() {
         tracing::debug!("connections were still open after the last call and are closed");
+    }
+    if !drained {
+        return Err(NodeError::DrainDeadline { calls: left, deadline });
     }
     tracing::info!("drained");
     Ok(())
@@ -169,10 +185,17 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_call_that_never_ends_is_cut_at_the_deadline() {
+    async fn a_call_that_never_ends_is_cut_at_the_deadline_and_may_say_so() {
         let calls = Calls::new();
         let _call = calls.enter().unwrap();
-        let ended = serve_until(async {}, &calls, DRAIN_DEADLINE, never_ending_server, async {}).await;
+        let begun = tokio::time::Instant::now();
+        let cut = async {
+            calls.is_cut().await;
+            begun.elapsed()
+        };
+        let served = serve_until(async {}, &calls, DRAIN_DEADLINE, never_ending_server, async {});
+        let (ended, cut_after) = tokio::join!(served, cut);
         assert!(matches!(ended, Err(NodeError::DrainDeadline { calls: 1, .. })));
+        assert!(cut_after >= DRAIN_DEADLINE && begun.elapsed() >= cut_after + FLUSH, "{cut_after:?}");
     }
 }

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use attnd_kernel::reference::reference_row;
 use attnd_kernel::{AttnShape, Causal, Dims};
+use attnd_node::NodeError;
 use attnd_node::coordinator::CoordinatorConfig;
 use attnd_plan::WorkerChoice;
 use attnd_wire::limits::STALL;
@@ -228,6 +229,22 @@ async fn calls_in_flight_are_finished_before_the_coordinator_ends() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn calls_that_do_not_finish_in_time_are_told_to_go_elsewhere() {
+    let drain_deadline = Duration::from_millis(500);
+    let config = CoordinatorConfig { drain_deadline, ..CoordinatorConfig::default() };
+    let mut cluster = Cluster::start(config, 1).await;
+    let shape = AttnShape::new(DIMS).unwrap();
+    let (_requests, mut replies) = cluster.begin_attend(begin(&shape)).await;
+    assert!(replies.message().await.unwrap().is_some());
+    cluster.drain().await;
+    let error = Error::from(replies.message().await.unwrap_err());
+    assert_eq!(error.message(), "DRAINING: the time to finish is over");
+    assert!(error.is_retryable());
+    let ended = cluster.end_of_coordinator().await;
+    assert!(matches!(ended, Err(NodeError::DrainDeadline { calls: 1, .. })), "{ended:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_worker_that_falls_silent_is_lost_within_its_time() {
     let cluster = Cluster::start(CoordinatorConfig::default(), 0).await;
     let mute = cluster.join_mute_worker().await;
@@ -344,6 +361,8 @@ async fn clients_that_read_nothing_hold_nobody_up_and_lose_their_calls() {
         assert!(begun.elapsed() < STALL * 2, "calls that nobody reads go on");
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
+    // Their connections and streams are still there, and nobody reads them.
+    eventually("nothing is left of them", || async { cluster.status().await.calls_in_flight == 0 }).await;
     for replies in unread {
         let error = collect(replies, &large).await.unwrap_err();
         assert_eq!(error.message(), "STREAM_IDLE: no reply taken for 10000 ms");

@@ -3,7 +3,8 @@
 //! Every byte of a call passes through the hub (the coordinator's link), so the hub's time doesn't shrink with more
 //! workers, and replicated queries, messages and partials make it grow; only the arithmetic shrinks. The prediction
 //! is `bytes out / link + slowest share's arithmetic + partials in / link + workers * start + messages * handling`.
-//! Nothing overlaps in it, because workers compute after Commit.
+//! It adds up what may overlap: a worker computes a kv group as soon as it has all of it, and how early that is depends
+//! on the order in which the client sends.
 
 use attnd_kernel::AttnShape;
 use attnd_kernel::Causal;
@@ -49,6 +50,8 @@ pub(crate) struct Load {
     pub(crate) groups: usize,
     /// Tree nodes that it sends partials of, over all its groups.
     pub(crate) nodes: usize,
+    /// Runs of pages that it gets of groups that are cut, see [`crate::line::Line::cut_runs`].
+    pub(crate) cut_runs: u64,
     /// 10^9 operations per second.
     pub(crate) gflops: f64,
 }
@@ -109,6 +112,11 @@ impl CallCosts {
         self.query_bytes / self.model.link_bytes_per_second + self.model.message_seconds
     }
 
+    /// What one run of pages of a group that is cut costs the hub beyond its bytes: a message of K and one of V.
+    pub(crate) fn run_seconds(&self) -> f64 {
+        2.0 * self.model.message_seconds
+    }
+
     /// The whole call.
     pub(crate) fn predict(&self, loads: &[Load]) -> f64 {
         let sum = |of: &dyn Fn(&Load) -> f64| loads.iter().map(of).sum::<f64>();
@@ -119,11 +127,13 @@ impl CallCosts {
             .iter()
             .map(|load| load.keys as f64 * self.seconds_per_key(load.gflops))
             .fold(0.0, |a: f64, b| a.max(b));
+        let cut_runs = sum(&|load| load.cut_runs as f64);
         let messages = (bytes_in / CHUNK_BYTES).ceil() + nodes * self.partial_messages;
         (bytes_in + nodes * self.partial_bytes + self.result_bytes) / self.model.link_bytes_per_second
             + slowest
             + loads.len() as f64 * self.model.worker_seconds
             + messages * self.model.message_seconds
+            + cut_runs * self.run_seconds()
     }
 }
 

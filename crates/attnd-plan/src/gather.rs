@@ -172,7 +172,7 @@ pub struct Gather<P> {
     /// Rows with a partial, by `group * n_ranges + range`. Each partial is beside its place in `asked`, ascending.
     waiting: BTreeMap<usize, Vec<(usize, P)>>,
     /// Rows that left.
-    left: Bits,
+    emitted: Bits,
     /// Of each share.
     missing: Vec<usize>,
 }
@@ -197,9 +197,9 @@ impl<P> Gather<P> {
         for group in &mut asked {
             group.sort_by_key(|asked| asked.node.slots().start);
         }
-        let left = Bits::new(asked.len() * n_ranges);
+        let emitted = Bits::new(asked.len() * n_ranges);
         let n_queries = shape.n_queries();
-        Self { n_queries, tokens_per_cell, n_ranges, asked, waiting: BTreeMap::new(), left, missing }
+        Self { n_queries, tokens_per_cell, n_ranges, asked, waiting: BTreeMap::new(), emitted, missing }
     }
 
     /// Takes one partial. When it was the last of its group and tokens, all of them leave together.
@@ -224,7 +224,7 @@ impl<P> Gather<P> {
         }
         let duplicate = GatherError::Duplicate { group, node, first_token };
         let row = group * self.n_ranges + first_token / tokens_per_cell;
-        if self.left.is_set(row) {
+        if self.emitted.is_set(row) {
             return Err(duplicate);
         }
         let mut parts = self.waiting.remove(&row).unwrap_or_default();
@@ -237,7 +237,7 @@ impl<P> Gather<P> {
             self.waiting.insert(row, parts);
             return if found.is_ok() { Err(duplicate) } else { Ok(None) };
         }
-        self.left.set(row);
+        self.emitted.set(row);
         let parts = nodes.iter().map(|asked| asked.node).zip(parts.into_iter().map(|(_, part)| part));
         Ok(Some(Ready { group, tokens: first_token..first_token + tokens, parts: parts.collect() }))
     }
@@ -295,7 +295,7 @@ mod tests {
     #[test]
     fn cells_take_no_memory_before_they_are_filled() {
         let gather = Gather::<Vast>::new(&most_cells());
-        assert_eq!(gather.left.0.len(), 65_536 / 64);
+        assert_eq!(gather.emitted.0.len(), 65_536 / 64);
         assert!(gather.waiting.is_empty() && !gather.is_complete());
         assert_eq!(gather.missing_of(63), 65_536);
     }

@@ -1,6 +1,6 @@
-//! The work of a call as a line of cells, and where to cut it.
+//! The work of a call as a line of places, and where to cut it.
 //!
-//! Cell `g * 64 + s` is slot `s` of kv group `g`; it costs the keys it holds, whatever the mask, because a causal row
+//! Place `g * 64 + s` is slot `s` of kv group `g`; it costs the keys it holds, whatever the mask, because a causal row
 //! sees about the same fraction of every slot. A share is an interval of the line, so it has at most three pieces: the
 //! end of one group, whole groups, the beginning of another. Cutting only at multiples of 64 is cutting by heads.
 
@@ -63,41 +63,62 @@ impl Line {
         self.n_groups * N_SLOTS
     }
 
-    fn before(&self, table: &[u64; N_SLOTS + 1], cell: usize) -> u64 {
-        (cell / N_SLOTS) as u64 * table[N_SLOTS] + table[cell % N_SLOTS]
+    fn before(&self, table: &[u64; N_SLOTS + 1], place: usize) -> u64 {
+        (place / N_SLOTS) as u64 * table[N_SLOTS] + table[place % N_SLOTS]
     }
 
     /// Keys of an interval.
-    pub(crate) fn keys(&self, cells: &Range<usize>) -> u64 {
-        self.before(&self.keys_before, cells.end) - self.before(&self.keys_before, cells.start)
+    pub(crate) fn keys(&self, places: &Range<usize>) -> u64 {
+        self.before(&self.keys_before, places.end) - self.before(&self.keys_before, places.start)
     }
 
     /// Kv groups that an interval touches.
-    pub(crate) fn groups(&self, cells: &Range<usize>) -> usize {
-        if cells.is_empty() { 0 } else { (cells.end - 1) / N_SLOTS + 1 - cells.start / N_SLOTS }
+    pub(crate) fn groups(&self, places: &Range<usize>) -> usize {
+        if places.is_empty() { 0 } else { (places.end - 1) / N_SLOTS + 1 - places.start / N_SLOTS }
+    }
+
+    /// Pages of an interval.
+    pub(crate) fn pages(&self, places: &Range<usize>) -> u64 {
+        self.before(&self.pages_before, places.end) - self.before(&self.pages_before, places.start)
+    }
+
+    /// Runs of consecutive pages in which an interval gets K, and V, of the groups that it shares with others. The slots
+    /// of neighbouring pages are far apart, so pages alternate between shares, and most runs are one page long. Whole
+    /// groups count nothing: they are cut by size.
+    pub(crate) fn cut_runs(&self, places: &Range<usize>) -> u64 {
+        let of_group = self.pages(&(0..N_SLOTS));
+        let cut = self.pieces(places).into_iter().filter(|piece| self.pages(&piece.slots) < of_group);
+        cut.map(|Piece { slots, .. }| {
+            // Bit reversal is its own inverse: this is the first page of the slot.
+            let page_before = |slot: &usize| slot::slot_of_page(*slot) + N_SLOTS - 1;
+            let begins = |slot: &usize| !slots.contains(&slot::slot_of_page(page_before(slot)));
+            slots.clone().filter(begins).map(|slot| self.pages(&(slot..slot + 1))).sum::<u64>()
+        })
+        .sum()
     }
 
     /// Bytes that a worker must reserve for an interval: K and V in whole pages and Q, all in f32, and two cells of
     /// partials, one being computed and one being sent.
-    pub(crate) fn resident_bytes(&self, cells: &Range<usize>) -> u64 {
-        if cells.is_empty() {
+    pub(crate) fn resident_bytes(&self, places: &Range<usize>) -> u64 {
+        if places.is_empty() {
             return 0;
         }
-        let pages = self.before(&self.pages_before, cells.end) - self.before(&self.pages_before, cells.start);
-        pages * self.page_bytes + self.groups(cells) as u64 * self.query_bytes + 2 * self.cell_bytes
+        self.pages(places) * self.page_bytes
+            + self.groups(places) as u64 * self.query_bytes
+            + 2 * self.cell_bytes
     }
 
     /// An interval as rectangles of groups and slots.
-    pub(crate) fn pieces(&self, cells: &Range<usize>) -> Vec<Piece> {
+    pub(crate) fn pieces(&self, places: &Range<usize>) -> Vec<Piece> {
         let mut pieces = Vec::new();
-        let mut at = cells.start;
-        while at < cells.end {
+        let mut at = places.start;
+        while at < places.end {
             let (group, slot) = (at / N_SLOTS, at % N_SLOTS);
-            let whole = (cells.end - at) / N_SLOTS;
+            let whole = (places.end - at) / N_SLOTS;
             let piece = if slot == 0 && whole > 0 {
                 Piece { groups: group..group + whole, slots: 0..N_SLOTS }
             } else {
-                Piece { groups: group..group + 1, slots: slot..N_SLOTS.min(slot + cells.end - at) }
+                Piece { groups: group..group + 1, slots: slot..N_SLOTS.min(slot + places.end - at) }
             };
             at += piece.groups.len() * piece.slots.len();
             pieces.push(piece);
@@ -106,8 +127,8 @@ impl Line {
     }
 
     /// Tree nodes with keys of an interval, over its groups.
-    pub(crate) fn nodes(&self, cells: &Range<usize>) -> usize {
-        self.pieces(cells).into_iter().map(|piece| piece.groups.len() * self.filled_nodes(piece.slots)).sum()
+    pub(crate) fn nodes(&self, places: &Range<usize>) -> usize {
+        self.pieces(places).into_iter().map(|piece| piece.groups.len() * self.filled_nodes(piece.slots)).sum()
     }
 
     /// As many as [`crate::filled_nodes`] of these slots.
@@ -118,7 +139,7 @@ impl Line {
 
     /// Cuts the line into one interval per hand, in order, so that the slowest finishes as early as it can and
     /// everybody's memory suffices. Intervals without keys are `None`. With `use_all`, everybody gets something as
-    /// long as there are cells. `None` if the memory doesn't suffice.
+    /// long as there are places. `None` if the memory doesn't suffice.
     pub(crate) fn cut(
         &self,
         hands: &[Hand],
@@ -141,9 +162,9 @@ impl Line {
         Some(self.snap(&even, hands, costs).unwrap_or(even))
     }
 
-    /// What finds no place however the line is cut among these hands, in their order; empty if everything does.
+    /// What is left over however the line is cut among these hands, in their order; empty if everything does.
     /// One more hand never makes it more.
-    pub(crate) fn without_place(&self, hands: &[Hand]) -> Range<usize> {
+    pub(crate) fn left_over(&self, hands: &[Hand]) -> Range<usize> {
         self.deal(hands, f64::INFINITY, false).1..self.len()
     }
 
@@ -187,14 +208,14 @@ impl Line {
         good
     }
 
-    /// The second cell with keys from `start`: the end of the smallest share that leaves no empty cells behind.
+    /// The second place with keys from `start`: the end of the smallest share that leaves no empty places behind.
     fn after_one_filled(&self, start: usize) -> usize {
         let seen =
             start / N_SLOTS * self.filled.len() + self.filled.partition_point(|s| *s < start % N_SLOTS);
         self.nth_filled(seen + 1).unwrap_or(self.len())
     }
 
-    /// The first of the last `n` cells with keys.
+    /// The first of the last `n` places with keys.
     fn before_last_filled(&self, n: usize) -> usize {
         if n == 0 {
             return self.len();
@@ -223,14 +244,14 @@ impl Line {
             let (from, cut) = (snapped[left].as_ref()?.start, even[left].as_ref()?.end);
             let to = even[right].as_ref()?.end;
             let per_key = |i: usize| costs.seconds_per_key(hands[i].gflops);
-            let share = |i: usize, cells: Range<usize>| per_key(i) * self.keys(&cells) as f64;
+            let share = |i: usize, places: Range<usize>| per_key(i) * self.keys(&places) as f64;
             let free = FREE_SHIFT * share(left, even[left].clone()?).min(share(right, even[right].clone()?));
             let price = |at: usize| {
                 let moved = self.keys(&(at.min(cut)..at.max(cut))) as f64 * per_key(left).max(per_key(right));
-                (moved - free).max(0.0) + self.split_seconds(at, costs)
+                (moved - free).max(0.0) + self.split_seconds(at, &(from..to), costs)
             };
-            let holds = |i: usize, cells: Range<usize>| {
-                self.keys(&cells) > 0 && self.resident_bytes(&cells) <= hands[i].free_bytes
+            let holds = |i: usize, places: Range<usize>| {
+                self.keys(&places) > 0 && self.resident_bytes(&places) <= hands[i].free_bytes
             };
             let at = [64, 32, 16, 8, 4, 2, 1]
                 .into_iter()
@@ -243,13 +264,19 @@ impl Line {
         Some(snapped)
     }
 
-    /// What it costs to cut a group here: more partials, and its queries once more.
-    fn split_seconds(&self, at: usize, costs: &CallCosts) -> f64 {
+    /// What it costs to cut a group here, between the cuts at the ends of `between`: more partials, and its queries once
+    /// more. If it were whole without this cut, its pages come one by one too.
+    fn split_seconds(&self, at: usize, between: &Range<usize>, costs: &CallCosts) -> f64 {
         let slot = at % N_SLOTS;
         if slot == 0 {
             return 0.0;
         }
         let nodes = self.filled_nodes(0..slot) + self.filled_nodes(slot..N_SLOTS);
-        nodes.saturating_sub(1) as f64 * costs.node_seconds() + costs.query_seconds()
+        let group = at - slot..at - slot + N_SLOTS;
+        let is_whole = between.start <= group.start && group.end <= between.end;
+        let runs = if is_whole { self.pages(&group) } else { 0 };
+        nodes.saturating_sub(1) as f64 * costs.node_seconds()
+            + costs.query_seconds()
+            + runs as f64 * costs.run_seconds()
     }
 }

@@ -204,12 +204,15 @@ impl<'a> Planner<'a> {
         let all: f64 = chosen.iter().map(|worker| worker.speed()).sum();
         let keys = self.line.keys(&(0..self.line.len())) as f64;
         let groups = self.shape.n_groups();
+        // Of more workers than groups, hardly anybody has a whole one.
+        let cut_pages = if n > groups { self.line.pages(&(0..self.line.len())) } else { 0 };
         let loads: Vec<Load> = chosen
             .iter()
             .map(|worker| Load {
                 keys: (keys * worker.speed() / all) as u64,
                 groups: (groups / n).max(1),
                 nodes: (groups / n).max(1),
+                cut_runs: cut_pages / n as u64,
                 gflops: worker.speed(),
             })
             .collect();
@@ -226,7 +229,7 @@ impl<'a> Planner<'a> {
     fn fits(&self, n: usize) -> bool {
         [&self.by_speed, &self.by_memory].into_iter().filter_map(|best| best.get(..n)).any(|chosen| {
             let (_, hands) = in_order(chosen);
-            self.line.without_place(&hands).is_empty()
+            self.line.left_over(&hands).is_empty()
         })
     }
 
@@ -234,25 +237,26 @@ impl<'a> Planner<'a> {
         let (chosen, hands) = in_order(chosen);
         let intervals = self.line.cut(&hands, use_all, &self.costs)?;
         let given =
-            || chosen.iter().zip(&intervals).filter_map(|(worker, cells)| Some((*worker, cells.as_ref()?)));
+            || chosen.iter().zip(&intervals).filter_map(|(worker, places)| Some((*worker, places.as_ref()?)));
         let key_bytes = 4 * (self.shape.head_dim() + self.shape.value_dim()) as u64;
         let loads: Vec<Load> = given()
-            .map(|(worker, cells)| Load {
-                keys: self.line.keys(cells),
-                groups: self.line.groups(cells),
-                nodes: self.line.nodes(cells),
+            .map(|(worker, places)| Load {
+                keys: self.line.keys(places),
+                groups: self.line.groups(places),
+                nodes: self.line.nodes(places),
+                cut_runs: self.line.cut_runs(places),
                 gflops: worker.speed(),
             })
             .collect();
         Some(Draft {
             seconds: self.costs.predict(&loads),
-            splits_groups: given().any(|(_, cells)| cells.start % N_SLOTS != 0),
+            splits_groups: given().any(|(_, places)| places.start % N_SLOTS != 0),
             shares: given()
-                .map(|(worker, cells)| Share {
+                .map(|(worker, places)| Share {
                     worker: worker.id.clone(),
-                    pieces: self.line.pieces(cells),
-                    kv_bytes: self.line.keys(cells) * key_bytes,
-                    resident_bytes: self.line.resident_bytes(cells),
+                    pieces: self.line.pieces(places),
+                    kv_bytes: self.line.keys(places) * key_bytes,
+                    resident_bytes: self.line.resident_bytes(places),
                 })
                 .collect(),
         })
@@ -263,7 +267,7 @@ impl<'a> Planner<'a> {
         let free = chosen.iter().fold(0_u64, |sum, worker| sum.saturating_add(worker.free_bytes));
         let need = match self.line.resident_bytes(&(0..self.line.len())) {
             whole if whole > free => whole,
-            _ => free.saturating_add(self.line.resident_bytes(&self.line.without_place(&hands))),
+            _ => free.saturating_add(self.line.resident_bytes(&self.line.left_over(&hands))),
         };
         PlanError::Memory { need, free }
     }

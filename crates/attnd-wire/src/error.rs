@@ -125,7 +125,7 @@ reasons! {
     EmptyRow "EMPTY_ROW" InvalidArgument "A row sees no key, and the caller forbade that.";
     // The cluster.
     KvBudget "KV_BUDGET" ResourceExhausted "Keys and values don't fit into the free memory.";
-    Overloaded "OVERLOADED" ResourceExhausted "Too many calls run.";
+    Overloaded "OVERLOADED" ResourceExhausted "Too many calls run, or their memory is not free yet.";
     NoWorkers "NO_WORKERS" Unavailable "No worker can take the call.";
     WorkerLost "WORKER_LOST" Unavailable "A worker was lost in the middle of the call.";
     Draining "DRAINING" Unavailable "The node is shutting down.";

@@ -44,8 +44,11 @@ pub const MAX_TEXT: usize = 256;
 /// Who is at the other end of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Link {
-    /// Another node: a silent one is noticed within two seconds.
+    /// A worker, or whatever else is near: a silent one is noticed within two seconds.
     Cluster,
+    /// The coordinator, for a worker. When it has stood still for some seconds, it blames nobody for the silence, so
+    /// nobody may have hung up by then.
+    Coordinator,
     /// A client, perhaps far away.
     Client,
 }
@@ -55,6 +58,7 @@ impl Link {
     pub fn keepalive(self) -> (Duration, Duration) {
         match self {
             Self::Cluster => (Duration::from_secs(1), Duration::from_secs(1)),
+            Self::Coordinator => (Duration::from_secs(1), Duration::from_secs(8)),
             Self::Client => (Duration::from_secs(30), Duration::from_secs(20)),
         }
     }
@@ -68,7 +72,7 @@ impl Link {
     /// carries its own calls alone, and there may be many such connections: a small window bounds their memory.
     pub fn windows(self) -> (u32, u32) {
         match self {
-            Self::Cluster => (1 << 20, 64 << 20),
+            Self::Cluster | Self::Coordinator => (1 << 20, 64 << 20),
             Self::Client => (2 << 20, 8 << 20),
         }
     }
@@ -117,7 +121,7 @@ pub fn endpoint(url: &str, link: Link) -> Result<Endpoint, Error> {
         .http2_keep_alive_interval(interval)
         .keep_alive_timeout(timeout)
         // A worker's connection is silent between calls, and its loss must be noticed all the same.
-        .keep_alive_while_idle(link == Link::Cluster)
+        .keep_alive_while_idle(link != Link::Client)
         .connect_timeout(CONNECT_TIMEOUT)
         .tcp_nodelay(true))
 }
@@ -162,7 +166,7 @@ mod tests {
             assert!(CHUNK_BYTES < MESSAGE_BYTES);
             assert!(CHUNK_BYTES < COMPUTE_REQUEST_BYTES);
         }
-        for link in [Link::Cluster, Link::Client] {
+        for link in [Link::Cluster, Link::Coordinator, Link::Client] {
             let (stream, _) = link.windows();
             assert!(CHUNK_BYTES <= stream as usize && FRAME_BYTES <= stream, "{link:?}");
         }

@@ -204,16 +204,17 @@ impl From<CallError<Error>> for Error {
 }
 
 /// What the client hears when a worker fails: its words where they are about the client's data or about limits, else
-/// that the worker was lost, because the same call may succeed on another one.
+/// that the worker was lost, because the same call may succeed on another one. A worker without the memory that the
+/// plan had reserved there is still busy with calls that have ended for the coordinator: that passes.
 fn share_failed(worker: &WorkerId, what: &Error) -> Error {
     match what.reason {
         Reason::NonFinite
         | Reason::ScoreOverflow
         | Reason::OutputOverflow
         | Reason::EmptyRow
-        | Reason::KvBudget
         | Reason::KernelMix
         | Reason::Deadline => what.clone(),
+        Reason::KvBudget => Error::new(Reason::Overloaded, format!("{worker}: {}", what.message())),
         _about_the_worker => worker_lost(worker, &what.message()),
     }
 }
@@ -425,6 +426,10 @@ mod tests {
                     what: Error::new(Reason::ChunkOrder, "expected 4, got 6"),
                 },
                 "WORKER_LOST: w1: CHUNK_ORDER: expected 4, got 6",
+            ),
+            (
+                CallError::ShareFailed { worker: worker(), what: kv_budget(9, 4) },
+                "OVERLOADED: w1: KV_BUDGET: need 9, free 4",
             ),
         ] {
             let error = call(error);

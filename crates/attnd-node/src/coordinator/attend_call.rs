@@ -42,6 +42,7 @@ use super::incoming::{Incoming, Said};
 use super::placement::{Placement, place};
 use super::worker_actor::OpenedShare;
 use crate::compute_pool::WorkError;
+use crate::shutdown::Calls;
 
 /// Rows of a group whose partials are complete and wait for the pool. With more, no partials are read.
 const READY: usize = 8;
@@ -54,6 +55,7 @@ const OUTBOX: usize = 4;
 /// The first thing that went wrong.
 pub(crate) async fn attend(
     hub: &Hub,
+    calls: &Calls,
     places: &Places,
     call_id: u64,
     mut requests: Streaming<proto::AttendRequest>,
@@ -72,6 +74,7 @@ pub(crate) async fn attend(
         answered = answer => answered,
         () = replies.closed() => Err(gone()),
         () = tokio::time::sleep_until(deadline.at().into()) => Err(Deadline::expired()),
+        () = calls.is_cut() => Err(Error::new(Reason::Draining, "the time to finish is over")),
     }
 }
 

@@ -2,8 +2,9 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use attnd_wire::limits::STALL;
 use attnd_wire::proto::{self, attention_server};
 use attnd_wire::{ClusterStatus, Deadline, Error, Reason, Status, refusal};
 use tokio::sync::{Semaphore, SemaphorePermit};
@@ -103,12 +104,15 @@ impl attention_server::Attention for AttentionService {
         let call_id = self.next_call.fetch_add(1, Ordering::Relaxed);
         let (answer, stream) = reply_stream(in_flight);
         let (hub, places, tally) = (Arc::clone(&self.hub), Arc::clone(&self.places), Arc::clone(&self.tally));
+        let calls = self.calls.clone();
         let requests = request.into_inner();
         let task = async move {
             let begun = Instant::now();
-            let ended = attend(&hub, &places, call_id, requests, answer.queue(), deadline).await;
+            let ended = attend(&hub, &calls, &places, call_id, requests, answer.queue(), deadline).await;
             tally.count(&ended, begun.elapsed().as_secs_f64());
-            answer.end(ended);
+            // Whoever was idle has had its time.
+            let idle = ended.as_ref().is_err_and(|error| error.reason == Reason::StreamIdle);
+            answer.end(ended, if idle { Duration::ZERO } else { STALL }).await;
         };
         let span = tracing::info_span!("attend", call_id = format_args!("{call_id:016x}"));
         self.tasks.spawn(task.instrument(span));

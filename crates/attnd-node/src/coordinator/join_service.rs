@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use attnd_plan::call::STREAM_IDLE;
-use attnd_wire::limits::CONNECT_TIMEOUT;
+use attnd_wire::limits::{CONNECT_TIMEOUT, STALL};
 use attnd_wire::proto::{self, cluster_server};
 use attnd_wire::{
     Error, Heartbeat, Hello, JoinReply, JoinRequest, Link, Reason, Status, Welcome, limits, refusal,
@@ -54,7 +54,7 @@ impl cluster_server::Cluster for JoinService {
         let mut frames = request.into_inner();
         let task = async move {
             let ended = serve(&cluster, &dials, &mut frames, answer.queue()).await;
-            answer.end(ended);
+            answer.end(ended, STALL).await;
         };
         self.tasks.spawn(task.instrument(tracing::debug_span!("join")));
         Ok(Response::new(stream))

@@ -32,12 +32,13 @@ use tokio::time::{Interval, MissedTickBehavior};
 use tonic::transport::Channel;
 
 use super::worker_actor::{WorkerActor, WorkerActorArgs};
+use crate::listen::MAX_CONNECTIONS;
 use crate::worker::budget::Budget;
 
 /// How often silence is looked for: twice per beat.
 const TICK: Duration = Duration::from_millis(100);
-/// Workers that may have joined at a time.
-const MAX_MEMBERS: usize = 1024;
+/// Workers that may have joined at a time. Each of them keeps a connection, and clients need some too.
+const MAX_MEMBERS: usize = MAX_CONNECTIONS / 2;
 /// How long a worker gets no new work after a share could not connect to it.
 const NOT_CONNECTED: Duration = Duration::from_secs(2);
 
@@ -55,8 +56,9 @@ pub(crate) struct MembershipActor {
 struct Member {
     hello: Hello,
     heartbeat: Heartbeat,
-    /// What this coordinator has reserved of the worker's memory. Nobody else uses it, so this is exact where the
-    /// number in a heartbeat would be late.
+    /// What this coordinator has reserved of the worker's memory. Nobody else uses it, and the number in a heartbeat
+    /// would be late. It may be too low for a moment: a share that was given up is over here before it is there, and
+    /// a worker that has no room for the next one yet says so.
     memory: Arc<Budget>,
     actor: ActorRef<WorkerActor>,
     /// When a share last found no connection.

@@ -87,7 +87,8 @@ pub async fn run(
 ) -> Result<(), NodeError> {
     let listen = listener.local_addr().map_err(NodeError::Listen)?;
     let kernels = Kernels::from_env()?;
-    let pool = ComputePool::new(config.merge_threads)?;
+    // Each piece of work takes one thread.
+    let pool = ComputePool::new(config.merge_threads, config.merge_threads)?;
     let cluster = MembershipActor::spawn(());
     let hub = Arc::new(Hub { cluster: cluster.clone(), pool, kernels, costs: config.costs });
     let (calls, tasks) = (Calls::new(), Tasks::default());

@@ -51,7 +51,8 @@ pub(crate) struct WorkerActorArgs {
 #[derive(Debug)]
 pub(crate) struct OpenShare {
     pub(crate) begin: ComputeBegin,
-    /// What the share takes of the worker's memory; given back when the worker has it back.
+    /// What the share takes of the worker's memory. Given back when the worker says that it finished, which it does
+    /// once it has the memory back, or when nobody waits for the share any more, which the worker learns later.
     pub(crate) memory: Reservation,
     pub(crate) deadline: Deadline,
 }

@@ -21,11 +21,11 @@ pub(crate) struct OverBudget {
     pub(crate) free: u64,
 }
 
-/// Bytes of a [`Budget`], until it is dropped.
+/// Bytes of a [`Budget`], until it is released or dropped.
 #[derive(Debug)]
 pub(crate) struct Reservation {
     budget: Arc<Budget>,
-    bytes: u64,
+    bytes: AtomicU64,
 }
 
 impl Budget {
@@ -51,7 +51,7 @@ impl Budget {
     pub(crate) fn reserve(self: &Arc<Self>, bytes: u64) -> Result<Reservation, OverBudget> {
         let take = |reserved: u64| reserved.checked_add(bytes).filter(|after| *after <= self.limit);
         match self.reserved.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take) {
-            Ok(_before) => Ok(Reservation { budget: Arc::clone(self), bytes }),
+            Ok(_before) => Ok(Reservation { budget: Arc::clone(self), bytes: bytes.into() }),
             Err(reserved) => Err(OverBudget { need: bytes, free: self.limit.saturating_sub(reserved) }),
         }
     }
@@ -60,15 +60,21 @@ impl Budget {
 impl Reservation {
     /// Moves up to `bytes` of this reservation to one of its own, so that they can go back earlier.
     pub(crate) fn split(&mut self, bytes: u64) -> Self {
-        let bytes = bytes.min(self.bytes);
-        self.bytes -= bytes;
-        Self { budget: Arc::clone(&self.budget), bytes }
+        let all = self.bytes.get_mut();
+        let bytes = bytes.min(*all);
+        *all -= bytes;
+        Self { budget: Arc::clone(&self.budget), bytes: bytes.into() }
+    }
+
+    /// Gives the bytes back although others still hold this.
+    pub(crate) fn release(&self) {
+        self.budget.reserved.fetch_sub(self.bytes.swap(0, Ordering::Relaxed), Ordering::Relaxed);
     }
 }
 
 impl Drop for Reservation {
     fn drop(&mut self) {
-        self.budget.reserved.fetch_sub(self.bytes, Ordering::Relaxed);
+        self.release();
     }
 }
 
@@ -94,11 +100,14 @@ mod tests {
         let mut whole = budget.reserve(90).unwrap();
         let part = whole.split(50);
         let too_much = whole.split(1000);
-        assert_eq!((part.bytes, too_much.bytes, whole.bytes), (50, 40, 0));
         drop(part);
         assert_eq!(budget.reserved(), 40);
-        drop((whole, too_much));
+        drop(whole);
+        assert_eq!(budget.reserved(), 40);
+        too_much.release();
         assert_eq!(budget.reserved(), 0);
+        drop(too_much);
+        assert_eq!(budget.reserved(), 0, "bytes go back once");
     }
 
     #[test]

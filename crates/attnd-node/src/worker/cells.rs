@@ -29,11 +29,11 @@ pub(crate) struct Call {
     pub(crate) kernels: &'static Kernels,
     pub(crate) pool: ComputePool,
     /// Set when nobody wants the answer any more; cells are then given up at their next slice.
-    pub(crate) cancelled: Arc<AtomicBool>,
+    pub(crate) cancelled: AtomicBool,
     /// Wall time with a kernel of this call running.
     pub(crate) busy: BusyClock,
     /// Memory of the cells that are computed or wait to be sent.
-    pub(crate) _memory: Reservation,
+    pub(crate) memory: Reservation,
 }
 
 /// A group that can be computed. Its memory goes back with its last cell.

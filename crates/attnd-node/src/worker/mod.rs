@@ -43,6 +43,9 @@ use supervisor::Supervisor;
 
 /// How long the speed of the compute threads is measured at start.
 const CALIBRATION: Duration = Duration::from_millis(20);
+/// Cells in the compute pool at a time. A large one takes all threads; the second has work for those that find nothing
+/// more to do at the end of the first. With more, a thread that waits inside of one could take up one after another.
+const CELLS_AT_ONCE: usize = 2;
 
 /// What a worker is told by whoever starts it.
 #[derive(Clone, Debug)]
@@ -95,7 +98,7 @@ pub async fn run(
         }
     };
     limits::endpoint(&address, Link::Cluster).map_err(|_shown| NodeError::Url { url: address.clone() })?;
-    let endpoint = limits::endpoint(&config.coordinator, Link::Cluster)
+    let endpoint = limits::endpoint(&config.coordinator, Link::Coordinator)
         .map_err(|_shown| NodeError::Url { url: config.coordinator.clone() })?;
 
     if is_loopback(&address) && !is_loopback(&config.coordinator) {
@@ -103,7 +106,7 @@ pub async fn run(
     }
 
     let kernels = Kernels::from_env()?;
-    let pool = ComputePool::new(config.threads)?;
+    let pool = ComputePool::new(config.threads, CELLS_AT_ONCE)?;
     let gflops = pool
         .peak_gflops(kernels, CALIBRATION)
         .await
@@ -139,7 +142,8 @@ pub async fn run(
         supervisor: supervisor.clone(),
     });
     health.set_serving::<WorkerServer>().await;
-    let router = limits::server_builder(Link::Cluster).add_service(health_service).add_service(service);
+    // It is the coordinator who connects to a worker.
+    let router = limits::server_builder(Link::Coordinator).add_service(health_service).add_service(service);
     let incoming = listen::incoming(listener, MAX_CONNECTIONS);
     let serve = |stop| router.serve_with_incoming_shutdown(incoming, stop);
     let on_drain = async {

@@ -50,20 +50,19 @@ impl WorkerService {
         let intake = Intake::new(layout, &begin.pieces, &mut memory);
         let groups = begin.pieces.iter().map(|piece| piece.groups.len()).sum();
 
-        let cancelled = Arc::new(AtomicBool::new(false));
         let call = Arc::new(Call {
             begin,
             kernels: self.kernels,
             pool: self.gauges.pool.clone(),
-            cancelled: Arc::clone(&cancelled),
+            cancelled: AtomicBool::new(false),
             busy: BusyClock::default(),
-            _memory: memory,
+            memory,
         });
         tracing::debug!(groups, bytes = groups_need, "a call begins");
         let (replies, queue) = mpsc::channel(QUEUE);
-        let args = ShardArgs { intake, groups, call, inbound, replies, deadline };
+        let args = ShardArgs { intake, groups, call: Arc::clone(&call), inbound, replies, deadline };
         let shard = Shard::spawn_link_with_mailbox(&self.supervisor, args, mailbox::bounded(MAILBOX)).await;
-        Ok(Replies::new(queue, shard, cancelled, in_flight))
+        Ok(Replies::new(queue, shard, call, in_flight))
     }
 }
 

@@ -7,7 +7,7 @@
 use std::panic::AssertUnwindSafe;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::task::{Context as TaskContext, Poll};
 use std::time::Instant;
 
@@ -114,7 +114,8 @@ impl Shard {
         Ok(())
     }
 
-    /// Ends the stream with an error: nothing more is computed, and the memory goes back before the peer knows.
+    /// Ends the stream with an error: nothing more is computed. The memory goes back as soon as the cells that run have
+    /// come to their next slice, which may be after the peer knows.
     async fn fail(&mut self, error: Error) {
         self.call.cancelled.store(true, Ordering::Relaxed);
         self.tasks.abort_all();
@@ -162,12 +163,13 @@ impl Message<Expired> for Shard {
     }
 }
 
-/// The reply stream of one call. Dropping it is how a peer cancels: the shard is killed and its memory returns.
+/// The reply stream of one call. Dropping it is how a peer cancels: the shard is killed, and its memory returns with
+/// the cells that run.
 #[derive(Debug)]
 pub(crate) struct Replies {
     queue: mpsc::Receiver<Result<proto::ComputeReply, Status>>,
     shard: ActorRef<Shard>,
-    cancelled: Arc<AtomicBool>,
+    call: Arc<Call>,
     answered: bool,
     _in_flight: InFlight,
 }
@@ -176,10 +178,10 @@ impl Replies {
     pub(crate) fn new(
         queue: mpsc::Receiver<Result<proto::ComputeReply, Status>>,
         shard: ActorRef<Shard>,
-        cancelled: Arc<AtomicBool>,
+        call: Arc<Call>,
         in_flight: InFlight,
     ) -> Self {
-        Self { queue, shard, cancelled, answered: false, _in_flight: in_flight }
+        Self { queue, shard, call, answered: false, _in_flight: in_flight }
     }
 }
 
@@ -195,7 +197,13 @@ impl Stream for Replies {
             Err(Error::new(Reason::Internal, "the shard of this call died").into())
         });
         self.answered = match &next {
-            Ok(reply) => matches!(reply.part, Some(compute_reply::Part::Finished(_))),
+            Ok(proto::ComputeReply { part: Some(compute_reply::Part::Finished(_)) }) => {
+                // Every cell was handed on, and the shard may live a little longer than the coordinator takes to send
+                // the next call, which counts on this memory.
+                self.call.memory.release();
+                true
+            }
+            Ok(_partial) => false,
             Err(_) => true,
         };
         Poll::Ready(Some(next))
@@ -204,7 +212,59 @@ impl Stream for Replies {
 
 impl Drop for Replies {
     fn drop(&mut self) {
-        self.cancelled.store(true, Ordering::Relaxed);
+        self.call.cancelled.store(true, Ordering::Relaxed);
         self.shard.kill();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicBool;
+
+    use attnd_kernel::{AttnShape, Causal, Dims, Dtype, Kernels};
+    use attnd_wire::ComputeBegin;
+    use futures::StreamExt;
+    use kameo::actor::Spawn;
+
+    use super::*;
+    use crate::compute_pool::{BusyClock, ComputePool};
+    use crate::shutdown::Calls;
+    use crate::worker::budget::Budget;
+
+    #[tokio::test]
+    async fn memory_is_free_before_the_peer_knows_that_all_is_done() {
+        let dims = Dims { batch: 1, heads: 1, kv_heads: 1, queries: 1, keys: 1, head_dim: 1, value_dim: 1 };
+        let begin = ComputeBegin {
+            call_id: 1,
+            shape: AttnShape::new(dims).unwrap(),
+            dtype: Dtype::F32,
+            scale: 1.0,
+            causal: Causal::None,
+            allow_non_finite: false,
+            pieces: Vec::new(),
+            tokens_per_cell: 1,
+        };
+        let budget = Budget::new(100);
+        // Held by the shard too, for as long as it lives.
+        let call = Arc::new(Call {
+            begin,
+            kernels: Kernels::from_env().unwrap(),
+            pool: ComputePool::new(1, 1).unwrap(),
+            cancelled: AtomicBool::new(false),
+            busy: BusyClock::default(),
+            memory: budget.reserve(100).unwrap(),
+        });
+        let (queue, replies) = mpsc::channel(2);
+        let shard = Shard::prepare();
+        let in_flight = Calls::new().enter().unwrap();
+        let mut replies = Replies::new(replies, shard.actor_ref().clone(), Arc::clone(&call), in_flight);
+        queue.send(Ok(proto::ComputeReply { part: None })).await.unwrap();
+        let finished = ComputeReply::Finished(Finished { compute_seconds: 0.0, partials: 1 });
+        queue.send(Ok(finished.into())).await.unwrap();
+        assert!(replies.next().await.unwrap().is_ok());
+        assert_eq!(budget.reserved(), 100, "a partial may wait to be sent");
+        assert!(replies.next().await.unwrap().is_ok());
+        assert_eq!(budget.reserved(), 0);
+        assert!(replies.next().await.is_none());
     }
 }

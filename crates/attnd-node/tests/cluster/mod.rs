@@ -164,6 +164,11 @@ impl Cluster {
         eventually("no new connections", || async { TcpStream::connect(address).await.is_err() }).await;
     }
 
+    /// How the coordinator ends, which must be soon.
+    pub(crate) async fn end_of_coordinator(&mut self) -> Result<(), NodeError> {
+        tokio::time::timeout(SOON, &mut self.coordinator.ended).await.unwrap().unwrap()
+    }
+
     /// Ends a worker like a power cut: all its tasks and sockets at once.
     pub(crate) fn kill_worker(&mut self, n: usize) {
         drop(self.workers[n].take());

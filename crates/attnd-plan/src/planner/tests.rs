@@ -1,9 +1,12 @@
 //! Properties of plans, over random calls and clusters.
 
+use std::collections::BTreeMap;
+
 use attnd_kernel::{Dims, KvHead};
 use proptest::prelude::*;
 
 use super::*;
+use crate::{Router, Tensor};
 
 /// Dimensions, and (gflops, fraction of the memory that is needed) of each worker.
 pub(crate) type AnyCall = (Dims, Vec<(f64, f64)>);
@@ -106,19 +109,41 @@ proptest! {
         rounds in 1u64..5,
         speeds in proptest::collection::vec(50.0f64..500.0, 1..12),
     ) {
-        // Whole rounds over the slots: all cells cost the same.
+        // Whole rounds over the slots: all places cost the same.
         let shape = shape(kv_heads, 1, rounds * 64 * 256);
         let workers = capacities(&speeds.iter().map(|speed| (*speed, 1.0)).collect::<Vec<_>>(), f64::INFINITY);
         let free = CostModel { link_bytes_per_second: 1e30, message_seconds: 0.0, ..CostModel::default() };
         let plan = super::plan(&request(shape, WorkerChoice::Exactly(workers.len())), &workers, &free).unwrap();
         let plan = plan.verify(&shape).unwrap();
         prop_assert_eq!(plan.shares.len(), workers.len());
-        let cells = (kv_heads * 64) as f64;
+        let places = (kv_heads * 64) as f64;
         let all: f64 = speeds.iter().sum();
         for (share, speed) in plan.shares.iter().zip(&speeds) {
             let got: usize = share.pieces.iter().map(|piece| piece.groups.len() * piece.slots.len()).sum();
-            let fair = cells * speed / all;
-            prop_assert!(got as f64 <= fair * 1.04 + 2.0, "{got} cells for {fair}: {}", share.worker);
+            let fair = places * speed / all;
+            prop_assert!(got as f64 <= fair * 1.04 + 2.0, "{got} places for {fair}: {}", share.worker);
+        }
+    }
+
+    #[test]
+    fn messages_of_cut_groups_are_counted_as_they_are_routed(call in any_call()) {
+        let Some((shape, plan)) = planned(&call, 1 << 18) else { return Ok(()) };
+        let line = Line::new(&shape, plan.tokens_per_cell);
+        let bytes = Tensor::K.bytes(&shape, 4);
+        let runs = Router::new(&plan, &shape, 4).route(Tensor::K, 0, bytes as usize);
+        let head_bytes = bytes as usize / shape.n_groups();
+        for (share, of_worker) in plan.shares.iter().enumerate() {
+            let place = |group: usize, slot: usize| group * N_SLOTS + slot;
+            let (first, last) = (&of_worker.pieces[0], &of_worker.pieces[of_worker.pieces.len() - 1]);
+            let whole = place(first.groups.start, first.slots.start)..place(last.groups.end - 1, last.slots.end);
+            let mut of_head = BTreeMap::<usize, (u64, usize)>::new();
+            for run in runs.iter().filter(|run| run.share == share) {
+                let (n, bytes) = of_head.entry(run.head).or_default();
+                (*n, *bytes) = (*n + 1, *bytes + run.bytes.len());
+            }
+            let cut = of_head.values().filter(|(_, bytes)| *bytes < head_bytes);
+            let routed: u64 = cut.map(|(n, _)| n).sum();
+            prop_assert_eq!(line.cut_runs(&whole), routed, "{}", of_worker.worker);
         }
     }
 
@@ -164,6 +189,18 @@ fn one_head_goes_to_as_many_workers_as_it_has_slots() {
         let plan = plan.verify(&shape).unwrap();
         assert_eq!(plan.shares.len(), used, "{keys} keys: {}", plan.reason);
     }
+}
+
+#[test]
+fn every_page_of_a_head_that_is_cut_is_two_messages_more() {
+    let seconds = |message_seconds, workers| {
+        let costs = CostModel { message_seconds, ..CostModel::default() };
+        let req = request(shape(1, 1, 100_000), WorkerChoice::Exactly(workers));
+        plan(&req, &equal_workers(2), &costs).unwrap().predicted_seconds
+    };
+    let messages = |workers| ((seconds(2e-3, workers) - seconds(1e-3, workers)) / 1e-3).round();
+    // 391 pages; the second worker also sends a partial.
+    assert_eq!(messages(2) - messages(1), 2.0 * 391.0 + 1.0);
 }
 
 #[test]

@@ -135,7 +135,7 @@ async fn there_is_an_end_to_joining() {
     }
     match cluster.ask(join_as("late", 1)).send().await {
         Err(SendError::HandlerError(error)) => {
-            assert_eq!(error.message(), "OVERLOADED: 1024 workers have joined");
+            assert_eq!(error.message(), "OVERLOADED: 500 workers have joined");
         }
         other => panic!("{other:?}"),
     }
