@@ -37,6 +37,8 @@ mod control {
     /// MXCSR: denormals-are-zero, rounding control, flush-to-zero. The exception masks and flags are left alone.
     pub(super) const MODES: u64 = 0x0040 | 0x6000 | 0x8000;
     pub(super) const STANDARD: u64 = 0x1f80;
+    #[cfg(test)]
+    pub(super) const FLUSHING: u64 = 0x8040;
 
     pub(super) fn read() -> u64 {
         let mut value = 0_u32;
@@ -60,6 +62,8 @@ mod control {
     /// FPCR: flush-to-zero of half and single precision, rounding mode, default NaN.
     pub(super) const MODES: u64 = (1 << 19) | (0b11 << 22) | (1 << 24) | (1 << 25);
     pub(super) const STANDARD: u64 = 0;
+    #[cfg(test)]
+    pub(super) const FLUSHING: u64 = 1 << 24;
 
     pub(super) fn read() -> u64 {
         let value: u64;
@@ -86,7 +90,7 @@ mod control {
     pub(super) fn write(_value: u64) {}
 }
 
-#[cfg(all(test, target_arch = "x86_64", not(miri)))]
+#[cfg(all(test, any(target_arch = "x86_64", target_arch = "aarch64"), not(miri)))]
 mod tests {
     use super::*;
     use crate::{Kernels, PartialRows};
@@ -98,7 +102,7 @@ mod tests {
         for kernels in Kernels::available() {
             let expected = partial.clone().finish(kernels);
             assert!(expected.context[0] > 0.0);
-            let flushing = control::STANDARD | 0x8040;
+            let flushing = control::STANDARD | control::FLUSHING;
             control::write(flushing);
             let got = partial.clone().finish(kernels);
             let after = control::read();

@@ -53,13 +53,7 @@ pub(crate) unsafe fn attend_rows<L: Lanes, S: Stored, const MR: usize, const NR:
     let (scores, partials) = scratch.split_at_mut(n_rows * PAGE_KEYS);
     let mut walk = Walk { n_rows, columns, partials, scores, overflow: None };
     // SAFETY: the ISA is enabled and the slices are long enough, as the caller vouches.
-    let result = unsafe {
-        if n_rows <= FEW_ROWS {
-            walk.by_address::<L, S, MR, NR>(block, &visible)
-        } else {
-            walk.by_slot::<L, S, MR, NR>(block, &visible)
-        }
-    };
+    let result = unsafe { walk.pages::<L, S, MR, NR>(block, &visible) };
     match result {
         Some(at) => {
             let (m, l, o) = walk.partial(at);
@@ -90,58 +84,48 @@ impl Walk<'_> {
         split_partial(&mut self.partials[at * self.n_rows * (self.columns + 2)..], self.n_rows, self.columns)
     }
 
-    /// Returns where the result lies, if any row sees a key.
+    /// Covers all pages; where the result lies, if any row sees a key. One loop for both orders, because each copy of it
+    /// has all the tiles in it.
     ///
     /// # Safety
     /// As [`attend_rows`].
     #[inline(always)]
-    unsafe fn by_slot<L: Lanes, S: Stored, const MR: usize, const NR: usize>(
-        &mut self,
-        block: &RowBlock<'_>,
-        visible: &Visible<'_>,
-    ) -> Option<usize> {
-        let mut stack = Stack::default();
-        let mut pages =
-            by_slot(block.pages).filter(|page| visible.of_page(*page) != Seen::Nothing).peekable();
-        while let Some(page) = pages.next() {
-            let place = stack.depth();
-            let next = pages.peek().map(|page| slot_of_page(*page));
-            // SAFETY: as the caller vouches.
-            unsafe {
-                self.page::<L, S, MR, NR>(block, visible, page, place);
-                for merged in 0..stack.push(slot_of_page(page), next) {
-                    self.merge::<L>(place - merged - 1, place - merged);
-                }
-            }
-        }
-        (stack.depth() == 1).then_some(0)
-    }
-
-    /// Returns where the result lies, if any row sees a key.
-    ///
-    /// # Safety
-    /// As [`attend_rows`].
-    #[inline(always)]
-    unsafe fn by_address<L: Lanes, S: Stored, const MR: usize, const NR: usize>(
+    unsafe fn pages<L: Lanes, S: Stored, const MR: usize, const NR: usize>(
         &mut self,
         block: &RowBlock<'_>,
         visible: &Visible<'_>,
     ) -> Option<usize> {
         const FRESH: usize = N_SLOTS;
+        let by_address = self.n_rows <= FEW_ROWS;
+        let mut order: Vec<usize> =
+            if by_address { block.pages.to_vec() } else { by_slot(block.pages).collect() };
+        order.retain(|page| visible.of_page(*page) != Seen::Nothing);
         let mut present = [false; N_SLOTS];
-        for &page in block.pages.iter().filter(|page| visible.of_page(**page) != Seen::Nothing) {
+        let mut stack = Stack::default();
+        for (i, page) in order.iter().copied().enumerate() {
             let slot = slot_of_page(page);
-            let into = if present[slot] { FRESH } else { slot };
+            let into = match (by_address, present[slot]) {
+                (true, false) => slot,
+                (true, true) => FRESH,
+                (false, _) => stack.depth(),
+            };
             // SAFETY: as the caller vouches.
-            unsafe {
-                self.page::<L, S, MR, NR>(block, visible, page, into);
-                if present[slot] {
-                    self.merge::<L>(slot, FRESH);
+            unsafe { self.page::<L, S, MR, NR>(block, visible, page, into) };
+            if !by_address {
+                let next = order.get(i + 1).map(|page| slot_of_page(*page));
+                for merged in 0..stack.push(slot, next) {
+                    // SAFETY: the ISA is enabled.
+                    unsafe { self.merge::<L>(into - merged - 1, into - merged) };
                 }
+            } else if into == FRESH {
+                // SAFETY: the ISA is enabled.
+                unsafe { self.merge::<L>(slot, FRESH) };
             }
             present[slot] = true;
         }
-        let mut stack = Stack::default();
+        if !by_address {
+            return (stack.depth() == 1).then_some(0);
+        }
         let mut places = [0; STACK];
         let mut slots = (0..N_SLOTS).filter(|slot| present[*slot]).peekable();
         while let Some(slot) = slots.next() {
@@ -191,34 +175,36 @@ impl Walk<'_> {
                 }
             }
             let (p, v, o) = (s.cast_const(), v.as_ptr(), o.as_mut_ptr());
-            if whole {
-                tile::context::<L, S, MR, NR>(p, n_rows, v, 0..PAGE_KEYS, columns, o, Start::Zero);
-                return;
-            }
-            let mut row = 0;
-            while row < n_rows {
-                let rows = MR.min(n_rows - row);
+            // Tile by tile: what a row sees before its neighbours do, what all of them see, what it sees after them.
+            // A whole page is one piece. One call for all pieces, because each copy of it has all the tiles in it.
+            let tile_rows = if whole { n_rows } else { MR };
+            for row in (0..n_rows).step_by(tile_rows) {
+                let rows = tile_rows.min(n_rows - row);
                 let Span { shared, .. } = Span::of((row..row + rows).map(seen));
-                let p = p.add(row * PAGE_KEYS);
-                let o = o.add(row * columns);
-                for r in 0..rows {
-                    let keys = seen(row + r);
-                    let alone = if shared.is_empty() { keys } else { keys.start..shared.start };
-                    let (p, o) = (p.add(r * PAGE_KEYS), o.add(r * columns));
-                    tile::context::<L, S, 1, NR>(p, 1, v, alone, columns, o, Start::Zero);
-                }
-                if !shared.is_empty() {
-                    let end = shared.end;
-                    tile::context::<L, S, MR, NR>(p, rows, v, shared, columns, o, Start::Output);
-                    for r in 0..rows {
-                        let alone = end..seen(row + r).end;
-                        let (p, o) = (p.add(r * PAGE_KEYS), o.add(r * columns));
-                        if !alone.is_empty() {
-                            tile::context::<L, S, 1, NR>(p, 1, v, alone, columns, o, Start::Output);
+                for piece in 0..=2 * rows {
+                    let (first, rows, keys, start) = match piece {
+                        _ if piece == rows => (row, rows, shared.clone(), Start::Output),
+                        _ if piece < rows => {
+                            let keys = seen(row + piece);
+                            let end = if shared.is_empty() { keys.end } else { shared.start };
+                            (row + piece, 1, keys.start..end, Start::Zero)
                         }
+                        _ => {
+                            let keys = seen(row + piece - rows - 1);
+                            let first = if shared.is_empty() { keys.end } else { shared.end };
+                            (row + piece - rows - 1, 1, first..keys.end, Start::Output)
+                        }
+                    };
+                    let (keys, start) = match (whole, piece == rows) {
+                        (true, true) => (0..PAGE_KEYS, Start::Zero),
+                        (true, false) => continue,
+                        (false, _) => (keys, start),
+                    };
+                    if start == Start::Zero || !keys.is_empty() {
+                        let (p, o) = (p.add(first * PAGE_KEYS), o.add(first * columns));
+                        tile::context::<L, S, MR, NR>(p, rows, v, keys, columns, o, start);
                     }
                 }
-                row += rows;
             }
         }
     }

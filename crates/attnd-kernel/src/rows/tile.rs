@@ -10,16 +10,17 @@ use crate::product::{Operand, reduce};
 use crate::slot::PAGE_KEYS;
 use crate::storage::Stored;
 
-/// Calls `$f::<L, S, rows, $nr>($args)` for a run-time row count of 1 to 6.
+/// Calls `$f::<L, S, rows, $nr>($args)` for a run-time row count of 1 to `$mr`, which is at most 6. Constant conditions
+/// keep the tiles that an ISA doesn't have from being compiled.
 macro_rules! with_rows {
-    ($rows:expr, $f:ident::<$l:ty, $s:ty, _, $nr:tt>($($arg:expr),*)) => {
+    ($rows:expr, $mr:ident, $f:ident::<$l:ty, $s:ty, _, $nr:tt>($($arg:expr),*)) => {
         match $rows {
-            1 => $f::<$l, $s, 1, $nr>($($arg),*),
-            2 => $f::<$l, $s, 2, $nr>($($arg),*),
-            3 => $f::<$l, $s, 3, $nr>($($arg),*),
-            4 => $f::<$l, $s, 4, $nr>($($arg),*),
-            5 => $f::<$l, $s, 5, $nr>($($arg),*),
-            _ => $f::<$l, $s, 6, $nr>($($arg),*),
+            6 => if const { $mr >= 6 } { $f::<$l, $s, 6, $nr>($($arg),*) },
+            5 => if const { $mr >= 5 } { $f::<$l, $s, 5, $nr>($($arg),*) },
+            4 => if const { $mr >= 4 } { $f::<$l, $s, 4, $nr>($($arg),*) },
+            3 => if const { $mr >= 3 } { $f::<$l, $s, 3, $nr>($($arg),*) },
+            2 => if const { $mr >= 2 } { $f::<$l, $s, 2, $nr>($($arg),*) },
+            _ => $f::<$l, $s, 1, $nr>($($arg),*),
         }
     };
 }
@@ -63,7 +64,7 @@ pub(super) unsafe fn scores<L: Lanes, S: Stored, const MR: usize, const NR: usiz
                     let q = q.add(row * d);
                     let k = k.add(panel * PANEL_KEYS * d.div_ceil(S::PER_WORD) + key);
                     let s = s.add(row * PAGE_KEYS + panel * PANEL_KEYS + key);
-                    with_rows!(rows, score_tile::<L, S, _, NR>(q, d, k, s));
+                    with_rows!(rows, MR, score_tile::<L, S, _, NR>(q, d, k, s));
                 }
                 key += 16 * NR;
             }
@@ -141,10 +142,22 @@ pub(super) unsafe fn context<L: Lanes, S: Stored, const MR: usize, const NR: usi
                         start,
                     };
                     match lanes {
-                        1 => with_rows!(rows, context_tile::<L, S, _, 1>(tile)),
-                        2 => with_rows!(rows, context_tile::<L, S, _, 2>(tile)),
-                        3 => with_rows!(rows, context_tile::<L, S, _, 3>(tile)),
-                        _ => with_rows!(rows, context_tile::<L, S, _, 4>(tile)),
+                        4 => {
+                            if const { NR >= 4 } {
+                                with_rows!(rows, MR, context_tile::<L, S, _, 4>(tile));
+                            }
+                        }
+                        3 => {
+                            if const { NR >= 3 } {
+                                with_rows!(rows, MR, context_tile::<L, S, _, 3>(tile));
+                            }
+                        }
+                        2 => {
+                            if const { NR >= 2 } {
+                                with_rows!(rows, MR, context_tile::<L, S, _, 2>(tile));
+                            }
+                        }
+                        _ => with_rows!(rows, MR, context_tile::<L, S, _, 1>(tile)),
                     }
                 }
                 strip += 16 * lanes;
