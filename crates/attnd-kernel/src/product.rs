@@ -98,7 +98,11 @@ unsafe fn step<L: Lanes, S: Stored, const MR: usize, const NR: usize, const A_RO
         }
         for at in 0..S::PER_WORD {
             let a = a.at.add((word * S::PER_WORD + at) * a.step);
-            let lanes = words.map(|words| S::element::<L>(words, at));
+            // No closure: what isn't inlined into the entry loses its CPU features.
+            let mut lanes = [L::zero(); NR];
+            for n in 0..NR {
+                lanes[n] = S::element::<L>(words[n], at);
+            }
             add::<L, MR, NR, A_ROW>(a, &lanes, acc);
         }
     }
