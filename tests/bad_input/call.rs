@@ -172,7 +172,7 @@ pub(crate) fn begin(begin: proto::AttendBegin) -> Frame {
 
 pub(crate) fn chunk(index: u32, tensor: proto::Tensor, data: &[u8]) -> Frame {
     let data = Bytes::copy_from_slice(data);
-    let chunk = proto::TensorChunk { index, tensor: tensor.into(), crc32c: None, data };
+    let chunk = proto::TensorChunk { index, tensor: tensor.into(), crc32c: None, offset: None, data };
     Frame { part: Some(attend_request::Part::Chunk(chunk)) }
 }
 

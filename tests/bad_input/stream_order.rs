@@ -60,6 +60,22 @@ async fn frames_out_of_order() {
         ),
         ("chunk 3 comes twice", again(5, 4), "CHUNK_ORDER: expected 4, got 3"),
         (
+            "chunk 2 leaves a gap",
+            edited(3, |chunk| chunk.offset = Some(516)),
+            "CHUNK_ORDER: chunk 2 begins at byte 516 of k, which is neither the first of a head (1280 bytes each) nor \
+             the next of one that has begun",
+        ),
+        (
+            "chunk 2 brings bytes again",
+            edited(3, |chunk| chunk.offset = Some(508)),
+            "CHUNK_ORDER: chunk 2 has byte 508 of k, which came before",
+        ),
+        (
+            "chunk 2 ends behind the tensor",
+            edited(3, |chunk| chunk.offset = Some(2560)),
+            "PAYLOAD_LENGTH: shape needs 2560, payload 3072 (k)",
+        ),
+        (
             "chunk 2 has no bytes",
             edited(3, |chunk| chunk.data.clear()),
             "PAYLOAD_LENGTH: chunk 2 has 0 bytes",

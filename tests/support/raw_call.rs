@@ -5,8 +5,10 @@ use std::time::Duration;
 use attnd_client::WorkerChoice;
 use attnd_plan::Tensor;
 use attnd_wire::{AttendReply, AttendRequest, Begin, Commit, Error, Link, TensorChunk, limits, proto};
+use bytes::Bytes;
 use rand::RngExt;
 use rand::rngs::SmallRng;
+use rand::seq::SliceRandom;
 use tonic::Request;
 use tonic::transport::Channel;
 
@@ -32,7 +34,7 @@ pub(crate) fn begin(case: &Case, workers: WorkerChoice) -> Begin {
 }
 
 /// The frames of a call: chunks of random sizes, from one element to `largest` elements, the three tensors interleaved
-/// at random.
+/// at random. In every second call the heads of each tensor come in random order, and a chunk ends with its head.
 pub(crate) fn interleaved(
     case: &Case,
     workers: WorkerChoice,
@@ -41,26 +43,39 @@ pub(crate) fn interleaved(
 ) -> Vec<AttendRequest> {
     let size = case.operands.dtype.size();
     let operands = &case.operands;
-    let mut left = vec![
-        (Tensor::Q, operands.q.clone()),
-        (Tensor::K, operands.k.clone()),
-        (Tensor::V, operands.v.clone()),
-    ];
+    let shuffled = rng.random();
+    let mut left = Vec::new();
+    for (tensor, bytes) in [(Tensor::Q, &operands.q), (Tensor::K, &operands.k), (Tensor::V, &operands.v)] {
+        let heads = if shuffled { tensor.layout(case.shape()).0 } else { 1 };
+        let run = bytes.len() / heads;
+        let mut runs: Vec<(usize, Bytes)> =
+            (0..heads).map(|head| (head * run, bytes.slice(head * run..(head + 1) * run))).collect();
+        runs.shuffle(rng);
+        left.push((tensor, runs));
+    }
     let mut frames = vec![AttendRequest::Begin(begin(case, workers))];
     let mut commit = Commit { chunks: 0, bytes: 0 };
     while !left.is_empty() {
         let which = rng.random_range(0..left.len());
-        let (tensor, bytes) = &mut left[which];
+        let (tensor, runs) = &mut left[which];
+        let Some((offset, bytes)) = runs.last_mut() else {
+            unreachable!("a tensor without a run is not left")
+        };
         // Mostly large chunks and a few very small ones: sizes are even over their logarithm.
         let elements =
             f64::from(rng.random_range(0.0..1.0_f32)).mul_add((largest as f64).ln(), 0.0).exp() as usize;
         let data = bytes.split_to((elements.max(1) * size).min(bytes.len()));
-        let tensor = *tensor;
+        let (tensor, start) = (*tensor, *offset);
+        *offset += data.len();
         if bytes.is_empty() {
+            runs.pop();
+        }
+        if runs.is_empty() {
             left.remove(which);
         }
+        let offset = shuffled.then_some(start as u64);
         commit.bytes += data.len() as u64;
-        frames.push(AttendRequest::Chunk(TensorChunk { index: commit.chunks, tensor, data }));
+        frames.push(AttendRequest::Chunk(TensorChunk { index: commit.chunks, tensor, offset, data }));
         commit.chunks += 1;
     }
     frames.push(AttendRequest::Commit(commit));

@@ -1,8 +1,10 @@
 //! The request stream of a call: Begin, the chunks, Commit.
 //!
 //! Chunks come kv group by kv group (Q of the group's heads, its keys, its values), so that a worker can start with
-//! its first group while the others are still under way. Where groups are small, several share a chunk. Chunks are
-//! slices of the caller's bytes; their checksums are computed when the connection asks for them.
+//! its first group while the others are still under way. Where groups are small, several share a chunk. A worker owns
+//! a range of groups that this side doesn't know yet; so the groups come in bit-reversed order (of 8: 0, 4, 2, 6, 1,
+//! 5, 3, 7), in which each range, however the groups are cut, gets its fair part of every stretch of the stream. Chunks
+//! are slices of the caller's bytes; their checksums are computed when the connection asks for them.
 
 use std::ops::Range;
 
@@ -21,8 +23,8 @@ pub(crate) struct Upload {
     begin: Option<Begin>,
     /// Kv groups that a round of Q, K and V covers.
     groups_per_round: usize,
-    /// First group of the current round.
-    group: usize,
+    /// Rounds begun, those included that the bit reversal skips.
+    round: usize,
     /// Place in [`Tensor::ALL`] of the current round.
     tensor: usize,
     /// Bytes of the current tensor and round that are sent.
@@ -40,7 +42,7 @@ impl Upload {
             operands,
             begin: Some(begin),
             groups_per_round,
-            group: 0,
+            round: 0,
             tensor: 0,
             sent_of_part: 0,
             commit: Commit { chunks: 0, bytes: 0 },
@@ -56,26 +58,35 @@ impl Upload {
     /// The next tensor and range of its bytes.
     fn next_slice(&mut self) -> Option<(Tensor, Range<usize>)> {
         let n_groups = self.operands.shape.n_groups();
-        loop {
-            if self.group >= n_groups {
-                return None;
-            }
-            let Some(tensor) = Tensor::ALL.get(self.tensor).copied() else {
-                (self.group, self.tensor) = (self.group + self.groups_per_round, 0);
+        let places = n_groups.div_ceil(self.groups_per_round).next_power_of_two();
+        while self.round < places {
+            let group = reversed(self.round, places) * self.groups_per_round;
+            let tensor = Tensor::ALL.get(self.tensor).copied();
+            let (Some(tensor), true) = (tensor, group < n_groups) else {
+                (self.round, self.tensor) = (self.round + 1, 0);
                 continue;
             };
             let per_group = self.operands.tensor(tensor).len() / n_groups;
-            let groups = self.groups_per_round.min(n_groups - self.group);
+            let groups = self.groups_per_round.min(n_groups - group);
             let left = groups * per_group - self.sent_of_part;
             if left == 0 {
                 (self.tensor, self.sent_of_part) = (self.tensor + 1, 0);
                 continue;
             }
-            let start = self.group * per_group + self.sent_of_part;
+            let start = group * per_group + self.sent_of_part;
             let len = left.min(CHUNK_BYTES);
             self.sent_of_part += len;
             return Some((tensor, start..start + len));
         }
+        None
+    }
+}
+
+/// `place` with its bits reversed, as one of `places`, which is a power of two.
+fn reversed(place: usize, places: usize) -> usize {
+    match places.trailing_zeros() {
+        0 => place,
+        bits => place.reverse_bits() >> (usize::BITS - bits),
     }
 }
 
@@ -90,8 +101,9 @@ impl Iterator for Upload {
             let index = self.commit.chunks;
             self.commit.chunks += 1;
             self.commit.bytes += bytes.len() as u64;
+            let offset = Some(bytes.start as u64);
             let data = self.operands.tensor(tensor).slice(bytes);
-            return Some(AttendRequest::Chunk(TensorChunk { index, tensor, data }));
+            return Some(AttendRequest::Chunk(TensorChunk { index, tensor, offset, data }));
         }
         let first = !std::mem::replace(&mut self.committed, true);
         first.then_some(AttendRequest::Commit(self.commit))
@@ -118,7 +130,7 @@ mod tests {
         let [AttendRequest::Begin(_), chunks @ .., AttendRequest::Commit(commit)] = frames else {
             panic!("{} frames", frames.len());
         };
-        let mut sent = [Tensor::Q, Tensor::K, Tensor::V].map(|tensor| (tensor, Vec::new()));
+        let mut sent = Tensor::ALL.map(|tensor| (tensor, Vec::new()));
         let mut lengths = Vec::new();
         for (at, chunk) in chunks.iter().enumerate() {
             let AttendRequest::Chunk(chunk) = chunk else { panic!("{chunk:?}") };
@@ -126,11 +138,18 @@ mod tests {
             assert!(!chunk.data.is_empty() && chunk.data.len() <= CHUNK_BYTES);
             assert_eq!(chunk.data.len() % operands.dtype.size(), 0);
             lengths.push((chunk.tensor, chunk.data.len()));
-            let (_, bytes) = sent.iter_mut().find(|(tensor, _)| *tensor == chunk.tensor).unwrap();
-            bytes.extend_from_slice(&chunk.data);
+            let (_, runs) = sent.iter_mut().find(|(tensor, _)| *tensor == chunk.tensor).unwrap();
+            runs.push((chunk.offset.unwrap(), &chunk.data[..]));
         }
-        for (tensor, bytes) in &sent {
-            assert!(operands.tensor(*tensor) == bytes, "{tensor} front to back");
+        for (tensor, mut runs) in sent {
+            let head_bytes = operands.tensor(tensor).len() / tensor.layout(&operands.shape).0;
+            let in_order = |pair: &[(u64, &[u8])]| {
+                pair[1].0.is_multiple_of(head_bytes as u64) || pair[1].0 == pair[0].0 + pair[0].1.len() as u64
+            };
+            assert!(runs.windows(2).all(in_order), "{tensor}: a head comes front to back");
+            runs.sort_unstable();
+            let bytes: Vec<u8> = runs.into_iter().flat_map(|(_, data)| data.iter().copied()).collect();
+            assert!(operands.tensor(tensor)[..] == bytes, "{tensor}: each byte once");
         }
         assert_eq!(*commit, Commit { chunks: chunks.len() as u32, bytes: operands.total_bytes() });
         lengths
@@ -155,6 +174,22 @@ mod tests {
         let dims = Dims { keys: 1000, ..dims };
         let (operands, frames) = upload(dims, Dtype::Bf16);
         assert_eq!(check(&operands, &frames).len(), 3 * 4, "16 groups of 32,000 bytes fit into a chunk");
+    }
+
+    #[test]
+    fn every_range_of_groups_gets_its_part_of_every_stretch_of_the_stream() {
+        let dims =
+            Dims { batch: 1, heads: 11, kv_heads: 11, queries: 1, keys: 2100, head_dim: 64, value_dim: 1 };
+        let (operands, frames) = upload(dims, Dtype::F32);
+        check(&operands, &frames);
+        let group_bytes = 2100 * 64 * 4;
+        let of_k = frames.iter().filter_map(|frame| match frame {
+            AttendRequest::Chunk(TensorChunk { tensor: Tensor::K, offset, .. }) => *offset,
+            _ => None,
+        });
+        let mut groups: Vec<u64> = of_k.map(|offset| offset / group_bytes).collect();
+        groups.dedup();
+        assert_eq!(groups, [0, 8, 4, 2, 10, 6, 1, 9, 5, 3, 7]);
     }
 
     #[test]

@@ -302,8 +302,12 @@ async fn a_worker_that_reads_nothing_holds_the_client_back() {
     let data = bytes::Bytes::from(vec![0; 1 << 20]);
     let mut sent = 0;
     loop {
-        let chunk =
-            attnd_wire::TensorChunk { index: sent, tensor: attnd_plan::Tensor::K, data: data.clone() };
+        let chunk = attnd_wire::TensorChunk {
+            index: sent,
+            tensor: attnd_plan::Tensor::K,
+            offset: None,
+            data: data.clone(),
+        };
         let sending = requests.send(AttendRequest::Chunk(chunk).into());
         match tokio::time::timeout(Duration::from_millis(300), sending).await {
             Ok(sent) => sent.unwrap(),

@@ -15,6 +15,7 @@
 use std::time::Duration;
 
 use crate::Tensor;
+use crate::arrival::{Arrival, Misplaced};
 use crate::cover::VerifiedPlan;
 use crate::gather::{CellId, Gather, GatherError, Ready};
 use crate::route::{Router, Run};
@@ -34,6 +35,8 @@ pub enum CallEvent<P, E = String> {
         index: u32,
         /// Which tensor.
         tensor: Tensor,
+        /// Where they begin in it; `None` where its last chunk ended.
+        offset: Option<u64>,
         /// Bytes.
         len: usize,
     },
@@ -136,6 +139,31 @@ pub enum CallError<E = String> {
         /// Which chunk.
         index: u64,
     },
+    /// A chunk leaves a gap: a head comes front to back.
+    #[error(
+        "chunk {index} begins at byte {offset} of {tensor}, which is neither the first of a head ({head_bytes} bytes each) \
+         nor the next of one that has begun"
+    )]
+    ChunkGap {
+        /// Which chunk.
+        index: u64,
+        /// Which tensor.
+        tensor: Tensor,
+        /// Where the chunk begins.
+        offset: u64,
+        /// Bytes of a head.
+        head_bytes: u64,
+    },
+    /// A chunk has bytes that came before.
+    #[error("chunk {index} has byte {at} of {tensor}, which came before")]
+    ChunkAgain {
+        /// Which chunk.
+        index: u64,
+        /// Which tensor.
+        tensor: Tensor,
+        /// The first such byte.
+        at: u64,
+    },
     /// A tensor is shorter or longer than its shape.
     #[error("shape needs {need} bytes of {tensor}, payload {got}")]
     PayloadLength {
@@ -220,6 +248,8 @@ impl<E> CallError<E> {
             | Self::StreamTruncated { .. }
             | Self::ChunkOrder { .. }
             | Self::EmptyChunk { .. }
+            | Self::ChunkGap { .. }
+            | Self::ChunkAgain { .. }
             | Self::PayloadLength { .. }
             | Self::CommitLength { .. }
             | Self::CommitChunks { .. }
@@ -233,14 +263,6 @@ enum Phase {
     Receiving,
     Computing,
     Ended,
-}
-
-/// One tensor as it arrives, front to back.
-#[derive(Clone, Copy, Debug)]
-struct Arrival {
-    tensor: Tensor,
-    need: u64,
-    got: u64,
 }
 
 /// The state machine of one call.
@@ -264,11 +286,7 @@ impl<P> Call<P> {
             phase: Phase::Receiving,
             router: Router::new(plan, shape, dtype_bytes),
             gather: Gather::new(plan),
-            arrivals: Tensor::ALL.map(|tensor| Arrival {
-                tensor,
-                need: tensor.bytes(shape, dtype_bytes),
-                got: 0,
-            }),
+            arrivals: Tensor::ALL.map(|tensor| Arrival::new(tensor, shape, dtype_bytes)),
             chunks: 0,
             last_frame: now,
             shares: plan.shares.iter().map(|share| (share.worker.clone(), false)).collect(),
@@ -308,9 +326,9 @@ impl<P> Call<P> {
                 Err(CallError::FrameAfterCommit)
             }
             CallEvent::Begin => Err(CallError::DuplicateBegin),
-            CallEvent::ChunkIn { index, tensor, len } => {
+            CallEvent::ChunkIn { index, tensor, offset, len } => {
                 self.last_frame = now;
-                let offset = self.take_chunk(index, tensor, len)?;
+                let offset = self.take_chunk(index, tensor, offset, len)?;
                 Ok(vec![CallAction::Forward { tensor, runs: self.router.route(tensor, offset, len) }])
             }
             CallEvent::Commit { chunks, bytes } => {
@@ -349,7 +367,13 @@ impl<P> Call<P> {
     }
 
     /// Counts a chunk in; returns where it begins in its tensor.
-    fn take_chunk<E>(&mut self, index: u32, tensor: Tensor, len: usize) -> Result<u64, CallError<E>> {
+    fn take_chunk<E>(
+        &mut self,
+        index: u32,
+        tensor: Tensor,
+        offset: Option<u64>,
+        len: usize,
+    ) -> Result<u64, CallError<E>> {
         let index = u64::from(index);
         if index != self.chunks {
             return Err(CallError::ChunkOrder { expected: self.chunks, got: index });
@@ -363,14 +387,16 @@ impl<P> Call<P> {
             Tensor::K => k,
             Tensor::V => v,
         };
-        let offset = arrival.got;
-        let got = offset.saturating_add(len as u64);
-        if got > arrival.need {
-            return Err(CallError::PayloadLength { tensor, need: arrival.need, got });
-        }
-        arrival.got = got;
+        let need = arrival.need;
+        let start = arrival.take(offset, len as u64).map_err(|misplaced| match misplaced {
+            Misplaced::PastTheEnd { end } => CallError::PayloadLength { tensor, need, got: end },
+            Misplaced::Gap { start, head_bytes } => {
+                CallError::ChunkGap { index, tensor, offset: start, head_bytes }
+            }
+            Misplaced::Again { at } => CallError::ChunkAgain { index, tensor, at },
+        })?;
         self.chunks += 1;
-        Ok(offset)
+        Ok(start)
     }
 
     fn check_commit<E>(&self, chunks: u32, bytes: u64) -> Result<(), CallError<E>> {
@@ -381,7 +407,7 @@ impl<P> Call<P> {
             return Err(CallError::CommitLength { declared: bytes, got: self.received() });
         }
         match self.arrivals.iter().find(|arrival| arrival.got != arrival.need) {
-            Some(Arrival { tensor, need, got }) => {
+            Some(Arrival { tensor, need, got, .. }) => {
                 Err(CallError::PayloadLength { tensor: *tensor, need: *need, got: *got })
             }
             None => Ok(()),

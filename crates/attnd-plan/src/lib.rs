@@ -10,6 +10,7 @@
 //! * [`Call`] is one one-shot call from its first chunk to its last partial.
 //! * [`Membership`] is the set of workers: who is alive, suspect, draining, quarantined or dead.
 
+mod arrival;
 pub mod call;
 pub mod cost;
 pub mod cover;

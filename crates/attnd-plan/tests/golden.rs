@@ -296,7 +296,7 @@ impl World {
     fn chunk(&mut self, index: u32, tensor: Tensor, len: usize) -> Vec<String> {
         *self.sent.entry(tensor).or_default() += len as u64;
         self.chunks += 1;
-        self.event(CallEvent::ChunkIn { index, tensor, len })
+        self.event(CallEvent::ChunkIn { index, tensor, offset: None, len })
     }
 
     fn share(&self, name: &str) -> Option<usize> {

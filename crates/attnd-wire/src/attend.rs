@@ -42,13 +42,16 @@ pub struct Begin {
     pub workers: WorkerChoice,
 }
 
-/// The next bytes of one operand.
+/// Bytes of one operand.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorChunk {
     /// Place in the stream, from 0. Whether it is the next one is for the call's state machine to say.
     pub index: u32,
     /// Which operand.
     pub tensor: Tensor,
+    /// Where they begin in the operand, in bytes; `None` where its last chunk ended. Whether they may begin there is for
+    /// the call's state machine to say.
+    pub offset: Option<u64>,
     /// Whole elements, at least one; the checksum was right.
     pub data: Bytes,
 }
@@ -223,7 +226,7 @@ impl TensorChunk {
     pub fn decode(message: proto::TensorChunk, dtype: Dtype) -> Result<Self, Error> {
         let tensor = convert::tensor(message.tensor)?;
         convert::chunk_data(message.index, &message.data, message.crc32c, dtype)?;
-        Ok(Self { index: message.index, tensor, data: message.data })
+        Ok(Self { index: message.index, tensor, offset: message.offset, data: message.data })
     }
 }
 
@@ -234,6 +237,7 @@ impl From<TensorChunk> for proto::TensorChunk {
             tensor: proto::Tensor::from(chunk.tensor).into(),
             crc32c: Some(checksum(&[&chunk.data])),
             data: chunk.data,
+            offset: chunk.offset,
         }
     }
 }

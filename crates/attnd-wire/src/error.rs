@@ -105,7 +105,7 @@ reasons! {
     StreamOrder "STREAM_ORDER" InvalidArgument "A frame where another one belongs.";
     StreamTruncated "STREAM_TRUNCATED" Aborted "The stream ended before Commit.";
     StreamIdle "STREAM_IDLE" DeadlineExceeded "The peer sent nothing, or took nothing, for too long.";
-    ChunkOrder "CHUNK_ORDER" InvalidArgument "A chunk is missing or repeated.";
+    ChunkOrder "CHUNK_ORDER" InvalidArgument "A chunk is missing, repeated or out of place.";
     PayloadLength "PAYLOAD_LENGTH" InvalidArgument "The bytes don't fit the declared shape.";
     Checksum "CHECKSUM" Aborted "The bytes don't have the declared checksum.";
     // What one call says.

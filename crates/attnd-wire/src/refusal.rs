@@ -178,7 +178,10 @@ impl From<CallError<Error>> for Error {
             CallError::ExpectedBegin | CallError::DuplicateBegin | CallError::FrameAfterCommit => {
                 Reason::StreamOrder
             }
-            CallError::ChunkOrder { .. } | CallError::CommitChunks { .. } => Reason::ChunkOrder,
+            CallError::ChunkOrder { .. }
+            | CallError::ChunkGap { .. }
+            | CallError::ChunkAgain { .. }
+            | CallError::CommitChunks { .. } => Reason::ChunkOrder,
             CallError::EmptyChunk { .. } | CallError::CommitLength { .. } => Reason::PayloadLength,
             CallError::StreamIdle { .. } => Reason::StreamIdle,
             CallError::StreamTruncated { chunks, bytes, need } => {
@@ -374,6 +377,17 @@ mod tests {
                 CallError::ChunkOrder { expected: 4, got: 6 },
                 Code::InvalidArgument,
                 "CHUNK_ORDER: expected 4, got 6",
+            ),
+            (
+                CallError::ChunkGap { index: 3, tensor: Tensor::K, offset: 4100, head_bytes: 4096 },
+                Code::InvalidArgument,
+                "CHUNK_ORDER: chunk 3 begins at byte 4100 of k, which is neither the first of a head (4096 bytes each) \
+                 nor the next of one that has begun",
+            ),
+            (
+                CallError::ChunkAgain { index: 3, tensor: Tensor::V, at: 8192 },
+                Code::InvalidArgument,
+                "CHUNK_ORDER: chunk 3 has byte 8192 of v, which came before",
             ),
             (
                 CallError::EmptyChunk { index: 5 },

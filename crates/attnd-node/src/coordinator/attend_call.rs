@@ -25,7 +25,7 @@ use attnd_wire::limits::STALL;
 use attnd_wire::proto;
 use attnd_wire::{
     AttendReply, AttendRequest, Begin, Commit, ComputeReply, ComputeRequest, Deadline, Done, Error, Partial,
-    PlanSummary, Reason, SliceChunk, Status, Timings, limits, refusal,
+    PlanSummary, Reason, SliceChunk, Status, TensorChunk, Timings, limits, refusal,
 };
 use bytes::Bytes;
 use futures::future::BoxFuture;
@@ -256,8 +256,8 @@ impl<'a> Flow<'a> {
             AttendRequest::Begin(_) => self.event(CallEvent::Begin, &Bytes::new()),
             AttendRequest::Chunk(chunk) => {
                 self.clock.chunk_arrived();
-                let (index, tensor, len) = (chunk.index, chunk.tensor, chunk.data.len());
-                self.event(CallEvent::ChunkIn { index, tensor, len }, &chunk.data)
+                let TensorChunk { index, tensor, offset, data } = chunk;
+                self.event(CallEvent::ChunkIn { index, tensor, offset, len: data.len() }, &data)
             }
             AttendRequest::Commit(Commit { chunks, bytes }) => {
                 self.event(CallEvent::Commit { chunks, bytes }, &Bytes::new())

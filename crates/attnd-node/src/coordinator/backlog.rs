@@ -2,9 +2,10 @@
 //!
 //! A row of cells can merge when every share has sent its part. Where one share is slower than the others, theirs pile
 //! up, without an end if all were read. So with more than [`BUDGET`] held, only those shares are read that owe a part
-//! of the first row that isn't whole. There is always one, while anything waits, and what it sends brings that row
-//! closer to its end: nobody waits for ever. All shares send their rows in the same order, so the budget is exceeded
-//! by a few cells at most.
+//! of the oldest row that isn't whole. There is always one, while anything waits, and what it sends brings that row
+//! closer to its end: nobody waits for ever. All shares send their rows in the same order, that in which the client
+//! sent the groups, so the oldest row is the one that the slowest share is at, and the budget is exceeded by a few
+//! cells at most.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -24,11 +25,14 @@ pub(crate) struct Backlog {
     /// Of each share: some groups, and its cells in each row of them.
     asked: Vec<Vec<(Range<usize>, usize)>>,
     rows: BTreeMap<RowKey, Row>,
+    begun: u64,
     held: usize,
 }
 
 #[derive(Debug)]
 struct Row {
+    /// The first row of a call has 1, the next one 2.
+    age: u64,
     bytes: usize,
     /// Shares that owe cells of it, and how many.
     owed: Vec<(usize, usize)>,
@@ -40,18 +44,19 @@ impl Backlog {
             let cells = |slots: &Range<usize>| filled_nodes(slots.clone(), shape.n_keys()).len();
             share.pieces.iter().map(|piece| (piece.groups.clone(), cells(&piece.slots))).collect()
         });
-        Self { asked: asked.collect(), rows: BTreeMap::new(), held: 0 }
+        Self { asked: asked.collect(), rows: BTreeMap::new(), begun: 0, held: 0 }
     }
 
     /// Counts a partial in that the gather took from `share`.
     pub(crate) fn took(&mut self, share: usize, key: RowKey, bytes: usize) {
-        let asked = &self.asked;
+        let (asked, begun) = (&self.asked, &mut self.begun);
         let row = self.rows.entry(key).or_insert_with(|| {
             let of_share = |pieces: &Vec<(Range<usize>, usize)>| -> usize {
                 pieces.iter().filter(|(groups, _)| groups.contains(&key.0)).map(|(_, cells)| cells).sum()
             };
             let owed = asked.iter().map(of_share).enumerate().filter(|(_, cells)| *cells > 0);
-            Row { bytes: 0, owed: owed.collect() }
+            *begun += 1;
+            Row { age: *begun, bytes: 0, owed: owed.collect() }
         });
         row.bytes += bytes;
         self.held += bytes;
@@ -68,9 +73,9 @@ impl Backlog {
 
     /// The shares that alone may be read now; `None` if all may.
     pub(crate) fn wanted(&self) -> Option<Vec<usize>> {
-        let first = || self.rows.values().find(|row| !row.owed.is_empty());
+        let oldest = || self.rows.values().filter(|row| !row.owed.is_empty()).min_by_key(|row| row.age);
         (self.held > BUDGET)
-            .then(|| first().map_or(Vec::new(), |row| row.owed.iter().map(|(share, _)| *share).collect()))
+            .then(|| oldest().map_or(Vec::new(), |row| row.owed.iter().map(|(share, _)| *share).collect()))
     }
 }
 

@@ -360,7 +360,12 @@ impl Operands {
         while rest.iter().any(|(_, data)| !data.is_empty()) {
             for (tensor, data) in rest.iter_mut().filter(|(_, data)| !data.is_empty()) {
                 let data = data.split_to(chunk_bytes.min(data.len()));
-                requests.push(AttendRequest::Chunk(TensorChunk { index, tensor: *tensor, data }));
+                requests.push(AttendRequest::Chunk(TensorChunk {
+                    index,
+                    tensor: *tensor,
+                    offset: None,
+                    data,
+                }));
                 index += 1;
             }
         }

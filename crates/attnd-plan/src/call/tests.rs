@@ -11,7 +11,7 @@ enum Step {
     Honest,
     Repeat,
     Begin,
-    Chunk(u32, Tensor, usize),
+    Chunk(u32, Tensor, Option<u64>, usize),
     Commit(u32, u64),
     End,
     Finished(usize),
@@ -27,7 +27,8 @@ fn any_step() -> impl Strategy<Value = Step> {
         200 => Just(Step::Honest),
         1 => Just(Step::Repeat),
         1 => Just(Step::Begin),
-        1 => (0u32..9, tensor, 0usize..9).prop_map(|(index, tensor, len)| Step::Chunk(index, tensor, len)),
+        1 => (0u32..9, tensor, any::<Option<u8>>(), 0usize..9)
+            .prop_map(|(index, tensor, offset, len)| Step::Chunk(index, tensor, offset.map(u64::from), len)),
         1 => (0u32..9, 0u64..9).prop_map(|(chunks, bytes)| Step::Commit(chunks, bytes)),
         1 => Just(Step::End),
         1 => (0usize..9).prop_map(Step::Finished),
@@ -52,7 +53,7 @@ proptest! {
         for (index, tensor) in (0..).zip(Tensor::ALL) {
             let len = tensor.bytes(&shape, 4) as usize;
             bytes += len as u64;
-            honest.push_back(CallEvent::ChunkIn { index, tensor, len });
+            honest.push_back(CallEvent::ChunkIn { index, tensor, offset: None, len });
         }
         honest.push_back(CallEvent::Commit { chunks: 3, bytes });
         for (share, of_worker) in plan.shares.iter().enumerate() {
@@ -74,7 +75,9 @@ proptest! {
                 },
                 Step::Repeat => last.clone(),
                 Step::Begin => CallEvent::Begin,
-                Step::Chunk(index, tensor, len) => CallEvent::ChunkIn { index, tensor, len },
+                Step::Chunk(index, tensor, offset, len) => {
+                    CallEvent::ChunkIn { index, tensor, offset, len }
+                },
                 Step::Commit(chunks, bytes) => CallEvent::Commit { chunks, bytes },
                 Step::End => CallEvent::StreamEnded,
                 Step::Finished(share) => CallEvent::Finished { share },

@@ -113,7 +113,12 @@ fn asking_for_at_most_no_worker_is_not_auto() {
 
 #[test]
 fn frames_come_in_order() {
-    let chunk = AttendRequest::Chunk(TensorChunk { index: 0, tensor: Tensor::Q, data: vec![0; 8].into() });
+    let chunk = AttendRequest::Chunk(TensorChunk {
+        index: 0,
+        tensor: Tensor::Q,
+        offset: None,
+        data: vec![0; 8].into(),
+    });
     let commit = AttendRequest::Commit(Commit { chunks: 1, bytes: 8 });
     for request in [&chunk, &commit] {
         let error = AttendRequest::decode(request.clone().into(), None).unwrap_err();
@@ -130,7 +135,7 @@ fn frames_come_in_order() {
 
 #[test]
 fn damaged_chunks_are_found() {
-    let chunk = TensorChunk { index: 2, tensor: Tensor::V, data: vec![1; 4096].into() };
+    let chunk = TensorChunk { index: 2, tensor: Tensor::V, offset: Some(8192), data: vec![1; 4096].into() };
     let mut message = proto::TensorChunk::from(chunk.clone());
     assert_eq!(TensorChunk::decode(message.clone(), Dtype::F32), Ok(chunk));
     message.data = vec![2; 4096].into();
@@ -207,8 +212,8 @@ proptest! {
     }
 
     #[test]
-    fn chunks_return(index in any::<u32>(), tensor in tensors(), dtype in dtypes(), data in proptest::collection::vec(any::<[u8; 4]>(), 1..50)) {
-        let chunk = TensorChunk { index, tensor, data: data.concat().into() };
+    fn chunks_return(index in any::<u32>(), tensor in tensors(), offset in any::<Option<u64>>(), dtype in dtypes(), data in proptest::collection::vec(any::<[u8; 4]>(), 1..50)) {
+        let chunk = TensorChunk { index, tensor, offset, data: data.concat().into() };
         prop_assert_eq!(TensorChunk::decode(chunk.clone().into(), dtype), Ok(chunk));
     }
 
