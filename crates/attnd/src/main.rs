@@ -23,7 +23,20 @@ use clap::Parser;
 
 use args::{Cli, Verb};
 
+/// Room for some messages of the wire. See [`keep_message_buffers`].
+const KEPT_BYTES: usize = 8 << 20;
+
+/// Has glibc keep the buffers of messages when they are freed, instead of returning each to the system and having the
+/// next one cleared again, page by page.
+///
+/// Its threshold for that is the size of the largest block mapped by itself and freed so far (mallopt(3), "dynamic mmap
+/// threshold"), and twice as much is what an arena keeps; so one block is allocated here, never touched, and freed.
+fn keep_message_buffers() {
+    drop(std::hint::black_box(Vec::<u8>::with_capacity(KEPT_BYTES)));
+}
+
 fn main() -> ExitCode {
+    keep_message_buffers();
     exit::conclude(run(&Cli::parse()))
 }
 
