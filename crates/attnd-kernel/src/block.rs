@@ -41,7 +41,9 @@ pub(crate) struct RowPartials<'a> {
 /// The register tiles of one ISA, in units of one accumulator of [`LANES`] floats.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Tiles {
-    /// Rows of the largest tile of the rows-broadcast family.
+    /// Rows of the largest tile of the rows-broadcast family, where rows are few.
+    pub(crate) few_rows: usize,
+    /// The same where they are more.
     pub(crate) rows: usize,
     /// Vectors of query lanes of the largest tile of the other family.
     pub(crate) query_vectors: usize,
@@ -67,7 +69,8 @@ impl QueryLayout {
         if n_rows >= LANES * tiles.query_vectors.min(2) && idle * 8 <= n_rows {
             Self::Groups { groups: queries::Groups::new(n_rows, tiles.query_vectors), d }
         } else {
-            Self::Tiles { n_rows, tile_rows: tiles.rows, d }
+            let tile_rows = if n_rows <= rows::FEW_ROWS { tiles.few_rows } else { tiles.rows };
+            Self::Tiles { n_rows, tile_rows, d }
         }
     }
 
@@ -128,7 +131,14 @@ pub(crate) unsafe fn pack_queries<L: Lanes>(
 /// # Panics
 /// If a slice is too short for its shape.
 #[inline(always)]
-pub(crate) unsafe fn attend_block<L: Lanes, const ROWS: usize, const VECTORS: usize, const KEYS: usize>(
+pub(crate) unsafe fn attend_block<
+    L: Lanes,
+    const FEW: usize,
+    const FEW_VECTORS: usize,
+    const ROWS: usize,
+    const VECTORS: usize,
+    const KEYS: usize,
+>(
     block: &RowBlock<'_>,
     layout: QueryLayout,
     scratch: &mut [f32],
@@ -145,9 +155,15 @@ pub(crate) unsafe fn attend_block<L: Lanes, const ROWS: usize, const VECTORS: us
             QueryLayout::Tiles { n_rows: rows, d, .. } => {
                 assert!(rows == n_rows && d == block.kv.head_dim());
                 match block.kv.storage() {
-                    Dtype::F32 => rows::attend_rows::<L, StoredF32, ROWS, VECTORS>(block, scratch, out),
-                    Dtype::F16 => rows::attend_rows::<L, StoredF16, ROWS, VECTORS>(block, scratch, out),
-                    Dtype::Bf16 => rows::attend_rows::<L, StoredBf16, ROWS, VECTORS>(block, scratch, out),
+                    Dtype::F32 => rows::attend_rows::<L, StoredF32, FEW, FEW_VECTORS, ROWS, VECTORS>(
+                        block, scratch, out,
+                    ),
+                    Dtype::F16 => rows::attend_rows::<L, StoredF16, FEW, FEW_VECTORS, ROWS, VECTORS>(
+                        block, scratch, out,
+                    ),
+                    Dtype::Bf16 => rows::attend_rows::<L, StoredBf16, FEW, FEW_VECTORS, ROWS, VECTORS>(
+                        block, scratch, out,
+                    ),
                 }
             }
             QueryLayout::Groups { groups, d } => {

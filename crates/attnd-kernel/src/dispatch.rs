@@ -258,12 +258,13 @@ unsafe fn read_chains<L: crate::lanes::Lanes>(from: &[f32]) -> f32 {
 }
 
 /// Stamps the entries of one ISA. Its register tiles are `$mr` rows by `$nr` vectors of 16 keys where rows are broadcast,
-/// and `$keys` keys by `$queries` vectors of 16 queries; `$chains` are its independent accumulators.
+/// or `$fr` by `$fnr` where rows are few, and `$keys` keys by `$queries` vectors of 16 queries; `$chains` are its
+/// independent accumulators.
 ///
 /// # Safety
 /// The entries may only be called on a CPU that has `$features`; [`Kernels::available`] hands the table out only there.
 macro_rules! instantiate {
-    ($table:ident, $isa:expr, $lanes:ty, rows $mr:literal x $nr:literal, queries $keys:literal x $queries:literal, chains $chains:literal $(, #[$features:meta])?) => {
+    ($table:ident, $isa:expr, $lanes:ty, few $fr:literal x $fnr:literal, rows $mr:literal x $nr:literal, queries $keys:literal x $queries:literal, chains $chains:literal $(, #[$features:meta])?) => {
         static $table: Kernels = {
             $(#[$features])?
             unsafe fn pack_queries_entry(layout: QueryLayout, rows: &[&[f32]], factor: f32, q: &mut [f32]) {
@@ -278,7 +279,7 @@ macro_rules! instantiate {
                 out: &mut RowPartials<'_>,
             ) -> Option<usize> {
                 // SAFETY: the features are enabled on this function.
-                unsafe { attend_block::<$lanes, $mr, $nr, $keys>(block, layout, scratch, out) }
+                unsafe { attend_block::<$lanes, $fr, $fnr, $mr, $nr, $keys>(block, layout, scratch, out) }
             }
             $(#[$features])?
             unsafe fn merge_rows_entry(
@@ -308,7 +309,7 @@ macro_rules! instantiate {
             }
             Kernels {
                 isa: $isa,
-                tiles: Tiles { rows: $mr, query_vectors: $queries },
+                tiles: Tiles { few_rows: $fr, rows: $mr, query_vectors: $queries },
                 pack_queries: pack_queries_entry,
                 attend_block: attend_block_entry,
                 merge_rows: merge_rows_entry,
@@ -321,12 +322,12 @@ macro_rules! instantiate {
 }
 
 #[cfg(target_arch = "x86_64")]
-instantiate!(AVX512, Isa::Avx512, arch::avx512::Avx512, rows 6 x 4, queries 8 x 3, chains 12, #[target_feature(enable = "avx512f,avx512dq,avx2,fma,f16c")]);
+instantiate!(AVX512, Isa::Avx512, arch::avx512::Avx512, few 6 x 4, rows 6 x 4, queries 8 x 3, chains 12, #[target_feature(enable = "avx512f,avx512dq,avx2,fma,f16c")]);
 #[cfg(target_arch = "x86_64")]
-instantiate!(AVX2, Isa::Avx2, arch::avx2::Avx2, rows 6 x 1, queries 6 x 1, chains 6, #[target_feature(enable = "avx2,fma,f16c")]);
+instantiate!(AVX2, Isa::Avx2, arch::avx2::Avx2, few 1 x 4, rows 6 x 1, queries 6 x 1, chains 6, #[target_feature(enable = "avx2,fma,f16c")]);
 #[cfg(target_arch = "aarch64")]
-instantiate!(NEON, Isa::Neon, arch::neon::Neon, rows 6 x 1, queries 6 x 1, chains 6);
-instantiate!(PORTABLE, Isa::Portable, arch::portable::Portable, rows 2 x 1, queries 2 x 1, chains 2);
+instantiate!(NEON, Isa::Neon, arch::neon::Neon, few 1 x 4, rows 6 x 1, queries 6 x 1, chains 6);
+instantiate!(PORTABLE, Isa::Portable, arch::portable::Portable, few 2 x 1, rows 2 x 1, queries 2 x 1, chains 2);
 
 #[cfg(test)]
 mod tests {

@@ -23,8 +23,9 @@ use crate::pages::{PANEL_KEYS, padded_columns};
 use crate::slot::{N_SLOTS, PAGE_KEYS, slot_of_page};
 use crate::storage::Stored;
 
-/// Up to this many rows, pages are walked by address.
-const FEW_ROWS: usize = tile::MAX_ROWS;
+/// Up to this many rows, pages are walked by address, and where registers are few, with a tile as wide as a panel: the
+/// keys come from memory then, and in one sweep.
+pub(crate) const FEW_ROWS: usize = tile::MAX_ROWS;
 
 /// Memory that [`attend_rows`] works in, in f32s.
 pub(crate) fn scratch_floats(n_rows: usize, value_dim: usize) -> usize {
@@ -35,25 +36,34 @@ fn partials_alive(n_rows: usize) -> usize {
     if n_rows <= FEW_ROWS { N_SLOTS + 1 } else { STACK }
 }
 
-/// Computes the partial of a block of rows. Returns the first row of which a score overflowed f32.
+/// Computes the partial of a block of rows, with tiles of `FR` rows by `FN` vectors where there are at most [`FEW_ROWS`]
+/// and of `MR` by `NR` where there are more. Returns the first row of which a score overflowed f32.
 ///
 /// # Safety
 /// The ISA of `L` is enabled, and `S` is how keys and values are stored. `block.q` has `n_rows * head_dim` elements, `scratch` has [`scratch_floats`], and `out` has
 /// the block's rows and padded columns.
 #[inline(always)]
-pub(crate) unsafe fn attend_rows<L: Lanes, S: Stored, const MR: usize, const NR: usize>(
+pub(crate) unsafe fn attend_rows<
+    L: Lanes,
+    S: Stored,
+    const FR: usize,
+    const FN: usize,
+    const MR: usize,
+    const NR: usize,
+>(
     block: &RowBlock<'_>,
     scratch: &mut [f32],
     out: &mut RowPartials<'_>,
 ) -> Option<usize> {
     const { assert!(MR <= tile::MAX_ROWS && NR <= 4 && PANEL_KEYS.is_multiple_of(16 * NR)) };
+    const { assert!(FR <= tile::MAX_ROWS && FN <= 4 && PANEL_KEYS.is_multiple_of(16 * FN)) };
     let n_rows = block.visible.len();
     let columns = padded_columns(block.kv.value_dim());
     let visible = Visible::new(block.visible, block.kv.n_keys());
     let (scores, partials) = scratch.split_at_mut(n_rows * PAGE_KEYS);
     let mut walk = Walk { n_rows, columns, partials, scores, overflow: None };
     // SAFETY: the ISA is enabled and the slices are long enough, as the caller vouches.
-    let result = unsafe { walk.pages::<L, S, MR, NR>(block, &visible) };
+    let result = unsafe { walk.pages::<L, S, FR, FN, MR, NR>(block, &visible) };
     match result {
         Some(at) => {
             let (m, l, o) = walk.partial(at);
@@ -90,7 +100,14 @@ impl Walk<'_> {
     /// # Safety
     /// As [`attend_rows`].
     #[inline(always)]
-    unsafe fn pages<L: Lanes, S: Stored, const MR: usize, const NR: usize>(
+    unsafe fn pages<
+        L: Lanes,
+        S: Stored,
+        const FR: usize,
+        const FN: usize,
+        const MR: usize,
+        const NR: usize,
+    >(
         &mut self,
         block: &RowBlock<'_>,
         visible: &Visible<'_>,
@@ -110,7 +127,7 @@ impl Walk<'_> {
                 (false, _) => stack.depth(),
             };
             // SAFETY: as the caller vouches.
-            unsafe { self.page::<L, S, MR, NR>(block, visible, page, into) };
+            unsafe { self.page::<L, S, FR, FN, MR, NR>(block, visible, page, into) };
             if !by_address {
                 let next = order.get(i + 1).map(|page| slot_of_page(*page));
                 for merged in 0..stack.push(slot, next) {
@@ -144,7 +161,14 @@ impl Walk<'_> {
     /// # Safety
     /// As [`attend_rows`].
     #[inline(always)]
-    unsafe fn page<L: Lanes, S: Stored, const MR: usize, const NR: usize>(
+    unsafe fn page<
+        L: Lanes,
+        S: Stored,
+        const FR: usize,
+        const FN: usize,
+        const MR: usize,
+        const NR: usize,
+    >(
         &mut self,
         block: &RowBlock<'_>,
         visible: &Visible<'_>,
@@ -161,11 +185,16 @@ impl Walk<'_> {
         let size = n_rows * (columns + 2);
         let (m, l, o) = split_partial(&mut self.partials[into * size..][..size], n_rows, columns);
         let s = self.scores.as_mut_ptr();
+        let few = const { FR != MR || FN != NR } && n_rows <= FEW_ROWS;
         // SAFETY: q, scores and partials fit n_rows, d and columns, as the caller vouches; a page's panels have
         // the words of 256 * d and 256 * columns elements by construction; `seen` stays inside the page.
         unsafe {
             let panels = hull.start / PANEL_KEYS..hull.end.div_ceil(PANEL_KEYS);
-            tile::scores::<L, S, MR, NR>(block.q.as_ptr(), n_rows, d, k.as_ptr(), panels, s);
+            if few {
+                tile::scores::<L, S, FR, FN>(block.q.as_ptr(), n_rows, d, k.as_ptr(), panels, s);
+            } else {
+                tile::scores::<L, S, MR, NR>(block.q.as_ptr(), n_rows, d, k.as_ptr(), panels, s);
+            }
             for row in 0..n_rows {
                 let sum = softmax_row::<L>(s.add(row * PAGE_KEYS), seen(row));
                 m[row] = sum.m;
@@ -202,7 +231,11 @@ impl Walk<'_> {
                     };
                     if start == Start::Zero || !keys.is_empty() {
                         let (p, o) = (p.add(first * PAGE_KEYS), o.add(first * columns));
-                        tile::context::<L, S, MR, NR>(p, rows, v, keys, columns, o, start);
+                        if few {
+                            tile::context::<L, S, FR, FN>(p, rows, v, keys, columns, o, start);
+                        } else {
+                            tile::context::<L, S, MR, NR>(p, rows, v, keys, columns, o, start);
+                        }
                     }
                 }
             }

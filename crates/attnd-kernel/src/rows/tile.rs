@@ -4,7 +4,7 @@
 
 use std::ops::Range;
 
-use crate::lanes::Lanes;
+use crate::lanes::{LANES, Lanes};
 use crate::pages::{PANEL_COLUMNS, PANEL_KEYS};
 use crate::product::{Operand, reduce};
 use crate::slot::PAGE_KEYS;
@@ -37,6 +37,17 @@ const fn ahead(rows: usize) -> usize {
     if rows > 2 { 1024 } else { 0 }
 }
 
+/// As [`ahead`], where `n_rows` rows take turns on a panel of `panel` elements. Memory would rest while all but the first
+/// row read it from the caches, so each asks for its part of the next panel.
+#[inline(always)]
+const fn ahead_in_turn(tile_rows: usize, row: usize, n_rows: usize, panel: usize) -> usize {
+    match (tile_rows, n_rows) {
+        (1, 1) => 0,
+        (1, _) => panel + LANES * (row % 4),
+        _ => ahead(tile_rows),
+    }
+}
+
 /// Scores of `n_rows` rows against panels `panels` of one page: `s[row * 256 + key]`.
 ///
 /// # Safety
@@ -64,7 +75,9 @@ pub(super) unsafe fn scores<L: Lanes, S: Stored, const MR: usize, const NR: usiz
                     let q = q.add(row * d);
                     let k = k.add(panel * PANEL_KEYS * d.div_ceil(S::PER_WORD) + key);
                     let s = s.add(row * PAGE_KEYS + panel * PANEL_KEYS + key);
-                    with_rows!(rows, MR, score_tile::<L, S, _, NR>(q, d, k, s));
+                    let words = PANEL_KEYS * d.div_ceil(S::PER_WORD);
+                    let ahead = ahead_in_turn(MR, row, n_rows, words);
+                    with_rows!(rows, MR, score_tile::<L, S, _, NR>(q, d, k, s, ahead));
                 }
                 key += 16 * NR;
             }
@@ -82,12 +95,13 @@ unsafe fn score_tile<L: Lanes, S: Stored, const MR: usize, const NR: usize>(
     d: usize,
     k: *const f32,
     s: *mut f32,
+    ahead: usize,
 ) {
     // SAFETY: the ranges above, element by element.
     unsafe {
         let mut acc = [[L::zero(); NR]; MR];
         let (q, k) = (Operand { at: q, step: MR }, Operand { at: k, step: PANEL_KEYS });
-        reduce::<L, S, MR, NR, 1>(q, k, 0..d, ahead(MR), &mut acc);
+        reduce::<L, S, MR, NR, 1>(q, k, 0..d, ahead, &mut acc);
         for r in 0..MR {
             for n in 0..NR {
                 L::store(s.add(r * PAGE_KEYS + 16 * n), acc[r][n]);
@@ -120,49 +134,61 @@ pub(super) unsafe fn context<L: Lanes, S: Stored, const MR: usize, const NR: usi
     o: *mut f32,
     start: Start,
 ) {
+    // Where rows take turns on the values, they do so while these are in the first-level cache.
+    let run = if MR == 1 && n_rows > 1 { PANEL_KEYS } else { PAGE_KEYS };
     let mut column = 0;
     while column < columns {
         let width = PANEL_COLUMNS.min(columns - column);
-        let mut row = 0;
-        while row < n_rows {
-            let rows = MR.min(n_rows - row);
-            let mut strip = 0;
-            while strip < width {
-                let lanes = NR.min((width - strip) / 16);
-                // SAFETY: rows and columns stay inside the ranges that the caller vouches for: column * 256 is where
-                // the panel starts, because all panels before it are 64 wide.
-                unsafe {
-                    let tile = ContextTile {
-                        p: p.add(row * PAGE_KEYS),
-                        v: v.add(column * PAGE_KEYS / S::PER_WORD + strip),
-                        v_stride: width,
-                        keys: keys.clone(),
-                        o: o.add(row * columns + column + strip),
-                        o_stride: columns,
-                        start,
-                    };
-                    match lanes {
-                        4 => {
-                            if const { NR >= 4 } {
-                                with_rows!(rows, MR, context_tile::<L, S, _, 4>(tile));
+        let mut from = keys.start;
+        loop {
+            let part = from..keys.end.min(from + run);
+            let start = if from == keys.start { start } else { Start::Output };
+            let mut row = 0;
+            while row < n_rows {
+                let rows = MR.min(n_rows - row);
+                let mut strip = 0;
+                while strip < width {
+                    let lanes = NR.min((width - strip) / 16);
+                    // SAFETY: rows and columns stay inside the ranges that the caller vouches for: column * 256 is
+                    // where the panel starts, because all panels before it are 64 wide.
+                    unsafe {
+                        let tile = ContextTile {
+                            p: p.add(row * PAGE_KEYS),
+                            v: v.add(column * PAGE_KEYS / S::PER_WORD + strip),
+                            v_stride: width,
+                            keys: part.clone(),
+                            o: o.add(row * columns + column + strip),
+                            o_stride: columns,
+                            start,
+                            ahead: ahead_in_turn(MR, row, n_rows, run * width / S::PER_WORD),
+                        };
+                        match lanes {
+                            4 => {
+                                if const { NR >= 4 } {
+                                    with_rows!(rows, MR, context_tile::<L, S, _, 4>(tile));
+                                }
                             }
-                        }
-                        3 => {
-                            if const { NR >= 3 } {
-                                with_rows!(rows, MR, context_tile::<L, S, _, 3>(tile));
+                            3 => {
+                                if const { NR >= 3 } {
+                                    with_rows!(rows, MR, context_tile::<L, S, _, 3>(tile));
+                                }
                             }
-                        }
-                        2 => {
-                            if const { NR >= 2 } {
-                                with_rows!(rows, MR, context_tile::<L, S, _, 2>(tile));
+                            2 => {
+                                if const { NR >= 2 } {
+                                    with_rows!(rows, MR, context_tile::<L, S, _, 2>(tile));
+                                }
                             }
+                            _ => with_rows!(rows, MR, context_tile::<L, S, _, 1>(tile)),
                         }
-                        _ => with_rows!(rows, MR, context_tile::<L, S, _, 1>(tile)),
                     }
+                    strip += 16 * lanes;
                 }
-                strip += 16 * lanes;
+                row += rows;
             }
-            row += rows;
+            from = part.end;
+            if from == keys.end {
+                break;
+            }
         }
         column += width;
     }
@@ -176,6 +202,7 @@ struct ContextTile {
     o: *mut f32,
     o_stride: usize,
     start: Start,
+    ahead: usize,
 }
 
 /// # Safety
@@ -183,7 +210,7 @@ struct ContextTile {
 /// for reading and writing `MR` rows of `16 * NR` columns.
 #[inline(always)]
 unsafe fn context_tile<L: Lanes, S: Stored, const MR: usize, const NR: usize>(tile: ContextTile) {
-    let ContextTile { p, v, v_stride, keys, o, o_stride, start } = tile;
+    let ContextTile { p, v, v_stride, keys, o, o_stride, start, ahead } = tile;
     // SAFETY: the ranges above, element by element.
     unsafe {
         let mut acc = [[L::zero(); NR]; MR];
@@ -195,7 +222,7 @@ unsafe fn context_tile<L: Lanes, S: Stored, const MR: usize, const NR: usize>(ti
             }
         }
         let (p, v) = (Operand { at: p, step: 1 }, Operand { at: v, step: v_stride });
-        reduce::<L, S, MR, NR, PAGE_KEYS>(p, v, keys, ahead(MR), &mut acc);
+        reduce::<L, S, MR, NR, PAGE_KEYS>(p, v, keys, ahead, &mut acc);
         for r in 0..MR {
             for n in 0..NR {
                 L::store(o.add(r * o_stride + 16 * n), acc[r][n]);
