@@ -128,7 +128,13 @@ pub(crate) unsafe fn pack_queries<L: Lanes>(
 /// # Panics
 /// If a slice is too short for its shape.
 #[inline(always)]
-pub(crate) unsafe fn attend_block<L: Lanes, const ROWS: usize, const VECTORS: usize, const KEYS: usize>(
+pub(crate) unsafe fn attend_block<
+    L: Lanes,
+    const ROWS: usize,
+    const VECTORS: usize,
+    const KEYS: usize,
+    const QUERIES: usize,
+>(
     block: &RowBlock<'_>,
     layout: QueryLayout,
     scratch: &mut [f32],
@@ -152,7 +158,7 @@ pub(crate) unsafe fn attend_block<L: Lanes, const ROWS: usize, const VECTORS: us
             }
             QueryLayout::Groups { groups, d } => {
                 assert!(groups.rows() == n_rows && d == block.kv.head_dim());
-                queries::attend_queries::<L, KEYS>(block, groups, scratch, out)
+                queries::attend_queries::<L, KEYS, QUERIES>(block, groups, scratch, out)
             }
         }
     }

@@ -278,7 +278,7 @@ macro_rules! instantiate {
                 out: &mut RowPartials<'_>,
             ) -> Option<usize> {
                 // SAFETY: the features are enabled on this function.
-                unsafe { attend_block::<$lanes, $mr, $nr, $keys>(block, layout, scratch, out) }
+                unsafe { attend_block::<$lanes, $mr, $nr, $keys, $queries>(block, layout, scratch, out) }
             }
             $(#[$features])?
             unsafe fn merge_rows_entry(
