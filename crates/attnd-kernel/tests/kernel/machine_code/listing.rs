@@ -54,7 +54,7 @@ pub(crate) fn functions<'a>(
     found
 }
 
-/// `   1234:	mnemonic operands   # comment`
+/// `1234:`, a tab, `mnemonic operands # comment`.
 fn instruction(line: &str, architecture: Architecture) -> Option<Instruction<'_>> {
     let (address, code) = line.split_once(':')?;
     let address = u64::from_str_radix(address.trim(), 16).ok()?;
