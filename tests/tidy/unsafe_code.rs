@@ -1,7 +1,8 @@
 //! Unsafe code: in the kernel crate only, with duties and proofs written down.
 //!
 //! That each unsafe block has its `SAFETY:` comment is clippy's `undocumented_unsafe_blocks`; what clippy leaves open
-//! is checked here: private unsafe functions, and where that lint is switched off.
+//! is checked here: private unsafe functions, where that lint is switched off, and code that is not compiled on this
+//! machine.
 
 use super::{TextFile, expect_none, rust_files};
 
@@ -120,6 +121,34 @@ fn every_unsafe_function_states_its_duties() {
 
 fn starts_item(code_line: &str) -> bool {
     !code_line.starts_with([' ', '}', ')', '#']) && !code_line.is_empty()
+}
+
+#[test]
+fn every_unsafe_block_has_its_proof_on_every_architecture() {
+    /// Lines of a statement before the one with its block, at most.
+    const STATEMENT: usize = 3;
+    let mut complaints = Vec::new();
+    let mut blocks = 0;
+    for file in kernel_files() {
+        let lines: Vec<&str> = file.text.lines().collect();
+        let mut lint_is_off = false;
+        for (index, line) in code_lines(&file.text).iter().enumerate() {
+            if starts_item(line) {
+                lint_is_off = above(&lines, index).iter().any(|l| l.contains("undocumented_unsafe_blocks"));
+            }
+            if lint_is_off || !line.contains("unsafe {") {
+                continue;
+            }
+            blocks += 1;
+            let comments = (0..STATEMENT.min(index)).map(|before| above(&lines, index - before));
+            let nearest = comments.into_iter().find(|comments| !comments.is_empty());
+            if !nearest.is_some_and(|comments| comments.iter().any(|l| l.contains("SAFETY:"))) {
+                complaints.push(format!("{}:{}: {}", file.path, index + 1, line.trim()));
+            }
+        }
+    }
+    assert!(blocks > 20, "only {blocks} unsafe blocks were recognised");
+    expect_none("`SAFETY:` above each unsafe block", &complaints);
 }
 
 #[test]

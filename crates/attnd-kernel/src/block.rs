@@ -49,6 +49,13 @@ pub(crate) struct Tiles {
     pub(crate) query_vectors: usize,
 }
 
+impl Tiles {
+    /// Rows of the tile that a block of `n_rows` rows is cut into.
+    pub(crate) fn rows_for(self, n_rows: usize) -> usize {
+        if n_rows <= rows::FEW_ROWS { self.few_rows } else { self.rows }
+    }
+}
+
 /// How the queries of a block lie in memory.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum QueryLayout {
@@ -69,8 +76,7 @@ impl QueryLayout {
         if n_rows >= LANES * tiles.query_vectors.min(2) && idle * 8 <= n_rows {
             Self::Groups { groups: queries::Groups::new(n_rows, tiles.query_vectors), d }
         } else {
-            let tile_rows = if n_rows <= rows::FEW_ROWS { tiles.few_rows } else { tiles.rows };
-            Self::Tiles { n_rows, tile_rows, d }
+            Self::Tiles { n_rows, tile_rows: tiles.rows_for(n_rows), d }
         }
     }
 
@@ -138,6 +144,7 @@ pub(crate) unsafe fn attend_block<
     const ROWS: usize,
     const VECTORS: usize,
     const KEYS: usize,
+    const QUERIES: usize,
 >(
     block: &RowBlock<'_>,
     layout: QueryLayout,
@@ -152,8 +159,9 @@ pub(crate) unsafe fn attend_block<
     // SAFETY: the ISA is enabled, as the caller vouches.
     unsafe {
         match layout {
-            QueryLayout::Tiles { n_rows: rows, d, .. } => {
-                assert!(rows == n_rows && d == block.kv.head_dim());
+            QueryLayout::Tiles { n_rows: of_layout, tile_rows, d } => {
+                assert!(of_layout == n_rows && d == block.kv.head_dim());
+                assert_eq!(tile_rows, if n_rows <= rows::FEW_ROWS { FEW } else { ROWS });
                 match block.kv.storage() {
                     Dtype::F32 => rows::attend_rows::<L, StoredF32, FEW, FEW_VECTORS, ROWS, VECTORS>(
                         block, scratch, out,
@@ -168,7 +176,7 @@ pub(crate) unsafe fn attend_block<
             }
             QueryLayout::Groups { groups, d } => {
                 assert!(groups.rows() == n_rows && d == block.kv.head_dim());
-                queries::attend_queries::<L, KEYS>(block, groups, scratch, out)
+                queries::attend_queries::<L, KEYS, QUERIES>(block, groups, scratch, out)
             }
         }
     }

@@ -28,7 +28,7 @@ pub(crate) fn first_level_bytes() -> Option<usize> {
     None
 }
 
-#[cfg(all(test, target_arch = "x86_64"))]
+#[cfg(all(test, target_arch = "x86_64", not(miri)))]
 mod tests {
     #[test]
     fn the_cache_has_a_size_that_caches_have() {

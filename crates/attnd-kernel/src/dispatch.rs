@@ -228,8 +228,10 @@ unsafe fn fma_chains<L: crate::lanes::Lanes, const CHAINS: usize>(rounds: u64) -
         let (a, b) = (L::splat(std::hint::black_box(0.999_9)), L::splat(std::hint::black_box(1e-4)));
         let mut acc = [L::zero(); CHAINS];
         for _ in 0..rounds * (FMA_CHAINS / CHAINS) as u64 {
+            // Accumulators are what is added to, as in the tiles: where the instruction overwrites that operand, any other
+            // order costs a copy.
             for chain in &mut acc {
-                *chain = L::fma(*chain, a, b);
+                *chain = L::fma(a, b, *chain);
             }
         }
         acc.into_iter().map(|chain| L::halving_sum(chain)).sum()
@@ -279,7 +281,9 @@ macro_rules! instantiate {
                 out: &mut RowPartials<'_>,
             ) -> Option<usize> {
                 // SAFETY: the features are enabled on this function.
-                unsafe { attend_block::<$lanes, $fr, $fnr, $mr, $nr, $keys>(block, layout, scratch, out) }
+                unsafe {
+                    attend_block::<$lanes, $fr, $fnr, $mr, $nr, $keys, $queries>(block, layout, scratch, out)
+                }
             }
             $(#[$features])?
             unsafe fn merge_rows_entry(

@@ -36,6 +36,8 @@ mod dispatch;
 mod dtype;
 mod float_env;
 mod fold;
+#[cfg(test)]
+mod hostile_memory;
 mod lanes;
 mod mask;
 mod pages;

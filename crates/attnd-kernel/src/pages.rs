@@ -197,6 +197,12 @@ impl KvHead {
         Some(self.memory[place as usize * (k + v)..][..k + v].split_at(k))
     }
 
+    /// Fills all pages with what must never be used.
+    #[cfg(test)]
+    pub(crate) fn poison(&mut self, word: f32) {
+        self.memory.fill(word);
+    }
+
     fn page_mut(&mut self, page: usize) -> (&mut [f32], &mut [f32]) {
         let place = self.place.get(page).copied().filter(|place| *place != ABSENT);
         let Some(place) = place else { panic!("page {page} is not in slots {:?}", self.slots) };

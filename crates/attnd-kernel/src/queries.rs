@@ -156,13 +156,14 @@ pub(crate) unsafe fn pack<L: Lanes>(groups: Groups, d: usize, rows: &[&[f32]], f
     }
 }
 
-/// Computes the partial of a block of rows. Returns the first row of which a score overflowed f32.
+/// Computes the partial of a block of rows. Returns the first row of which a score overflowed f32. The largest tile is
+/// `KEYS` keys by `VECTORS` vectors of queries.
 ///
 /// # Safety
 /// The ISA of `L` is enabled. `block.q` has `groups.lanes() * head_dim` elements, `scratch` has [`scratch_floats`], and
 /// `out` has the block's rows and padded columns.
 #[inline(always)]
-pub(crate) unsafe fn attend_queries<L: Lanes, const KEYS: usize>(
+pub(crate) unsafe fn attend_queries<L: Lanes, const KEYS: usize, const VECTORS: usize>(
     block: &RowBlock<'_>,
     groups: Groups,
     scratch: &mut [f32],
@@ -192,10 +193,16 @@ pub(crate) unsafe fn attend_queries<L: Lanes, const KEYS: usize>(
         unsafe {
             let panels = panels::<L>(block.kv, stored, widened);
             for group in &mut parts {
+                // Constant conditions keep the tiles that an ISA doesn't have from being compiled.
                 match group.lanes / LANES {
                     1 => group.page::<L, KEYS, 1>(panels, *page, &order[i + 1..], scores),
-                    2 => group.page::<L, KEYS, 2>(panels, *page, &order[i + 1..], scores),
-                    _ => group.page::<L, KEYS, 3>(panels, *page, &order[i + 1..], scores),
+                    2 if const { VECTORS >= 2 } => {
+                        group.page::<L, KEYS, 2>(panels, *page, &order[i + 1..], scores);
+                    }
+                    3 if const { VECTORS >= 3 } => {
+                        group.page::<L, KEYS, 3>(panels, *page, &order[i + 1..], scores);
+                    }
+                    vectors => panic!("a group of {vectors} vectors of queries, where {VECTORS} is the most"),
                 }
             }
         }

@@ -6,3 +6,4 @@ mod accuracy;
 mod bits;
 mod cases;
 mod laws;
+mod machine_code;

@@ -1,0 +1,221 @@
+//! The register tiles as machine code: in the loops that the time goes into, accumulators stay in registers.
+//!
+//! A tile that needs a register too many still computes the right bits, and loses a tenth of the speed or more. No
+//! benchmark runs in the tests, so this looks at the code instead: everything generic is inlined into one entry per ISA,
+//! the test's own executable holds the entries that programs get, and a disassembler shows their loops. Needs no CPU that
+//! could run them.
+
+mod listing;
+mod loops;
+
+use std::io::Write as _;
+use std::process::Command;
+
+use self::listing::{Architecture, functions};
+use self::loops::{HotLoop, Kind, hot_loops};
+
+/// Fewer multiply-adds than in the smallest tile make no loop hot.
+const LEAST: usize = 4;
+
+/// A tile that must be there in full, as the loop that the compiler should make of it.
+struct Tile {
+    what: &'static str,
+    multiply_adds: usize,
+    /// `None` where multiply-adds take an element of a vector for all lanes, in several ways.
+    broadcasts: Option<usize>,
+    widens: bool,
+    /// Loops: each of the two products is one at least.
+    at_least: usize,
+}
+
+/// A tile of `mr` broadcasts by `registers` registers of lanes, `steps` of which make an iteration.
+const fn tile(what: &'static str, mr: usize, registers: usize, steps: usize) -> Tile {
+    let (multiply_adds, broadcasts) = (mr * registers * steps, mr * steps);
+    Tile { what, multiply_adds, broadcasts: Some(broadcasts), widens: false, at_least: 2 }
+}
+
+/// The same for bf16 and f16.
+const fn widened(what: &'static str, mr: usize, registers: usize, steps: usize) -> Tile {
+    Tile { widens: true, at_least: 4, ..tile(what, mr, registers, steps) }
+}
+
+/// Loops that spill today, why, and how many vectors at most go to the stack or come from it in an iteration.
+struct Allowance {
+    of: fn(&HotLoop) -> bool,
+    most: usize,
+    why: &'static str,
+}
+
+/// What is expected of the entries of one ISA.
+struct Expected {
+    /// As the table of the entries is called.
+    table: &'static str,
+    tiles: &'static [Tile],
+    allowed: &'static [Allowance],
+}
+
+const SUMS: &str = "sixteen residue sums, the polynomial and their temporaries; rule 4 fixes the number of sums, and the \
+     pass is bound by moving scores";
+
+const AVX512: Expected = Expected {
+    table: "AVX512",
+    tiles: &[
+        tile("rows 6 x 4", 6, 4, 4),
+        tile("queries 8 x 3", 8, 3, 4),
+        tile("queries 8 x 2", 8, 2, 4),
+        widened("rows 6 x 4 of 16 bits", 6, 4, 2),
+    ],
+    allowed: &[
+        Allowance {
+            of: |found| {
+                found.widens && found.multiply_adds == 2 * found.broadcasts * 2 && found.broadcasts % 6 == 0
+            },
+            most: 6,
+            why: "24 accumulators, four words, four widened and a broadcast are 33 of 32 registers",
+        },
+        Allowance {
+            of: |found| {
+                found.kind == Kind::Tile
+                    && [(24, 0), (24, 8), (96, 32)].contains(&(found.multiply_adds, found.broadcasts))
+            },
+            most: 4,
+            why: "one accumulator of the context tile of 8 x 3 lies on the stack, because the loops beside it that select \
+                 lanes need more than 32 registers; for CPUs with a small first-level cache only",
+        },
+        Allowance {
+            of: |found| found.kind == Kind::Edge && found.multiply_adds == 24,
+            most: 14,
+            why: "24 accumulators, the bounds of three vectors of lanes and what is selected; partial pages only",
+        },
+        Allowance { of: |found| found.kind == Kind::Softmax, most: 24, why: SUMS },
+    ],
+};
+
+const AVX2: Expected = Expected {
+    table: "AVX2",
+    tiles: &[
+        Tile { at_least: 4, ..tile("rows 6 x 1 and queries 6 x 1", 6, 2, 4) },
+        widened("rows 6 x 1 of 16 bits", 6, 2, 8),
+    ],
+    allowed: &[
+        Allowance {
+            of: |found| found.widens,
+            most: 57,
+            why: "12 accumulators, two words, two widened and a broadcast are 17 of 16 registers; smaller tiles would fit, \
+                 but the compiler hoists broadcasts of later steps",
+        },
+        Allowance {
+            of: |found| found.kind == Kind::Edge,
+            most: 16,
+            why: "12 accumulators, the bounds of the lanes and what is selected; partial pages only",
+        },
+        Allowance { of: |found| found.kind == Kind::Softmax, most: 300, why: SUMS },
+    ],
+};
+
+const UNTUNED: &str =
+    "what the compiler makes of it; no machine with NEON has been measured, so nothing has been tuned";
+
+const NEON: Expected = Expected {
+    table: "NEON",
+    tiles: &[Tile { at_least: 4, broadcasts: None, ..tile("rows 6 x 1 and queries 6 x 1", 6, 4, 4) }],
+    allowed: &[
+        Allowance { of: |found| found.widens, most: 66, why: UNTUNED },
+        Allowance {
+            of: |found| found.kind == Kind::Tile && found.multiply_adds > 12,
+            most: 16,
+            why: UNTUNED,
+        },
+        Allowance { of: |found| found.kind == Kind::Edge, most: 74, why: UNTUNED },
+        Allowance { of: |found| found.kind == Kind::Softmax, most: 581, why: SUMS },
+    ],
+};
+
+#[test]
+fn no_register_tile_spills() {
+    let Some((architecture, listing)) = disassembled() else { return };
+    let expected: &[Expected] = match architecture {
+        Architecture::X86 => &[AVX512, AVX2],
+        Architecture::Aarch64 => &[NEON],
+    };
+    let mut complaints = Vec::new();
+    for expected in expected {
+        complaints.extend(complaints_about(expected, architecture, &listing));
+    }
+    assert!(complaints.is_empty(), "\n  {}\n", complaints.join("\n  "));
+}
+
+/// What is wrong with the entries of one ISA.
+fn complaints_about(expected: &Expected, architecture: Architecture, listing: &str) -> Vec<String> {
+    let Expected { table, tiles, allowed } = expected;
+    let hot_loops_of = |entry: &str| {
+        // Both manglings write a name behind its length.
+        let symbol = format!("8dispatch{}{table}{}{entry}", table.len(), entry.len());
+        let found = functions(listing, architecture, &symbol);
+        assert_eq!(found.len(), 1, "functions whose symbol contains {symbol}: were symbols stripped?");
+        hot_loops(&found[0], LEAST)
+    };
+    let mut complaints = Vec::new();
+    let found = hot_loops_of("attend_block_entry");
+    for Tile { what, multiply_adds, broadcasts, widens, at_least } in *tiles {
+        let whole = found.iter().filter(|found| {
+            found.kind == Kind::Tile
+                && (found.multiply_adds, found.widens) == (*multiply_adds, *widens)
+                && broadcasts.is_none_or(|broadcasts| found.broadcasts == broadcasts)
+        });
+        let loops = whole.count();
+        if loops < *at_least {
+            let each = format!("{multiply_adds} multiply-adds and {broadcasts:?} broadcasts");
+            complaints
+                .push(format!("{table}, {what}: {loops} loops of {each}, where there must be {at_least}"));
+        }
+    }
+    for kind in [Kind::Edge, Kind::Softmax] {
+        if !found.iter().any(|found| found.kind == kind) {
+            complaints.push(format!("{table}: no loop was recognised as {kind:?}"));
+        }
+    }
+    for found in found {
+        let allowance = allowed.iter().find(|allowance| (allowance.of)(&found));
+        let (most, why) =
+            allowance.map_or((0, "none is allowed"), |allowance| (allowance.most, allowance.why));
+        if found.spills > most || found.kind == Kind::Tile && found.stores > 0 {
+            let at = found.address;
+            complaints.push(format!("{table}, {at:x}: {found:?}; spills allowed: {most}, {why}"));
+        }
+    }
+    // What everything is measured against: multiply-adds and a counter.
+    let peak = hot_loops_of("fma_loop_entry");
+    let is_peak = |found: &HotLoop| found.spills == 0 && 4 * found.multiply_adds >= 3 * found.instructions;
+    if peak.len() != 1 || !peak.iter().all(is_peak) {
+        complaints.push(format!("{table}: this is no calibration loop: {peak:?}"));
+    }
+    complaints
+}
+
+/// This executable as a disassembler shows it. Where that says nothing about speed or can't be had, `None`, and why on
+/// stderr past the test harness's capture.
+fn disassembled() -> Option<(Architecture, String)> {
+    let skipped = |why: &str| {
+        let _written = writeln!(std::io::stderr(), "SKIPPED: spills in the register tiles, because {why}");
+        None
+    };
+    let architecture = match std::env::consts::ARCH {
+        "x86_64" => Architecture::X86,
+        "aarch64" => Architecture::Aarch64,
+        other => return skipped(&format!("no expectations are written for {other}")),
+    };
+    if cfg!(debug_assertions) {
+        return skipped("this build is not optimised");
+    }
+    let executable = std::env::current_exe().expect("the path of this executable");
+    // The second one is for tests that run under an emulator.
+    for tool in ["objdump", "aarch64-linux-gnu-objdump"] {
+        let listed =
+            Command::new(tool).args(["--disassemble", "--no-show-raw-insn"]).arg(&executable).output();
+        if let Some(output) = listed.ok().filter(|output| output.status.success()) {
+            return Some((architecture, String::from_utf8_lossy(&output.stdout).into_owned()));
+        }
+    }
+    skipped("`objdump` is missing or doesn't know this architecture")
+}
