@@ -93,6 +93,17 @@ unsafe fn step<L: Lanes, S: Stored, const MR: usize, const NR: usize, const A_RO
 ) {
     // SAFETY: as the caller vouches.
     unsafe {
+        if MR == 1 && S::PER_WORD > 1 {
+            // A word at a time: nobody shares the widened lanes, and they would take the accumulators' registers.
+            for n in 0..NR {
+                let lanes = L::load(b.at.add(word * b.step + LANES * n));
+                for at in 0..S::PER_WORD {
+                    let a = L::splat(*a.at.add((word * S::PER_WORD + at) * a.step));
+                    acc[0][n] = L::fma(a, S::element::<L>(lanes, at), acc[0][n]);
+                }
+            }
+            return;
+        }
         let mut words = [L::zero(); NR];
         for n in 0..NR {
             words[n] = L::load(b.at.add(word * b.step + LANES * n));
