@@ -9,6 +9,8 @@ use crate::arch;
 use crate::block::{
     QueryLayout, RowBlock, RowPartials, Tiles, attend_block, divide_rows, merge_rows, pack_queries,
 };
+use crate::fill::transpose_rows;
+use crate::lanes::LANES;
 
 /// The environment variable that overrides the choice.
 pub const ISA_VARIABLE: &str = "ATTND_ISA";
@@ -82,6 +84,7 @@ type AttendBlock = unsafe fn(&RowBlock<'_>, QueryLayout, &mut [f32], &mut RowPar
 type PackQueries = unsafe fn(QueryLayout, &[&[f32]], f32, &mut [f32]);
 type MergeRows = unsafe fn(RowPartials<'_>, &[f32], &[f32], &[f32], usize);
 type DivideRows = unsafe fn(&[f32], &[f32], &mut [f32], usize);
+type TransposeRows = unsafe fn(*const f32, usize, &mut [f32], usize) -> bool;
 type FmaLoop = unsafe fn(u64) -> f32;
 type ReadLoop = unsafe fn(&[f32]) -> f32;
 
@@ -93,6 +96,7 @@ pub struct Kernels {
     attend_block: AttendBlock,
     merge_rows: MergeRows,
     divide_rows: DivideRows,
+    transpose_rows: TransposeRows,
     fma_loop: FmaLoop,
     read_loop: ReadLoop,
 }
@@ -114,6 +118,12 @@ impl Kernels {
                 Some(name) => Self::for_isa(name.to_string_lossy().parse()?),
             })
             .clone()
+    }
+
+    /// As [`Self::from_env`], and the portable kernels where the environment names none that run here: for work that
+    /// has the same result on all.
+    pub(crate) fn chosen() -> &'static Self {
+        Self::from_env().unwrap_or(&PORTABLE)
     }
 
     /// The kernels of one ISA, if this CPU runs them.
@@ -198,6 +208,32 @@ impl Kernels {
     pub(crate) fn divide_rows(&self, m: &[f32], l: &[f32], o: &mut [f32], columns: usize) {
         // SAFETY: as in attend_block.
         unsafe { (self.divide_rows)(m, l, o, columns) }
+    }
+
+    /// [`transpose_rows`] of `words`, `[16, width]`.
+    pub(crate) fn transpose_words(
+        &self,
+        words: &[f32],
+        width: usize,
+        panel: &mut [f32],
+        first: usize,
+    ) -> bool {
+        assert_eq!(words.len(), LANES * width);
+        // SAFETY: as in attend_block, and `words` are 16 rows.
+        unsafe { (self.transpose_rows)(words.as_ptr(), width, panel, first) }
+    }
+
+    /// The same of words as they lie in memory, at any alignment.
+    pub(crate) fn transpose_bytes(
+        &self,
+        bytes: &[u8],
+        width: usize,
+        panel: &mut [f32],
+        first: usize,
+    ) -> bool {
+        assert_eq!(bytes.len(), LANES * width * size_of::<f32>());
+        // SAFETY: as in attend_block, and `bytes` are 16 rows of words.
+        unsafe { (self.transpose_rows)(bytes.as_ptr().cast(), width, panel, first) }
     }
 
     /// Runs `rounds` of [`FLOP_PER_ROUND`] floating-point operations from registers; the result only keeps the
@@ -302,6 +338,11 @@ macro_rules! instantiate {
                 unsafe { divide_rows::<$lanes>(m, l, o, columns) }
             }
             $(#[$features])?
+            unsafe fn transpose_rows_entry(rows: *const f32, width: usize, panel: &mut [f32], first: usize) -> bool {
+                // SAFETY: the features are enabled on this function.
+                unsafe { transpose_rows::<$lanes>(rows, width, panel, first) }
+            }
+            $(#[$features])?
             unsafe fn fma_loop_entry(rounds: u64) -> f32 {
                 // SAFETY: the features are enabled on this function.
                 unsafe { fma_chains::<$lanes, $chains>(rounds) }
@@ -318,6 +359,7 @@ macro_rules! instantiate {
                 attend_block: attend_block_entry,
                 merge_rows: merge_rows_entry,
                 divide_rows: divide_rows_entry,
+                transpose_rows: transpose_rows_entry,
                 fma_loop: fma_loop_entry,
                 read_loop: read_loop_entry,
             }

@@ -34,6 +34,7 @@ mod calibrate;
 mod canonical;
 mod dispatch;
 mod dtype;
+mod fill;
 mod float_env;
 mod fold;
 #[cfg(test)]

@@ -14,9 +14,10 @@
 use std::ops::Range;
 
 use crate::buffer::{Buffer, OutOfMemory};
-use crate::dtype::{Dtype, first_non_finite, round, widen};
+use crate::dtype::Dtype;
+use crate::fill::Rows;
 use crate::slot::{PAGE_KEYS, keys_in_page, n_pages, slot_of_page};
-use crate::storage::{per_word, put};
+use crate::storage::per_word;
 
 /// Keys in a K panel.
 pub(crate) const PANEL_KEYS: usize = 64;
@@ -146,20 +147,9 @@ impl KvHead {
         dtype: Dtype,
         check_finite: bool,
     ) -> Result<(), NonFinite> {
-        let (d, storage, n_rows) = (self.head_dim, self.storage, keys_in_page(page, self.n_keys));
-        let per_word = per_word(storage);
-        let panel_words = PANEL_KEYS * d.div_ceil(per_word);
-        let k = self.page_mut(page).0;
-        let source = Rows { page, n_rows, bytes: rows, dim: d, dtype, check_finite };
-        source.for_each(storage, |key, row| {
-            let (panel, t) = (key / PANEL_KEYS, key % PANEL_KEYS);
-            let panel = &mut k[panel * panel_words..][..panel_words];
-            for (word, values) in panel.chunks_exact_mut(PANEL_KEYS).zip(row.chunks(per_word)) {
-                for (at, value) in values.iter().enumerate() {
-                    put(&mut word[t], at, *value, storage);
-                }
-            }
-        })
+        let (of_row, storage) = ((self.head_dim, dtype), self.storage);
+        let rows = Rows::new(page, keys_in_page(page, self.n_keys), rows, of_row, check_finite);
+        rows.store_keys(storage, self.page_mut(page).0)
     }
 
     /// Stores the values of one page: `rows` holds `[keys_in_page, value_dim]` elements. Errors and panics are
@@ -171,23 +161,9 @@ impl KvHead {
         dtype: Dtype,
         check_finite: bool,
     ) -> Result<(), NonFinite> {
-        let (dv, storage, n_rows) = (self.value_dim, self.storage, keys_in_page(page, self.n_keys));
-        let (columns, per_word) = (padded_columns(dv), per_word(storage));
-        let v = self.page_mut(page).1;
-        let source = Rows { page, n_rows, bytes: rows, dim: dv, dtype, check_finite };
-        source.for_each(storage, |key, row| {
-            for (i, part) in row.chunks(PANEL_COLUMNS).enumerate() {
-                let width = (columns - i * PANEL_COLUMNS).min(PANEL_COLUMNS);
-                let at = i * PANEL_COLUMNS * PAGE_KEYS / per_word + key / per_word * width;
-                if storage == Dtype::F32 {
-                    v[at..at + part.len()].copy_from_slice(part);
-                } else {
-                    for (word, value) in v[at..].iter_mut().zip(part) {
-                        put(word, key % per_word, *value, storage);
-                    }
-                }
-            }
-        })
+        let (of_row, storage) = ((self.value_dim, dtype), self.storage);
+        let rows = Rows::new(page, keys_in_page(page, self.n_keys), rows, of_row, check_finite);
+        rows.store_values(storage, self.page_mut(page).1)
     }
 
     /// The K panels and the V panels of a resident page, in words.
@@ -208,36 +184,6 @@ impl KvHead {
         let Some(place) = place else { panic!("page {page} is not in slots {:?}", self.slots) };
         let (k, v) = page_words(self.head_dim, self.value_dim, self.storage);
         self.memory[place as usize * (k + v)..][..k + v].split_at_mut(k)
-    }
-}
-
-/// Rows of one page as somebody sent them.
-struct Rows<'a> {
-    page: usize,
-    n_rows: usize,
-    bytes: &'a [u8],
-    dim: usize,
-    dtype: Dtype,
-    check_finite: bool,
-}
-
-impl Rows<'_> {
-    fn for_each(&self, storage: Dtype, mut store: impl FnMut(usize, &[f32])) -> Result<(), NonFinite> {
-        let Self { page, n_rows, bytes, dim, dtype, check_finite } = *self;
-        let stride = dim * dtype.size();
-        assert_eq!(bytes.len(), n_rows * stride, "bytes of the {n_rows} rows of page {page}");
-        let mut values = vec![0.0; dim];
-        for (key, row) in bytes.chunks_exact(stride).enumerate() {
-            widen(row, dtype, &mut values);
-            if storage != dtype {
-                round(&mut values, storage);
-            }
-            if check_finite && let Some(dim) = first_non_finite(&values) {
-                return Err(NonFinite { token: page * PAGE_KEYS + key, dim, value: values[dim] });
-            }
-            store(key, &values);
-        }
-        Ok(())
     }
 }
 
@@ -312,11 +258,17 @@ mod tests {
 
     #[test]
     fn the_first_non_finite_value_is_named() {
-        let mut kv = KvHead::new(512, 2, 2, 0..64).unwrap();
-        let mut rows = vec![0.5_f32; 512];
-        rows[2 * 17 + 1] = f32::NAN;
-        let found = kv.write_k(1, &bytes(&rows), Dtype::F32, true).unwrap_err();
-        assert_eq!((found.token, found.dim), (256 + 17, 1));
-        assert!(kv.write_k(1, &bytes(&rows), Dtype::F32, false).is_ok());
+        let mut kv = KvHead::new(512, 20, 20, 0..64).unwrap();
+        for bad in [20 * 17 + 1, 20 * 17 + 18, 0, 20 * 256 - 1] {
+            let mut rows = vec![0.5_f32; 20 * 256];
+            rows[bad] = f32::NAN;
+            rows[bad.max(20 * 200 + 1)] = f32::INFINITY;
+            let found = kv.write_k(1, &bytes(&rows), Dtype::F32, true).unwrap_err();
+            assert_eq!((found.token, found.dim), (256 + bad / 20, bad % 20));
+            let found = kv.write_v(1, &bytes(&rows), Dtype::F32, true).unwrap_err();
+            assert_eq!((found.token, found.dim), (256 + bad / 20, bad % 20));
+            assert!(kv.write_k(1, &bytes(&rows), Dtype::F32, false).is_ok());
+            assert!(kv.write_v(1, &bytes(&rows), Dtype::F32, false).is_ok());
+        }
     }
 }

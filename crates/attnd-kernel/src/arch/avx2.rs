@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 
 use crate::canonical::{CANONICAL_NAN, FLUSH_EXPONENT};
-use crate::lanes::Lanes;
+use crate::lanes::{LANES, Lanes};
 
 /// AVX2 and FMA.
 #[derive(Clone, Copy)]
@@ -117,6 +117,37 @@ unsafe fn canonical_nan_of_eight(a: __m256) -> __m256 {
     }
 }
 
+/// Swaps rows and columns of a square of eight.
+///
+/// # Safety
+/// The CPU must have AVX.
+#[inline(always)]
+unsafe fn transpose_eight(v: [__m256; 8]) -> [__m256; 8] {
+    // SAFETY: the caller vouches for AVX.
+    unsafe {
+        let mut pairs = v;
+        for i in 0..4 {
+            pairs[2 * i] = _mm256_unpacklo_ps(v[2 * i], v[2 * i + 1]);
+            pairs[2 * i + 1] = _mm256_unpackhi_ps(v[2 * i], v[2 * i + 1]);
+        }
+        // fours[4 g + k]: in each half of the register, element k of that half from rows 4 g to 4 g + 3.
+        let mut fours = v;
+        for g in 0..2 {
+            for half in 0..2 {
+                let (a, b) = (pairs[4 * g + half], pairs[4 * g + 2 + half]);
+                fours[4 * g + 2 * half] = _mm256_shuffle_ps::<0b01_00_01_00>(a, b);
+                fours[4 * g + 2 * half + 1] = _mm256_shuffle_ps::<0b11_10_11_10>(a, b);
+            }
+        }
+        let mut transposed = v;
+        for k in 0..4 {
+            transposed[k] = _mm256_permute2f128_ps::<0x20>(fours[k], fours[4 + k]);
+            transposed[4 + k] = _mm256_permute2f128_ps::<0x31>(fours[k], fours[4 + k]);
+        }
+        transposed
+    }
+}
+
 // SAFETY: every method is a few intrinsics of AVX2, FMA or below, and the caller vouches for the CPU and the pointers
 // as the trait demands. That one argument covers each block below.
 #[allow(clippy::undocumented_unsafe_blocks)]
@@ -208,6 +239,25 @@ unsafe impl Lanes for Avx2 {
     #[inline(always)]
     unsafe fn scale(y: Self::V, e: Self::V) -> Self::V {
         unsafe { [scale_eight(y[0], e[0]), scale_eight(y[1], e[1])] }
+    }
+    #[inline(always)]
+    unsafe fn transpose(v: [Self::V; LANES]) -> [Self::V; LANES] {
+        unsafe {
+            let mut transposed = v;
+            for rows in 0..2 {
+                for columns in 0..2 {
+                    let mut square = [_mm256_setzero_ps(); 8];
+                    for i in 0..8 {
+                        square[i] = v[8 * rows + i][columns];
+                    }
+                    let square = transpose_eight(square);
+                    for i in 0..8 {
+                        transposed[8 * columns + i][rows] = square[i];
+                    }
+                }
+            }
+            transposed
+        }
     }
     #[inline(always)]
     unsafe fn select_between(at: Self::V, lo: Self::V, hi: Self::V, yes: Self::V, no: Self::V) -> Self::V {

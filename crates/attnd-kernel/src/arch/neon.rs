@@ -3,7 +3,7 @@
 use std::arch::aarch64::*;
 
 use crate::canonical::{CANONICAL_NAN, FLUSH_EXPONENT};
-use crate::lanes::Lanes;
+use crate::lanes::{LANES, Lanes};
 
 /// Advanced SIMD, which every aarch64 has.
 #[derive(Clone, Copy)]
@@ -39,6 +39,24 @@ fn power_of_two(e: float32x4_t) -> float32x4_t {
     unsafe {
         let biased = vaddq_s32(vcvtq_s32_f32(e), vdupq_n_s32(127));
         vreinterpretq_f32_s32(vshlq_n_s32::<23>(biased))
+    }
+}
+
+/// Swaps rows and columns of a square of four.
+#[inline(always)]
+fn transpose_four(v: [float32x4_t; 4]) -> [float32x4_t; 4] {
+    // SAFETY: every aarch64 has Advanced SIMD.
+    unsafe {
+        let even = vreinterpretq_f64_f32(vtrn1q_f32(v[0], v[1]));
+        let odd = vreinterpretq_f64_f32(vtrn2q_f32(v[0], v[1]));
+        let even_below = vreinterpretq_f64_f32(vtrn1q_f32(v[2], v[3]));
+        let odd_below = vreinterpretq_f64_f32(vtrn2q_f32(v[2], v[3]));
+        [
+            vreinterpretq_f32_f64(vtrn1q_f64(even, even_below)),
+            vreinterpretq_f32_f64(vtrn1q_f64(odd, odd_below)),
+            vreinterpretq_f32_f64(vtrn2q_f64(even, even_below)),
+            vreinterpretq_f32_f64(vtrn2q_f64(odd, odd_below)),
+        ]
     }
 }
 
@@ -134,6 +152,23 @@ unsafe impl Lanes for Neon {
     #[inline(always)]
     unsafe fn scale(y: V, e: V) -> V {
         zip(y, e, |y, e| unsafe { vmulq_f32(y, power_of_two(e)) })
+    }
+    #[inline(always)]
+    unsafe fn transpose(v: [V; LANES]) -> [V; LANES] {
+        let mut transposed = v;
+        for rows in 0..4 {
+            for columns in 0..4 {
+                let mut square = v[0];
+                for i in 0..4 {
+                    square[i] = v[4 * rows + i][columns];
+                }
+                let square = transpose_four(square);
+                for i in 0..4 {
+                    transposed[4 * columns + i][rows] = square[i];
+                }
+            }
+        }
+        transposed
     }
     #[inline(always)]
     unsafe fn select_between(at: V, lo: V, hi: V, yes: V, no: V) -> V {

@@ -1,0 +1,216 @@
+//! Fills the panels of a page from rows as somebody sent them: `[keys, dim]`, little-endian.
+//!
+//! Keys are transposed 16 at a time, which writes whole cache lines: an element alone would write to a line of its own, 64
+//! words after that of its neighbour. Values are rows in their panels already.
+
+use crate::dispatch::Kernels;
+use crate::dtype::{Dtype, first_non_finite, is_finite, round, widen};
+use crate::lanes::{LANES, Lanes};
+use crate::pages::{NonFinite, PANEL_COLUMNS, PANEL_KEYS, padded_columns};
+use crate::slot::PAGE_KEYS;
+use crate::storage::{per_word, put};
+
+/// Rows of the first keys of one page.
+pub(crate) struct Rows<'a> {
+    page: usize,
+    bytes: &'a [u8],
+    dim: usize,
+    dtype: Dtype,
+    check_finite: bool,
+}
+
+impl<'a> Rows<'a> {
+    /// # Panics
+    /// If `bytes` aren't `n_rows` rows of `dim` elements.
+    pub(crate) fn new(
+        page: usize,
+        n_rows: usize,
+        bytes: &'a [u8],
+        (dim, dtype): (usize, Dtype),
+        check_finite: bool,
+    ) -> Self {
+        assert_eq!(bytes.len(), n_rows * dim * dtype.size(), "bytes of the {n_rows} rows of page {page}");
+        Self { page, bytes, dim, dtype, check_finite }
+    }
+
+    fn stride(&self) -> usize {
+        self.dim * self.dtype.size()
+    }
+
+    /// Decodes the row of key `key`, rounded to what `storage` holds.
+    ///
+    /// # Errors
+    /// Its first NaN or infinity, if they are looked for.
+    fn decode(&self, key: usize, storage: Dtype, values: &mut [f32]) -> Result<(), NonFinite> {
+        widen(&self.bytes[key * self.stride()..][..self.stride()], self.dtype, values);
+        if storage != self.dtype {
+            round(values, storage);
+        }
+        match first_non_finite(values).filter(|_| self.check_finite) {
+            Some(dim) => Err(NonFinite { token: self.page * PAGE_KEYS + key, dim, value: values[dim] }),
+            None => Ok(()),
+        }
+    }
+
+    /// Stores rows as keys in the K panels of their page, `[panel][word of a key][64]`.
+    ///
+    /// # Errors
+    /// The first NaN or infinity, if they are looked for; rows after it are then partly stored.
+    pub(crate) fn store_keys(&self, storage: Dtype, panels: &mut [f32]) -> Result<(), NonFinite> {
+        let kernels = Kernels::chosen();
+        let (stride, per_word) = (self.stride(), per_word(storage));
+        let words = self.dim.div_ceil(per_word);
+        let as_sent = cfg!(target_endian = "little") && (self.dtype, storage) == (Dtype::F32, Dtype::F32);
+        let mut values = vec![0.0; self.dim];
+        let mut staged = vec![0.0; LANES * words];
+        for (group, rows) in self.bytes.chunks(LANES * stride).enumerate() {
+            let (first, n_rows) = (group * LANES, rows.len() / stride);
+            let (panel, at) = (first / PANEL_KEYS, first % PANEL_KEYS);
+            let panel = &mut panels[panel * PANEL_KEYS * words..][..PANEL_KEYS * words];
+            if as_sent && n_rows == LANES {
+                if !kernels.transpose_bytes(rows, words, panel, at) && self.check_finite {
+                    (first..first + LANES).try_for_each(|key| self.decode(key, storage, &mut values))?;
+                }
+                continue;
+            }
+            for (i, staged) in staged.chunks_exact_mut(words).take(n_rows).enumerate() {
+                self.decode(first + i, storage, &mut values)?;
+                for (word, values) in staged.iter_mut().zip(values.chunks(per_word)) {
+                    for (at, value) in values.iter().enumerate() {
+                        put(word, at, *value, storage);
+                    }
+                }
+            }
+            if n_rows == LANES {
+                kernels.transpose_words(&staged, words, panel, at);
+            } else {
+                for (i, row) in staged.chunks_exact(words).take(n_rows).enumerate() {
+                    for (to, word) in panel[at + i..].iter_mut().step_by(PANEL_KEYS).zip(row) {
+                        *to = *word;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Stores rows as values in the V panels of their page, `[panel][word of keys][columns of the panel]`.
+    ///
+    /// # Errors
+    /// The first NaN or infinity, if they are looked for; rows after it are not stored.
+    pub(crate) fn store_values(&self, storage: Dtype, panels: &mut [f32]) -> Result<(), NonFinite> {
+        let (columns, per_word) = (padded_columns(self.dim), per_word(storage));
+        let mut values = vec![0.0; self.dim];
+        for (key, row) in self.bytes.chunks_exact(self.stride()).enumerate() {
+            let as_sent = (self.dtype, storage) == (Dtype::F32, Dtype::F32);
+            if !as_sent || self.check_finite && !is_finite(row.as_chunks().0) {
+                self.decode(key, storage, &mut values)?;
+            }
+            for first in (0..self.dim).step_by(PANEL_COLUMNS) {
+                let width = PANEL_COLUMNS.min(columns - first);
+                let to = &mut panels[first * PAGE_KEYS / per_word + key / per_word * width..][..width];
+                if as_sent {
+                    for (word, raw) in to.iter_mut().zip(&row.as_chunks().0[first..]) {
+                        *word = f32::from_le_bytes(*raw);
+                    }
+                } else {
+                    for (word, value) in to.iter_mut().zip(&values[first..]) {
+                        put(word, key % per_word, *value, storage);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Transposes 16 rows of `width` words into a K panel: word `x` of row `r` becomes `panel[64 x + first + r]`. Whether each
+/// word is a finite number, read as f32.
+///
+/// # Safety
+/// The ISA of `L` is enabled. `rows` is valid for reading `16 * width` words, at any alignment.
+///
+/// # Panics
+/// If the rows don't fit into the panel.
+#[inline(always)]
+pub(crate) unsafe fn transpose_rows<L: Lanes>(
+    rows: *const f32,
+    width: usize,
+    panel: &mut [f32],
+    first: usize,
+) -> bool {
+    assert!(panel.len() == PANEL_KEYS * width && first + LANES <= PANEL_KEYS);
+    let whole = width / LANES * LANES;
+    // SAFETY: x + i < width and first + 16 <= 64, so what is read lies in `rows`, and what is written in `panel`.
+    unsafe {
+        // A finite number times 0 is 0; NaN and the infinities make NaN, which stays.
+        let mut zeros = L::zero();
+        for x in (0..whole).step_by(LANES) {
+            let mut vectors = [L::zero(); LANES];
+            for i in 0..LANES {
+                vectors[i] = L::load(rows.add(i * width + x));
+                zeros = L::add(zeros, L::mul(vectors[i], L::zero()));
+            }
+            let vectors = L::transpose(vectors);
+            for i in 0..LANES {
+                L::store(panel.as_mut_ptr().add((x + i) * PANEL_KEYS + first), vectors[i]);
+            }
+        }
+        let mut are_finite = L::halving_sum(zeros) == 0.0;
+        for x in whole..width {
+            for i in 0..LANES {
+                let word = rows.add(i * width + x).read_unaligned();
+                are_finite &= word.is_finite();
+                panel[x * PANEL_KEYS + first + i] = word;
+            }
+        }
+        are_finite
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_isa_transposes_any_width_and_sees_each_word_that_is_no_number() {
+        for kernels in Kernels::available() {
+            for width in [1, 15, 16, 17, 40, 64] {
+                let mut rows: Vec<f32> = (0..16 * width).map(|i| i as f32 - 7.0).collect();
+                let mut panel = vec![-1.0; 64 * width];
+                assert!(kernels.transpose_words(&rows, width, &mut panel, 32), "{kernels:?}");
+                for x in 0..width {
+                    for key in 0..64 {
+                        let expected =
+                            if (32..48).contains(&key) { rows[(key - 32) * width + x] } else { -1.0 };
+                        assert_eq!(panel[x * 64 + key], expected, "{kernels:?} width {width} [{key}][{x}]");
+                    }
+                }
+                for at in [0, width - 1, 8 * width, 16 * width - 1] {
+                    for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, f32::from_bits(0x7fa0_0000)] {
+                        let kept = std::mem::replace(&mut rows[at], bad);
+                        assert!(!kernels.transpose_words(&rows, width, &mut panel, 0), "{kernels:?} {at}");
+                        rows[at] = kept;
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn bytes_are_transposed_at_any_alignment() {
+        if cfg!(target_endian = "little") {
+            let words: Vec<f32> = (0..16 * 20).map(|i| i as f32).collect();
+            for kernels in Kernels::available() {
+                for shift in 0..4 {
+                    let mut bytes = vec![0xff; shift];
+                    bytes.extend(words.iter().flat_map(|word| word.to_le_bytes()));
+                    let (mut expected, mut got) = (vec![0.0; 64 * 20], vec![0.0; 64 * 20]);
+                    kernels.transpose_words(&words, 20, &mut expected, 16);
+                    assert!(kernels.transpose_bytes(&bytes[shift..], 20, &mut got, 16));
+                    assert_eq!(got, expected, "{kernels:?} {shift}");
+                }
+            }
+        }
+    }
+}
