@@ -62,18 +62,22 @@ async fn frames_out_of_order() {
         (
             "chunk 2 leaves a gap",
             edited(3, |chunk| chunk.offset = Some(516)),
-            "CHUNK_ORDER: chunk 2 begins at byte 516 of k, which is neither the first of a head (1280 bytes each) nor \
-             the next of one that has begun",
+            "CHUNK_ORDER: chunk 2 of k begins at byte 516, expected 512, the next one of a kv group that has begun",
         ),
         (
-            "chunk 2 brings bytes again",
-            edited(3, |chunk| chunk.offset = Some(508)),
-            "CHUNK_ORDER: chunk 2 has byte 508 of k, which came before",
+            "chunk 1 begins in the middle",
+            edited(2, |chunk| chunk.offset = Some(4)),
+            "CHUNK_ORDER: chunk 1 of k begins at byte 4, inside of a kv group (1280 bytes each) that has not begun",
+        ),
+        (
+            "K comes in another order than Q",
+            edited(2, |chunk| chunk.offset = Some(1280)),
+            "CHUNK_ORDER: chunk 1 of k begins kv group 1, expected 0: the groups come in one order in all tensors",
         ),
         (
             "chunk 2 ends behind the tensor",
             edited(3, |chunk| chunk.offset = Some(2560)),
-            "PAYLOAD_LENGTH: shape needs 2560, payload 3072 (k)",
+            "PAYLOAD_LENGTH: chunk 2 of k brings bytes 2560 to 3072 of 2560",
         ),
         (
             "chunk 2 has no bytes",

@@ -34,7 +34,7 @@ pub(crate) fn begin(case: &Case, workers: WorkerChoice) -> Begin {
 }
 
 /// The frames of a call: chunks of random sizes, from one element to `largest` elements, the three tensors interleaved
-/// at random. In every second call the heads of each tensor come in random order, and a chunk ends with its head.
+/// at random. In every second call the kv groups come in random order, and a chunk ends with its group.
 pub(crate) fn interleaved(
     case: &Case,
     workers: WorkerChoice,
@@ -44,13 +44,14 @@ pub(crate) fn interleaved(
     let size = case.operands.dtype.size();
     let operands = &case.operands;
     let shuffled = rng.random();
+    let mut groups: Vec<usize> = (0..if shuffled { case.shape().n_groups() } else { 1 }).collect();
+    groups.shuffle(rng);
     let mut left = Vec::new();
     for (tensor, bytes) in [(Tensor::Q, &operands.q), (Tensor::K, &operands.k), (Tensor::V, &operands.v)] {
-        let heads = if shuffled { tensor.layout(case.shape()).0 } else { 1 };
-        let run = bytes.len() / heads;
-        let mut runs: Vec<(usize, Bytes)> =
-            (0..heads).map(|head| (head * run, bytes.slice(head * run..(head + 1) * run))).collect();
-        runs.shuffle(rng);
+        let run = bytes.len() / groups.len();
+        // The last one is sent first.
+        let runs: Vec<(usize, Bytes)> =
+            groups.iter().map(|group| (group * run, bytes.slice(group * run..(group + 1) * run))).collect();
         left.push((tensor, runs));
     }
     let mut frames = vec![AttendRequest::Begin(begin(case, workers))];

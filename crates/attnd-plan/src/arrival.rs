@@ -1,35 +1,60 @@
-//! One tensor as it arrives: which of its bytes are here.
+//! The three tensors as they arrive: kv group by kv group, in one order for all three.
+//!
+//! The client chooses the order of the groups. Every worker then gets its groups in that order, and so finishes them in
+//! that order, which is what keeps the partials that wait for each other few. Inside of a tensor a group comes front to
+//! back and ends before the next one begins, so that at a worker one group at a time has bytes that are staged.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
+use std::ops::Range;
 
 use attnd_kernel::AttnShape;
 
 use crate::Tensor;
 
-/// Why a chunk is in the wrong place.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Misplaced {
+/// Why a chunk is in the wrong place. Bytes are counted from the tensor's first.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Misplaced {
     /// It ends behind the tensor.
+    #[error("brings bytes {} to {} of {need}", .bytes.start, .bytes.end)]
     PastTheEnd {
-        /// Where it ends.
-        end: u64,
+        /// Where it is.
+        bytes: Range<u64>,
+        /// The bytes of the tensor.
+        need: u64,
     },
-    /// It begins neither with a head nor where earlier bytes end.
+    /// It begins elsewhere than at this byte.
+    #[error("begins at byte {start}, expected {expected}, the next one of a kv group that has begun")]
     Gap {
         /// Where it begins.
         start: u64,
-        /// The bytes of a head.
-        head_bytes: u64,
+        /// The next byte of the group that has begun.
+        expected: u64,
     },
-    /// This byte came before.
+    /// It begins in the middle of a group of which nothing is here.
+    #[error("begins at byte {start}, inside of a kv group ({group_bytes} bytes each) that has not begun")]
+    InsideOfGroup {
+        /// Where it begins.
+        start: u64,
+        /// The bytes of a group.
+        group_bytes: u64,
+    },
+    /// It begins a group that isn't the next one.
+    #[error("begins kv group {group}, expected {expected}: the groups come in one order in all tensors")]
+    Order {
+        /// The group.
+        group: u64,
+        /// The next one, as another tensor had it.
+        expected: u64,
+    },
+    /// It begins a group that is here.
+    #[error("begins kv group {group}, which came before")]
     Again {
-        /// Counted from the tensor's first.
-        at: u64,
+        /// The group.
+        group: u64,
     },
 }
 
-/// The bytes of a tensor that are here, as runs. A head arrives front to back, because workers take it that way; heads
-/// arrive in any order. So a run begins with a head, and there are no more runs than heads.
+/// What is here of a tensor.
 #[derive(Clone, Debug)]
 pub(crate) struct Arrival {
     pub(crate) tensor: Tensor,
@@ -37,52 +62,74 @@ pub(crate) struct Arrival {
     pub(crate) need: u64,
     /// Bytes that are here.
     pub(crate) got: u64,
-    head_bytes: u64,
-    /// Begin and end of each run; none touches the next.
-    runs: BTreeMap<u64, u64>,
+    group_bytes: u64,
+    /// Groups that have begun.
+    begun: usize,
     /// Where the last chunk ended.
     cursor: u64,
 }
 
 impl Arrival {
-    /// Nothing yet of a tensor of `shape`, whose elements have `dtype_bytes` on the wire.
-    pub(crate) fn new(tensor: Tensor, shape: &AttnShape, dtype_bytes: usize) -> Self {
+    fn new(tensor: Tensor, shape: &AttnShape, dtype_bytes: usize) -> Self {
         let need = tensor.bytes(shape, dtype_bytes);
-        let (heads, ..) = tensor.layout(shape);
-        let head_bytes = (need / heads.max(1) as u64).max(1);
-        Self { tensor, need, got: 0, head_bytes, runs: BTreeMap::new(), cursor: 0 }
+        let group_bytes = (need / shape.n_groups().max(1) as u64).max(1);
+        Self { tensor, need, got: 0, group_bytes, begun: 0, cursor: 0 }
+    }
+}
+
+/// What is here of a call.
+#[derive(Clone, Debug)]
+pub(crate) struct Arrivals {
+    tensors: [Arrival; 3],
+    /// The groups, in the order in which the first tensor of each began.
+    order: Vec<u64>,
+    known: BTreeSet<u64>,
+}
+
+impl Arrivals {
+    /// Nothing yet of a call of `shape`, whose elements have `dtype_bytes` on the wire.
+    pub(crate) fn new(shape: &AttnShape, dtype_bytes: usize) -> Self {
+        let tensors = Tensor::ALL.map(|tensor| Arrival::new(tensor, shape, dtype_bytes));
+        Self { tensors, order: Vec::new(), known: BTreeSet::new() }
     }
 
-    /// Counts `len` bytes in that begin at `offset`, or where the last chunk ended; returns where that is.
-    pub(crate) fn take(&mut self, offset: Option<u64>, len: u64) -> Result<u64, Misplaced> {
-        let start = offset.unwrap_or(self.cursor);
+    /// The tensors, in the order of the wire.
+    pub(crate) fn tensors(&self) -> &[Arrival; 3] {
+        &self.tensors
+    }
+
+    /// Counts `len` bytes of a tensor in that begin at `offset`, or where its last chunk ended; returns where that is. A
+    /// call that gets an error is over.
+    pub(crate) fn take(&mut self, tensor: Tensor, offset: Option<u64>, len: u64) -> Result<u64, Misplaced> {
+        let [q, k, v] = &mut self.tensors;
+        let arrival = match tensor {
+            Tensor::Q => q,
+            Tensor::K => k,
+            Tensor::V => v,
+        };
+        let (cursor, size) = (arrival.cursor, arrival.group_bytes);
+        let start = offset.unwrap_or(cursor);
         let end = start.saturating_add(len);
-        if end > self.need {
-            return Err(Misplaced::PastTheEnd { end });
+        if end > arrival.need {
+            return Err(Misplaced::PastTheEnd { bytes: start..end, need: arrival.need });
         }
-        let before = self.runs.range(..=start).next_back().map(|(begin, end)| (*begin, *end));
-        if let Some((_, behind)) = before
-            && behind > start
-        {
-            return Err(Misplaced::Again { at: start });
+        if start != cursor && !cursor.is_multiple_of(size) {
+            return Err(Misplaced::Gap { start, expected: cursor });
         }
-        let after = self.runs.range(start + 1..).next().map(|(begin, end)| (*begin, *end));
-        if let Some((at, _)) = after
-            && at < end
-        {
-            return Err(Misplaced::Again { at });
+        if start != cursor && !start.is_multiple_of(size) {
+            return Err(Misplaced::InsideOfGroup { start, group_bytes: size });
         }
-        let extended = before.filter(|(_, behind)| *behind == start).map(|(begin, _)| begin);
-        if extended.is_none() && !start.is_multiple_of(self.head_bytes) {
-            return Err(Misplaced::Gap { start, head_bytes: self.head_bytes });
+        for group in start.div_ceil(size)..end.div_ceil(size) {
+            match self.order.get(arrival.begun) {
+                Some(expected) if *expected == group => {}
+                Some(expected) => return Err(Misplaced::Order { group, expected: *expected }),
+                None if self.known.insert(group) => self.order.push(group),
+                None => return Err(Misplaced::Again { group }),
+            }
+            arrival.begun += 1;
         }
-        let joined = after.filter(|(begin, _)| *begin == end);
-        if let Some((begin, _)) = joined {
-            self.runs.remove(&begin);
-        }
-        self.runs.insert(extended.unwrap_or(start), joined.map_or(end, |(_, behind)| behind));
-        self.cursor = end;
-        self.got += len;
+        arrival.cursor = end;
+        arrival.got += len;
         Ok(start)
     }
 }
@@ -94,69 +141,74 @@ mod tests {
 
     use super::*;
 
-    const DIMS: Dims =
-        Dims { batch: 1, heads: 6, kv_heads: 6, queries: 5, keys: 1, head_dim: 1, value_dim: 1 };
-
-    /// Q of 6 heads with 20 bytes each.
-    fn queries() -> Arrival {
-        Arrival::new(Tensor::Q, &AttnShape::new(DIMS).unwrap(), 4)
+    /// Six groups of 40 bytes of Q, 8 of K and 8 of V.
+    fn arrivals() -> Arrivals {
+        let dims = Dims { batch: 1, heads: 12, kv_heads: 6, queries: 5, keys: 2, head_dim: 1, value_dim: 1 };
+        let arrivals = Arrivals::new(&AttnShape::new(dims).unwrap(), 4);
+        assert_eq!(arrivals.tensors.clone().map(|tensor| tensor.group_bytes), [40, 8, 8]);
+        arrivals
     }
 
     #[test]
     fn without_offsets_a_tensor_comes_front_to_back() {
-        let mut q = queries();
-        assert_eq!((0..6).map(|_| q.take(None, 20)).collect::<Vec<_>>(), [0, 20, 40, 60, 80, 100].map(Ok));
-        assert_eq!((q.got, q.need, q.runs.len()), (120, 120, 1));
-        assert_eq!(q.take(None, 1), Err(Misplaced::PastTheEnd { end: 121 }));
+        let mut a = arrivals();
+        assert_eq!([0, 100, 100, 40].map(|len| a.take(Tensor::Q, None, len)), [0, 0, 100, 200].map(Ok));
+        assert_eq!((a.tensors[0].got, a.tensors[0].need), (240, 240));
+        assert_eq!(a.take(Tensor::Q, None, 1), Err(Misplaced::PastTheEnd { bytes: 240..241, need: 240 }));
+        assert_eq!(a.order, [0, 1, 2, 3, 4, 5]);
     }
 
     #[test]
-    fn bytes_in_the_wrong_place_are_refused_and_change_nothing() {
-        let mut q = queries();
-        assert_eq!(q.take(Some(40), 30), Ok(40));
-        assert_eq!(
-            q.take(Some(10), 4),
-            Err(Misplaced::Gap { start: 10, head_bytes: 20 }),
-            "in the middle of a head"
-        );
-        assert_eq!(
-            q.take(Some(72), 4),
-            Err(Misplaced::Gap { start: 72, head_bytes: 20 }),
-            "bytes 70 and 71 are missing"
-        );
-        assert_eq!(q.take(Some(69), 4), Err(Misplaced::Again { at: 69 }));
-        assert_eq!(q.take(Some(40), 1), Err(Misplaced::Again { at: 40 }));
-        assert_eq!(q.take(Some(20), 21), Err(Misplaced::Again { at: 40 }), "runs into what is here");
-        assert_eq!(q.take(Some(u64::MAX), 2), Err(Misplaced::PastTheEnd { end: u64::MAX }));
-        assert_eq!((q.got, q.runs.len()), (30, 1));
-        assert_eq!(q.take(Some(20), 20), Ok(20), "joins the run");
-        assert_eq!(q.take(Some(70), 50), Ok(70));
-        assert_eq!(q.take(Some(0), 20), Ok(0));
-        assert_eq!((q.got, q.runs), (120, BTreeMap::from([(0, 120)])));
+    fn whichever_tensor_is_ahead_fixes_the_order_for_the_others() {
+        let mut a = arrivals();
+        assert_eq!(a.take(Tensor::K, Some(24), 8), Ok(24));
+        assert_eq!(a.take(Tensor::V, Some(0), 8), Err(Misplaced::Order { group: 0, expected: 3 }));
+        let mut a = arrivals();
+        assert_eq!(a.take(Tensor::K, Some(24), 16), Ok(24), "groups 3 and 4");
+        assert_eq!(a.take(Tensor::Q, Some(120), 80), Ok(120));
+        assert_eq!(a.take(Tensor::Q, Some(0), 1), Ok(0));
+        assert_eq!(a.take(Tensor::V, Some(24), 8), Ok(24));
+        assert_eq!(a.take(Tensor::V, None, 8), Ok(32), "the next group unless an offset says otherwise");
+        assert_eq!(a.take(Tensor::V, Some(0), 8), Ok(0));
+        assert_eq!(a.order, [3, 4, 0]);
+    }
+
+    #[test]
+    fn bytes_in_the_wrong_place_are_refused() {
+        let begun = || {
+            let mut a = arrivals();
+            assert_eq!(a.take(Tensor::Q, Some(80), 30), Ok(80));
+            a
+        };
+        let refused = |offset, len| begun().take(Tensor::Q, Some(offset), len).unwrap_err();
+        assert_eq!(refused(108, 4), Misplaced::Gap { start: 108, expected: 110 });
+        assert_eq!(refused(112, 4), Misplaced::Gap { start: 112, expected: 110 });
+        assert_eq!(refused(0, 4), Misplaced::Gap { start: 0, expected: 110 }, "one group at a time");
+        assert_eq!(refused(u64::MAX, 2), Misplaced::PastTheEnd { bytes: u64::MAX..u64::MAX, need: 240 });
+        let mut a = begun();
+        assert_eq!(a.take(Tensor::Q, Some(110), 10), Ok(110));
+        let refused = |offset, len| a.clone().take(Tensor::Q, Some(offset), len).unwrap_err();
+        assert_eq!(refused(4, 4), Misplaced::InsideOfGroup { start: 4, group_bytes: 40 });
+        assert_eq!(refused(80, 4), Misplaced::Again { group: 2 }, "again");
+        assert_eq!(refused(40, 41), Misplaced::Again { group: 2 }, "runs into it");
     }
 
     proptest! {
-        /// Against a byte at a time.
+        /// Against a byte at a time: nothing counts twice, and what is complete has no hole.
         #[test]
-        fn every_byte_counts_once(chunks in proptest::collection::vec((any::<bool>(), 0u64..125, 1u64..45), 1..60)) {
-            let mut q = queries();
-            let (mut here, mut cursor) = ([false; 120], 0);
-            for (placed, offset, len) in chunks {
-                // Half of the offsets are likely ones.
-                let offset = if placed { Some(offset) } else { Some(offset / 20 * 20).filter(|o| *o != 40) };
-                let start = offset.unwrap_or(cursor);
-                let taken = q.take(offset, len);
-                let range = start as usize..(start + len) as usize;
-                let fits = range.end <= 120;
-                let fresh = fits && here[range.clone()].iter().all(|byte| !byte);
-                let connected = start % 20 == 0 || (fits && here[range.start - 1]);
-                prop_assert_eq!(taken.is_ok(), fresh && connected);
-                if taken.is_ok() {
-                    here[range].fill(true);
-                    cursor = start + len;
+        fn every_byte_counts_once(chunks in proptest::collection::vec((0usize..3, any::<bool>(), 0u64..6, 1u64..60), 1..60)) {
+            let mut a = arrivals();
+            let mut here = [vec![false; 240], vec![false; 48], vec![false; 48]];
+            for (tensor, placed, group, len) in chunks {
+                let offset = placed.then(|| group * a.tensors[tensor].group_bytes);
+                let Ok(start) = a.take(Tensor::ALL[tensor], offset, len) else { break };
+                for byte in &mut here[tensor][start as usize..(start + len) as usize] {
+                    prop_assert!(!std::mem::replace(byte, true));
                 }
-                prop_assert_eq!(q.got, here.iter().filter(|byte| **byte).count() as u64);
-                prop_assert!(q.runs.len() <= 6);
+                let arrival = &a.tensors[tensor];
+                prop_assert_eq!(arrival.got, here[tensor].iter().filter(|byte| **byte).count() as u64);
+                let cut = here[tensor].chunks(arrival.group_bytes as usize).filter(|group| group.contains(&true) && group.contains(&false));
+                prop_assert!(cut.count() <= 1, "one group at a time");
             }
         }
     }

@@ -15,7 +15,7 @@
 use std::time::Duration;
 
 use crate::Tensor;
-use crate::arrival::{Arrival, Misplaced};
+use crate::arrival::{Arrival, Arrivals, Misplaced};
 use crate::cover::VerifiedPlan;
 use crate::gather::{CellId, Gather, GatherError, Ready};
 use crate::route::{Router, Run};
@@ -139,30 +139,15 @@ pub enum CallError<E = String> {
         /// Which chunk.
         index: u64,
     },
-    /// A chunk leaves a gap: a head comes front to back.
-    #[error(
-        "chunk {index} begins at byte {offset} of {tensor}, which is neither the first of a head ({head_bytes} bytes each) \
-         nor the next of one that has begun"
-    )]
-    ChunkGap {
+    /// A chunk is in the wrong place of its tensor.
+    #[error("chunk {index} of {tensor} {why}")]
+    ChunkPlace {
         /// Which chunk.
         index: u64,
         /// Which tensor.
         tensor: Tensor,
-        /// Where the chunk begins.
-        offset: u64,
-        /// Bytes of a head.
-        head_bytes: u64,
-    },
-    /// A chunk has bytes that came before.
-    #[error("chunk {index} has byte {at} of {tensor}, which came before")]
-    ChunkAgain {
-        /// Which chunk.
-        index: u64,
-        /// Which tensor.
-        tensor: Tensor,
-        /// The first such byte.
-        at: u64,
+        /// What is wrong with its place.
+        why: Misplaced,
     },
     /// A tensor is shorter or longer than its shape.
     #[error("shape needs {need} bytes of {tensor}, payload {got}")]
@@ -248,8 +233,7 @@ impl<E> CallError<E> {
             | Self::StreamTruncated { .. }
             | Self::ChunkOrder { .. }
             | Self::EmptyChunk { .. }
-            | Self::ChunkGap { .. }
-            | Self::ChunkAgain { .. }
+            | Self::ChunkPlace { .. }
             | Self::PayloadLength { .. }
             | Self::CommitLength { .. }
             | Self::CommitChunks { .. }
@@ -271,7 +255,7 @@ pub struct Call<P> {
     phase: Phase,
     router: Router,
     gather: Gather<P>,
-    arrivals: [Arrival; 3],
+    arrivals: Arrivals,
     chunks: u64,
     last_frame: Duration,
     /// Of each share: who, and whether it has nothing more to say.
@@ -286,7 +270,7 @@ impl<P> Call<P> {
             phase: Phase::Receiving,
             router: Router::new(plan, shape, dtype_bytes),
             gather: Gather::new(plan),
-            arrivals: Tensor::ALL.map(|tensor| Arrival::new(tensor, shape, dtype_bytes)),
+            arrivals: Arrivals::new(shape, dtype_bytes),
             chunks: 0,
             last_frame: now,
             shares: plan.shares.iter().map(|share| (share.worker.clone(), false)).collect(),
@@ -337,7 +321,7 @@ impl<P> Call<P> {
                 Ok([CallAction::CommitShares].into_iter().chain(self.complete()).collect())
             }
             CallEvent::StreamEnded if self.phase == Phase::Receiving => {
-                let need = self.arrivals.iter().map(|arrival| arrival.need).sum();
+                let need = self.arrivals.tensors().iter().map(|arrival| arrival.need).sum();
                 Err(CallError::StreamTruncated { chunks: self.chunks, bytes: self.received(), need })
             }
             CallEvent::Partial { share, cell, part } => self.take_partial(share, cell, part),
@@ -363,7 +347,7 @@ impl<P> Call<P> {
     }
 
     fn received(&self) -> u64 {
-        self.arrivals.iter().map(|arrival| arrival.got).sum()
+        self.arrivals.tensors().iter().map(|arrival| arrival.got).sum()
     }
 
     /// Counts a chunk in; returns where it begins in its tensor.
@@ -381,19 +365,11 @@ impl<P> Call<P> {
         if len == 0 {
             return Err(CallError::EmptyChunk { index });
         }
-        let [q, k, v] = &mut self.arrivals;
-        let arrival = match tensor {
-            Tensor::Q => q,
-            Tensor::K => k,
-            Tensor::V => v,
-        };
-        let need = arrival.need;
-        let start = arrival.take(offset, len as u64).map_err(|misplaced| match misplaced {
-            Misplaced::PastTheEnd { end } => CallError::PayloadLength { tensor, need, got: end },
-            Misplaced::Gap { start, head_bytes } => {
-                CallError::ChunkGap { index, tensor, offset: start, head_bytes }
+        let start = self.arrivals.take(tensor, offset, len as u64).map_err(|why| match (offset, why) {
+            (None, Misplaced::PastTheEnd { bytes, need }) => {
+                CallError::PayloadLength { tensor, need, got: bytes.end }
             }
-            Misplaced::Again { at } => CallError::ChunkAgain { index, tensor, at },
+            (_, why) => CallError::ChunkPlace { index, tensor, why },
         })?;
         self.chunks += 1;
         Ok(start)
@@ -406,7 +382,7 @@ impl<P> Call<P> {
         if bytes != self.received() {
             return Err(CallError::CommitLength { declared: bytes, got: self.received() });
         }
-        match self.arrivals.iter().find(|arrival| arrival.got != arrival.need) {
+        match self.arrivals.tensors().iter().find(|arrival| arrival.got != arrival.need) {
             Some(Arrival { tensor, need, got, .. }) => {
                 Err(CallError::PayloadLength { tensor: *tensor, need: *need, got: *got })
             }

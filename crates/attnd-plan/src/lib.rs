@@ -22,6 +22,7 @@ pub mod planner;
 pub mod route;
 pub mod topology;
 
+pub use arrival::Misplaced;
 pub use call::{Call, CallAction, CallError, CallEvent};
 pub use cost::CostModel;
 pub use cover::{CoverError, VerifiedPlan, filled_nodes};

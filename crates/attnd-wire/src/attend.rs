@@ -225,7 +225,9 @@ impl TensorChunk {
     /// [`Reason::Tensor`], [`Reason::PayloadLength`], [`Reason::Checksum`].
     pub fn decode(message: proto::TensorChunk, dtype: Dtype) -> Result<Self, Error> {
         let tensor = convert::tensor(message.tensor)?;
-        convert::chunk_data(message.index, &message.data, message.crc32c, dtype)?;
+        let place = message.offset.map(u64::to_le_bytes);
+        let place = place.as_ref().map_or(&[][..], |bytes| bytes);
+        convert::chunk_data(message.index, &message.data, place, message.crc32c, dtype)?;
         Ok(Self { index: message.index, tensor, offset: message.offset, data: message.data })
     }
 }
@@ -235,7 +237,10 @@ impl From<TensorChunk> for proto::TensorChunk {
         Self {
             index: chunk.index,
             tensor: proto::Tensor::from(chunk.tensor).into(),
-            crc32c: Some(checksum(&[&chunk.data])),
+            crc32c: Some(match chunk.offset {
+                Some(offset) => checksum(&[&chunk.data, &offset.to_le_bytes()]),
+                None => checksum(&[&chunk.data]),
+            }),
             data: chunk.data,
             offset: chunk.offset,
         }

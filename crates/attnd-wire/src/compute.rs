@@ -200,7 +200,7 @@ impl SliceChunk {
     /// group that isn't in the share.
     pub fn decode(message: proto::SliceChunk, begun: &ComputeBegin) -> Result<Self, Error> {
         let tensor = convert::tensor(message.tensor)?;
-        convert::chunk_data(message.index, &message.data, Some(message.crc32c), begun.dtype)?;
+        convert::chunk_data(message.index, &message.data, &[], Some(message.crc32c), begun.dtype)?;
         let head = convert::size(message.head);
         let group = if tensor == Tensor::Q { head / begun.shape.group_size() } else { head };
         if !begun.pieces.iter().any(|piece| piece.groups.contains(&group)) {

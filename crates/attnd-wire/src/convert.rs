@@ -212,8 +212,15 @@ pub(crate) fn quantity(reason: Reason, field: &str, value: f64) -> Result<f64, E
     }
 }
 
-/// Checks the bytes of chunk `index`: not empty, whole elements, and with the checksum that came along.
-pub(crate) fn chunk_data(index: u32, data: &Bytes, crc32c: Option<u32>, dtype: Dtype) -> Result<(), Error> {
+/// Checks the bytes of chunk `index`: not empty, whole elements, and with the checksum that came along, which covers
+/// the bytes of `place` behind them.
+pub(crate) fn chunk_data(
+    index: u32,
+    data: &Bytes,
+    place: &[u8],
+    crc32c: Option<u32>,
+    dtype: Dtype,
+) -> Result<(), Error> {
     if data.is_empty() {
         return Err(Error::new(Reason::PayloadLength, format!("chunk {index} has 0 bytes")));
     }
@@ -224,7 +231,7 @@ pub(crate) fn chunk_data(index: u32, data: &Bytes, crc32c: Option<u32>, dtype: D
         ));
     }
     match crc32c {
-        Some(sent) if sent != checksum(&[data]) => Err(refusal::checksum(index)),
+        Some(sent) if sent != checksum(&[data, place]) => Err(refusal::checksum(index)),
         _ => Ok(()),
     }
 }
@@ -293,18 +300,18 @@ mod tests {
     fn chunks_are_whole_and_unharmed() {
         let data = Bytes::from(vec![7; 4097]);
         assert_eq!(
-            chunk_data(0, &data, None, Dtype::F32).unwrap_err().message(),
+            chunk_data(0, &data, &[], None, Dtype::F32).unwrap_err().message(),
             "PAYLOAD_LENGTH: 4097 not a multiple of 4"
         );
         let data = data.slice(..4096);
         assert_eq!(
-            chunk_data(2, &data, Some(1), Dtype::F32).unwrap_err().message(),
+            chunk_data(2, &data, &[], Some(1), Dtype::F32).unwrap_err().message(),
             "CHECKSUM: chunk 2, nothing applied"
         );
-        assert_eq!(chunk_data(2, &data, Some(crc32c::crc32c(&data)), Dtype::F32), Ok(()));
-        assert_eq!(chunk_data(2, &data, None, Dtype::Bf16), Ok(()));
+        assert_eq!(chunk_data(2, &data, &[], Some(crc32c::crc32c(&data)), Dtype::F32), Ok(()));
+        assert_eq!(chunk_data(2, &data, &[], None, Dtype::Bf16), Ok(()));
         assert_eq!(
-            chunk_data(5, &Bytes::new(), None, Dtype::F32).unwrap_err().message(),
+            chunk_data(5, &Bytes::new(), &[], None, Dtype::F32).unwrap_err().message(),
             "PAYLOAD_LENGTH: chunk 5 has 0 bytes"
         );
     }

@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 use attnd_kernel::{AttnShape, Dims, KERNEL_ID, NonFinite, OutOfMemory, ScoreOverflow, ShapeError};
-use attnd_plan::{CallError, GatherError, PlanError, Rejection, Tensor, WorkerId};
+use attnd_plan::{CallError, GatherError, Misplaced, PlanError, Rejection, Tensor, WorkerId};
 
 use crate::error::{Error, Reason};
 use crate::join::WIRE_VERSIONS;
@@ -178,10 +178,10 @@ impl From<CallError<Error>> for Error {
             CallError::ExpectedBegin | CallError::DuplicateBegin | CallError::FrameAfterCommit => {
                 Reason::StreamOrder
             }
-            CallError::ChunkOrder { .. }
-            | CallError::ChunkGap { .. }
-            | CallError::ChunkAgain { .. }
-            | CallError::CommitChunks { .. } => Reason::ChunkOrder,
+            CallError::ChunkPlace { why: Misplaced::PastTheEnd { .. }, .. } => Reason::PayloadLength,
+            CallError::ChunkOrder { .. } | CallError::ChunkPlace { .. } | CallError::CommitChunks { .. } => {
+                Reason::ChunkOrder
+            }
             CallError::EmptyChunk { .. } | CallError::CommitLength { .. } => Reason::PayloadLength,
             CallError::StreamIdle { .. } => Reason::StreamIdle,
             CallError::StreamTruncated { chunks, bytes, need } => {
@@ -379,15 +379,22 @@ mod tests {
                 "CHUNK_ORDER: expected 4, got 6",
             ),
             (
-                CallError::ChunkGap { index: 3, tensor: Tensor::K, offset: 4100, head_bytes: 4096 },
+                CallError::ChunkPlace {
+                    index: 3,
+                    tensor: Tensor::K,
+                    why: Misplaced::InsideOfGroup { start: 4100, group_bytes: 4096 },
+                },
                 Code::InvalidArgument,
-                "CHUNK_ORDER: chunk 3 begins at byte 4100 of k, which is neither the first of a head (4096 bytes each) \
-                 nor the next of one that has begun",
+                "CHUNK_ORDER: chunk 3 of k begins at byte 4100, inside of a kv group (4096 bytes each) that has not begun",
             ),
             (
-                CallError::ChunkAgain { index: 3, tensor: Tensor::V, at: 8192 },
+                CallError::ChunkPlace {
+                    index: 3,
+                    tensor: Tensor::V,
+                    why: Misplaced::PastTheEnd { bytes: 8192..9000, need: 8200 },
+                },
                 Code::InvalidArgument,
-                "CHUNK_ORDER: chunk 3 has byte 8192 of v, which came before",
+                "PAYLOAD_LENGTH: chunk 3 of v brings bytes 8192 to 9000 of 8200",
             ),
             (
                 CallError::EmptyChunk { index: 5 },

@@ -30,7 +30,8 @@ const KEPT_BYTES: usize = 8 << 20;
 /// next one cleared again, page by page.
 ///
 /// Its threshold for that is the size of the largest block mapped by itself and freed so far (mallopt(3), "dynamic mmap
-/// threshold"), and twice as much is what an arena keeps; so one block is allocated here, never touched, and freed.
+/// threshold"), and twice as much free memory is what each of its arenas, eight per core at most, keeps at its end; so
+/// one block is allocated here, never touched, and freed.
 fn keep_message_buffers() {
     drop(std::hint::black_box(Vec::<u8>::with_capacity(KEPT_BYTES)));
 }

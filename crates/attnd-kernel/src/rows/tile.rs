@@ -37,15 +37,11 @@ const fn ahead(rows: usize) -> usize {
     if rows > 2 { 1024 } else { 0 }
 }
 
-/// As [`ahead`], where `n_rows` rows take turns on a panel of `panel` elements. Memory would rest while all but the first
-/// row read it from the caches, so each asks for its part of the next panel.
+/// How far ahead the next panel of `panel` elements lies, for rows that take turns on this one; 0 where they don't. Memory
+/// would rest while all but the first row read the panel from the caches, so each asks for its part of the next one.
 #[inline(always)]
-const fn ahead_in_turn(tile_rows: usize, row: usize, n_rows: usize, panel: usize) -> usize {
-    match (tile_rows, n_rows) {
-        (1, 1) => 0,
-        (1, _) => panel + LANES * (row % 4),
-        _ => ahead(tile_rows),
-    }
+const fn next_panel(tile_rows: usize, row: usize, n_rows: usize, panel: usize) -> usize {
+    if tile_rows == 1 && n_rows > 1 { panel + LANES * (row % 4) } else { 0 }
 }
 
 /// Scores of `n_rows` rows against panels `panels` of one page: `s[row * 256 + key]`.
@@ -76,8 +72,8 @@ pub(super) unsafe fn scores<L: Lanes, S: Stored, const MR: usize, const NR: usiz
                     let k = k.add(panel * PANEL_KEYS * d.div_ceil(S::PER_WORD) + key);
                     let s = s.add(row * PAGE_KEYS + panel * PANEL_KEYS + key);
                     let words = PANEL_KEYS * d.div_ceil(S::PER_WORD);
-                    let ahead = ahead_in_turn(MR, row, n_rows, words);
-                    with_rows!(rows, MR, score_tile::<L, S, _, NR>(q, d, k, s, ahead));
+                    let next = next_panel(MR, row, n_rows, words);
+                    with_rows!(rows, MR, score_tile::<L, S, _, NR>(q, d, k, s, next));
                 }
                 key += 16 * NR;
             }
@@ -95,12 +91,13 @@ unsafe fn score_tile<L: Lanes, S: Stored, const MR: usize, const NR: usize>(
     d: usize,
     k: *const f32,
     s: *mut f32,
-    ahead: usize,
+    next: usize,
 ) {
     // SAFETY: the ranges above, element by element.
     unsafe {
         let mut acc = [[L::zero(); NR]; MR];
         let (q, k) = (Operand { at: q, step: MR }, Operand { at: k, step: PANEL_KEYS });
+        let ahead = if next > 0 { next } else { ahead(MR) };
         reduce::<L, S, MR, NR, 1>(q, k, 0..d, ahead, &mut acc);
         for r in 0..MR {
             for n in 0..NR {
@@ -160,7 +157,7 @@ pub(super) unsafe fn context<L: Lanes, S: Stored, const MR: usize, const NR: usi
                             o: o.add(row * columns + column + strip),
                             o_stride: columns,
                             start,
-                            ahead: ahead_in_turn(MR, row, n_rows, run * width / S::PER_WORD),
+                            next: next_panel(MR, row, n_rows, run * width / S::PER_WORD),
                         };
                         match lanes {
                             4 => {
@@ -202,7 +199,7 @@ struct ContextTile {
     o: *mut f32,
     o_stride: usize,
     start: Start,
-    ahead: usize,
+    next: usize,
 }
 
 /// # Safety
@@ -210,7 +207,7 @@ struct ContextTile {
 /// for reading and writing `MR` rows of `16 * NR` columns.
 #[inline(always)]
 unsafe fn context_tile<L: Lanes, S: Stored, const MR: usize, const NR: usize>(tile: ContextTile) {
-    let ContextTile { p, v, v_stride, keys, o, o_stride, start, ahead } = tile;
+    let ContextTile { p, v, v_stride, keys, o, o_stride, start, next } = tile;
     // SAFETY: the ranges above, element by element.
     unsafe {
         let mut acc = [[L::zero(); NR]; MR];
@@ -222,6 +219,7 @@ unsafe fn context_tile<L: Lanes, S: Stored, const MR: usize, const NR: usize>(ti
             }
         }
         let (p, v) = (Operand { at: p, step: 1 }, Operand { at: v, step: v_stride });
+        let ahead = if next > 0 { next } else { ahead(MR) };
         reduce::<L, S, MR, NR, PAGE_KEYS>(p, v, keys, ahead, &mut acc);
         for r in 0..MR {
             for n in 0..NR {

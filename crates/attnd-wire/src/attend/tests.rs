@@ -139,6 +139,9 @@ fn damaged_chunks_are_found() {
     let mut message = proto::TensorChunk::from(chunk.clone());
     assert_eq!(TensorChunk::decode(message.clone(), Dtype::F32), Ok(chunk));
     message.data = vec![2; 4096].into();
+    let moved = proto::TensorChunk { offset: Some(4096), ..message.clone() };
+    let error = TensorChunk::decode(moved, Dtype::F32).unwrap_err();
+    assert_eq!(error.message(), "CHECKSUM: chunk 2, nothing applied", "the place counts as data does");
     let error = TensorChunk::decode(message.clone(), Dtype::F32).unwrap_err();
     assert_eq!(error.message(), "CHECKSUM: chunk 2, nothing applied");
     message.tensor = 4;

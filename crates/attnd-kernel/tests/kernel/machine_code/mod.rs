@@ -95,6 +95,7 @@ const AVX2: Expected = Expected {
     table: "AVX2",
     tiles: &[
         Tile { at_least: 4, ..tile("rows 6 x 1 and queries 6 x 1", 6, 2, 4) },
+        tile("rows 1 x 4", 1, 8, 4),
         widened("rows 6 x 1 of 16 bits", 6, 2, 8),
     ],
     allowed: &[
