@@ -2,7 +2,8 @@
 //!
 //! Not a test: figures are printed, only the result is checked. Two workers with one thread each, H=8 d=128 T=4096 f32
 //! without a mask; the time is that of the client library in this process, from call to answer. The limit is the
-//! multiply-add peak of two threads, calibrated before and after.
+//! multiply-add peak of two threads, calibrated before and after. `ATTND_ISA` chooses the kernels of the workers and of
+//! the calibration.
 
 #![allow(clippy::print_stdout, clippy::unwrap_used, clippy::expect_used)]
 
@@ -16,7 +17,7 @@ use attnd_client::{Attended, WorkerChoice};
 use attnd_kernel::{Dims, Kernels};
 
 use support::cases::{Answer, Case};
-use support::cluster::Cluster;
+use support::cluster::{Cluster, WorkerSpec};
 
 const CALLS: usize = 7;
 
@@ -24,9 +25,9 @@ fn load() -> String {
     std::fs::read_to_string("/proc/loadavg").unwrap_or_default().trim().to_owned()
 }
 
-fn peak_of_two_threads() -> f64 {
+fn peak_of_two_threads(kernels: &Kernels) -> f64 {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build().expect("two threads");
-    Kernels::available()[0].peak_gflops(&pool, Duration::from_millis(300))
+    kernels.peak_gflops(&pool, Duration::from_millis(300))
 }
 
 #[tokio::main]
@@ -35,13 +36,15 @@ async fn main() {
     let dims =
         Dims { batch: 1, heads: 8, kv_heads: 8, queries: 4096, keys: 4096, head_dim: 128, value_dim: 128 };
     let case = Case::plain(0, dims);
-    let wanted = case.compute(Kernels::available()[0]);
-    let mut cluster = Cluster::start(2).await;
+    let kernels = Kernels::from_env().expect("an instruction set of this CPU");
+    let wanted = case.compute(kernels);
+    let worker = WorkerSpec { isa: Some(kernels.isa()), ..WorkerSpec::default() };
+    let mut cluster = Cluster::with(vec![worker; 2]).await;
     let idle = cluster.coordinator().peak_memory();
     let client = cluster.client();
     let options = case.options(WorkerChoice::Exactly(2));
 
-    let before = peak_of_two_threads();
+    let before = peak_of_two_threads(kernels);
     let mut calls: Vec<(f64, Attended)> = Vec::new();
     // The first call warms up connections and pages.
     for call in 0..=CALLS {
@@ -52,7 +55,7 @@ async fn main() {
             calls.push((seconds, attended));
         }
     }
-    let after = peak_of_two_threads();
+    let after = peak_of_two_threads(kernels);
     println!("load after: {}", load());
 
     calls.sort_by(|a, b| a.0.total_cmp(&b.0));
@@ -60,7 +63,7 @@ async fn main() {
     let (seconds, attended) = calls.swap_remove(CALLS / 2);
     let (rate, peak) = (case.flops() / seconds * 1e-9, before.max(after));
     println!("{}", attended.plan.reason);
-    println!("peak of two threads: {before:.0} GFLOP/s before, {after:.0} after");
+    println!("peak of two threads, {}: {before:.0} GFLOP/s before, {after:.0} after", kernels.isa());
     println!(
         "end to end: {:.1} ms, median of {CALLS} ({:.1} to {:.1}) = {rate:.0} GFLOP/s = {:.0} % of the peak",
         seconds * 1e3,

@@ -4,7 +4,6 @@
 //! that order, which is what keeps the partials that wait for each other few. Inside of a tensor a group comes front to
 //! back and ends before the next one begins, so that at a worker one group at a time has bytes that are staged.
 
-use std::collections::BTreeSet;
 use std::ops::Range;
 
 use attnd_kernel::AttnShape;
@@ -83,14 +82,13 @@ pub(crate) struct Arrivals {
     tensors: [Arrival; 3],
     /// The groups, in the order in which the first tensor of each began.
     order: Vec<u64>,
-    known: BTreeSet<u64>,
 }
 
 impl Arrivals {
     /// Nothing yet of a call of `shape`, whose elements have `dtype_bytes` on the wire.
     pub(crate) fn new(shape: &AttnShape, dtype_bytes: usize) -> Self {
         let tensors = Tensor::ALL.map(|tensor| Arrival::new(tensor, shape, dtype_bytes));
-        Self { tensors, order: Vec::new(), known: BTreeSet::new() }
+        Self { tensors, order: Vec::new() }
     }
 
     /// The tensors, in the order of the wire.
@@ -123,8 +121,8 @@ impl Arrivals {
             match self.order.get(arrival.begun) {
                 Some(expected) if *expected == group => {}
                 Some(expected) => return Err(Misplaced::Order { group, expected: *expected }),
-                None if self.known.insert(group) => self.order.push(group),
-                None => return Err(Misplaced::Again { group }),
+                None if self.order.contains(&group) => return Err(Misplaced::Again { group }),
+                None => self.order.push(group),
             }
             arrival.begun += 1;
         }

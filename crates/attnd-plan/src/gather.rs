@@ -31,8 +31,9 @@ pub struct CellId {
     pub keys: usize,
 }
 
-/// The cells of a share, in the order in which its worker sends them if the groups came in the order of their indices: all
-/// nodes of some tokens of a group, then the next tokens, then the next group. Rows then leave while others are still computed.
+/// The cells of a share, in the order in which its worker sends them where the groups came in the order of their indices:
+/// all nodes of some tokens of a group, then the next tokens, then the next group. Rows then leave while others are still
+/// computed.
 pub fn cells(pieces: &[Piece], shape: &AttnShape, tokens_per_cell: usize) -> Vec<CellId> {
     let tokens_per_cell = tokens_per_cell.max(1);
     let mut cells = Vec::new();

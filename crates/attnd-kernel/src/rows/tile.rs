@@ -199,6 +199,7 @@ struct ContextTile {
     o: *mut f32,
     o_stride: usize,
     start: Start,
+    /// As [`next_panel`] says.
     next: usize,
 }
 

@@ -138,10 +138,12 @@ fn damaged_chunks_are_found() {
     let chunk = TensorChunk { index: 2, tensor: Tensor::V, offset: Some(8192), data: vec![1; 4096].into() };
     let mut message = proto::TensorChunk::from(chunk.clone());
     assert_eq!(TensorChunk::decode(message.clone(), Dtype::F32), Ok(chunk));
+    for offset in [Some(4096), None] {
+        let moved = proto::TensorChunk { offset, ..message.clone() };
+        let error = TensorChunk::decode(moved, Dtype::F32).unwrap_err();
+        assert_eq!(error.message(), "CHECKSUM: chunk 2, nothing applied", "the place counts as data does");
+    }
     message.data = vec![2; 4096].into();
-    let moved = proto::TensorChunk { offset: Some(4096), ..message.clone() };
-    let error = TensorChunk::decode(moved, Dtype::F32).unwrap_err();
-    assert_eq!(error.message(), "CHECKSUM: chunk 2, nothing applied", "the place counts as data does");
     let error = TensorChunk::decode(message.clone(), Dtype::F32).unwrap_err();
     assert_eq!(error.message(), "CHECKSUM: chunk 2, nothing applied");
     message.tensor = 4;
