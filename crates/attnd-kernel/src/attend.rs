@@ -81,7 +81,9 @@ pub fn attend_node(
         return (PartialRows::empty(0, shape.value_dim()), Ok(()));
     }
     let blocks = n_rows.div_ceil(BLOCK_ROWS);
-    let enough = BLOCKS_PER_THREAD * rayon::current_num_threads();
+    // A thread alone takes the node whole: one forward-moving address through all its pages.
+    let threads = rayon::current_num_threads();
+    let enough = if threads == 1 { 1 } else { BLOCKS_PER_THREAD * threads };
     let task = NodeTask { kernels, call, tokens };
     let nodes = split(node, call.kv.n_keys(), enough.div_ceil(blocks));
     task.subtree(&nodes).unwrap_or_else(|| (PartialRows::empty(n_rows, shape.value_dim()), Ok(())))

@@ -45,6 +45,8 @@ pub(crate) struct Tiles {
     pub(crate) few_rows: usize,
     /// The same where they are more.
     pub(crate) rows: usize,
+    /// Whether the rows-broadcast family asks memory for lines ahead of their use, where its entry can.
+    pub(crate) prefetch: bool,
     /// Vectors of query lanes of the largest tile of the other family.
     pub(crate) query_vectors: usize,
 }
@@ -61,7 +63,7 @@ impl Tiles {
 pub(crate) enum QueryLayout {
     /// For the rows-broadcast family: tile by tile, inside a tile element by element, so that a tile reads its
     /// broadcasts front to back from one pointer.
-    Tiles { n_rows: usize, tile_rows: usize, d: usize },
+    Tiles { n_rows: usize, tile_rows: usize, d: usize, prefetch: bool },
     /// For lanes = queries: group by group, inside a group element by element.
     Groups { groups: queries::Groups, d: usize },
 }
@@ -76,7 +78,7 @@ impl QueryLayout {
         if n_rows >= LANES * tiles.query_vectors.min(2) && idle * 8 <= n_rows {
             Self::Groups { groups: queries::Groups::new(n_rows, tiles.query_vectors), d }
         } else {
-            Self::Tiles { n_rows, tile_rows: tiles.rows_for(n_rows), d }
+            Self::Tiles { n_rows, tile_rows: tiles.rows_for(n_rows), d, prefetch: tiles.prefetch }
         }
     }
 
@@ -113,7 +115,7 @@ pub(crate) unsafe fn pack_queries<L: Lanes>(
 ) {
     assert_eq!(q.len(), layout.floats());
     match layout {
-        QueryLayout::Tiles { n_rows, tile_rows, d } => {
+        QueryLayout::Tiles { n_rows, tile_rows, d, .. } => {
             assert!(rows.len() == n_rows && rows.iter().all(|row| row.len() == d));
             for (tile, rows) in q.chunks_mut(tile_rows * d).zip(rows.chunks(tile_rows)) {
                 for (r, row) in rows.iter().enumerate() {
@@ -143,6 +145,7 @@ pub(crate) unsafe fn attend_block<
     const FEW_VECTORS: usize,
     const ROWS: usize,
     const VECTORS: usize,
+    const AHEAD: usize,
     const KEYS: usize,
     const QUERIES: usize,
 >(
@@ -159,17 +162,22 @@ pub(crate) unsafe fn attend_block<
     // SAFETY: the ISA is enabled, as the caller vouches.
     unsafe {
         match layout {
-            QueryLayout::Tiles { n_rows: of_layout, tile_rows, d } => {
+            QueryLayout::Tiles { n_rows: of_layout, tile_rows, d, prefetch } => {
                 assert!(of_layout == n_rows && d == block.kv.head_dim());
                 assert_eq!(tile_rows, if n_rows <= rows::FEW_ROWS { FEW } else { ROWS });
                 match block.kv.storage() {
-                    Dtype::F32 => rows::attend_rows::<L, StoredF32, FEW, FEW_VECTORS, ROWS, VECTORS>(
+                    Dtype::F32 if const { AHEAD > 0 } && prefetch => {
+                        rows::attend_rows::<L, StoredF32, FEW, FEW_VECTORS, ROWS, VECTORS, AHEAD>(
+                            block, scratch, out,
+                        )
+                    }
+                    Dtype::F32 => rows::attend_rows::<L, StoredF32, FEW, FEW_VECTORS, ROWS, VECTORS, 0>(
                         block, scratch, out,
                     ),
-                    Dtype::F16 => rows::attend_rows::<L, StoredF16, FEW, FEW_VECTORS, ROWS, VECTORS>(
+                    Dtype::F16 => rows::attend_rows::<L, StoredF16, FEW, FEW_VECTORS, ROWS, VECTORS, 0>(
                         block, scratch, out,
                     ),
-                    Dtype::Bf16 => rows::attend_rows::<L, StoredBf16, FEW, FEW_VECTORS, ROWS, VECTORS>(
+                    Dtype::Bf16 => rows::attend_rows::<L, StoredBf16, FEW, FEW_VECTORS, ROWS, VECTORS, 0>(
                         block, scratch, out,
                     ),
                 }

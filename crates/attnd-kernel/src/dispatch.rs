@@ -162,18 +162,21 @@ impl Kernels {
         self.isa
     }
 
-    /// The largest register tiles.
+    /// The largest register tiles, and how they come by what they read, as suits this CPU.
     ///
-    /// With AVX-512, two vectors of queries where the scores of a page against them (32 KiB) fit into the first-level
-    /// cache, else three, which load less per multiply-add.
+    /// A first-level cache of 48 KiB tells newer cores from older ones. Newer ones gain where memory is asked for lines
+    /// ahead of their use, and hold the scores of a page against two vectors of queries (32 KiB). Older ones lose up to a
+    /// third of their bandwidth to such requests, and three vectors load less per multiply-add.
     pub(crate) fn tiles(&self) -> Tiles {
         #[cfg(target_arch = "x86_64")]
-        if self.isa == Isa::Avx512 {
+        {
             static FIRST_LEVEL: OnceLock<Option<usize>> = OnceLock::new();
             let bytes = *FIRST_LEVEL.get_or_init(crate::cache::first_level_bytes);
-            let query_vectors = if bytes.is_some_and(|bytes| bytes >= 48 << 10) { 2 } else { 3 };
-            return Tiles { query_vectors, ..self.tiles };
+            let is_newer = bytes.is_some_and(|bytes| bytes >= 48 << 10);
+            let query_vectors = self.tiles.query_vectors.min(if is_newer { 2 } else { 3 });
+            return Tiles { prefetch: is_newer, query_vectors, ..self.tiles };
         }
+        #[cfg(not(target_arch = "x86_64"))]
         self.tiles
     }
 
@@ -296,13 +299,14 @@ unsafe fn read_chains<L: crate::lanes::Lanes>(from: &[f32]) -> f32 {
 }
 
 /// Stamps the entries of one ISA. Its register tiles are `$mr` rows by `$nr` vectors of 16 keys where rows are broadcast,
-/// or `$fr` by `$fnr` where rows are few, and `$keys` keys by `$queries` vectors of 16 queries; `$chains` are its
+/// or `$fr` by `$fnr` where rows are few; f32 lines are asked for `$ahead` words ahead of their use where the CPU likes
+/// that. They are `$keys` keys by `$queries` vectors of 16 queries; `$chains` are its
 /// independent accumulators.
 ///
 /// # Safety
 /// The entries may only be called on a CPU that has `$features`; [`Kernels::available`] hands the table out only there.
 macro_rules! instantiate {
-    ($table:ident, $isa:expr, $lanes:ty, few $fr:literal x $fnr:literal, rows $mr:literal x $nr:literal, queries $keys:literal x $queries:literal, chains $chains:literal $(, #[$features:meta])?) => {
+    ($table:ident, $isa:expr, $lanes:ty, few $fr:literal x $fnr:literal, rows $mr:literal x $nr:literal ahead $ahead:literal, queries $keys:literal x $queries:literal, chains $chains:literal $(, #[$features:meta])?) => {
         static $table: Kernels = {
             $(#[$features])?
             unsafe fn pack_queries_entry(layout: QueryLayout, rows: &[&[f32]], factor: f32, q: &mut [f32]) {
@@ -318,7 +322,7 @@ macro_rules! instantiate {
             ) -> Option<usize> {
                 // SAFETY: the features are enabled on this function.
                 unsafe {
-                    attend_block::<$lanes, $fr, $fnr, $mr, $nr, $keys, $queries>(block, layout, scratch, out)
+                    attend_block::<$lanes, $fr, $fnr, $mr, $nr, $ahead, $keys, $queries>(block, layout, scratch, out)
                 }
             }
             $(#[$features])?
@@ -354,7 +358,7 @@ macro_rules! instantiate {
             }
             Kernels {
                 isa: $isa,
-                tiles: Tiles { few_rows: $fr, rows: $mr, query_vectors: $queries },
+                tiles: Tiles { few_rows: $fr, rows: $mr, prefetch: false, query_vectors: $queries },
                 pack_queries: pack_queries_entry,
                 attend_block: attend_block_entry,
                 merge_rows: merge_rows_entry,
@@ -368,12 +372,12 @@ macro_rules! instantiate {
 }
 
 #[cfg(target_arch = "x86_64")]
-instantiate!(AVX512, Isa::Avx512, arch::avx512::Avx512, few 6 x 4, rows 6 x 4, queries 8 x 3, chains 12, #[target_feature(enable = "avx512f,avx512dq,avx2,fma,f16c")]);
+instantiate!(AVX512, Isa::Avx512, arch::avx512::Avx512, few 6 x 4, rows 6 x 4 ahead 1024, queries 8 x 3, chains 12, #[target_feature(enable = "avx512f,avx512dq,avx2,fma,f16c")]);
 #[cfg(target_arch = "x86_64")]
-instantiate!(AVX2, Isa::Avx2, arch::avx2::Avx2, few 1 x 4, rows 6 x 1, queries 6 x 1, chains 6, #[target_feature(enable = "avx2,fma,f16c")]);
+instantiate!(AVX2, Isa::Avx2, arch::avx2::Avx2, few 1 x 4, rows 6 x 1 ahead 0, queries 6 x 1, chains 6, #[target_feature(enable = "avx2,fma,f16c")]);
 #[cfg(target_arch = "aarch64")]
-instantiate!(NEON, Isa::Neon, arch::neon::Neon, few 1 x 4, rows 6 x 1, queries 6 x 1, chains 6);
-instantiate!(PORTABLE, Isa::Portable, arch::portable::Portable, few 2 x 1, rows 2 x 1, queries 2 x 1, chains 2);
+instantiate!(NEON, Isa::Neon, arch::neon::Neon, few 1 x 4, rows 6 x 1 ahead 0, queries 6 x 1, chains 6);
+instantiate!(PORTABLE, Isa::Portable, arch::portable::Portable, few 2 x 1, rows 2 x 1 ahead 0, queries 2 x 1, chains 2);
 
 #[cfg(test)]
 mod tests {

@@ -218,7 +218,8 @@ impl Case {
 fn layouts(kernels: &Kernels, n_rows: usize, d: usize) -> Vec<QueryLayout> {
     let vectors = if kernels.isa() == Isa::Avx512 { 1..=3 } else { 1..=1 };
     let tile_rows = kernels.tiles().rows_for(n_rows);
-    let mut layouts = vec![QueryLayout::Tiles { n_rows, tile_rows, d }];
+    let mut layouts: Vec<_> =
+        [false, true].map(|prefetch| QueryLayout::Tiles { n_rows, tile_rows, d, prefetch }).into();
     layouts.extend(vectors.map(|vectors| QueryLayout::Groups { groups: Groups::new(n_rows, vectors), d }));
     layouts
 }

@@ -37,8 +37,7 @@ pub(crate) struct Operand {
 /// the next. `b` holds words of `S`, so one of its steps is as many elements as a word has.
 ///
 /// Where `ahead` is not 0, cache lines of `b` are asked for that many words ahead of their use, for operands that are
-/// swept forward and come from memory: all of a step, or one if there is a single row, which then has others beside it
-/// that ask for the rest. It should be a constant where this is inlined.
+/// swept forward and come from memory. It should be a constant where this is inlined.
 ///
 /// # Safety
 /// The ISA of `L` is enabled. At every element `a` is valid for reading `MR` elements at a distance of `A_ROW`, and `b` for
@@ -64,7 +63,7 @@ pub(crate) unsafe fn reduce<L: Lanes, S: Stored, const MR: usize, const NR: usiz
         for word in (words.start..unrolled).step_by(UNROLL) {
             for word in word..word + UNROLL {
                 if ahead > 0 {
-                    for n in 0..if MR == 1 { 1 } else { NR } {
+                    for n in 0..NR {
                         L::prefetch(b.at.wrapping_add(word * b.step + ahead + LANES * n));
                     }
                 }

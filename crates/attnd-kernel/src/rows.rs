@@ -37,7 +37,7 @@ fn partials_alive(n_rows: usize) -> usize {
 }
 
 /// Computes the partial of a block of rows, with tiles of `FR` rows by `FN` vectors where there are at most [`FEW_ROWS`]
-/// and of `MR` by `NR` where there are more. Returns the first row of which a score overflowed f32.
+/// and of `MR` by `NR` where there are more; lines are asked for `AHEAD` words ahead of their use, or not where that is 0. Returns the first row of which a score overflowed f32.
 ///
 /// # Safety
 /// The ISA of `L` is enabled, and `S` is how keys and values are stored. `block.q` has `n_rows * head_dim` elements, `scratch` has [`scratch_floats`], and `out` has
@@ -50,6 +50,7 @@ pub(crate) unsafe fn attend_rows<
     const FN: usize,
     const MR: usize,
     const NR: usize,
+    const AHEAD: usize,
 >(
     block: &RowBlock<'_>,
     scratch: &mut [f32],
@@ -63,7 +64,7 @@ pub(crate) unsafe fn attend_rows<
     let (scores, partials) = scratch.split_at_mut(n_rows * PAGE_KEYS);
     let mut walk = Walk { n_rows, columns, partials, scores, overflow: None };
     // SAFETY: the ISA is enabled and the slices are long enough, as the caller vouches.
-    let result = unsafe { walk.pages::<L, S, FR, FN, MR, NR>(block, &visible) };
+    let result = unsafe { walk.pages::<L, S, FR, FN, MR, NR, AHEAD>(block, &visible) };
     match result {
         Some(at) => {
             let (m, l, o) = walk.partial(at);
@@ -107,6 +108,7 @@ impl Walk<'_> {
         const FN: usize,
         const MR: usize,
         const NR: usize,
+        const AHEAD: usize,
     >(
         &mut self,
         block: &RowBlock<'_>,
@@ -127,7 +129,7 @@ impl Walk<'_> {
                 (false, _) => stack.depth(),
             };
             // SAFETY: as the caller vouches.
-            unsafe { self.page::<L, S, FR, FN, MR, NR>(block, visible, page, into) };
+            unsafe { self.page::<L, S, FR, FN, MR, NR, AHEAD>(block, visible, page, into) };
             if !by_address {
                 let next = order.get(i + 1).map(|page| slot_of_page(*page));
                 for merged in 0..stack.push(slot, next) {
@@ -168,6 +170,7 @@ impl Walk<'_> {
         const FN: usize,
         const MR: usize,
         const NR: usize,
+        const AHEAD: usize,
     >(
         &mut self,
         block: &RowBlock<'_>,
@@ -191,9 +194,9 @@ impl Walk<'_> {
         unsafe {
             let panels = hull.start / PANEL_KEYS..hull.end.div_ceil(PANEL_KEYS);
             if few {
-                tile::scores::<L, S, FR, FN>(block.q.as_ptr(), n_rows, d, k.as_ptr(), panels, s);
+                tile::scores::<L, S, FR, FN, AHEAD>(block.q.as_ptr(), n_rows, d, k.as_ptr(), panels, s);
             } else {
-                tile::scores::<L, S, MR, NR>(block.q.as_ptr(), n_rows, d, k.as_ptr(), panels, s);
+                tile::scores::<L, S, MR, NR, AHEAD>(block.q.as_ptr(), n_rows, d, k.as_ptr(), panels, s);
             }
             for row in 0..n_rows {
                 let sum = softmax_row::<L>(s.add(row * PAGE_KEYS), seen(row));
@@ -211,8 +214,9 @@ impl Walk<'_> {
                 let rows = tile_rows.min(n_rows - row);
                 let Span { shared, .. } = Span::of((row..row + rows).map(seen));
                 for piece in 0..=2 * rows {
+                    let is_shared = piece == rows;
                     let (first, rows, keys, start) = match piece {
-                        _ if piece == rows => (row, rows, shared.clone(), Start::Output),
+                        _ if is_shared => (row, rows, shared.clone(), Start::Output),
                         _ if piece < rows => {
                             let keys = seen(row + piece);
                             let end = if shared.is_empty() { keys.end } else { shared.start };
@@ -224,7 +228,7 @@ impl Walk<'_> {
                             (row + piece - rows - 1, 1, first..keys.end, Start::Output)
                         }
                     };
-                    let (keys, start) = match (whole, piece == rows) {
+                    let (keys, start) = match (whole, is_shared) {
                         (true, true) => (0..PAGE_KEYS, Start::Zero),
                         (true, false) => continue,
                         (false, _) => (keys, start),
@@ -232,9 +236,9 @@ impl Walk<'_> {
                     if start == Start::Zero || !keys.is_empty() {
                         let (p, o) = (p.add(first * PAGE_KEYS), o.add(first * columns));
                         if few {
-                            tile::context::<L, S, FR, FN>(p, rows, v, keys, columns, o, start);
+                            tile::context::<L, S, FR, FN, AHEAD>(p, rows, v, keys, columns, o, start);
                         } else {
-                            tile::context::<L, S, MR, NR>(p, rows, v, keys, columns, o, start);
+                            tile::context::<L, S, MR, NR, AHEAD>(p, rows, v, keys, columns, o, start);
                         }
                     }
                 }

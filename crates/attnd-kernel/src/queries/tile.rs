@@ -193,6 +193,9 @@ unsafe fn visible_step<L: Lanes, const MR: usize, const NR: usize>(
     // SAFETY: the ranges above, element by element.
     unsafe {
         let (v, p) = (v.at.add(key * v.step), p.at.add(key * p.step));
+        // Opaque, so that the bounds of the lanes are loaded for each key: kept in registers they would drive accumulators
+        // of the whole tile out of theirs.
+        let seen = std::hint::black_box(seen);
         let key = L::splat(key as f32);
         for n in 0..NR {
             let (first, end) = (L::load(seen.add(LANES * n)), L::load(seen.add(LANES * (NR + n))));

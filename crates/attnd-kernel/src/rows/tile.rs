@@ -10,17 +10,17 @@ use crate::product::{Operand, reduce};
 use crate::slot::PAGE_KEYS;
 use crate::storage::Stored;
 
-/// Calls `$f::<L, S, rows, $nr>($args)` for a run-time row count of 1 to `$mr`, which is at most 6. Constant conditions
+/// Calls `$f::<L, S, rows, $nr, $ahead>($args)` for a run-time row count of 1 to `$mr`, which is at most 6. Constant conditions
 /// keep the tiles that an ISA doesn't have from being compiled.
 macro_rules! with_rows {
-    ($rows:expr, $mr:ident, $f:ident::<$l:ty, $s:ty, _, $nr:tt>($($arg:expr),*)) => {
+    ($rows:expr, $mr:ident, $f:ident::<$l:ty, $s:ty, _, $nr:tt, $ahead:tt>($($arg:expr),*)) => {
         match $rows {
-            6 => if const { $mr >= 6 } { $f::<$l, $s, 6, $nr>($($arg),*) },
-            5 => if const { $mr >= 5 } { $f::<$l, $s, 5, $nr>($($arg),*) },
-            4 => if const { $mr >= 4 } { $f::<$l, $s, 4, $nr>($($arg),*) },
-            3 => if const { $mr >= 3 } { $f::<$l, $s, 3, $nr>($($arg),*) },
-            2 => if const { $mr >= 2 } { $f::<$l, $s, 2, $nr>($($arg),*) },
-            _ => $f::<$l, $s, 1, $nr>($($arg),*),
+            6 => if const { $mr >= 6 } { $f::<$l, $s, 6, $nr, $ahead>($($arg),*) },
+            5 => if const { $mr >= 5 } { $f::<$l, $s, 5, $nr, $ahead>($($arg),*) },
+            4 => if const { $mr >= 4 } { $f::<$l, $s, 4, $nr, $ahead>($($arg),*) },
+            3 => if const { $mr >= 3 } { $f::<$l, $s, 3, $nr, $ahead>($($arg),*) },
+            2 => if const { $mr >= 2 } { $f::<$l, $s, 2, $nr, $ahead>($($arg),*) },
+            _ => $f::<$l, $s, 1, $nr, $ahead>($($arg),*),
         }
     };
 }
@@ -28,20 +28,14 @@ macro_rules! with_rows {
 /// Rows of the largest tile.
 pub(super) const MAX_ROWS: usize = 6;
 
-/// How far ahead of its use a line of a panel is asked for, in elements.
+/// How far ahead of its use a tile of `rows` rows asks for a line of a panel, in words, where the CPU wants it asked for
+/// `ahead` words before.
 ///
 /// With one or two rows a core runs far enough ahead by itself. With more, the multiply-adds between two lines fill its
 /// window before the lines of the next 4 KiB are on their way.
 #[inline(always)]
-const fn ahead(rows: usize) -> usize {
-    if rows > 2 { 1024 } else { 0 }
-}
-
-/// How far ahead the next panel of `panel` elements lies, for rows that take turns on this one; 0 where they don't. Memory
-/// would rest while all but the first row read the panel from the caches, so each asks for its part of the next one.
-#[inline(always)]
-const fn next_panel(tile_rows: usize, row: usize, n_rows: usize, panel: usize) -> usize {
-    if tile_rows == 1 && n_rows > 1 { panel + LANES * (row % 4) } else { 0 }
+const fn ahead_of(rows: usize, ahead: usize) -> usize {
+    if rows > 2 { ahead } else { 0 }
 }
 
 /// Scores of `n_rows` rows against panels `panels` of one page: `s[row * 256 + key]`.
@@ -50,7 +44,7 @@ const fn next_panel(tile_rows: usize, row: usize, n_rows: usize, panel: usize) -
 /// The ISA of `L` is enabled. `q`, laid out in tiles of `MR` rows (`QueryLayout::Tiles`), is valid for `n_rows * d` reads, `k` (the page's K panels) for their words, `s` for
 /// `n_rows * 256` writes.
 #[inline(always)]
-pub(super) unsafe fn scores<L: Lanes, S: Stored, const MR: usize, const NR: usize>(
+pub(super) unsafe fn scores<L: Lanes, S: Stored, const MR: usize, const NR: usize, const AHEAD: usize>(
     q: *const f32,
     n_rows: usize,
     d: usize,
@@ -71,9 +65,7 @@ pub(super) unsafe fn scores<L: Lanes, S: Stored, const MR: usize, const NR: usiz
                     let q = q.add(row * d);
                     let k = k.add(panel * PANEL_KEYS * d.div_ceil(S::PER_WORD) + key);
                     let s = s.add(row * PAGE_KEYS + panel * PANEL_KEYS + key);
-                    let words = PANEL_KEYS * d.div_ceil(S::PER_WORD);
-                    let next = next_panel(MR, row, n_rows, words);
-                    with_rows!(rows, MR, score_tile::<L, S, _, NR>(q, d, k, s, next));
+                    with_rows!(rows, MR, score_tile::<L, S, _, NR, AHEAD>(q, d, k, s));
                 }
                 key += 16 * NR;
             }
@@ -86,19 +78,17 @@ pub(super) unsafe fn scores<L: Lanes, S: Stored, const MR: usize, const NR: usiz
 /// The ISA of `L` is enabled. `q` is valid for `d` times `MR` elements; `k` for `d` rows of `16 * NR` at a stride of 64; `s`
 /// for writing `MR` rows of `16 * NR` at a stride of 256.
 #[inline(always)]
-unsafe fn score_tile<L: Lanes, S: Stored, const MR: usize, const NR: usize>(
+unsafe fn score_tile<L: Lanes, S: Stored, const MR: usize, const NR: usize, const AHEAD: usize>(
     q: *const f32,
     d: usize,
     k: *const f32,
     s: *mut f32,
-    next: usize,
 ) {
     // SAFETY: the ranges above, element by element.
     unsafe {
         let mut acc = [[L::zero(); NR]; MR];
         let (q, k) = (Operand { at: q, step: MR }, Operand { at: k, step: PANEL_KEYS });
-        let ahead = if next > 0 { next } else { ahead(MR) };
-        reduce::<L, S, MR, NR, 1>(q, k, 0..d, ahead, &mut acc);
+        reduce::<L, S, MR, NR, 1>(q, k, 0..d, ahead_of(MR, AHEAD), &mut acc);
         for r in 0..MR {
             for n in 0..NR {
                 L::store(s.add(r * PAGE_KEYS + 16 * n), acc[r][n]);
@@ -122,7 +112,7 @@ pub(super) enum Start {
 /// The ISA of `L` is enabled. `p` is valid for `n_rows * 256` reads, `v` (the page's V panels) for their words,
 /// `o` for `n_rows * columns` reads and writes; `columns` is a multiple of 16 and `keys.end <= 256`.
 #[inline(always)]
-pub(super) unsafe fn context<L: Lanes, S: Stored, const MR: usize, const NR: usize>(
+pub(super) unsafe fn context<L: Lanes, S: Stored, const MR: usize, const NR: usize, const AHEAD: usize>(
     p: *const f32,
     n_rows: usize,
     v: *const f32,
@@ -157,25 +147,24 @@ pub(super) unsafe fn context<L: Lanes, S: Stored, const MR: usize, const NR: usi
                             o: o.add(row * columns + column + strip),
                             o_stride: columns,
                             start,
-                            next: next_panel(MR, row, n_rows, run * width / S::PER_WORD),
                         };
                         match lanes {
                             4 => {
                                 if const { NR >= 4 } {
-                                    with_rows!(rows, MR, context_tile::<L, S, _, 4>(tile));
+                                    with_rows!(rows, MR, context_tile::<L, S, _, 4, AHEAD>(tile));
                                 }
                             }
                             3 => {
                                 if const { NR >= 3 } {
-                                    with_rows!(rows, MR, context_tile::<L, S, _, 3>(tile));
+                                    with_rows!(rows, MR, context_tile::<L, S, _, 3, AHEAD>(tile));
                                 }
                             }
                             2 => {
                                 if const { NR >= 2 } {
-                                    with_rows!(rows, MR, context_tile::<L, S, _, 2>(tile));
+                                    with_rows!(rows, MR, context_tile::<L, S, _, 2, AHEAD>(tile));
                                 }
                             }
-                            _ => with_rows!(rows, MR, context_tile::<L, S, _, 1>(tile)),
+                            _ => with_rows!(rows, MR, context_tile::<L, S, _, 1, AHEAD>(tile)),
                         }
                     }
                     strip += 16 * lanes;
@@ -199,16 +188,16 @@ struct ContextTile {
     o: *mut f32,
     o_stride: usize,
     start: Start,
-    /// As [`next_panel`] says.
-    next: usize,
 }
 
 /// # Safety
 /// The ISA of `L` is enabled. `p` is valid for `MR` rows at a stride of 256, `v` for `16 * NR` columns of each key, `o`
 /// for reading and writing `MR` rows of `16 * NR` columns.
 #[inline(always)]
-unsafe fn context_tile<L: Lanes, S: Stored, const MR: usize, const NR: usize>(tile: ContextTile) {
-    let ContextTile { p, v, v_stride, keys, o, o_stride, start, next } = tile;
+unsafe fn context_tile<L: Lanes, S: Stored, const MR: usize, const NR: usize, const AHEAD: usize>(
+    tile: ContextTile,
+) {
+    let ContextTile { p, v, v_stride, keys, o, o_stride, start } = tile;
     // SAFETY: the ranges above, element by element.
     unsafe {
         let mut acc = [[L::zero(); NR]; MR];
@@ -220,8 +209,7 @@ unsafe fn context_tile<L: Lanes, S: Stored, const MR: usize, const NR: usize>(ti
             }
         }
         let (p, v) = (Operand { at: p, step: 1 }, Operand { at: v, step: v_stride });
-        let ahead = if next > 0 { next } else { ahead(MR) };
-        reduce::<L, S, MR, NR, PAGE_KEYS>(p, v, keys, ahead, &mut acc);
+        reduce::<L, S, MR, NR, PAGE_KEYS>(p, v, keys, ahead_of(MR, AHEAD), &mut acc);
         for r in 0..MR {
             for n in 0..NR {
                 L::store(o.add(r * o_stride + 16 * n), acc[r][n]);
