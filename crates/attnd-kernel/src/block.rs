@@ -4,11 +4,10 @@
 use std::ops::Range;
 
 use crate::canonical::{CANONICAL_NAN, finite_max, rescale};
-use crate::dtype::Dtype;
 use crate::lanes::{LANES, Lanes};
 use crate::pages::{KvHead, padded_columns};
 use crate::slot::{N_SLOTS, PAGE_KEYS, slot_of_page};
-use crate::storage::{StoredBf16, StoredF16, StoredF32};
+use crate::storage::{Storage, StoredBf16, StoredF32};
 use crate::{queries, rows};
 
 /// Rows that one call handles: few enough that scores and queries stay in the near caches, and a multiple of the tiles.
@@ -91,7 +90,7 @@ impl QueryLayout {
     /// Memory that [`attend_block`] works in, in f32s.
     pub(crate) fn scratch_floats(self, kv: &KvHead) -> usize {
         match self {
-            Self::Tiles { n_rows, .. } => rows::scratch_floats(n_rows, kv.value_dim()),
+            Self::Tiles { n_rows, .. } => rows::scratch_floats(n_rows, kv),
             Self::Groups { groups, .. } => queries::scratch_floats(groups, kv),
         }
     }
@@ -163,15 +162,15 @@ pub(crate) unsafe fn attend_block<
                 assert!(of_layout == n_rows && d == block.kv.head_dim());
                 assert_eq!(tile_rows, if n_rows <= rows::FEW_ROWS { FEW } else { ROWS });
                 match block.kv.storage() {
-                    Dtype::F32 => rows::attend_rows::<L, StoredF32, FEW, FEW_VECTORS, ROWS, VECTORS>(
+                    Storage::Bf16 => rows::attend_rows::<L, StoredBf16, FEW, FEW_VECTORS, ROWS, VECTORS>(
                         block, scratch, out,
                     ),
-                    Dtype::F16 => rows::attend_rows::<L, StoredF16, FEW, FEW_VECTORS, ROWS, VECTORS>(
-                        block, scratch, out,
-                    ),
-                    Dtype::Bf16 => rows::attend_rows::<L, StoredBf16, FEW, FEW_VECTORS, ROWS, VECTORS>(
-                        block, scratch, out,
-                    ),
+                    // These have no tiles of their own: pages are widened to f32 on the way.
+                    Storage::F32 | Storage::F16 | Storage::Int8 | Storage::Int4 => {
+                        rows::attend_rows::<L, StoredF32, FEW, FEW_VECTORS, ROWS, VECTORS>(
+                            block, scratch, out,
+                        )
+                    }
                 }
             }
             QueryLayout::Groups { groups, d } => {
