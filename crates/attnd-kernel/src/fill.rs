@@ -119,10 +119,10 @@ impl<'a> Rows<'a> {
         let mut values = vec![0.0; self.dim];
         for (key, row) in self.bytes.chunks_exact(self.stride()).enumerate() {
             let as_sent = (self.dtype, storage) == (Dtype::F32, Storage::F32);
-            if !as_sent || self.check_finite && !is_finite(row.as_chunks().0) {
-                if let Some(scale) = self.decode(key, storage, &mut values)? {
-                    scales[key] = scale;
-                }
+            let must_decode = !as_sent || self.check_finite && !is_finite(row.as_chunks().0);
+            let scale = if must_decode { self.decode(key, storage, &mut values)? } else { None };
+            if let Some(scale) = scale {
+                scales[key] = scale;
             }
             for first in (0..self.dim).step_by(PANEL_COLUMNS) {
                 let width = PANEL_COLUMNS.min(columns - first);

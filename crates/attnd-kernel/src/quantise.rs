@@ -22,6 +22,9 @@ use crate::storage::Storage;
 /// The step of the subnormal f32, 2^-149.
 const STEP: f64 = f64::from_bits((1023 - 149) << 52);
 
+/// 1.5 * 2^52: numbers near it are all the integers there are, and stay so with a few integers more or fewer.
+const NO_FRACTION: f64 = f64::from_bits((1023 + 52) << 52 | 1 << 51);
+
 /// The largest integer and the significant bits of a scale; `None` where elements are no integers.
 const fn format(storage: Storage) -> Option<(f64, u32)> {
     match storage {
@@ -44,8 +47,10 @@ pub(crate) fn quantise(row: &mut [f32], storage: Storage) -> f32 {
         return 0.0;
     }
     let scale = scale(max, most, bits);
+    let divisor = f64::from(scale);
     for x in row {
-        *x = (f64::from(*x) / f64::from(scale)).round_ties_even() as f32;
+        // Adding rounds to nearest even: there is no room for a fraction. A call to round would take longer than the division.
+        *x = (f64::from(*x) / divisor + NO_FRACTION - NO_FRACTION) as f32;
     }
     scale
 }

@@ -84,30 +84,46 @@ unsafe fn widen_keys<L: Lanes, S: Stored>(
     for panel in keys.start / PANEL_KEYS..keys.end.div_ceil(PANEL_KEYS) {
         let words = &words[panel * PANEL_KEYS * rows..][..PANEL_KEYS * rows];
         let out = &mut out[panel * PANEL_KEYS * d..][..PANEL_KEYS * d];
-        let words = words.as_chunks::<PANEL_KEYS>().0;
-        // Of the last word, only the dimensions that a key has.
-        for (words, out) in words.iter().zip(out.chunks_mut(S::PER_WORD * PANEL_KEYS)) {
-            let elements = out.len() / PANEL_KEYS;
+        for (word, words) in words.chunks_exact(PANEL_KEYS).enumerate() {
+            // Of the last word, only the dimensions that a key has.
+            let elements = S::PER_WORD.min(d - word * S::PER_WORD);
+            let out = &mut out[word * S::PER_WORD * PANEL_KEYS..][..elements * PANEL_KEYS];
             for lane in (0..PANEL_KEYS).step_by(LANES) {
                 // SAFETY: lane + 16 <= 64, the rows of words and of elements are 64 long, and `scales`, if they are used,
                 // are four times that.
                 unsafe {
-                    let words = L::load(words.as_ptr().add(lane));
                     let mut scale = L::zero();
                     if S::SCALED {
                         scale = L::load(scales.as_ptr().add(panel * PANEL_KEYS + lane));
                     }
-                    let to = out.as_mut_ptr().add(lane);
-                    for at in 0..S::PER_WORD {
-                        if at < elements {
-                            let element = S::element::<L>(words, at);
-                            let element = if S::SCALED { L::mul(element, scale) } else { element };
-                            L::store(to.add(at * PANEL_KEYS), element);
+                    let (from, to) = (words.as_ptr().add(lane), out.as_mut_ptr().add(lane));
+                    let words = L::load(from);
+                    // Two loops, so that the one of whole words is unrolled.
+                    if elements == S::PER_WORD {
+                        for at in 0..S::PER_WORD {
+                            L::store(to.add(at * PANEL_KEYS), scaled::<L, S>(words, at, scale));
+                        }
+                    } else {
+                        for at in 0..elements {
+                            L::store(to.add(at * PANEL_KEYS), scaled::<L, S>(words, at, scale));
                         }
                     }
                 }
             }
         }
+    }
+}
+
+/// Element `at` of each word, times a scale where there are any.
+///
+/// # Safety
+/// The ISA of `L` is enabled.
+#[inline(always)]
+unsafe fn scaled<L: Lanes, S: Stored>(words: L::V, at: usize, scale: L::V) -> L::V {
+    // SAFETY: as the caller vouches.
+    unsafe {
+        let element = S::element::<L>(words, at);
+        if S::SCALED { L::mul(element, scale) } else { element }
     }
 }
 
@@ -138,15 +154,14 @@ unsafe fn widen_values<L: Lanes, S: Stored>(
                 // SAFETY: `width` is a multiple of 16, so the vectors lie inside the row of words and the rows of its
                 // elements. `scales`, if they are used, have one for each key of a page.
                 unsafe {
-                    let words = L::load(words.as_ptr().add(lane));
-                    let to = out.as_mut_ptr().add(lane);
+                    let (from, to) = (words.as_ptr().add(lane), out.as_mut_ptr().add(lane));
+                    let words = L::load(from);
                     for at in 0..S::PER_WORD {
-                        let mut element = S::element::<L>(words, at);
+                        let mut scale = L::zero();
                         if S::SCALED {
-                            let scale = *scales.as_ptr().add(row * S::PER_WORD + at);
-                            element = L::mul(element, L::splat(scale));
+                            scale = L::splat(*scales.as_ptr().add(row * S::PER_WORD + at));
                         }
-                        L::store(to.add(at * width), element);
+                        L::store(to.add(at * width), scaled::<L, S>(words, at, scale));
                     }
                 }
             }
