@@ -4,11 +4,9 @@
 use std::ops::Range;
 
 use crate::canonical::{CANONICAL_NAN, finite_max, rescale};
-use crate::dtype::Dtype;
 use crate::lanes::{LANES, Lanes};
 use crate::pages::{KvHead, padded_columns};
 use crate::slot::{N_SLOTS, PAGE_KEYS, slot_of_page};
-use crate::storage::{StoredBf16, StoredF16, StoredF32};
 use crate::{queries, rows};
 
 /// Rows that one call handles: few enough that scores and queries stay in the near caches, and a multiple of the tiles.
@@ -25,6 +23,22 @@ pub(crate) struct RowBlock<'a> {
     pub(crate) kv: &'a KvHead,
     /// Pages to cover, ascending.
     pub(crate) pages: &'a [usize],
+}
+
+impl RowBlock<'_> {
+    /// Checks what the entries rely on.
+    ///
+    /// # Panics
+    /// If a slice is too short for its shape, or the layout is that of another block.
+    pub(crate) fn check(&self, layout: QueryLayout, scratch: &[f32], out: &RowPartials<'_>) {
+        let n_rows = self.visible.len();
+        let columns = padded_columns(self.kv.value_dim());
+        let (of_layout, d) = layout.shape();
+        assert!(of_layout == n_rows && d == self.kv.head_dim());
+        assert_eq!(self.q.len(), layout.floats());
+        assert!(scratch.len() >= layout.scratch_floats(self.kv));
+        assert!(out.m.len() == n_rows && out.l.len() == n_rows && out.o.len() == n_rows * columns);
+    }
 }
 
 /// Where the partial of some rows is or goes.
@@ -82,6 +96,14 @@ impl QueryLayout {
         }
     }
 
+    /// Rows, and elements of each.
+    fn shape(self) -> (usize, usize) {
+        match self {
+            Self::Tiles { n_rows, d, .. } => (n_rows, d),
+            Self::Groups { groups, d } => (groups.rows(), d),
+        }
+    }
+
     /// Elements of the whole block, padding included.
     pub(crate) fn floats(self) -> usize {
         match self {
@@ -90,10 +112,10 @@ impl QueryLayout {
         }
     }
 
-    /// Memory that [`attend_block`] works in, in f32s.
+    /// Memory that the block is computed in, in f32s.
     pub(crate) fn scratch_floats(self, kv: &KvHead) -> usize {
         match self {
-            Self::Tiles { n_rows, .. } => rows::scratch_floats(n_rows, kv.value_dim()),
+            Self::Tiles { n_rows, .. } => rows::scratch_floats(n_rows, kv),
             Self::Groups { groups, .. } => queries::scratch_floats(groups, kv),
         }
     }
@@ -127,66 +149,6 @@ pub(crate) unsafe fn pack_queries<L: Lanes>(
         }
         // SAFETY: the ISA is enabled, as the caller vouches.
         QueryLayout::Groups { groups, d } => unsafe { queries::pack::<L>(groups, d, rows, factor, q) },
-    }
-}
-
-/// Computes the partial of a block of rows whose queries lie as `layout` says. Returns the first row of which a score
-/// overflowed f32.
-///
-/// # Safety
-/// The ISA of `L` is enabled.
-///
-/// # Panics
-/// If a slice is too short for its shape.
-#[inline(always)]
-pub(crate) unsafe fn attend_block<
-    L: Lanes,
-    const FEW: usize,
-    const FEW_VECTORS: usize,
-    const ROWS: usize,
-    const VECTORS: usize,
-    const AHEAD: usize,
-    const KEYS: usize,
-    const QUERIES: usize,
->(
-    block: &RowBlock<'_>,
-    layout: QueryLayout,
-    scratch: &mut [f32],
-    out: &mut RowPartials<'_>,
-) -> Option<usize> {
-    let n_rows = block.visible.len();
-    let columns = padded_columns(block.kv.value_dim());
-    assert_eq!(block.q.len(), layout.floats());
-    assert!(scratch.len() >= layout.scratch_floats(block.kv));
-    assert!(out.m.len() == n_rows && out.l.len() == n_rows && out.o.len() == n_rows * columns);
-    // SAFETY: the ISA is enabled, as the caller vouches.
-    unsafe {
-        match layout {
-            QueryLayout::Tiles { n_rows: of_layout, tile_rows, d, prefetch } => {
-                assert!(of_layout == n_rows && d == block.kv.head_dim());
-                assert_eq!(tile_rows, if n_rows <= rows::FEW_ROWS { FEW } else { ROWS });
-                match block.kv.storage() {
-                    Dtype::F32 if const { AHEAD > 0 } && prefetch => {
-                        rows::attend_rows::<L, StoredF32, FEW, FEW_VECTORS, ROWS, VECTORS, AHEAD>(
-                            block, scratch, out,
-                        )
-                    }
-                    Dtype::F32 => rows::attend_rows::<L, StoredF32, FEW, FEW_VECTORS, ROWS, VECTORS, 0>(
-                        block, scratch, out,
-                    ),
-                    Dtype::F16 => rows::attend_rows::<L, StoredF16, FEW, FEW_VECTORS, ROWS, VECTORS, 0>(
-                        block, scratch, out,
-                    ),
-                    Dtype::Bf16 => rows::attend_rows::<L, StoredBf16, FEW, FEW_VECTORS, ROWS, VECTORS, 0>(
-                        block, scratch, out,
-                    ),
-                }
-            }
-            QueryLayout::Groups { groups, d } => {
-                assert!(groups.rows() == n_rows && d == block.kv.head_dim());
-                queries::attend_queries::<L, KEYS, QUERIES>(block, groups, scratch, out)
-            }
-        }
     }
 }
 

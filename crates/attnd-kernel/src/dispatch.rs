@@ -6,11 +6,12 @@
 use std::sync::OnceLock;
 
 use crate::arch;
-use crate::block::{
-    QueryLayout, RowBlock, RowPartials, Tiles, attend_block, divide_rows, merge_rows, pack_queries,
-};
+use crate::block::{QueryLayout, RowBlock, RowPartials, Tiles, divide_rows, merge_rows, pack_queries};
 use crate::fill::transpose_rows;
 use crate::lanes::LANES;
+use crate::queries::{Groups, attend_queries};
+use crate::rows::attend_rows;
+use crate::storage::{Storage, StoredBf16, StoredF32};
 
 /// The environment variable that overrides the choice.
 pub const ISA_VARIABLE: &str = "ATTND_ISA";
@@ -80,7 +81,8 @@ pub enum IsaError {
     },
 }
 
-type AttendBlock = unsafe fn(&RowBlock<'_>, QueryLayout, &mut [f32], &mut RowPartials<'_>) -> Option<usize>;
+type AttendRows = unsafe fn(&RowBlock<'_>, &mut [f32], &mut RowPartials<'_>) -> Option<usize>;
+type AttendQueries = unsafe fn(&RowBlock<'_>, Groups, &mut [f32], &mut RowPartials<'_>) -> Option<usize>;
 type PackQueries = unsafe fn(QueryLayout, &[&[f32]], f32, &mut [f32]);
 type MergeRows = unsafe fn(RowPartials<'_>, &[f32], &[f32], &[f32], usize);
 type DivideRows = unsafe fn(&[f32], &[f32], &mut [f32], usize);
@@ -88,12 +90,23 @@ type TransposeRows = unsafe fn(*const f32, usize, &mut [f32], usize) -> bool;
 type FmaLoop = unsafe fn(u64) -> f32;
 type ReadLoop = unsafe fn(&[f32]) -> f32;
 
+/// The entries of the rows-broadcast family, one for each way of reading pages. Apart, because all that an entry calls is
+/// inlined into it, and a compiler's time grows faster than a function.
+struct RowsEntries {
+    /// Of f32, or what is widened to it.
+    f32: AttendRows,
+    /// The same, where memory is asked for lines ahead of their use.
+    f32_ahead: AttendRows,
+    bf16: AttendRows,
+}
+
 /// The kernels of one ISA. Possession proves that this CPU runs them.
 pub struct Kernels {
     isa: Isa,
     tiles: Tiles,
     pack_queries: PackQueries,
-    attend_block: AttendBlock,
+    rows: RowsEntries,
+    attend_queries: AttendQueries,
     merge_rows: MergeRows,
     divide_rows: DivideRows,
     transpose_rows: TransposeRows,
@@ -192,8 +205,24 @@ impl Kernels {
         scratch: &mut [f32],
         out: &mut RowPartials<'_>,
     ) -> Option<usize> {
-        // SAFETY: a Kernels of this ISA is only handed out where the CPU has its features.
-        unsafe { (self.attend_block)(block, layout, scratch, out) }
+        block.check(layout, scratch, out);
+        match layout {
+            QueryLayout::Tiles { n_rows, tile_rows, prefetch, .. } => {
+                assert_eq!(tile_rows, self.tiles.rows_for(n_rows));
+                let entry = match block.kv.storage() {
+                    Storage::Bf16 => self.rows.bf16,
+                    _ if prefetch => self.rows.f32_ahead,
+                    _ => self.rows.f32,
+                };
+                // SAFETY: a Kernels of this ISA is only handed out where the CPU has its features, and the block has
+                // been checked.
+                unsafe { entry(block, scratch, out) }
+            }
+            // SAFETY: as above.
+            QueryLayout::Groups { groups, .. } => unsafe {
+                (self.attend_queries)(block, groups, scratch, out)
+            },
+        }
     }
 
     pub(crate) fn merge_rows(
@@ -299,9 +328,8 @@ unsafe fn read_chains<L: crate::lanes::Lanes>(from: &[f32]) -> f32 {
 }
 
 /// Stamps the entries of one ISA. Its register tiles are `$mr` rows by `$nr` vectors of 16 keys where rows are broadcast,
-/// or `$fr` by `$fnr` where rows are few; f32 lines are asked for `$ahead` words ahead of their use where the CPU likes
-/// that. They are `$keys` keys by `$queries` vectors of 16 queries; `$chains` are its
-/// independent accumulators.
+/// or `$fr` by `$fnr` where rows are few, and `$keys` keys by `$queries` vectors of 16 queries. Where the CPU gains by it,
+/// lines of f32 are asked for `$ahead` words ahead of their use. `$chains` are its independent accumulators.
 ///
 /// # Safety
 /// The entries may only be called on a CPU that has `$features`; [`Kernels::available`] hands the table out only there.
@@ -314,16 +342,29 @@ macro_rules! instantiate {
                 unsafe { pack_queries::<$lanes>(layout, rows, factor, q) }
             }
             $(#[$features])?
-            unsafe fn attend_block_entry(
+            unsafe fn rows_f32_entry(block: &RowBlock<'_>, scratch: &mut [f32], out: &mut RowPartials<'_>) -> Option<usize> {
+                // SAFETY: the features are enabled on this function.
+                unsafe { attend_rows::<$lanes, StoredF32, $fr, $fnr, $mr, $nr, 0>(block, scratch, out) }
+            }
+            $(#[$features])?
+            unsafe fn rows_f32_ahead_entry(block: &RowBlock<'_>, scratch: &mut [f32], out: &mut RowPartials<'_>) -> Option<usize> {
+                // SAFETY: the features are enabled on this function.
+                unsafe { attend_rows::<$lanes, StoredF32, $fr, $fnr, $mr, $nr, $ahead>(block, scratch, out) }
+            }
+            $(#[$features])?
+            unsafe fn rows_bf16_entry(block: &RowBlock<'_>, scratch: &mut [f32], out: &mut RowPartials<'_>) -> Option<usize> {
+                // SAFETY: the features are enabled on this function.
+                unsafe { attend_rows::<$lanes, StoredBf16, $fr, $fnr, $mr, $nr, 0>(block, scratch, out) }
+            }
+            $(#[$features])?
+            unsafe fn attend_queries_entry(
                 block: &RowBlock<'_>,
-                layout: QueryLayout,
+                groups: Groups,
                 scratch: &mut [f32],
                 out: &mut RowPartials<'_>,
             ) -> Option<usize> {
                 // SAFETY: the features are enabled on this function.
-                unsafe {
-                    attend_block::<$lanes, $fr, $fnr, $mr, $nr, $ahead, $keys, $queries>(block, layout, scratch, out)
-                }
+                unsafe { attend_queries::<$lanes, $keys, $queries>(block, groups, scratch, out) }
             }
             $(#[$features])?
             unsafe fn merge_rows_entry(
@@ -360,7 +401,13 @@ macro_rules! instantiate {
                 isa: $isa,
                 tiles: Tiles { few_rows: $fr, rows: $mr, prefetch: false, query_vectors: $queries },
                 pack_queries: pack_queries_entry,
-                attend_block: attend_block_entry,
+                rows: RowsEntries {
+                    f32: rows_f32_entry,
+                    // Where nothing is asked for ahead, the entry for it is not compiled.
+                    f32_ahead: if $ahead > 0 { rows_f32_ahead_entry } else { rows_f32_entry },
+                    bf16: rows_bf16_entry,
+                },
+                attend_queries: attend_queries_entry,
                 merge_rows: merge_rows_entry,
                 divide_rows: divide_rows_entry,
                 transpose_rows: transpose_rows_entry,

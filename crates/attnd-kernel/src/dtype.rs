@@ -1,8 +1,8 @@
-//! Element types at rest and on the wire. Arithmetic is f32; widening to it is exact.
+//! Element types in messages and files. Arithmetic is f32; widening to it is exact.
 
 use half::{bf16, f16};
 
-/// The type of an element in memory or in a message, little-endian.
+/// The type of an element in a message or a file, little-endian.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Dtype {
     /// IEEE 754 binary32.
@@ -31,15 +31,6 @@ impl std::fmt::Display for Dtype {
             Self::F16 => "f16",
             Self::Bf16 => "bf16",
         })
-    }
-}
-
-/// Rounds each value to the nearest one that `dtype` holds, ties to even; an infinity where it is over the range.
-pub(crate) fn round(values: &mut [f32], dtype: Dtype) {
-    match dtype {
-        Dtype::F32 => {}
-        Dtype::F16 => values.iter_mut().for_each(|value| *value = f16::from_f32(*value).to_f32()),
-        Dtype::Bf16 => values.iter_mut().for_each(|value| *value = bf16::from_f32(*value).to_f32()),
     }
 }
 

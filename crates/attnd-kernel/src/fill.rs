@@ -4,11 +4,12 @@
 //! words after that of its neighbour. Values are rows in their panels already.
 
 use crate::dispatch::Kernels;
-use crate::dtype::{Dtype, first_non_finite, is_finite, round, widen};
+use crate::dtype::{Dtype, first_non_finite, is_finite, widen};
 use crate::lanes::{LANES, Lanes};
 use crate::pages::{NonFinite, PANEL_COLUMNS, PANEL_KEYS, padded_columns};
+use crate::quantise::quantise;
 use crate::slot::PAGE_KEYS;
-use crate::storage::{per_word, put};
+use crate::storage::{Storage, put, round};
 
 /// Rows of the first keys of one page.
 pub(crate) struct Rows<'a> {
@@ -37,30 +38,35 @@ impl<'a> Rows<'a> {
         self.dim * self.dtype.size()
     }
 
-    /// Decodes the row of key `key`, rounded to what `storage` holds.
+    /// Decodes the row of key `key`, rounded to what `storage` holds; returns the scale of integers.
     ///
     /// # Errors
-    /// Its first NaN or infinity, if they are looked for.
-    fn decode(&self, key: usize, storage: Dtype, values: &mut [f32]) -> Result<(), NonFinite> {
+    /// Its first NaN or infinity, if they are looked for or are nothing that can be stored.
+    fn decode(&self, key: usize, storage: Storage, values: &mut [f32]) -> Result<Option<f32>, NonFinite> {
         widen(&self.bytes[key * self.stride()..][..self.stride()], self.dtype, values);
-        if storage != self.dtype {
+        if storage != self.dtype.into() {
             round(values, storage);
         }
-        match first_non_finite(values).filter(|_| self.check_finite) {
+        match first_non_finite(values).filter(|_| self.check_finite || storage.has_scales()) {
             Some(dim) => Err(NonFinite { token: self.page * PAGE_KEYS + key, dim, value: values[dim] }),
-            None => Ok(()),
+            None => Ok(storage.has_scales().then(|| quantise(values, storage))),
         }
     }
 
-    /// Stores rows as keys in the K panels of their page, `[panel][word of a key][64]`.
+    /// Stores rows as keys in the K panels of their page, `[panel][word of a key][64]`, and their scales, if they have any.
     ///
     /// # Errors
-    /// The first NaN or infinity, if they are looked for; rows after it are then partly stored.
-    pub(crate) fn store_keys(&self, storage: Dtype, panels: &mut [f32]) -> Result<(), NonFinite> {
+    /// The first NaN or infinity, if they are looked for or can't be stored; rows after it are then partly stored.
+    pub(crate) fn store_keys(
+        &self,
+        storage: Storage,
+        panels: &mut [f32],
+        scales: &mut [f32],
+    ) -> Result<(), NonFinite> {
         let kernels = Kernels::chosen();
-        let (stride, per_word) = (self.stride(), per_word(storage));
+        let (stride, per_word) = (self.stride(), storage.per_word());
         let words = self.dim.div_ceil(per_word);
-        let as_sent = cfg!(target_endian = "little") && (self.dtype, storage) == (Dtype::F32, Dtype::F32);
+        let as_sent = cfg!(target_endian = "little") && (self.dtype, storage) == (Dtype::F32, Storage::F32);
         let mut values = vec![0.0; self.dim];
         let mut staged = vec![0.0; LANES * words];
         for (group, rows) in self.bytes.chunks(LANES * stride).enumerate() {
@@ -69,12 +75,16 @@ impl<'a> Rows<'a> {
             let panel = &mut panels[panel * PANEL_KEYS * words..][..PANEL_KEYS * words];
             if as_sent && n_rows == LANES {
                 if !kernels.transpose_bytes(rows, words, panel, at) && self.check_finite {
-                    (first..first + LANES).try_for_each(|key| self.decode(key, storage, &mut values))?;
+                    for key in first..first + LANES {
+                        self.decode(key, storage, &mut values)?;
+                    }
                 }
                 continue;
             }
             for (i, staged) in staged.chunks_exact_mut(words).take(n_rows).enumerate() {
-                self.decode(first + i, storage, &mut values)?;
+                if let Some(scale) = self.decode(first + i, storage, &mut values)? {
+                    scales[first + i] = scale;
+                }
                 for (word, values) in staged.iter_mut().zip(values.chunks(per_word)) {
                     for (at, value) in values.iter().enumerate() {
                         put(word, at, *value, storage);
@@ -94,17 +104,25 @@ impl<'a> Rows<'a> {
         Ok(())
     }
 
-    /// Stores rows as values in the V panels of their page, `[panel][word of keys][columns of the panel]`.
+    /// Stores rows as values in the V panels of their page, `[panel][word of keys][columns of the panel]`, and their scales,
+    /// if they have any.
     ///
     /// # Errors
-    /// The first NaN or infinity, if they are looked for; rows after it are not stored.
-    pub(crate) fn store_values(&self, storage: Dtype, panels: &mut [f32]) -> Result<(), NonFinite> {
-        let (columns, per_word) = (padded_columns(self.dim), per_word(storage));
+    /// The first NaN or infinity, if they are looked for or can't be stored; rows after it are not stored.
+    pub(crate) fn store_values(
+        &self,
+        storage: Storage,
+        panels: &mut [f32],
+        scales: &mut [f32],
+    ) -> Result<(), NonFinite> {
+        let (columns, per_word) = (padded_columns(self.dim), storage.per_word());
         let mut values = vec![0.0; self.dim];
         for (key, row) in self.bytes.chunks_exact(self.stride()).enumerate() {
-            let as_sent = (self.dtype, storage) == (Dtype::F32, Dtype::F32);
-            if !as_sent || self.check_finite && !is_finite(row.as_chunks().0) {
-                self.decode(key, storage, &mut values)?;
+            let as_sent = (self.dtype, storage) == (Dtype::F32, Storage::F32);
+            let must_decode = !as_sent || self.check_finite && !is_finite(row.as_chunks().0);
+            let scale = if must_decode { self.decode(key, storage, &mut values)? } else { None };
+            if let Some(scale) = scale {
+                scales[key] = scale;
             }
             for first in (0..self.dim).step_by(PANEL_COLUMNS) {
                 let width = PANEL_COLUMNS.min(columns - first);

@@ -35,6 +35,8 @@ pub(crate) unsafe trait Lanes: Copy {
     unsafe fn low_f16(words: Self::V) -> Self::V;
     /// The upper halves of 16 words as f16.
     unsafe fn high_f16(words: Self::V) -> Self::V;
+    /// Element `at` of 16 words that hold integers of `BITS` bits in two's complement, as f32.
+    unsafe fn integer<const BITS: usize>(words: Self::V, at: usize) -> Self::V;
     /// `a * b + c`, rounded once.
     unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     /// `a + b`.

@@ -18,7 +18,8 @@
 //! **Map.** [`slot`] and [`shape`] are the vocabulary; [`KvHead`] holds keys and values as the kernels read them;
 //! [`attend_node`] computes a [`PartialRows`]; partials merge and finish. Inside: `block.rs` (a block of rows, and which
 //! family takes it), `rows.rs` and `queries.rs` (the families: rows broadcast, lanes = queries), `product.rs` (the
-//! register tile of both), `fold.rs` (the order of merges), `lanes.rs` and `arch/` (vectors), `dispatch.rs` (which ISA).
+//! register tile of both), `widen.rs` (pages in f32 for storage types without tiles), `fold.rs` (the order of merges),
+//! `lanes.rs` and `arch/` (vectors), `dispatch.rs` (which ISA).
 //! This is the only crate of the project with unsafe code.
 
 #![allow(unsafe_code)]
@@ -44,12 +45,14 @@ mod mask;
 mod pages;
 mod partial;
 mod product;
+mod quantise;
 mod queries;
 pub mod reference;
 mod rows;
 pub mod shape;
 pub mod slot;
 mod storage;
+mod widen;
 
 pub use attend::{GroupCall, ScoreOverflow, attend_node};
 pub use buffer::OutOfMemory;
@@ -61,3 +64,4 @@ pub use mask::Causal;
 pub use pages::{KvHead, NonFinite};
 pub use partial::{FinishedRows, PartialRows};
 pub use shape::{AttnShape, Dims, ShapeError};
+pub use storage::Storage;

@@ -5,8 +5,11 @@
 //! * V panels of 64 columns (the last one narrower, in steps of 16); in a panel of width `w` column `c` of key `j`
 //!   is at `j * w + c`.
 //!
-//! With 16-bit elements a place in a panel is a word that holds two of them: dimensions `2 x` and `2 x + 1` of a key,
-//! keys `2 j` and `2 j + 1` of a column.
+//! * where elements are integers, the scales of the 256 keys, and those of the 256 values.
+//!
+//! With narrower elements a place in a panel is a word that holds several of them: of 16 bits dimensions `2 x` and `2 x + 1`
+//! of a key, keys `2 j` and `2 j + 1` of a column; of 8 bits four, of 4 bits eight. What a key's last word has room for
+//! beyond its dimensions is zeros.
 //!
 //! Values are padded to 16 columns with zeros. Keys of a page that were not written yet are zeros; kernels never use
 //! them.
@@ -17,7 +20,7 @@ use crate::buffer::{Buffer, OutOfMemory};
 use crate::dtype::Dtype;
 use crate::fill::Rows;
 use crate::slot::{PAGE_KEYS, keys_in_page, n_pages, slot_of_page};
-use crate::storage::per_word;
+use crate::storage::Storage;
 
 /// Keys in a K panel.
 pub(crate) const PANEL_KEYS: usize = 64;
@@ -31,7 +34,7 @@ const ABSENT: u32 = u32::MAX;
 /// Keys and values of one kv head in the pages of a range of slots.
 #[derive(Debug)]
 pub struct KvHead {
-    storage: Dtype,
+    storage: Storage,
     n_keys: usize,
     head_dim: usize,
     value_dim: usize,
@@ -58,10 +61,41 @@ pub(crate) fn padded_columns(value_dim: usize) -> usize {
     value_dim.next_multiple_of(COLUMN_STEP)
 }
 
-/// Words of the K panels and of the V panels of a page.
-fn page_words(head_dim: usize, value_dim: usize, storage: Dtype) -> (usize, usize) {
-    let per_word = per_word(storage);
-    (PAGE_KEYS * head_dim.div_ceil(per_word), PAGE_KEYS / per_word * padded_columns(value_dim))
+/// A resident page.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct PageView<'a> {
+    /// The K panels, in words.
+    pub(crate) k: &'a [f32],
+    /// The V panels, in words.
+    pub(crate) v: &'a [f32],
+    /// What the integers of each key are multiplied by: `[256]`, or empty where elements are floats.
+    pub(crate) key_scales: &'a [f32],
+    /// The same for each value.
+    pub(crate) value_scales: &'a [f32],
+}
+
+/// Sizes of the parts of a page, in words.
+#[derive(Clone, Copy)]
+struct PageWords {
+    k: usize,
+    v: usize,
+    /// Of the keys; the values have as many.
+    scales: usize,
+}
+
+impl PageWords {
+    fn new(head_dim: usize, value_dim: usize, storage: Storage) -> Self {
+        let per_word = storage.per_word();
+        Self {
+            k: PAGE_KEYS * head_dim.div_ceil(per_word),
+            v: PAGE_KEYS / per_word * padded_columns(value_dim),
+            scales: if storage.has_scales() { PAGE_KEYS } else { 0 },
+        }
+    }
+
+    fn total(self) -> usize {
+        self.k + self.v + 2 * self.scales
+    }
 }
 
 fn owned_pages(n_keys: usize, slots: &Range<usize>) -> impl Iterator<Item = usize> {
@@ -69,11 +103,16 @@ fn owned_pages(n_keys: usize, slots: &Range<usize>) -> impl Iterator<Item = usiz
 }
 
 impl KvHead {
-    /// Memory that the pages of `slots` take in f32, in bytes.
-    pub fn bytes_needed(n_keys: usize, head_dim: usize, value_dim: usize, slots: &Range<usize>) -> u64 {
+    /// Memory that the pages of `slots` take, in bytes.
+    pub fn bytes_needed(
+        n_keys: usize,
+        head_dim: usize,
+        value_dim: usize,
+        slots: &Range<usize>,
+        storage: Storage,
+    ) -> u64 {
         let pages = owned_pages(n_keys, slots).count();
-        let (k, v) = page_words(head_dim, value_dim, Dtype::F32);
-        (pages * (k + v)) as u64 * 4
+        (pages * PageWords::new(head_dim, value_dim, storage).total()) as u64 * 4
     }
 
     /// Reserves memory for the pages that a sequence of `n_keys` has in `slots`, all zeros, stored as f32.
@@ -86,12 +125,15 @@ impl KvHead {
         value_dim: usize,
         slots: Range<usize>,
     ) -> Result<Self, OutOfMemory> {
-        Self::with_storage(n_keys, head_dim, value_dim, slots, Dtype::F32)
+        Self::with_storage(n_keys, head_dim, value_dim, slots, Storage::F32)
     }
 
     /// As [`Self::new`], with elements stored as `storage`. What is written is rounded to it, to nearest even; kernels
     /// widen it exactly and compute in f32, so that the result has the bits that f32 storage of the rounded values
     /// gives.
+    ///
+    /// Integers have a scale for each key and for each value: its largest magnitude over 127 (int8) or 7 (int4), rounded up
+    /// to 17 or 20 significant bits. What is stored is off by at most half of it.
     ///
     /// # Errors
     /// If the system has no such memory.
@@ -100,7 +142,7 @@ impl KvHead {
         head_dim: usize,
         value_dim: usize,
         slots: Range<usize>,
-        storage: Dtype,
+        storage: Storage,
     ) -> Result<Self, OutOfMemory> {
         let mut place = vec![ABSENT; n_pages(n_keys)];
         let mut count = 0;
@@ -108,13 +150,13 @@ impl KvHead {
             place[page] = count;
             count += 1;
         }
-        let (k, v) = page_words(head_dim, value_dim, storage);
-        let memory = Buffer::zeroed(count as usize * (k + v))?;
+        let words = PageWords::new(head_dim, value_dim, storage);
+        let memory = Buffer::zeroed(count as usize * words.total())?;
         Ok(Self { storage, n_keys, head_dim, value_dim, slots, place, memory })
     }
 
     /// How elements are stored.
-    pub fn storage(&self) -> Dtype {
+    pub fn storage(&self) -> Storage {
         self.storage
     }
     /// Key tokens of the whole sequence, resident here or not.
@@ -136,7 +178,7 @@ impl KvHead {
     ///
     /// # Errors
     /// The first NaN or infinity, if `check_finite`, after rounding to the storage type; the page is then only partly
-    /// written.
+    /// written. Where integers are stored, it is an error in any case, because no integer stands for it.
     ///
     /// # Panics
     /// If the page is not resident here or `rows` has another length.
@@ -149,7 +191,8 @@ impl KvHead {
     ) -> Result<(), NonFinite> {
         let (of_row, storage) = ((self.head_dim, dtype), self.storage);
         let rows = Rows::new(page, keys_in_page(page, self.n_keys), rows, of_row, check_finite);
-        rows.store_keys(storage, self.page_mut(page).0)
+        let PageParts { k, key_scales, .. } = self.page_mut(page);
+        rows.store_keys(storage, k, key_scales)
     }
 
     /// Stores the values of one page: `rows` holds `[keys_in_page, value_dim]` elements. Errors and panics are
@@ -163,14 +206,19 @@ impl KvHead {
     ) -> Result<(), NonFinite> {
         let (of_row, storage) = ((self.value_dim, dtype), self.storage);
         let rows = Rows::new(page, keys_in_page(page, self.n_keys), rows, of_row, check_finite);
-        rows.store_values(storage, self.page_mut(page).1)
+        let PageParts { v, value_scales, .. } = self.page_mut(page);
+        rows.store_values(storage, v, value_scales)
     }
 
-    /// The K panels and the V panels of a resident page, in words.
-    pub(crate) fn page(&self, page: usize) -> Option<(&[f32], &[f32])> {
+    /// A page, if it is resident.
+    pub(crate) fn page(&self, page: usize) -> Option<PageView<'_>> {
         let place = *self.place.get(page).filter(|place| **place != ABSENT)?;
-        let (k, v) = page_words(self.head_dim, self.value_dim, self.storage);
-        Some(self.memory[place as usize * (k + v)..][..k + v].split_at(k))
+        let words = PageWords::new(self.head_dim, self.value_dim, self.storage);
+        let memory = &self.memory[place as usize * words.total()..][..words.total()];
+        let (k, memory) = memory.split_at(words.k);
+        let (v, memory) = memory.split_at(words.v);
+        let (key_scales, value_scales) = memory.split_at(words.scales);
+        Some(PageView { k, v, key_scales, value_scales })
     }
 
     /// Fills all pages with what must never be used.
@@ -179,12 +227,24 @@ impl KvHead {
         self.memory.fill(word);
     }
 
-    fn page_mut(&mut self, page: usize) -> (&mut [f32], &mut [f32]) {
+    fn page_mut(&mut self, page: usize) -> PageParts<'_> {
         let place = self.place.get(page).copied().filter(|place| *place != ABSENT);
         let Some(place) = place else { panic!("page {page} is not in slots {:?}", self.slots) };
-        let (k, v) = page_words(self.head_dim, self.value_dim, self.storage);
-        self.memory[place as usize * (k + v)..][..k + v].split_at_mut(k)
+        let words = PageWords::new(self.head_dim, self.value_dim, self.storage);
+        let memory = &mut self.memory[place as usize * words.total()..][..words.total()];
+        let (k, memory) = memory.split_at_mut(words.k);
+        let (v, memory) = memory.split_at_mut(words.v);
+        let (key_scales, value_scales) = memory.split_at_mut(words.scales);
+        PageParts { k, v, key_scales, value_scales }
     }
+}
+
+/// As [`PageView`], to be written.
+struct PageParts<'a> {
+    k: &'a mut [f32],
+    v: &'a mut [f32],
+    key_scales: &'a mut [f32],
+    value_scales: &'a mut [f32],
 }
 
 #[cfg(test)]
@@ -208,7 +268,7 @@ mod tests {
             kv.write_k(page, &rows(d), Dtype::F32, true).unwrap();
             kv.write_v(page, &rows(dv), Dtype::F32, true).unwrap();
         }
-        let (keys, values) = kv.page(1).unwrap();
+        let PageView { k: keys, v: values, .. } = kv.page(1).unwrap();
         assert_eq!(keys[2 * 64 + 43], k(256 + 43, 2));
         assert_eq!(keys[2 * 64 + 44], 0.0, "never written");
         assert_eq!(values[43 * 64 + 63], k(256 + 43, 63));
@@ -218,7 +278,7 @@ mod tests {
 
     #[test]
     fn two_elements_of_sixteen_bits_share_a_word() {
-        for storage in [Dtype::Bf16, Dtype::F16] {
+        for storage in [Storage::Bf16, Storage::F16] {
             let mut kv = KvHead::with_storage(300, 3, 70, 0..64, storage).unwrap();
             let keys: Vec<f32> = (0..256 * 3).map(|i| i as f32 / 4.0 % 50.0).collect();
             kv.write_k(0, &bytes(&keys), Dtype::F32, true).unwrap();
@@ -226,12 +286,12 @@ mod tests {
             kv.write_v(0, &bytes(&values), Dtype::F32, true).unwrap();
             let halves = |word: f32| {
                 let half = |bits: u32| match storage {
-                    Dtype::Bf16 => half::bf16::from_bits(bits as u16).to_f32(),
+                    Storage::Bf16 => half::bf16::from_bits(bits as u16).to_f32(),
                     _ => half::f16::from_bits(bits as u16).to_f32(),
                 };
                 (half(word.to_bits() & 0xffff), half(word.to_bits() >> 16))
             };
-            let (k, v) = kv.page(0).unwrap();
+            let PageView { k, v, .. } = kv.page(0).unwrap();
             let key = 64 + 7;
             assert_eq!(halves(k[64 * 2 + 7]), (keys[key * 3], keys[key * 3 + 1]));
             assert_eq!(halves(k[64 * 2 + 64 + 7]), (keys[key * 3 + 2], 0.0), "an odd dimension is alone");
@@ -241,8 +301,88 @@ mod tests {
     }
 
     #[test]
+    fn four_or_eight_integers_share_a_word_and_each_key_and_value_has_a_scale() {
+        for (storage, bits, most) in [(Storage::Int8, 8, 127), (Storage::Int4, 4, 7)] {
+            let (per_word, d, dv, n_keys) = (32 / bits, 11_usize, 70_usize, 300_usize);
+            let mut kv = KvHead::with_storage(n_keys, d, dv, 0..64, storage).unwrap();
+            kv.poison(f32::from_bits(0x7fa0_1234));
+            // Rows that quantise to themselves: an element of the largest magnitude, and a power of two as scale.
+            let scale = |key: usize| 2.0_f32.powi((key % 7) as i32 - 3);
+            let integer = |key: usize, x: usize| {
+                let n = (key * 31 + x * 17) % (2 * most + 1);
+                if x == key % 11 { most as i32 } else { n as i32 - most as i32 }
+            };
+            for page in 0..2 {
+                let keys = page * 256..page * 256 + keys_in_page(page, n_keys);
+                let rows = |dim: usize, more: i32| -> Vec<u8> {
+                    let row = |key: usize| (0..dim).map(move |x| integer(key, x) as f32 * scale(key));
+                    bytes(&keys.clone().flat_map(row).map(|x| x * 2.0_f32.powi(more)).collect::<Vec<_>>())
+                };
+                kv.write_k(page, &rows(d, 0), Dtype::F32, true).unwrap();
+                kv.write_v(page, &rows(dv, 1), Dtype::F32, true).unwrap();
+            }
+            let in_word =
+                |word: f32, at: usize| word.to_bits().cast_signed() << (32 - bits * (at + 1)) >> (32 - bits);
+            let PageView { k, v, key_scales, value_scales } = kv.page(1).unwrap();
+            let words = d.div_ceil(per_word);
+            assert_eq!((k.len(), v.len()), (256 * words, 256 / per_word * 80), "{storage}");
+            assert_eq!((key_scales.len(), value_scales.len()), (256, 256));
+            for key in 0..44 {
+                let token = 256 + key;
+                assert_eq!((key_scales[key], value_scales[key]), (scale(token), 2.0 * scale(token)));
+                for x in 0..words * per_word {
+                    let expected = if x < d { integer(token, x) } else { 0 };
+                    assert_eq!(in_word(k[x / per_word * 64 + key], x % per_word), expected, "{storage}");
+                }
+                for x in 0..dv {
+                    let (panel, width) = if x < 64 { (0, 64) } else { (64 * 256 / per_word, 16) };
+                    let word = v[panel + key / per_word * width + x % 64];
+                    assert_eq!(in_word(word, key % per_word), integer(token, x), "{storage}");
+                }
+            }
+            assert_eq!(key_scales[44].to_bits(), 0x7fa0_1234, "never written");
+            assert_eq!(value_scales[44].to_bits(), 0x7fa0_1234, "never written");
+        }
+    }
+
+    #[test]
+    fn integers_never_stand_for_nan_or_infinity() {
+        for storage in [Storage::Int8, Storage::Int4] {
+            let mut kv = KvHead::with_storage(20, 3, 3, 0..64, storage).unwrap();
+            for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                let mut rows = [0.5_f32; 60];
+                rows[17 * 3 + 2] = bad;
+                for written in [
+                    kv.write_k(0, &bytes(&rows), Dtype::F32, false),
+                    kv.write_v(0, &bytes(&rows), Dtype::F32, false),
+                ] {
+                    let found = written.unwrap_err();
+                    assert_eq!((found.token, found.dim), (17, 2));
+                    assert_eq!(found.value.to_bits(), bad.to_bits());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_a_head_needs_is_what_it_takes() {
+        for storage in [Storage::F32, Storage::F16, Storage::Bf16, Storage::Int8, Storage::Int4] {
+            for (d, dv) in [(1, 1), (3, 70), (9, 16), (128, 128)] {
+                let kv = KvHead::with_storage(256 * 9 + 5, d, dv, 0..16, storage).unwrap();
+                let needed = KvHead::bytes_needed(256 * 9 + 5, d, dv, &(0..16), storage);
+                assert_eq!(needed, kv.memory.len() as u64 * 4, "{storage} {d} {dv}");
+            }
+        }
+        // d = 128: 8 of every 264 bytes are scales.
+        let int8 = KvHead::bytes_needed(256, 128, 128, &(0..64), Storage::Int8);
+        assert_eq!(int8, 256 * (128 + 128 + 4 + 4));
+        let int4 = KvHead::bytes_needed(256, 128, 128, &(0..64), Storage::Int4);
+        assert_eq!(int4, 256 * (64 + 64 + 4 + 4));
+    }
+
+    #[test]
     fn what_the_storage_type_cannot_hold_is_refused_or_becomes_infinite() {
-        let mut kv = KvHead::with_storage(1, 1, 1, 0..64, Dtype::F16).unwrap();
+        let mut kv = KvHead::with_storage(1, 1, 1, 0..64, Storage::F16).unwrap();
         let found = kv.write_k(0, &bytes(&[70_000.0]), Dtype::F32, true).unwrap_err();
         assert_eq!(found.value, f32::INFINITY);
         assert!(kv.write_k(0, &bytes(&[70_000.0]), Dtype::F32, false).is_ok());
@@ -253,7 +393,7 @@ mod tests {
         let kv = KvHead::new(256 * 8, 1, 1, 0..16).unwrap();
         let resident: Vec<usize> = (0..8).filter(|p| kv.page(*p).is_some()).collect();
         assert_eq!(resident, [0, 4]);
-        assert_eq!(KvHead::bytes_needed(256 * 8, 1, 1, &(0..16)), 2 * 256 * 17 * 4);
+        assert_eq!(KvHead::bytes_needed(256 * 8, 1, 1, &(0..16), Storage::F32), 2 * 256 * 17 * 4);
     }
 
     #[test]

@@ -23,12 +23,11 @@ mod tile;
 use std::ops::Range;
 
 use crate::block::{RowBlock, RowPartials, Seen, Span, Visible, by_slot};
-use crate::dtype::Dtype;
 use crate::fold::{STACK, Stack};
 use crate::lanes::{LANES, Lanes};
 use crate::pages::{KvHead, padded_columns};
 use crate::slot::{PAGE_KEYS, slot_of_page};
-use crate::storage::{StoredBf16, StoredF16, widen_keys, widen_values};
+use crate::widen::{panels, widened_floats};
 
 /// Vectors of lanes in a group, at most.
 const MAX_VECTORS: usize = 3;
@@ -73,43 +72,6 @@ fn group_floats(lanes: usize, columns: usize) -> usize {
 pub(crate) fn scratch_floats(groups: Groups, kv: &KvHead) -> usize {
     let widest = (0..groups.n_groups).map(|group| groups.group(group).len()).max().unwrap_or(0);
     PAGE_KEYS * widest + group_floats(groups.lanes(), padded_columns(kv.value_dim())) + widened_floats(kv)
-}
-
-/// What a page takes that has been widened to f32; nothing where it is f32 already.
-fn widened_floats(kv: &KvHead) -> usize {
-    match kv.storage() {
-        Dtype::F32 => 0,
-        Dtype::F16 | Dtype::Bf16 => PAGE_KEYS * (kv.head_dim() + padded_columns(kv.value_dim())),
-    }
-}
-
-/// The panels of a page in f32: those that are resident, or widened copies in `memory`. Widening once per block costs
-/// little beside its products, and leaves one kernel for all storage types.
-///
-/// # Safety
-/// The ISA of `L` is enabled.
-#[inline(always)]
-unsafe fn panels<'m, L: Lanes>(
-    kv: &'m KvHead,
-    (k, v): (&'m [f32], &'m [f32]),
-    memory: &'m mut [f32],
-) -> (&'m [f32], &'m [f32]) {
-    let (d, columns) = (kv.head_dim(), padded_columns(kv.value_dim()));
-    if kv.storage() == Dtype::F32 {
-        return (k, v);
-    }
-    let (keys, values) = memory.split_at_mut(PAGE_KEYS * d);
-    // SAFETY: the ISA is enabled.
-    unsafe {
-        if kv.storage() == Dtype::F16 {
-            widen_keys::<L, StoredF16>(k, d, keys);
-            widen_values::<L, StoredF16>(v, columns, values);
-        } else {
-            widen_keys::<L, StoredBf16>(k, d, keys);
-            widen_values::<L, StoredBf16>(v, columns, values);
-        }
-    }
-    (keys, values)
 }
 
 /// Transposes the rows of a block into `q`, multiplied by `factor`: `q[group][x][lane]`. Lanes without a row are zero.
@@ -191,7 +153,7 @@ pub(crate) unsafe fn attend_queries<L: Lanes, const KEYS: usize, const VECTORS: 
         };
         // SAFETY: the ISA is enabled, and scratch has been cut for the widest group.
         unsafe {
-            let panels = panels::<L>(block.kv, stored, widened);
+            let panels = panels::<L>(block.kv, stored, 0..PAGE_KEYS, widened);
             for group in &mut parts {
                 // Constant conditions keep the tiles that an ISA doesn't have from being compiled.
                 match group.lanes / LANES {

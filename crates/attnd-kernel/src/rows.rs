@@ -7,6 +7,9 @@
 //! * **By address**, for the rows of one tile: the keys come from memory then, and walking forward is what lets them
 //!   come at full bandwidth. Each page folds into the partial of its slot; the slots merge at the end.
 //!
+//! Pages of f32 and of bf16 are read as they are stored; those of other types are widened to f32 first (`widen.rs`), once
+//! for all rows of the block.
+//!
 //! Departures from the naive form, and why they change no bit: a page that no row of the block sees is left out,
 //! because merging with the identity gives the other side back; rows that see a part of a page are reduced in up to
 //! three pieces (alone, together, alone), because an accumulator that is stored and loaded again is the same number.
@@ -19,17 +22,24 @@ use self::tile::Start;
 use crate::block::{RowBlock, RowPartials, Seen, Span, Visible, by_slot, merge_rows};
 use crate::fold::{STACK, Stack};
 use crate::lanes::Lanes;
-use crate::pages::{PANEL_KEYS, padded_columns};
+use crate::pages::{KvHead, PANEL_KEYS, padded_columns};
 use crate::slot::{N_SLOTS, PAGE_KEYS, slot_of_page};
-use crate::storage::Stored;
+use crate::storage::{Storage, Stored};
+use crate::widen::{panels, widened_floats};
 
 /// Up to this many rows, pages are walked by address, and where registers are few, with a tile as wide as a panel: the
 /// keys come from memory then, and in one sweep.
 pub(crate) const FEW_ROWS: usize = tile::MAX_ROWS;
 
 /// Memory that [`attend_rows`] works in, in f32s.
-pub(crate) fn scratch_floats(n_rows: usize, value_dim: usize) -> usize {
-    n_rows * PAGE_KEYS + partials_alive(n_rows) * n_rows * (padded_columns(value_dim) + 2)
+pub(crate) fn scratch_floats(n_rows: usize, kv: &KvHead) -> usize {
+    let partials = partials_alive(n_rows) * n_rows * (padded_columns(kv.value_dim()) + 2);
+    n_rows * PAGE_KEYS + copied_floats(kv) + partials
+}
+
+/// What the copy of a page takes that the tiles can't read as it is stored, in f32s.
+fn copied_floats(kv: &KvHead) -> usize {
+    if kv.storage() == Storage::Bf16 { 0 } else { widened_floats(kv) }
 }
 
 fn partials_alive(n_rows: usize) -> usize {
@@ -40,8 +50,8 @@ fn partials_alive(n_rows: usize) -> usize {
 /// and of `MR` by `NR` where there are more; lines are asked for `AHEAD` words ahead of their use, or not where that is 0. Returns the first row of which a score overflowed f32.
 ///
 /// # Safety
-/// The ISA of `L` is enabled, and `S` is how keys and values are stored. `block.q` has `n_rows * head_dim` elements, `scratch` has [`scratch_floats`], and `out` has
-/// the block's rows and padded columns.
+/// The ISA of `L` is enabled. `S` is bf16 where keys and values are stored so, else f32. `block.q` has `n_rows * head_dim`
+/// elements, `scratch` has [`scratch_floats`], and `out` has the block's rows and padded columns.
 #[inline(always)]
 pub(crate) unsafe fn attend_rows<
     L: Lanes,
@@ -61,8 +71,9 @@ pub(crate) unsafe fn attend_rows<
     let n_rows = block.visible.len();
     let columns = padded_columns(block.kv.value_dim());
     let visible = Visible::new(block.visible, block.kv.n_keys());
-    let (scores, partials) = scratch.split_at_mut(n_rows * PAGE_KEYS);
-    let mut walk = Walk { n_rows, columns, partials, scores, overflow: None };
+    let (scores, scratch) = scratch.split_at_mut(n_rows * PAGE_KEYS);
+    let (widened, partials) = scratch.split_at_mut(copied_floats(block.kv));
+    let mut walk = Walk { n_rows, columns, scores, widened, partials, overflow: None };
     // SAFETY: the ISA is enabled and the slices are long enough, as the caller vouches.
     let result = unsafe { walk.pages::<L, S, FR, FN, MR, NR, AHEAD>(block, &visible) };
     match result {
@@ -81,11 +92,12 @@ pub(crate) unsafe fn attend_rows<
     walk.overflow
 }
 
-/// Scratch of one call: the scores of a page, and partials by index.
+/// Scratch of one call: the scores of a page, its copy in f32 where there must be one, and partials by index.
 struct Walk<'a> {
     n_rows: usize,
     columns: usize,
     scores: &'a mut [f32],
+    widened: &'a mut [f32],
     partials: &'a mut [f32],
     overflow: Option<usize>,
 }
@@ -179,7 +191,7 @@ impl Walk<'_> {
         into: usize,
     ) {
         let (n_rows, columns, d) = (self.n_rows, self.columns, block.kv.head_dim());
-        let Some((k, v)) = block.kv.page(page) else {
+        let Some(stored) = block.kv.page(page) else {
             panic!("page {page} is not resident");
         };
         let seen = |row: usize| visible.of_row(row, page);
@@ -192,6 +204,11 @@ impl Walk<'_> {
         // SAFETY: q, scores and partials fit n_rows, d and columns, as the caller vouches; a page's panels have
         // the words of 256 * d and 256 * columns elements by construction; `seen` stays inside the page.
         unsafe {
+            let (k, v) = if const { S::PER_WORD == 1 } {
+                panels::<L>(block.kv, stored, hull.clone(), self.widened)
+            } else {
+                (stored.k, stored.v)
+            };
             let panels = hull.start / PANEL_KEYS..hull.end.div_ceil(PANEL_KEYS);
             if few {
                 tile::scores::<L, S, FR, FN, AHEAD>(block.q.as_ptr(), n_rows, d, k.as_ptr(), panels, s);

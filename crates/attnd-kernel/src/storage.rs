@@ -1,45 +1,106 @@
-//! How stored elements lie in memory words, and how kernels widen them to f32: exactly.
+//! How keys and values are stored, and how a kernel sees elements in memory words.
 //!
 //! A word is 32 bits. Elements that are reduced one after the other share a word (dimensions of a key, keys of a value
-//! column), the earlier one in the lower bits; so a vector of words becomes one vector of f32 per step, and 16-bit
-//! elements take half the bandwidth and no shuffles. Buffers hold words as f32, whose bits are moved and never computed
+//! column), the earlier one in the lower bits; so a vector of words becomes one vector of f32 per step, and narrow
+//! elements take less bandwidth and no shuffles. Buffers hold words as f32, whose bits are moved and never computed
 //! with.
-
-use std::ops::Range;
 
 use half::{bf16, f16};
 
 use crate::dtype::Dtype;
 use crate::lanes::Lanes;
-use crate::pages::{PANEL_COLUMNS, PANEL_KEYS};
-use crate::slot::PAGE_KEYS;
 
-/// Elements of a storage type in a word.
-pub(crate) const fn per_word(storage: Dtype) -> usize {
-    size_of::<f32>() / storage.size()
+/// The type of keys and values at rest. Arithmetic is f32; widening to it is exact.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Storage {
+    /// IEEE 754 binary32.
+    #[default]
+    F32,
+    /// IEEE 754 binary16.
+    F16,
+    /// bfloat16: the upper half of a binary32.
+    Bf16,
+    /// Integers from -127 to 127, times a scale of their own for each key and for each value of a kv head.
+    Int8,
+    /// Integers from -7 to 7, with scales as [`Self::Int8`] has.
+    Int4,
 }
 
-/// Puts element `at` of a word in place, rounded to nearest even where the storage is narrower than f32.
+impl Storage {
+    /// Elements in a word of 32 bits.
+    pub const fn per_word(self) -> usize {
+        match self {
+            Self::F32 => 1,
+            Self::F16 | Self::Bf16 => 2,
+            Self::Int8 => 4,
+            Self::Int4 => 8,
+        }
+    }
+
+    /// Whether keys and values have scales, one f32 each.
+    pub const fn has_scales(self) -> bool {
+        matches!(self, Self::Int8 | Self::Int4)
+    }
+}
+
+impl From<Dtype> for Storage {
+    fn from(dtype: Dtype) -> Self {
+        match dtype {
+            Dtype::F32 => Self::F32,
+            Dtype::F16 => Self::F16,
+            Dtype::Bf16 => Self::Bf16,
+        }
+    }
+}
+
+impl std::fmt::Display for Storage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::Bf16 => "bf16",
+            Self::Int8 => "int8",
+            Self::Int4 => "int4",
+        })
+    }
+}
+
+/// Rounds each value to the nearest float that `storage` holds, ties to even; an infinity where it is over the range.
+/// Leaves them to `quantise.rs` where it holds integers.
+pub(crate) fn round(values: &mut [f32], storage: Storage) {
+    match storage {
+        Storage::F32 | Storage::Int8 | Storage::Int4 => {}
+        Storage::F16 => values.iter_mut().for_each(|value| *value = f16::from_f32(*value).to_f32()),
+        Storage::Bf16 => values.iter_mut().for_each(|value| *value = bf16::from_f32(*value).to_f32()),
+    }
+}
+
+/// Puts element `at` of a word in place: rounded to nearest even where the storage is a narrower float; where it is
+/// integers, `value` is one of them already.
 #[inline(always)]
-pub(crate) fn put(word: &mut f32, at: usize, value: f32, storage: Dtype) {
-    let half = match storage {
-        Dtype::F32 => {
+pub(crate) fn put(word: &mut f32, at: usize, value: f32, storage: Storage) {
+    let element = match storage {
+        Storage::F32 => {
             *word = value;
             return;
         }
-        Dtype::F16 => f16::from_f32(value).to_bits(),
-        Dtype::Bf16 => bf16::from_f32(value).to_bits(),
+        Storage::F16 => f16::from_f32(value).to_bits().into(),
+        Storage::Bf16 => bf16::from_f32(value).to_bits().into(),
+        Storage::Int8 | Storage::Int4 => i32::from(value as i8).cast_unsigned(),
     };
-    let shift = 16 * at;
-    *word = f32::from_bits(word.to_bits() & !(0xffff << shift) | u32::from(half) << shift);
+    let bits = 32 / storage.per_word();
+    let (mask, shift) = ((1_u32 << bits) - 1, bits * at);
+    *word = f32::from_bits(word.to_bits() & !(mask << shift) | (element & mask) << shift);
 }
 
 /// A storage type as a kernel sees it.
 pub(crate) trait Stored: Copy {
     /// Elements in a word.
     const PER_WORD: usize;
+    /// Whether elements are to be multiplied by a scale.
+    const SCALED: bool = false;
 
-    /// Element `at` of each word, `at < PER_WORD`.
+    /// Element `at` of each word, `at < PER_WORD`, without its scale.
     ///
     /// # Safety
     /// The ISA of `L` is enabled.
@@ -87,59 +148,59 @@ impl Stored for StoredF16 {
     }
 }
 
-/// Widens the K panels of a page to the layout that f32 storage has.
-///
-/// # Safety
-/// The ISA of `L` is enabled. `words` are the panels of `d` dimensions, and `out` has room for `256 * d`.
-#[inline(always)]
-pub(crate) unsafe fn widen_keys<L: Lanes, S: Stored>(words: &[f32], d: usize, out: &mut [f32]) {
-    let rows = d.div_ceil(S::PER_WORD);
-    assert!(words.len() == PAGE_KEYS * rows && out.len() >= PAGE_KEYS * d);
-    for panel in 0..PAGE_KEYS / PANEL_KEYS {
-        let words = &words[panel * PANEL_KEYS * rows..][..PANEL_KEYS * rows];
-        let out = &mut out[panel * PANEL_KEYS * d..][..PANEL_KEYS * d];
-        // SAFETY: both are rows of 64, and `widen_rows` has as many of each.
-        unsafe { widen_rows::<L, S>(words, PANEL_KEYS, 0..d, out) };
+/// Integers of 8 bits, four in a word.
+#[derive(Clone, Copy)]
+pub(crate) struct StoredInt8;
+
+impl Stored for StoredInt8 {
+    const PER_WORD: usize = 4;
+    const SCALED: bool = true;
+
+    #[inline(always)]
+    unsafe fn element<L: Lanes>(words: L::V, at: usize) -> L::V {
+        // SAFETY: as the caller vouches.
+        unsafe { L::integer::<8>(words, at) }
     }
 }
 
-/// Widens the V panels of a page to the layout that f32 storage has.
-///
-/// # Safety
-/// The ISA of `L` is enabled. `words` are the panels of `columns` columns, and `out` has room for `256 * columns`.
-#[inline(always)]
-pub(crate) unsafe fn widen_values<L: Lanes, S: Stored>(words: &[f32], columns: usize, out: &mut [f32]) {
-    let rows = PAGE_KEYS / S::PER_WORD;
-    assert!(words.len() == rows * columns && out.len() >= PAGE_KEYS * columns);
-    for first in (0..columns).step_by(PANEL_COLUMNS) {
-        let width = PANEL_COLUMNS.min(columns - first);
-        let words = &words[first * rows..][..width * rows];
-        let out = &mut out[first * PAGE_KEYS..][..width * PAGE_KEYS];
-        // SAFETY: both are rows of `width`, and `widen_rows` has as many of each.
-        unsafe { widen_rows::<L, S>(words, width, 0..PAGE_KEYS, out) };
+/// Integers of 4 bits, eight in a word.
+#[derive(Clone, Copy)]
+pub(crate) struct StoredInt4;
+
+impl Stored for StoredInt4 {
+    const PER_WORD: usize = 8;
+    const SCALED: bool = true;
+
+    #[inline(always)]
+    unsafe fn element<L: Lanes>(words: L::V, at: usize) -> L::V {
+        // SAFETY: as the caller vouches.
+        unsafe { L::integer::<4>(words, at) }
     }
 }
 
-/// # Safety
-/// The ISA of `L` is enabled. `width` is a multiple of 16, `out` has a row of `width` for each of `elements`, and `words` one
-/// for each word of them.
-#[inline(always)]
-unsafe fn widen_rows<L: Lanes, S: Stored>(
-    words: &[f32],
-    width: usize,
-    elements: Range<usize>,
-    out: &mut [f32],
-) {
-    for (word, words) in words.chunks_exact(width).enumerate() {
-        for at in 0..S::PER_WORD.min(elements.end - word * S::PER_WORD) {
-            let out = &mut out[(word * S::PER_WORD + at) * width..][..width];
-            for lane in (0..width).step_by(crate::lanes::LANES) {
-                // SAFETY: both rows are `width` long.
-                unsafe {
-                    let element = S::element::<L>(L::load(words.as_ptr().add(lane)), at);
-                    L::store(out.as_mut_ptr().add(lane), element);
-                }
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_put_into_a_word_comes_out_and_leaves_its_neighbours() {
+        for storage in [Storage::F32, Storage::F16, Storage::Bf16, Storage::Int8, Storage::Int4] {
+            let values = [-7.0, 7.0, -1.0, 0.0, 3.0, -4.0, 1.0, 6.0];
+            let mut word = f32::from_bits(0x5a5a_5a5a);
+            for (at, value) in values.into_iter().take(storage.per_word()).enumerate() {
+                put(&mut word, at, value, storage);
             }
+            let expected = match storage {
+                Storage::F32 => (-7.0_f32).to_bits(),
+                Storage::F16 => 0x4700_c700,
+                Storage::Bf16 => 0x40e0_c0e0,
+                Storage::Int8 => 0x00ff_07f9,
+                Storage::Int4 => 0x61c3_0f79,
+            };
+            assert_eq!(word.to_bits(), expected, "{storage}");
         }
+        let mut word = f32::from_bits(0xffff_ffff);
+        put(&mut word, 2, -127.0, Storage::Int8);
+        assert_eq!(word.to_bits(), 0xff81_ffff);
     }
 }

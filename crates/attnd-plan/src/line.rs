@@ -7,7 +7,7 @@
 use std::ops::Range;
 
 use attnd_kernel::slot::{self, N_SLOTS, PAGE_KEYS};
-use attnd_kernel::{AttnShape, KvHead};
+use attnd_kernel::{AttnShape, KvHead, Storage};
 
 use crate::cost::CallCosts;
 use crate::planner::Piece;
@@ -53,7 +53,13 @@ impl Line {
             filled: (0..N_SLOTS).filter(|s| keys_before[*s] < keys_before[s + 1]).collect(),
             keys_before,
             pages_before,
-            page_bytes: KvHead::bytes_needed(PAGE_KEYS, shape.head_dim(), shape.value_dim(), &(0..N_SLOTS)),
+            page_bytes: KvHead::bytes_needed(
+                PAGE_KEYS,
+                shape.head_dim(),
+                shape.value_dim(),
+                &(0..N_SLOTS),
+                Storage::F32,
+            ),
             query_bytes: f32_bytes(shape.group_size() * shape.n_queries() * shape.head_dim()),
             cell_bytes: f32_bytes(shape.group_size() * tokens_per_cell * (shape.value_dim() + 2)),
         }

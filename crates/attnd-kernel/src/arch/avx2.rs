@@ -70,6 +70,21 @@ unsafe fn f16_of_eight<const FIRST: i8>(words: __m256) -> __m256 {
     }
 }
 
+/// Element `at` of eight words of integers of `BITS` bits.
+///
+/// # Safety
+/// The CPU must have AVX2.
+#[inline(always)]
+unsafe fn integer_of_eight<const BITS: usize>(words: __m256, at: usize) -> __m256 {
+    // SAFETY: the caller vouches for AVX2.
+    unsafe {
+        // Counts are constants where the loop over a word's elements is unrolled.
+        let left = _mm256_set1_epi32((32 - BITS * (at + 1)) as i32);
+        let upper = _mm256_sllv_epi32(_mm256_castps_si256(words), left);
+        _mm256_cvtepi32_ps(_mm256_srav_epi32(upper, _mm256_set1_epi32((32 - BITS) as i32)))
+    }
+}
+
 /// # Safety
 /// The CPU must have AVX2.
 #[inline(always)]
@@ -196,6 +211,10 @@ unsafe impl Lanes for Avx2 {
     #[inline(always)]
     unsafe fn high_f16(words: Self::V) -> Self::V {
         unsafe { [f16_of_eight::<2>(words[0]), f16_of_eight::<2>(words[1])] }
+    }
+    #[inline(always)]
+    unsafe fn integer<const BITS: usize>(words: Self::V, at: usize) -> Self::V {
+        unsafe { [integer_of_eight::<BITS>(words[0], at), integer_of_eight::<BITS>(words[1], at)] }
     }
     #[inline(always)]
     unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V {

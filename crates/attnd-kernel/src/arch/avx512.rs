@@ -59,6 +59,15 @@ unsafe impl Lanes for Avx512 {
         }
     }
     #[inline(always)]
+    unsafe fn integer<const BITS: usize>(words: Self::V, at: usize) -> Self::V {
+        unsafe {
+            // Counts are constants where the loop over a word's elements is unrolled.
+            let left = _mm512_set1_epi32((32 - BITS * (at + 1)) as i32);
+            let upper = _mm512_sllv_epi32(_mm512_castps_si512(words), left);
+            _mm512_cvtepi32_ps(_mm512_srav_epi32(upper, _mm512_set1_epi32((32 - BITS) as i32)))
+        }
+    }
+    #[inline(always)]
     unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V {
         unsafe { _mm512_fmadd_ps(a, b, c) }
     }

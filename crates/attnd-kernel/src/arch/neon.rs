@@ -109,6 +109,15 @@ unsafe impl Lanes for Neon {
         words.map(|words| unsafe { f16_in_low_half(vshrq_n_u32::<16>(vreinterpretq_u32_f32(words))) })
     }
     #[inline(always)]
+    unsafe fn integer<const BITS: usize>(words: V, at: usize) -> V {
+        words.map(|words| unsafe {
+            // A shift to the left by a negative count is one to the right.
+            let left = vdupq_n_s32((32 - BITS * (at + 1)) as i32);
+            let right = vdupq_n_s32(-((32 - BITS) as i32));
+            vcvtq_f32_s32(vshlq_s32(vshlq_s32(vreinterpretq_s32_f32(words), left), right))
+        })
+    }
+    #[inline(always)]
     unsafe fn fma(a: V, b: V, c: V) -> V {
         unsafe { std::array::from_fn(|i| vfmaq_f32(c[i], a[i], b[i])) }
     }

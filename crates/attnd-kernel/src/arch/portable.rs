@@ -55,6 +55,13 @@ unsafe impl Lanes for Portable {
         words.map(|word| half::f16::from_bits((word.to_bits() >> 16) as u16).to_f32())
     }
     #[inline(always)]
+    unsafe fn integer<const BITS: usize>(words: V, at: usize) -> V {
+        words.map(|word| {
+            let upper = (word.to_bits() << (32 - BITS * (at + 1))).cast_signed();
+            (upper >> (32 - BITS)) as f32
+        })
+    }
+    #[inline(always)]
     unsafe fn fma(a: V, b: V, c: V) -> V {
         std::array::from_fn(|i| a[i].mul_add(b[i], c[i]))
     }

@@ -4,7 +4,7 @@
 
 use std::ops::Range;
 
-use crate::lanes::{LANES, Lanes};
+use crate::lanes::Lanes;
 use crate::pages::{PANEL_COLUMNS, PANEL_KEYS};
 use crate::product::{Operand, reduce};
 use crate::slot::PAGE_KEYS;

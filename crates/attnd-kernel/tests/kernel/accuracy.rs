@@ -1,7 +1,7 @@
 //! Against the f64 oracle, inside the bound that `attnd_kernel::reference` states.
 
 use attnd_kernel::reference::reference_row;
-use attnd_kernel::{Causal, Kernels};
+use attnd_kernel::{Causal, Kernels, Storage};
 use proptest::prelude::*;
 
 use crate::cases::{Case, Data};
@@ -119,4 +119,38 @@ fn flushed_weights_stay_inside_the_proven_bound() {
     case.k = std::iter::once(-0.499_9).chain(std::iter::repeat_n(-125.500_1, 63)).collect();
     case.v = std::iter::once(0.0).chain(std::iter::repeat_n(1e38, 63)).collect();
     worst_ratios(&case);
+}
+
+/// What integer storage costs: `|got - exact| / |exact|` over the contexts of all rows, `exact` from the operands as they
+/// were before they were stored.
+fn error_of_storage(storage: Storage, d: usize) -> f64 {
+    let mut case = Case::new(17, Data::Normal, Causal::None, [4, 2, 2000, d, d]);
+    case.storage = storage;
+    let result = case.attend(Kernels::available()[0], 0..2);
+    let (mut off, mut size) = (0.0, 0.0);
+    for row in 0..8 {
+        let operands = (&case.q[..], &case.k[..], &case.v[..]);
+        let want = reference_row(&case.shape, case.scale.into(), case.causal, operands, row / 2, row % 2);
+        for (got, want) in result.context[row * d..].iter().zip(&want.context) {
+            off += (f64::from(*got) - want).powi(2);
+            size += want.powi(2);
+        }
+    }
+    (off / size).sqrt()
+}
+
+/// The bits are fixed, so the figures are; they are held to a thousandth.
+#[test]
+fn integers_cost_as_much_accuracy_as_they_did() {
+    for (storage, d, measured) in [
+        (Storage::Int8, 64, 6.707e-3),
+        (Storage::Int8, 128, 7.339e-3),
+        (Storage::Int4, 64, 0.125_34),
+        (Storage::Int4, 128, 0.133_94),
+    ] {
+        let error = error_of_storage(storage, d);
+        assert!((error / measured - 1.0).abs() < 1e-3, "{storage} d={d}: {error}, where it was {measured}");
+    }
+    // What is left without integers says that the rest is theirs.
+    assert!(error_of_storage(Storage::F32, 64) < 1e-6);
 }

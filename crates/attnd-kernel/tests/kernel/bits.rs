@@ -1,6 +1,6 @@
 //! One canonical order: the same bits from any ISA, any cut of the keys, a row alone or in a batch, any thread count.
 
-use attnd_kernel::{Causal, Dtype, Isa, Kernels};
+use attnd_kernel::{Causal, Isa, Kernels, Storage};
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 
@@ -51,29 +51,71 @@ fn every_isa_gives_the_bits_of_the_portable_path() {
     }
 }
 
-/// 16-bit storage is widened exactly: the bits are those of f32 storage of the same values, on every path.
+const NARROW: [Storage; 4] = [Storage::Bf16, Storage::F16, Storage::Int8, Storage::Int4];
+
+/// Every storage type is widened exactly: the bits are those of f32 storage of the values that it holds, on every path.
 #[test]
-fn stored_halves_give_the_bits_of_the_values_they_hold() {
+fn stored_values_give_the_bits_of_what_they_stand_for() {
     for seed in 0..60 {
         let mut rng = SmallRng::seed_from_u64(500 + seed);
         let sizes = random_sizes(&mut rng);
         let causal = [Causal::None, Causal::BottomRight, Causal::TopLeft][seed as usize % 3];
         let data = Data::ALL[seed as usize / 3 % Data::ALL.len()];
-        for storage in [Dtype::Bf16, Dtype::F16] {
-            let mut case = Case::new(seed, data, causal, sizes);
-            for x in case.k.iter_mut().chain(&mut case.v) {
-                *x = match storage {
-                    Dtype::Bf16 => half::bf16::from_f32(*x).to_f32(),
-                    _ => half::f16::from_f32(*x).to_f32(),
-                };
+        for storage in NARROW {
+            if storage.has_scales() && matches!(data, Data::Poisoned) {
+                // No integer stands for NaN.
+                continue;
             }
-            let all = 0..case.shape.n_queries();
-            let expected = case.attend(Kernels::available()[0], all.clone());
-            case.storage = storage;
-            for kernels in Kernels::available() {
-                let what = format!("seed {seed} {data:?} {causal:?} {sizes:?} {storage} {}", kernels.isa());
-                check(&what, &expected, &case.attend(kernels, all.clone()));
+            check_storage(Case::new(seed, data, causal, sizes), storage, &format!("seed {seed} {data:?}"));
+        }
+    }
+}
+
+/// Compares a case stored as `storage` with f32 storage of what that holds, on every ISA.
+fn check_storage(mut case: Case, storage: Storage, what: &str) {
+    let all = 0..case.shape.n_queries();
+    case.storage = storage;
+    let results: Vec<_> = Kernels::available()
+        .into_iter()
+        .map(|kernels| (kernels, case.attend(kernels, all.clone())))
+        .collect();
+    case.storage = Storage::F32;
+    let case = case.rounded_to(storage);
+    let expected = case.attend(Kernels::available()[0], all);
+    for (kernels, result) in results {
+        let (causal, shape) = (case.causal, case.shape);
+        check(&format!("{what} {causal:?} {shape:?} {storage} {}", kernels.isa()), &expected, &result);
+    }
+}
+
+/// Rows of a scale that is 0, subnormal or huge, beside rows of any other, for few rows of queries and for many.
+#[test]
+fn integers_of_any_scale_give_the_bits_of_what_they_stand_for() {
+    for seed in 0..24 {
+        let mut rng = SmallRng::seed_from_u64(700 + seed);
+        let tq = [1, 3, 40][seed as usize % 3];
+        let (d, dv) = (rng.random_range(1..70_usize), rng.random_range(1..70_usize));
+        let mut case = Case::new(seed, Data::Normal, Causal::BottomRight, [2, tq, 700, d, dv]);
+        let mut of_any_scale = |rows: &mut Vec<f32>, dim: usize, huge: f32| {
+            for row in rows.chunks_mut(dim) {
+                match rng.random_range(0..7_u32) {
+                    0 => row.fill(0.0),
+                    1 => row.fill(-0.0),
+                    // One element beside which all others vanish.
+                    2 => row[rng.random_range(0..dim)] = -huge,
+                    3 => row.iter_mut().for_each(|x| *x *= 1e-38),
+                    4 => row.iter_mut().for_each(|x| *x *= 1e-43),
+                    5 => row.iter_mut().for_each(|x| *x = f32::from_bits(u32::from(*x > 0.0))),
+                    _ => {}
+                }
             }
+        };
+        // A key of 1e37 would give scores that overflow, which is another matter.
+        of_any_scale(&mut case.k, d, 1e3);
+        of_any_scale(&mut case.v, dv, 1e37);
+        for storage in [Storage::Int8, Storage::Int4] {
+            let (k, v, q) = (case.k.clone(), case.v.clone(), case.q.clone());
+            check_storage(Case { k, v, q, ..case }, storage, &format!("seed {seed}"));
         }
     }
 }

@@ -6,7 +6,8 @@ use attnd_kernel::slot::{
     N_SLOTS, Node, PAGE_KEYS, cover, keys_in_page, keys_in_slots, n_pages, slot_of_page,
 };
 use attnd_kernel::{
-    AttnShape, Causal, Dims, Dtype, FinishedRows, GroupCall, Kernels, KvHead, PartialRows, attend_node,
+    AttnShape, Causal, Dims, Dtype, FinishedRows, GroupCall, Kernels, KvHead, PartialRows, Storage,
+    attend_node,
 };
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
@@ -53,7 +54,7 @@ pub(crate) struct Case {
     pub(crate) shape: AttnShape,
     pub(crate) causal: Causal,
     /// How keys and values are stored.
-    pub(crate) storage: Dtype,
+    pub(crate) storage: Storage,
     pub(crate) scale: f32,
     pub(crate) q: Vec<f32>,
     pub(crate) k: Vec<f32>,
@@ -109,7 +110,15 @@ impl Case {
             _ => (1.0, 1.0),
         };
         let (q, k, v) = (fill(group * tq * d, qk), fill(tk * d, qk), fill(tk * dv, value));
-        Self { shape, causal, storage: Dtype::F32, scale: (d as f32).sqrt().recip(), q, k, v }
+        Self { shape, causal, storage: Storage::F32, scale: (d as f32).sqrt().recip(), q, k, v }
+    }
+
+    /// The case with its keys and values as `storage` holds them.
+    pub(crate) fn rounded_to(mut self, storage: Storage) -> Self {
+        for row in self.k.chunks_mut(self.shape.head_dim()).chain(self.v.chunks_mut(self.shape.value_dim())) {
+            round_row(row, storage);
+        }
+        self
     }
 
     /// Keys and values as the worker that owns `slots` holds them.
@@ -160,6 +169,35 @@ impl Case {
             }
         }
         merge_up(Node::ROOT, &parts, kernels[0]).expect("at least one key").finish(kernels[0])
+    }
+}
+
+/// What a row is when it comes out of `storage`, by the definition: scales are found by trying, quotients in f64.
+fn round_row(row: &mut [f32], storage: Storage) {
+    let (most, bits) = match storage {
+        Storage::F32 => return,
+        Storage::F16 => return row.iter_mut().for_each(|x| *x = half::f16::from_f32(*x).to_f32()),
+        Storage::Bf16 => return row.iter_mut().for_each(|x| *x = half::bf16::from_f32(*x).to_f32()),
+        Storage::Int8 => (127.0_f32, 17),
+        Storage::Int4 => (7.0, 20),
+    };
+    let max = row.iter().fold(0.0_f32, |max, x| max.max(x.abs()));
+    if max == 0.0 {
+        return row.fill(0.0);
+    }
+    let significant_bits = |x: f32| {
+        let fraction = x.to_bits() & 0x007f_ffff;
+        let significand = if x.is_normal() { fraction | 0x0080_0000 } else { fraction };
+        32 - significand.leading_zeros() - significand.trailing_zeros()
+    };
+    let mut scale = f32::from_bits(((max / most).to_bits().saturating_sub(2)).max(1));
+    while significant_bits(scale) > bits || f64::from(scale) * f64::from(most) < f64::from(max) {
+        scale = scale.next_up();
+    }
+    assert!((scale * most).is_finite(), "the largest numbers are a case of their own");
+    for x in row {
+        let integer = (f64::from(*x) / f64::from(scale)).round_ties_even();
+        *x = (integer * f64::from(scale)) as f32;
     }
 }
 

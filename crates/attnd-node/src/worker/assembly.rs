@@ -8,7 +8,7 @@
 use std::ops::Range;
 
 use attnd_kernel::slot::{PAGE_KEYS, keys_in_page, keys_in_slots, n_pages, slot_of_page};
-use attnd_kernel::{AttnShape, Dtype, KvHead, NonFinite, OutOfMemory, first_non_finite, widen};
+use attnd_kernel::{AttnShape, Dtype, KvHead, NonFinite, OutOfMemory, Storage, first_non_finite, widen};
 use attnd_plan::Tensor;
 
 /// What every group of a call has in common.
@@ -81,7 +81,8 @@ impl GroupAssembly {
     /// of the one group whose bytes arrive.
     pub(crate) fn bytes_needed(layout: &Layout, slots: &Range<usize>) -> u64 {
         let shape = &layout.shape;
-        let kv = KvHead::bytes_needed(shape.n_keys(), shape.head_dim(), shape.value_dim(), slots);
+        let kv =
+            KvHead::bytes_needed(shape.n_keys(), shape.head_dim(), shape.value_dim(), slots, Storage::F32);
         kv + (shape.group_size() * shape.n_queries()) as u64 * shape.head_dim() as u64 * 4
     }
 
@@ -456,7 +457,7 @@ mod tests {
         let layout = layout(Dtype::F16);
         let all = GroupAssembly::bytes_expected(&layout, &(0..64));
         assert_eq!(all, (2 * 5 * 3 + 1900 * 5) * 2);
-        let kv = KvHead::bytes_needed(1900, 3, 2, &(0..64));
+        let kv = KvHead::bytes_needed(1900, 3, 2, &(0..64), Storage::F32);
         assert_eq!(GroupAssembly::bytes_needed(&layout, &(0..64)), kv + 2 * 5 * 3 * 4);
     }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use attnd_kernel::{Dims, KvHead};
+use attnd_kernel::{Dims, KvHead, Storage};
 use proptest::prelude::*;
 
 use super::*;
@@ -95,7 +95,7 @@ proptest! {
             prop_assert!(share.pieces.len() <= 3);
             // What the kernels will really allocate.
             let kv = share.pieces.iter().map(|piece| piece.groups.len() as u64
-                * KvHead::bytes_needed(shape.n_keys(), shape.head_dim(), shape.value_dim(), &piece.slots));
+                * KvHead::bytes_needed(shape.n_keys(), shape.head_dim(), shape.value_dim(), &piece.slots, Storage::F32));
             prop_assert!(kv.sum::<u64>() <= share.resident_bytes);
         }
         let mut shuffled = workers.clone();

@@ -1,6 +1,6 @@
 //! The cases, as data: shapes that say something about the kernels, and how much work each of them is.
 
-use attnd_kernel::{AttnShape, Causal, Dims, Dtype, ShapeError};
+use attnd_kernel::{AttnShape, Causal, Dims, ShapeError, Storage};
 
 use crate::exit::BadInput;
 
@@ -55,7 +55,7 @@ pub struct Case {
     /// Which keys a query sees.
     pub causal: Causal,
     /// How keys and values are stored.
-    pub storage: Dtype,
+    pub storage: Storage,
     /// Threads.
     pub team: Team,
 }
@@ -76,11 +76,15 @@ pub const CASES: &[Case] = &[
     decode("decode T=32768 d=128 H=32/8", 32, 8, 32_768, 128, Team::All),
     decode("decode T=65536 d=64 H=32/8", 32, 8, 65_536, 64, Team::One),
     decode("decode T=65536 d=64 H=32/8", 32, 8, 65_536, 64, Team::All),
-    prefill("prefill T=2048 d=128 bf16", 1, 1, 2048, 128, Causal::None, Team::One).stored(Dtype::Bf16),
-    decode("decode T=65536 d=128 H=8 bf16", 8, 8, 65_536, 128, Team::One).stored(Dtype::Bf16),
-    decode("decode T=65536 d=128 H=32/8 bf16", 32, 8, 65_536, 128, Team::One).stored(Dtype::Bf16),
-    decode("decode T=65536 d=128 H=32/8 bf16", 32, 8, 65_536, 128, Team::All).stored(Dtype::Bf16),
-    decode("decode T=65536 d=128 H=32/8 f16", 32, 8, 65_536, 128, Team::One).stored(Dtype::F16),
+    prefill("prefill T=2048 d=128 bf16", 1, 1, 2048, 128, Causal::None, Team::One).stored(Storage::Bf16),
+    decode("decode T=65536 d=128 H=8 bf16", 8, 8, 65_536, 128, Team::One).stored(Storage::Bf16),
+    decode("decode T=65536 d=128 H=32/8 bf16", 32, 8, 65_536, 128, Team::One).stored(Storage::Bf16),
+    decode("decode T=65536 d=128 H=32/8 bf16", 32, 8, 65_536, 128, Team::All).stored(Storage::Bf16),
+    decode("decode T=65536 d=128 H=8 f16", 8, 8, 65_536, 128, Team::One).stored(Storage::F16),
+    decode("decode T=65536 d=128 H=32/8 f16", 32, 8, 65_536, 128, Team::One).stored(Storage::F16),
+    decode("decode T=131072 d=128 H=8 int8", 8, 8, 131_072, 128, Team::One).stored(Storage::Int8),
+    decode("decode T=131072 d=128 H=32/8 int8", 32, 8, 131_072, 128, Team::One).stored(Storage::Int8),
+    decode("decode T=262144 d=128 H=32/8 int4", 32, 8, 262_144, 128, Team::One).stored(Storage::Int4),
 ];
 
 const fn prefill(
@@ -101,7 +105,7 @@ const fn prefill(
         head_dim: dim,
         value_dim: dim,
         causal,
-        storage: Dtype::F32,
+        storage: Storage::F32,
         team,
     }
 }
@@ -117,14 +121,14 @@ const fn decode(name: &'static str, heads: u64, kv_heads: u64, keys: u64, dim: u
         head_dim: dim,
         value_dim: dim,
         causal,
-        storage: Dtype::F32,
+        storage: Storage::F32,
         team,
     }
 }
 
 impl Case {
     /// The same with keys and values stored otherwise.
-    const fn stored(self, storage: Dtype) -> Self {
+    const fn stored(self, storage: Storage) -> Self {
         Self { storage, ..self }
     }
 
@@ -162,9 +166,11 @@ impl Case {
         Ok(2.0 * self.heads as f64 * visible as f64 * (self.head_dim + self.value_dim) as f64)
     }
 
-    /// Bytes of keys and values as stored, each of which a call has to read at least once.
+    /// Bytes of keys and values as stored, scales included, each of which a call has to read at least once.
     pub fn kv_bytes(&self) -> u64 {
-        self.kv_heads * self.keys * (self.head_dim + self.value_dim) * self.storage.size() as u64
+        let bits = (self.head_dim + self.value_dim) * (32 / self.storage.per_word() as u64);
+        let scales = if self.storage.has_scales() { 2 * size_of::<f32>() as u64 } else { 0 };
+        self.kv_heads * self.keys * (bits / 8 + scales)
     }
 
     /// The work that its bound is about: floating-point operations, or bytes.
@@ -222,7 +228,9 @@ mod tests {
         assert_eq!(case.work().unwrap(), case.kv_bytes() as f64);
         let narrow = Case { value_dim: 32, ..case };
         assert_eq!(narrow.kv_bytes(), 8 * 1000 * (64 + 32) * 4);
-        assert_eq!(narrow.stored(Dtype::Bf16).kv_bytes(), 8 * 1000 * (64 + 32) * 2);
+        assert_eq!(narrow.stored(Storage::Bf16).kv_bytes(), 8 * 1000 * (64 + 32) * 2);
+        assert_eq!(narrow.stored(Storage::Int8).kv_bytes(), 8 * 1000 * (64 + 32 + 8));
+        assert_eq!(narrow.stored(Storage::Int4).kv_bytes(), 8 * 1000 * (32 + 16 + 8));
         assert_eq!(narrow.flops().unwrap(), f64::from(32 * 1000 * 2 * (64 + 32)));
     }
 

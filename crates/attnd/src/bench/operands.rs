@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::Context as _;
 use attnd_kernel::slot::{N_SLOTS, Node, keys_in_page, n_pages};
-use attnd_kernel::{AttnShape, Dtype, GroupCall, Kernels, KvHead, attend_node};
+use attnd_kernel::{AttnShape, Dtype, GroupCall, Kernels, KvHead, Storage, attend_node};
 use rand::rngs::SmallRng;
 use rand::{RngExt as _, SeedableRng as _};
 use rayon::ThreadPool;
@@ -80,7 +80,7 @@ impl CaseOperands {
 }
 
 impl GroupOperands {
-    fn random(shape: &AttnShape, storage: Dtype, rng: &mut SmallRng) -> anyhow::Result<Self> {
+    fn random(shape: &AttnShape, storage: Storage, rng: &mut SmallRng) -> anyhow::Result<Self> {
         let mut random = |n: usize| -> Vec<f32> { (0..n).map(|_| rng.random_range(-1.7..1.7)).collect() };
         let (d, dv, n_keys) = (shape.head_dim(), shape.value_dim(), shape.n_keys());
         let q = random(shape.group_size() * shape.n_queries() * d);

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use anyhow::Context as _;
-use attnd_kernel::{Dtype, ISA_VARIABLE, Isa, Kernels};
+use attnd_kernel::{ISA_VARIABLE, Isa, Kernels, Storage};
 
 use crate::args::{Bench, BenchArgs, BenchKernelArgs, BenchPeersArgs};
 use crate::bench::case::{Case, chosen};
@@ -61,7 +61,7 @@ fn beside_peers(args: &BenchPeersArgs) -> anyhow::Result<()> {
     let threads = cores()?;
     let mut cases = chosen(args.case.as_deref(), threads)?;
     // torch runs each case with each of its own types, so those of ours would only repeat them.
-    cases.retain(|case| case.storage == Dtype::F32);
+    cases.retain(|case| case.storage == Storage::F32);
     let kernels = Kernels::from_env().map_err(|error| BadInput::new(error.to_string()))?;
     let folder = match &args.venv {
         Some(folder) => folder.clone(),
