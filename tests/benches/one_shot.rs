@@ -14,7 +14,7 @@ mod support;
 use std::time::{Duration, Instant};
 
 use attnd_client::{Attended, WorkerChoice};
-use attnd_kernel::{Dims, Kernels};
+use attnd_kernel::{Compute, Dims, Kernels};
 
 use support::cases::{Answer, Case};
 use support::cluster::{Cluster, WorkerSpec};
@@ -27,7 +27,7 @@ fn load() -> String {
 
 fn peak_of_two_threads(kernels: &Kernels) -> f64 {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build().expect("two threads");
-    kernels.peak_gflops(&pool, Duration::from_millis(300))
+    kernels.peak_gflops(&pool, Compute::F32, Duration::from_millis(300))
 }
 
 #[tokio::main]

@@ -7,7 +7,7 @@ use attnd_client::{AttendOptions, Attended, Operands, WorkerChoice};
 use attnd_kernel::reference::{ReferenceRow, reference_row};
 use attnd_kernel::slot::{N_SLOTS, Node, PAGE_KEYS, keys_in_page, n_pages};
 use attnd_kernel::{
-    AttnShape, Causal, Dims, Dtype, FinishedRows, GroupCall, Kernels, KvHead, attend_node, widen,
+    AttnShape, Causal, Compute, Dims, Dtype, FinishedRows, GroupCall, Kernels, KvHead, attend_node, widen,
 };
 use bytes::Bytes;
 use half::{bf16, f16};
@@ -202,7 +202,14 @@ impl Case {
         let mut q = vec![0.0; shape.group_size() * shape.n_queries() * shape.head_dim()];
         let bytes = q.len() * self.operands.dtype.size();
         widen(&self.operands.q[group * bytes..][..bytes], self.operands.dtype, &mut q);
-        let call = GroupCall { shape, scale: self.scale, causal: self.causal, q: &q, kv: &kv };
+        let call = GroupCall {
+            shape,
+            scale: self.scale,
+            causal: self.causal,
+            q: &q,
+            kv: &kv,
+            compute: Compute::F32,
+        };
         attend_node(kernels, &call, Node::ROOT, tokens).0.finish(kernels)
     }
 

@@ -12,6 +12,7 @@ use rayon::prelude::*;
 use crate::block::{BLOCK_ROWS, QueryLayout, RowBlock, RowPartials};
 use crate::buffer::Buffer;
 use crate::canonical::query_factor;
+use crate::compute::Compute;
 use crate::dispatch::Kernels;
 use crate::float_env::FloatEnvironment;
 use crate::mask::Causal;
@@ -38,6 +39,8 @@ pub struct GroupCall<'a> {
     pub q: &'a [f32],
     /// The group's keys and values.
     pub kv: &'a KvHead,
+    /// In what arithmetic; [`Kernels::effective`] tells what that is where the kernels lack it.
+    pub compute: Compute,
 }
 
 /// A score left the range of f32.
@@ -59,7 +62,7 @@ pub struct ScoreOverflow {
 ///
 /// # Panics
 /// If `q` or `kv` doesn't have the call's shape, `tokens` reaches past the last query, or a slot of `node` isn't
-/// resident in `kv`.
+/// resident in `kv`, or `compute` isn't for its storage.
 pub fn attend_node(
     kernels: &Kernels,
     call: &GroupCall<'_>,
@@ -75,6 +78,10 @@ pub fn attend_node(
         "shape of kv"
     );
     assert!(tokens.end <= shape.n_queries(), "tokens {tokens:?} of {}", shape.n_queries());
+    let compute = match kernels.effective(call.compute, call.kv.storage()) {
+        Ok(effective) => effective.compute,
+        Err(mismatch) => panic!("{mismatch}"),
+    };
 
     let n_rows = tokens.len() * group;
     if n_rows == 0 {
@@ -84,7 +91,7 @@ pub fn attend_node(
     // A thread alone takes the node whole: one forward-moving address through all its pages.
     let threads = rayon::current_num_threads();
     let enough = if threads == 1 { 1 } else { BLOCKS_PER_THREAD * threads };
-    let task = NodeTask { kernels, call, tokens };
+    let task = NodeTask { kernels, call, compute, tokens };
     let nodes = split(node, call.kv.n_keys(), enough.div_ceil(blocks));
     task.subtree(&nodes).unwrap_or_else(|| (PartialRows::empty(n_rows, shape.value_dim()), Ok(())))
 }
@@ -111,6 +118,7 @@ enum Tree {
 struct NodeTask<'a> {
     kernels: &'a Kernels,
     call: &'a GroupCall<'a>,
+    compute: Compute,
     tokens: Range<usize>,
 }
 
@@ -187,14 +195,14 @@ impl NodeTask<'_> {
         let visible: Vec<Range<usize>> =
             (0..n_rows).map(|row| self.call.causal.visible(place(row).1, shape)).collect();
         let factor = query_factor(self.call.scale);
-        let layout = QueryLayout::new(n_rows, d, self.kernels.tiles());
-        let query_floats = layout.floats().next_multiple_of(16);
+        let layout = QueryLayout::new(n_rows, d, self.call.kv.storage(), self.compute, self.kernels.tiles());
+        let query_words = layout.words().next_multiple_of(16);
         let sum_floats = n_rows.next_multiple_of(16);
-        let floats = query_floats + 2 * sum_floats + n_rows * columns;
+        let floats = query_words + 2 * sum_floats + n_rows * columns;
 
         let _standard = FloatEnvironment::standard();
         with_scratch(floats + layout.scratch_floats(self.call.kv), |memory| {
-            let (q, memory) = memory.split_at_mut(query_floats);
+            let (q, memory) = memory.split_at_mut(query_words);
             let (m, memory) = memory.split_at_mut(sum_floats);
             let (l, memory) = memory.split_at_mut(sum_floats);
             let (o, scratch) = memory.split_at_mut(n_rows * columns);
@@ -202,7 +210,7 @@ impl NodeTask<'_> {
                 let (head, token) = place(row);
                 &self.call.q[(head * shape.n_queries() + token) * d..][..d]
             };
-            let q = &mut q[..layout.floats()];
+            let q = &mut q[..layout.words()];
             self.kernels.pack_queries(layout, &(0..n_rows).map(of_row).collect::<Vec<_>>(), factor, q);
             let rows = RowBlock { q, visible: &visible, kv: self.call.kv, pages };
             let mut out = RowPartials { m: &mut m[..n_rows], l: &mut l[..n_rows], o };

@@ -3,10 +3,14 @@
 
 use std::ops::Range;
 
+use crate::arithmetic::int8;
 use crate::canonical::{CANONICAL_NAN, finite_max, rescale};
+use crate::compute::Compute;
 use crate::lanes::{LANES, Lanes};
 use crate::pages::{KvHead, padded_columns};
+use crate::queries::Groups;
 use crate::slot::{N_SLOTS, PAGE_KEYS, slot_of_page};
+use crate::storage::{Storage, put};
 use crate::{queries, rows};
 
 /// Rows that one call handles: few enough that scores and queries stay in the near caches, and a multiple of the tiles.
@@ -33,9 +37,9 @@ impl RowBlock<'_> {
     pub(crate) fn check(&self, layout: QueryLayout, scratch: &[f32], out: &RowPartials<'_>) {
         let n_rows = self.visible.len();
         let columns = padded_columns(self.kv.value_dim());
-        let (of_layout, d) = layout.shape();
-        assert!(of_layout == n_rows && d == self.kv.head_dim());
-        assert_eq!(self.q.len(), layout.floats());
+        assert!(layout.n_rows() == n_rows && layout.d == self.kv.head_dim());
+        assert!(layout.compute.storage().is_none_or(|storage| storage == self.kv.storage()));
+        assert_eq!(self.q.len(), layout.words());
         assert!(scratch.len() >= layout.scratch_floats(self.kv));
         assert!(out.m.len() == n_rows && out.l.len() == n_rows && out.o.len() == n_rows * columns);
     }
@@ -59,6 +63,9 @@ pub(crate) struct Tiles {
     pub(crate) few_rows: usize,
     /// The same where they are more.
     pub(crate) rows: usize,
+    /// Rows of the largest tile of that family over words of several elements, which take registers to widen: where rows are
+    /// few, and where they are more.
+    pub(crate) narrow_rows: [usize; 2],
     /// Whether the rows-broadcast family asks memory for lines ahead of their use, where its entry can.
     pub(crate) prefetch: bool,
     /// Vectors of query lanes of the largest tile of the other family.
@@ -67,56 +74,87 @@ pub(crate) struct Tiles {
 
 impl Tiles {
     /// Rows of the tile that a block of `n_rows` rows is cut into.
-    pub(crate) fn rows_for(self, n_rows: usize) -> usize {
-        if n_rows <= rows::FEW_ROWS { self.few_rows } else { self.rows }
+    pub(crate) fn rows_for(self, n_rows: usize, storage: Storage) -> usize {
+        let is_few = n_rows <= rows::FEW_ROWS;
+        match (storage, is_few) {
+            (Storage::F32, true) => self.few_rows,
+            (Storage::F32, false) => self.rows,
+            (_, true) => self.narrow_rows[0],
+            (_, false) => self.narrow_rows[1],
+        }
     }
 }
 
 /// How the queries of a block lie in memory.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum QueryLayout {
-    /// For the rows-broadcast family: tile by tile, inside a tile element by element, so that a tile reads its
-    /// broadcasts front to back from one pointer.
-    Tiles { n_rows: usize, tile_rows: usize, d: usize, prefetch: bool },
-    /// For lanes = queries: group by group, inside a group element by element.
-    Groups { groups: queries::Groups, d: usize },
+pub(crate) struct QueryLayout {
+    pub(crate) d: usize,
+    /// What their words are: f32, pairs of bf16, or pairs of integers, which have a scale for each row behind them.
+    pub(crate) compute: Compute,
+    pub(crate) place: Place,
+}
+
+/// Which family takes a block, and where its rows are then.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Place {
+    /// For the rows-broadcast family: tile by tile, inside a tile word by word, so that a tile reads its broadcasts front to
+    /// back from one pointer. Lines of f32 are asked for ahead of their use or not.
+    Tiles { n_rows: usize, tile_rows: usize, prefetch: bool },
+    /// For lanes = queries: group by group, inside a group word by word.
+    Groups(Groups),
 }
 
 impl QueryLayout {
     /// The layout for a block of `n_rows` rows of `d` elements, and with it the family that takes the block.
     ///
     /// Lanes that have no row compute for nothing, and a single vector of lanes has too few accumulators to hide their
-    /// latency; then the rows are broadcast.
-    pub(crate) fn new(n_rows: usize, d: usize, tiles: Tiles) -> Self {
+    /// latency; then the rows are broadcast. So they are against integers, whose scales would have to be those of lanes.
+    pub(crate) fn new(n_rows: usize, d: usize, storage: Storage, compute: Compute, tiles: Tiles) -> Self {
         let idle = n_rows.next_multiple_of(LANES) - n_rows;
-        if n_rows >= LANES * tiles.query_vectors.min(2) && idle * 8 <= n_rows {
-            Self::Groups { groups: queries::Groups::new(n_rows, tiles.query_vectors), d }
+        let fills_lanes = n_rows >= LANES * tiles.query_vectors.min(2) && idle * 8 <= n_rows;
+        let place = if fills_lanes && compute != Compute::Int8 {
+            Place::Groups(Groups::new(n_rows, tiles.query_vectors))
         } else {
-            Self::Tiles { n_rows, tile_rows: tiles.rows_for(n_rows), d, prefetch: tiles.prefetch }
+            let tile_rows = tiles.rows_for(n_rows, storage);
+            Place::Tiles { n_rows, tile_rows, prefetch: tiles.prefetch }
+        };
+        Self { d, compute, place }
+    }
+
+    /// Rows of the block.
+    fn n_rows(self) -> usize {
+        match self.place {
+            Place::Tiles { n_rows, .. } => n_rows,
+            Place::Groups(groups) => groups.rows(),
         }
     }
 
-    /// Rows, and elements of each.
-    fn shape(self) -> (usize, usize) {
-        match self {
-            Self::Tiles { n_rows, d, .. } => (n_rows, d),
-            Self::Groups { groups, d } => (groups.rows(), d),
+    /// Words of a query.
+    fn row_words(self) -> usize {
+        match self.compute {
+            Compute::F32 => self.d,
+            Compute::Bf16 => self.d.div_ceil(2),
+            Compute::Int8 => 2 * self.d.div_ceil(4),
         }
     }
 
-    /// Elements of the whole block, padding included.
-    pub(crate) fn floats(self) -> usize {
-        match self {
-            Self::Tiles { n_rows, d, .. } => n_rows * d,
-            Self::Groups { groups, d } => groups.lanes() * d,
+    /// Words of the whole block, padding and scales included, and room to make them in.
+    pub(crate) fn words(self) -> usize {
+        match self.place {
+            Place::Tiles { n_rows, .. } => {
+                let scales = if self.compute == Compute::Int8 { n_rows } else { 0 };
+                n_rows * self.row_words() + scales
+            }
+            // Pairs are made of f32 in place.
+            Place::Groups(groups) => groups.lanes() * self.d,
         }
     }
 
     /// Memory that the block is computed in, in f32s.
     pub(crate) fn scratch_floats(self, kv: &KvHead) -> usize {
-        match self {
-            Self::Tiles { n_rows, .. } => rows::scratch_floats(n_rows, kv),
-            Self::Groups { groups, .. } => queries::scratch_floats(groups, kv),
+        match self.place {
+            Place::Tiles { n_rows, .. } => rows::scratch_floats(n_rows, kv.value_dim()),
+            Place::Groups(groups) => queries::scratch_floats(groups, kv, self.compute),
         }
     }
 }
@@ -127,7 +165,7 @@ impl QueryLayout {
 /// The ISA of `L` is enabled.
 ///
 /// # Panics
-/// If `q` doesn't have [`QueryLayout::floats`] elements, or `rows` another number or length of rows than the layout.
+/// If `q` doesn't have [`QueryLayout::words`] elements, or `rows` another number or length of rows than the layout.
 #[inline(always)]
 pub(crate) unsafe fn pack_queries<L: Lanes>(
     layout: QueryLayout,
@@ -135,20 +173,41 @@ pub(crate) unsafe fn pack_queries<L: Lanes>(
     factor: f32,
     q: &mut [f32],
 ) {
-    assert_eq!(q.len(), layout.floats());
-    match layout {
-        QueryLayout::Tiles { n_rows, tile_rows, d, .. } => {
+    let d = layout.d;
+    assert_eq!(q.len(), layout.words());
+    match layout.place {
+        Place::Tiles { n_rows, tile_rows, .. } => {
             assert!(rows.len() == n_rows && rows.iter().all(|row| row.len() == d));
-            for (tile, rows) in q.chunks_mut(tile_rows * d).zip(rows.chunks(tile_rows)) {
+            let (words, scales) = q.split_at_mut(n_rows * layout.row_words());
+            for (tile, rows) in words.chunks_mut(tile_rows * layout.row_words()).zip(rows.chunks(tile_rows)) {
                 for (r, row) in rows.iter().enumerate() {
-                    for (to, from) in tile[r..].iter_mut().step_by(rows.len()).zip(*row) {
-                        *to = from * factor;
+                    let words = tile[r..].iter_mut().step_by(rows.len());
+                    match layout.compute {
+                        Compute::F32 => words.zip(*row).for_each(|(to, from)| *to = from * factor),
+                        Compute::Bf16 => {
+                            for (to, pair) in words.zip(row.chunks(2)) {
+                                *to = 0.0;
+                                for (at, x) in pair.iter().enumerate() {
+                                    put(to, at, x * factor, Storage::Bf16);
+                                }
+                            }
+                        }
+                        // Below, because each row has a scale beside its words.
+                        Compute::Int8 => {}
                     }
+                }
+            }
+            if layout.compute == Compute::Int8 {
+                for (i, (row, scale)) in rows.iter().zip(scales).enumerate() {
+                    let (tile, r) = (i / tile_rows * tile_rows, i % tile_rows);
+                    let in_tile = tile_rows.min(n_rows - tile);
+                    let tile = &mut words[tile * layout.row_words()..];
+                    *scale = int8::pack_query(row, factor, |x, word| tile[x * in_tile + r] = word);
                 }
             }
         }
         // SAFETY: the ISA is enabled, as the caller vouches.
-        QueryLayout::Groups { groups, d } => unsafe { queries::pack::<L>(groups, d, rows, factor, q) },
+        Place::Groups(groups) => unsafe { queries::pack::<L>(groups, d, rows, factor, q) },
     }
 }
 

@@ -5,15 +5,20 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::buffer::{Buffer, OutOfMemory};
+use crate::compute::Compute;
 use crate::dispatch::{FLOP_PER_ROUND, Kernels};
 
 impl Kernels {
-    /// Peak f32 multiply-add rate of all threads of a pool, in GFLOP/s. Takes about `span` on every thread.
-    pub fn peak_gflops(&self, pool: &rayon::ThreadPool, span: Duration) -> f64 {
-        pool.broadcast(|_thread| self.peak_of_this_thread(span)).into_iter().sum()
+    /// Peak rate of multiply-adds of all threads of a pool, in GFLOP/s: of f32, or of bf16 dot products. Takes about `span`
+    /// on every thread.
+    ///
+    /// # Panics
+    /// If these kernels don't have such products; see [`Self::effective`].
+    pub fn peak_gflops(&self, pool: &rayon::ThreadPool, compute: Compute, span: Duration) -> f64 {
+        pool.broadcast(|_thread| self.peak_of_this_thread(compute, span)).into_iter().sum()
     }
 
-    fn peak_of_this_thread(&self, span: Duration) -> f64 {
+    fn peak_of_this_thread(&self, compute: Compute, span: Duration) -> f64 {
         const ROUNDS: u64 = 20_000;
         let began = Instant::now();
         let mut best = f64::INFINITY;
@@ -23,10 +28,11 @@ impl Kernels {
                 break;
             }
             let start = Instant::now();
-            std::hint::black_box(self.fma_loop(std::hint::black_box(ROUNDS)));
+            std::hint::black_box(self.peak_loop(compute, std::hint::black_box(ROUNDS)));
             best = best.min(start.elapsed().as_secs_f64());
         }
-        (ROUNDS * FLOP_PER_ROUND) as f64 / best * 1e-9
+        let at_once = if compute == Compute::Bf16 { 2 } else { 1 };
+        (ROUNDS * FLOP_PER_ROUND * at_once) as f64 / best * 1e-9
     }
 
     /// Rate at which all threads of a pool together read an area that was made for this pool and do nothing else, in

@@ -3,15 +3,20 @@
 //! The `*_entry` functions are the only ones that enable CPU features. Everything generic below them is inlined into
 //! them, so one instantiation of the whole row loop exists per ISA and no call crosses a feature boundary inside it.
 
+#[cfg(target_arch = "x86_64")]
+mod dots;
+
 use std::sync::OnceLock;
 
 use crate::arch;
-use crate::block::{QueryLayout, RowBlock, RowPartials, Tiles, divide_rows, merge_rows, pack_queries};
+use crate::arithmetic::{Arithmetic, Exact};
+use crate::block::{Place, QueryLayout, RowBlock, RowPartials, Tiles, divide_rows, merge_rows, pack_queries};
+use crate::compute::{Compute, Effective, StorageMismatch};
 use crate::fill::transpose_rows;
 use crate::lanes::LANES;
 use crate::queries::{Groups, attend_queries};
 use crate::rows::attend_rows;
-use crate::storage::{Storage, StoredBf16, StoredF32};
+use crate::storage::{Storage, StoredBf16, StoredF16, StoredF32, StoredInt4, StoredInt8};
 
 /// The environment variable that overrides the choice.
 pub const ISA_VARIABLE: &str = "ATTND_ISA";
@@ -93,11 +98,13 @@ type ReadLoop = unsafe fn(&[f32]) -> f32;
 /// The entries of the rows-broadcast family, one for each way of reading pages. Apart, because all that an entry calls is
 /// inlined into it, and a compiler's time grows faster than a function.
 struct RowsEntries {
-    /// Of f32, or what is widened to it.
     f32: AttendRows,
     /// The same, where memory is asked for lines ahead of their use.
     f32_ahead: AttendRows,
+    f16: AttendRows,
     bf16: AttendRows,
+    int8: AttendRows,
+    int4: AttendRows,
 }
 
 /// The kernels of one ISA. Possession proves that this CPU runs them.
@@ -193,11 +200,64 @@ impl Kernels {
         self.tiles
     }
 
+    /// What a call over keys and values in `storage` is computed in where `wanted` is asked for: that, or f32 where these
+    /// kernels, or this CPU, lack the dot products.
+    ///
+    /// # Errors
+    /// If `wanted` isn't for `storage`.
+    pub fn effective(&self, wanted: Compute, storage: Storage) -> Result<Effective, StorageMismatch> {
+        if let Some(needed) = wanted.storage().filter(|needed| *needed != storage) {
+            return Err(StorageMismatch { compute: wanted, needed, storage });
+        }
+        let is_there = match wanted {
+            Compute::F32 => true,
+            Compute::Bf16 => self.has_bf16_dots(),
+            Compute::Int8 => self.has_int8_dots(),
+        };
+        Ok(match is_there {
+            true => Effective { compute: wanted, instead_of: None },
+            false => Effective { compute: Compute::F32, instead_of: Some(wanted) },
+        })
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn bf16(&self) -> Option<&'static dots::Bf16Entries> {
+        if self.isa == Isa::Avx512 { dots::bf16() } else { None }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn int8(&self) -> Option<&'static dots::Int8Entries> {
+        if self.isa == Isa::Avx512 { dots::int8() } else { None }
+    }
+
+    fn has_bf16_dots(&self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        return self.bf16().is_some();
+        #[cfg(not(target_arch = "x86_64"))]
+        false
+    }
+
+    fn has_int8_dots(&self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        return self.int8().is_some();
+        #[cfg(not(target_arch = "x86_64"))]
+        false
+    }
+
     pub(crate) fn pack_queries(&self, layout: QueryLayout, rows: &[&[f32]], factor: f32, q: &mut [f32]) {
         // SAFETY: as in attend_block.
         unsafe { (self.pack_queries)(layout, rows, factor, q) }
+        #[cfg(target_arch = "x86_64")]
+        if let (Place::Groups(groups), Compute::Bf16, Some(entries)) =
+            (layout.place, layout.compute, self.bf16())
+        {
+            // SAFETY: the entries are there, so the CPU has their features.
+            unsafe { (entries.pair)(groups, layout.d, q) }
+        }
     }
 
+    /// # Panics
+    /// If the parts don't fit together, or the layout is for dot products that these kernels don't have.
     pub(crate) fn attend_block(
         &self,
         block: &RowBlock<'_>,
@@ -206,23 +266,46 @@ impl Kernels {
         out: &mut RowPartials<'_>,
     ) -> Option<usize> {
         block.check(layout, scratch, out);
-        match layout {
-            QueryLayout::Tiles { n_rows, tile_rows, prefetch, .. } => {
-                assert_eq!(tile_rows, self.tiles.rows_for(n_rows));
-                let entry = match block.kv.storage() {
-                    Storage::Bf16 => self.rows.bf16,
-                    _ if prefetch => self.rows.f32_ahead,
-                    _ => self.rows.f32,
-                };
-                // SAFETY: a Kernels of this ISA is only handed out where the CPU has its features, and the block has
-                // been checked.
-                unsafe { entry(block, scratch, out) }
+        let storage = block.kv.storage();
+        match layout.place {
+            Place::Tiles { n_rows, tile_rows, prefetch } => {
+                assert_eq!(tile_rows, self.tiles.rows_for(n_rows, storage));
+                // SAFETY: a Kernels of this ISA is only handed out where the CPU has its features, entries for dot products
+                // only where it has those, and the block has been checked.
+                unsafe { self.rows_entry(storage, layout.compute, prefetch)(block, scratch, out) }
             }
             // SAFETY: as above.
-            QueryLayout::Groups { groups, .. } => unsafe {
-                (self.attend_queries)(block, groups, scratch, out)
+            Place::Groups(groups) => unsafe {
+                self.queries_entry(layout.compute)(block, groups, scratch, out)
             },
         }
+    }
+
+    fn rows_entry(&self, storage: Storage, compute: Compute, prefetch: bool) -> AttendRows {
+        #[cfg(target_arch = "x86_64")]
+        match (compute, self.bf16(), self.int8()) {
+            (Compute::Bf16, Some(entries), _) => return entries.rows,
+            (Compute::Int8, _, Some(entries)) => return entries.rows,
+            _ => {}
+        }
+        assert_eq!(compute, Compute::F32, "dot products that {} doesn't have here", self.isa);
+        match storage {
+            Storage::F32 if prefetch => self.rows.f32_ahead,
+            Storage::F32 => self.rows.f32,
+            Storage::F16 => self.rows.f16,
+            Storage::Bf16 => self.rows.bf16,
+            Storage::Int8 => self.rows.int8,
+            Storage::Int4 => self.rows.int4,
+        }
+    }
+
+    fn queries_entry(&self, compute: Compute) -> AttendQueries {
+        #[cfg(target_arch = "x86_64")]
+        if let (Compute::Bf16, Some(entries)) = (compute, self.bf16()) {
+            return entries.queries;
+        }
+        assert_eq!(compute, Compute::F32, "dot products that {} doesn't have here", self.isa);
+        self.attend_queries
     }
 
     pub(crate) fn merge_rows(
@@ -268,9 +351,15 @@ impl Kernels {
         unsafe { (self.transpose_rows)(bytes.as_ptr().cast(), width, panel, first) }
     }
 
-    /// Runs `rounds` of [`FLOP_PER_ROUND`] floating-point operations from registers; the result only keeps the
-    /// optimiser honest.
-    pub(crate) fn fma_loop(&self, rounds: u64) -> f32 {
+    /// Runs `rounds` of [`FLOP_PER_ROUND`] floating-point operations from registers, or of twice as many as dot products of
+    /// bf16; the result only keeps the optimiser honest.
+    pub(crate) fn peak_loop(&self, compute: Compute, rounds: u64) -> f32 {
+        #[cfg(target_arch = "x86_64")]
+        if let (Compute::Bf16, Some(entries)) = (compute, self.bf16()) {
+            // SAFETY: the entries are there, so the CPU has their features.
+            return unsafe { (entries.dot_loop)(rounds) };
+        }
+        assert_eq!(compute, Compute::F32, "no loop of such products");
         // SAFETY: as in attend_block.
         unsafe { (self.fma_loop)(rounds) }
     }
@@ -288,9 +377,9 @@ const FMA_CHAINS: usize = 12;
 pub(crate) const FLOP_PER_ROUND: u64 = FMA_CHAINS as u64 * 16 * 2;
 
 /// # Safety
-/// The ISA of `L` is enabled.
+/// The ISA of `L`, and what `A` needs, is enabled.
 #[inline(always)]
-unsafe fn fma_chains<L: crate::lanes::Lanes, const CHAINS: usize>(rounds: u64) -> f32 {
+unsafe fn chains<L: crate::lanes::Lanes, A: Arithmetic<L>, const CHAINS: usize>(rounds: u64) -> f32 {
     // SAFETY: the ISA is enabled.
     unsafe {
         let (a, b) = (L::splat(std::hint::black_box(0.999_9)), L::splat(std::hint::black_box(1e-4)));
@@ -299,7 +388,7 @@ unsafe fn fma_chains<L: crate::lanes::Lanes, const CHAINS: usize>(rounds: u64) -
             // Accumulators are what is added to, as in the tiles: where the instruction overwrites that operand, any other
             // order costs a copy.
             for chain in &mut acc {
-                *chain = L::fma(a, b, *chain);
+                *chain = A::multiply_add(a, b, *chain);
             }
         }
         acc.into_iter().map(|chain| L::halving_sum(chain)).sum()
@@ -328,13 +417,13 @@ unsafe fn read_chains<L: crate::lanes::Lanes>(from: &[f32]) -> f32 {
 }
 
 /// Stamps the entries of one ISA. Its register tiles are `$mr` rows by `$nr` vectors of 16 keys where rows are broadcast,
-/// or `$fr` by `$fnr` where rows are few, and `$keys` keys by `$queries` vectors of 16 queries. Where the CPU gains by it,
+/// or `$fr` by `$fn` where rows are few; over narrow elements they are smaller. They are `$keys` keys by `$queries` vectors of 16 queries in the other family. Where the CPU gains by it,
 /// lines of f32 are asked for `$ahead` words ahead of their use. `$chains` are its independent accumulators.
 ///
 /// # Safety
 /// The entries may only be called on a CPU that has `$features`; [`Kernels::available`] hands the table out only there.
 macro_rules! instantiate {
-    ($table:ident, $isa:expr, $lanes:ty, few $fr:literal x $fnr:literal, rows $mr:literal x $nr:literal ahead $ahead:literal, queries $keys:literal x $queries:literal, chains $chains:literal $(, #[$features:meta])?) => {
+    ($table:ident, $isa:expr, $lanes:ty, few $fr:literal x $fn:literal, rows $mr:literal x $nr:literal ahead $ahead:literal, narrow few $nfr:literal x $nfn:literal, rows $nmr:literal x $nnr:literal, queries $keys:literal x $queries:literal, chains $chains:literal $(, #[$features:meta])?) => {
         static $table: Kernels = {
             $(#[$features])?
             unsafe fn pack_queries_entry(layout: QueryLayout, rows: &[&[f32]], factor: f32, q: &mut [f32]) {
@@ -344,17 +433,32 @@ macro_rules! instantiate {
             $(#[$features])?
             unsafe fn rows_f32_entry(block: &RowBlock<'_>, scratch: &mut [f32], out: &mut RowPartials<'_>) -> Option<usize> {
                 // SAFETY: the features are enabled on this function.
-                unsafe { attend_rows::<$lanes, StoredF32, $fr, $fnr, $mr, $nr, 0>(block, scratch, out) }
+                unsafe { attend_rows::<$lanes, Exact<StoredF32>, $fr, $fn, $mr, $nr, 0>(block, scratch, out) }
             }
             $(#[$features])?
             unsafe fn rows_f32_ahead_entry(block: &RowBlock<'_>, scratch: &mut [f32], out: &mut RowPartials<'_>) -> Option<usize> {
                 // SAFETY: the features are enabled on this function.
-                unsafe { attend_rows::<$lanes, StoredF32, $fr, $fnr, $mr, $nr, $ahead>(block, scratch, out) }
+                unsafe { attend_rows::<$lanes, Exact<StoredF32>, $fr, $fn, $mr, $nr, $ahead>(block, scratch, out) }
+            }
+            $(#[$features])?
+            unsafe fn rows_f16_entry(block: &RowBlock<'_>, scratch: &mut [f32], out: &mut RowPartials<'_>) -> Option<usize> {
+                // SAFETY: the features are enabled on this function.
+                unsafe { attend_rows::<$lanes, Exact<StoredF16>, $nfr, $nfn, $nmr, $nnr, 0>(block, scratch, out) }
             }
             $(#[$features])?
             unsafe fn rows_bf16_entry(block: &RowBlock<'_>, scratch: &mut [f32], out: &mut RowPartials<'_>) -> Option<usize> {
                 // SAFETY: the features are enabled on this function.
-                unsafe { attend_rows::<$lanes, StoredBf16, $fr, $fnr, $mr, $nr, 0>(block, scratch, out) }
+                unsafe { attend_rows::<$lanes, Exact<StoredBf16>, $nfr, $nfn, $nmr, $nnr, 0>(block, scratch, out) }
+            }
+            $(#[$features])?
+            unsafe fn rows_int8_entry(block: &RowBlock<'_>, scratch: &mut [f32], out: &mut RowPartials<'_>) -> Option<usize> {
+                // SAFETY: the features are enabled on this function.
+                unsafe { attend_rows::<$lanes, Exact<StoredInt8>, $nfr, $nfn, $nmr, $nnr, 0>(block, scratch, out) }
+            }
+            $(#[$features])?
+            unsafe fn rows_int4_entry(block: &RowBlock<'_>, scratch: &mut [f32], out: &mut RowPartials<'_>) -> Option<usize> {
+                // SAFETY: the features are enabled on this function.
+                unsafe { attend_rows::<$lanes, Exact<StoredInt4>, $nfr, $nfn, $nmr, $nnr, 0>(block, scratch, out) }
             }
             $(#[$features])?
             unsafe fn attend_queries_entry(
@@ -364,7 +468,7 @@ macro_rules! instantiate {
                 out: &mut RowPartials<'_>,
             ) -> Option<usize> {
                 // SAFETY: the features are enabled on this function.
-                unsafe { attend_queries::<$lanes, $keys, $queries>(block, groups, scratch, out) }
+                unsafe { attend_queries::<$lanes, Exact<StoredF32>, $keys, $queries>(block, groups, scratch, out) }
             }
             $(#[$features])?
             unsafe fn merge_rows_entry(
@@ -390,7 +494,7 @@ macro_rules! instantiate {
             $(#[$features])?
             unsafe fn fma_loop_entry(rounds: u64) -> f32 {
                 // SAFETY: the features are enabled on this function.
-                unsafe { fma_chains::<$lanes, $chains>(rounds) }
+                unsafe { chains::<$lanes, Exact<StoredF32>, $chains>(rounds) }
             }
             $(#[$features])?
             unsafe fn read_loop_entry(from: &[f32]) -> f32 {
@@ -399,13 +503,22 @@ macro_rules! instantiate {
             }
             Kernels {
                 isa: $isa,
-                tiles: Tiles { few_rows: $fr, rows: $mr, prefetch: false, query_vectors: $queries },
+                tiles: Tiles {
+                    few_rows: $fr,
+                    rows: $mr,
+                    narrow_rows: [$nfr, $nmr],
+                    prefetch: false,
+                    query_vectors: $queries,
+                },
                 pack_queries: pack_queries_entry,
                 rows: RowsEntries {
                     f32: rows_f32_entry,
                     // Where nothing is asked for ahead, the entry for it is not compiled.
                     f32_ahead: if $ahead > 0 { rows_f32_ahead_entry } else { rows_f32_entry },
+                    f16: rows_f16_entry,
                     bf16: rows_bf16_entry,
+                    int8: rows_int8_entry,
+                    int4: rows_int4_entry,
                 },
                 attend_queries: attend_queries_entry,
                 merge_rows: merge_rows_entry,
@@ -419,12 +532,12 @@ macro_rules! instantiate {
 }
 
 #[cfg(target_arch = "x86_64")]
-instantiate!(AVX512, Isa::Avx512, arch::avx512::Avx512, few 6 x 4, rows 6 x 4 ahead 1024, queries 8 x 3, chains 12, #[target_feature(enable = "avx512f,avx512dq,avx2,fma,f16c")]);
+instantiate!(AVX512, Isa::Avx512, arch::avx512::Avx512, few 6 x 4, rows 6 x 4 ahead 1024, narrow few 4 x 4, rows 4 x 4, queries 8 x 3, chains 12, #[target_feature(enable = "avx512f,avx512dq,avx2,fma,f16c")]);
 #[cfg(target_arch = "x86_64")]
-instantiate!(AVX2, Isa::Avx2, arch::avx2::Avx2, few 1 x 4, rows 6 x 1 ahead 0, queries 6 x 1, chains 6, #[target_feature(enable = "avx2,fma,f16c")]);
+instantiate!(AVX2, Isa::Avx2, arch::avx2::Avx2, few 1 x 4, rows 6 x 1 ahead 0, narrow few 1 x 4, rows 4 x 1, queries 6 x 1, chains 6, #[target_feature(enable = "avx2,fma,f16c")]);
 #[cfg(target_arch = "aarch64")]
-instantiate!(NEON, Isa::Neon, arch::neon::Neon, few 1 x 4, rows 6 x 1 ahead 0, queries 6 x 1, chains 6);
-instantiate!(PORTABLE, Isa::Portable, arch::portable::Portable, few 2 x 1, rows 2 x 1 ahead 0, queries 2 x 1, chains 2);
+instantiate!(NEON, Isa::Neon, arch::neon::Neon, few 1 x 4, rows 6 x 1 ahead 0, narrow few 1 x 4, rows 4 x 1, queries 6 x 1, chains 6);
+instantiate!(PORTABLE, Isa::Portable, arch::portable::Portable, few 2 x 1, rows 2 x 1 ahead 0, narrow few 2 x 1, rows 2 x 1, queries 2 x 1, chains 2);
 
 #[cfg(test)]
 mod tests {

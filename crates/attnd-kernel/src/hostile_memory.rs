@@ -9,10 +9,11 @@
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 
-use crate::block::{QueryLayout, RowBlock, RowPartials};
+use crate::block::{Place, QueryLayout, RowBlock, RowPartials};
 use crate::buffer::Buffer;
 #[cfg(all(target_os = "linux", not(miri)))]
 use crate::buffer::fence::{Fence, Fenced};
+use crate::compute::Compute;
 use crate::dispatch::{Isa, Kernels};
 use crate::dtype::Dtype;
 use crate::mask::Causal;
@@ -191,13 +192,13 @@ impl Case {
         let (n_rows, d, dv) = (self.n_rows(), self.shape.head_dim(), self.shape.value_dim());
         let rows: Vec<Buffer> = self.data.q.chunks(d).map(|row| memory.copy(row)).collect();
         let rows: Vec<&[f32]> = rows.iter().map(|row| &**row).collect();
-        let mut q = memory.buffer(layout.floats());
+        let mut q = memory.buffer(layout.words());
         kernels.pack_queries(layout, &rows, 0.3, &mut q);
         let packed = bits(&q);
         if memory != Memory::Plain {
             // Nothing but lanes without a row is zero in a block of ones.
             let ones = vec![1.0; d];
-            let mut is_used = vec![0.0; layout.floats()];
+            let mut is_used = vec![0.0; layout.words()];
             kernels.pack_queries(layout, &vec![&ones[..]; n_rows], 1.0, &mut is_used);
             for (q, is_used) in q.iter_mut().zip(is_used) {
                 *q = if is_used == 0.0 { poison(Storage::F32) } else { *q };
@@ -221,21 +222,31 @@ impl Case {
     }
 }
 
-/// Both families, and every tile of an ISA, whatever tile this CPU's caches ask for.
-fn layouts(kernels: &Kernels, n_rows: usize, d: usize) -> Vec<QueryLayout> {
+/// Both families, and every tile of an ISA, whatever tile this CPU's caches ask for; in every arithmetic that the CPU has for
+/// the storage, f32 first.
+fn layouts(kernels: &Kernels, n_rows: usize, d: usize, storage: Storage) -> Vec<QueryLayout> {
     let vectors = if kernels.isa() == Isa::Avx512 { 1..=3 } else { 1..=1 };
-    let tile_rows = kernels.tiles().rows_for(n_rows);
-    let mut layouts: Vec<_> =
-        [false, true].map(|prefetch| QueryLayout::Tiles { n_rows, tile_rows, d, prefetch }).into();
-    layouts.extend(vectors.map(|vectors| QueryLayout::Groups { groups: Groups::new(n_rows, vectors), d }));
+    let tile_rows = kernels.tiles().rows_for(n_rows, storage);
+    let mut layouts = Vec::new();
+    for compute in Compute::ALL {
+        if !kernels.effective(compute, storage).is_ok_and(|effective| effective.instead_of.is_none()) {
+            continue;
+        }
+        let tiles = [false, true].map(|prefetch| Place::Tiles { n_rows, tile_rows, prefetch });
+        layouts.extend(tiles.map(|place| QueryLayout { d, compute, place }));
+        if compute != Compute::Int8 {
+            let groups = vectors.clone().map(|vectors| Place::Groups(Groups::new(n_rows, vectors)));
+            layouts.extend(groups.map(|place| QueryLayout { d, compute, place }));
+        }
+    }
     layouts
 }
 
 fn check_blocks(kernels: &Kernels, cases: u64, products: usize) {
     for seed in 0..cases {
         let case = Case::random(seed, products);
-        let mut of_first_layout = None;
-        for layout in layouts(kernels, case.n_rows(), case.shape.head_dim()) {
+        let mut of_first_layout = Vec::new();
+        for layout in layouts(kernels, case.n_rows(), case.shape.head_dim(), case.storage) {
             println!("seed {seed}, {}, {layout:?}, {case:?}", kernels.isa());
             let expected = case.run(kernels, layout, Memory::Plain);
             for memory in Memory::HOSTILE {
@@ -248,7 +259,11 @@ fn check_blocks(kernels: &Kernels, cases: u64, products: usize) {
             // Families may differ in the sign of a zero of `o`, and in nothing else. This CPU may not use all layouts.
             let [_, m, l, o] = expected;
             let o: Vec<f32> = o.into_iter().map(f32::from_bits).collect();
-            assert_eq!(*of_first_layout.get_or_insert((m.clone(), l.clone(), o.clone())), (m, l, o));
+            let found = (m, l, o);
+            match of_first_layout.iter().find(|(compute, _)| *compute == layout.compute) {
+                Some((_, of_first_layout)) => assert_eq!(*of_first_layout, found),
+                None => of_first_layout.push((layout.compute, found)),
+            }
         }
     }
 }

@@ -90,3 +90,29 @@ pub(crate) unsafe trait Lanes: Copy {
     /// The smallest lane, in any order.
     unsafe fn smallest(a: Self::V) -> f32;
 }
+
+/// Lanes of an ISA with dot products of narrow elements. Words are 32 bits, as in `storage.rs`.
+///
+/// # Safety
+/// As [`Lanes`]; the methods need what such an entry enables beyond the ISA's features.
+pub(crate) unsafe trait DotLanes: Lanes {
+    /// For each lane, `fma` of the upper halves of `a` and `b`, then of the lower ones, as bf16; subnormals are zeros.
+    unsafe fn dot_bf16(a: Self::V, b: Self::V, acc: Self::V) -> Self::V;
+    /// Words of two bf16: `even` in the lower halves, `odd` in the upper ones, rounded to nearest even.
+    unsafe fn bf16_pairs(even: Self::V, odd: Self::V) -> Self::V;
+    /// Words of two bf16: lanes `2 i` and `2 i + 1` of the 32 lanes of `low` and then `high`.
+    unsafe fn bf16_words(low: Self::V, high: Self::V) -> Self::V;
+    /// The lower (`at` is 0) or upper halves of words; the others are zero.
+    unsafe fn half_of_words(words: Self::V, at: usize) -> Self::V;
+    /// For each lane, `acc` plus the products of both halves of `a` and `b`, all of them integers.
+    unsafe fn dot_int16(a: Self::V, b: Self::V, acc: Self::V) -> Self::V;
+    /// The lower (`at` is 0) or upper bytes of both halves of words, sign-extended to these halves.
+    unsafe fn bytes_of_halves(words: Self::V, at: usize) -> Self::V;
+    /// Integers of 32 bits as f32, to nearest even.
+    unsafe fn from_int32(integers: Self::V) -> Self::V;
+    /// Sixteen f32 to nearest integers of 16 bits, ties to even, in the lower eight words: for each four lanes, words of lanes 0
+    /// and 2, and of lanes 1 and 3. NaN and what is out of range gives any integer.
+    unsafe fn int16_pairs(a: Self::V) -> Self::V;
+    /// The lower eight words; `to` is valid for 8 f32.
+    unsafe fn store_half(to: *mut f32, words: Self::V);
+}

@@ -27,12 +27,14 @@
 #![allow(clippy::needless_range_loop)]
 
 mod arch;
+mod arithmetic;
 mod attend;
 mod block;
 mod buffer;
 mod cache;
 mod calibrate;
 mod canonical;
+mod compute;
 mod dispatch;
 mod dtype;
 mod fill;
@@ -58,6 +60,7 @@ pub use attend::{GroupCall, ScoreOverflow, attend_node};
 pub use buffer::OutOfMemory;
 pub use calibrate::{ReadArea, core_ghz};
 pub use canonical::KERNEL_ID;
+pub use compute::{Compute, Effective, StorageMismatch};
 pub use dispatch::{ISA_VARIABLE, Isa, IsaError, Kernels};
 pub use dtype::{Dtype, first_non_finite, widen};
 pub use mask::Causal;

@@ -14,67 +14,88 @@
 //! | lanes = queries | scores | keys of a K panel | queries | dimension |
 //! | lanes = queries | context | columns of a V panel | weights of the queries | keys |
 //!
-//! An element has one accumulator, whatever its tile; so tile shapes can't show in the bits.
+//! An element has one accumulator, whatever its tile; so tile shapes can't show in the bits. What a word of `b` holds and how
+//! it is multiplied is a matter of [`Arithmetic`].
 
 use std::ops::Range;
 
+use crate::arithmetic::Arithmetic;
 use crate::lanes::{LANES, Lanes};
-use crate::storage::Stored;
 
-/// Steps of a reduction between two looks at the loop counter: counting takes issue slots of the multiply-add pipes.
+/// Broadcasts of a reduction between two looks at the loop counter: counting takes issue slots of the multiply-add pipes.
 const UNROLL: usize = 4;
 
 /// An operand of a product.
 #[derive(Clone, Copy)]
 pub(crate) struct Operand {
-    /// The first element or word of step 0.
+    /// The first word of step 0.
     pub(crate) at: *const f32,
-    /// Elements or words from one step to the next.
+    /// Words from one step to the next.
     pub(crate) step: usize,
 }
 
-/// Adds the products of `elements` to each accumulator. `A_ROW` is the distance from one broadcast element of a step to
-/// the next. `b` holds words of `S`, so one of its steps is as many elements as a word has.
+/// What the elements of `b` are multiplied by, where its [`Arithmetic`] says that they are.
+#[derive(Clone, Copy)]
+pub(crate) enum Scales {
+    /// Nothing.
+    None,
+    /// One for each lane.
+    OfLanes(*const f32),
+    /// One for each element of the reduction.
+    OfElements(*const f32),
+}
+
+/// Adds the products of `elements` to each accumulator. `A_ROW` is the distance from one broadcast word of a step to
+/// the next. `b` holds words of `A`, so one of its steps is as many elements as a word has; one of `a` is as many as a
+/// broadcast meets.
 ///
 /// Where `ahead` is not 0, cache lines of `b` are asked for that many words ahead of their use, for operands that are
 /// swept forward and come from memory. It should be a constant where this is inlined.
 ///
 /// # Safety
-/// The ISA of `L` is enabled. At every element `a` is valid for reading `MR` elements at a distance of `A_ROW`, and `b` for
-/// `16 * NR` words.
+/// The ISA of `L` is enabled. At every element `a` is valid for reading `MR` words at a distance of `A_ROW`, and `b` for
+/// `16 * NR` words. `scales` are valid for the lanes or the elements, if `A` has them.
 #[inline(always)]
-pub(crate) unsafe fn reduce<L: Lanes, S: Stored, const MR: usize, const NR: usize, const A_ROW: usize>(
+pub(crate) unsafe fn reduce<
+    L: Lanes,
+    A: Arithmetic<L>,
+    const MR: usize,
+    const NR: usize,
+    const A_ROW: usize,
+>(
     a: Operand,
     b: Operand,
+    scales: Scales,
     elements: Range<usize>,
     ahead: usize,
     acc: &mut [[L::V; NR]; MR],
 ) {
     // Whole words; an element more at either end where the range cuts one.
-    let words = elements.start.div_ceil(S::PER_WORD)..elements.end / S::PER_WORD;
-    let head = elements.start..elements.end.min(words.start * S::PER_WORD);
-    let tail = (words.end * S::PER_WORD).max(head.end)..elements.end;
-    let unrolled = words.start + words.len() / UNROLL * UNROLL;
+    let words = elements.start.div_ceil(A::PER_WORD)..elements.end / A::PER_WORD;
+    let head = elements.start..elements.end.min(words.start * A::PER_WORD);
+    let tail = (words.end * A::PER_WORD).max(head.end)..elements.end;
+    let unroll = const { if A::PARTS < UNROLL { UNROLL / A::PARTS } else { 1 } };
+    let unrolled = words.start + words.len() / unroll * unroll;
     // SAFETY: every element is one of `elements`, and every word holds one.
     unsafe {
         for x in head {
-            element::<L, S, MR, NR, A_ROW>(a, b, x, acc);
+            element::<L, A, MR, NR, A_ROW>(a, b, scales, x, acc);
         }
-        for word in (words.start..unrolled).step_by(UNROLL) {
-            for word in word..word + UNROLL {
+        for word in (words.start..unrolled).step_by(unroll) {
+            for word in word..word + unroll {
                 if ahead > 0 {
                     for n in 0..NR {
                         L::prefetch(b.at.wrapping_add(word * b.step + ahead + LANES * n));
                     }
                 }
-                step::<L, S, MR, NR, A_ROW>(a, b, word, acc);
+                step::<L, A, MR, NR, A_ROW>(a, b, scales, word, acc);
             }
         }
         for word in unrolled..words.end {
-            step::<L, S, MR, NR, A_ROW>(a, b, word, acc);
+            step::<L, A, MR, NR, A_ROW>(a, b, scales, word, acc);
         }
         for x in tail {
-            element::<L, S, MR, NR, A_ROW>(a, b, x, acc);
+            element::<L, A, MR, NR, A_ROW>(a, b, scales, x, acc);
         }
     }
 }
@@ -84,21 +105,23 @@ pub(crate) unsafe fn reduce<L: Lanes, S: Stored, const MR: usize, const NR: usiz
 /// # Safety
 /// As [`reduce`], for these elements.
 #[inline(always)]
-unsafe fn step<L: Lanes, S: Stored, const MR: usize, const NR: usize, const A_ROW: usize>(
+unsafe fn step<L: Lanes, A: Arithmetic<L>, const MR: usize, const NR: usize, const A_ROW: usize>(
     a: Operand,
     b: Operand,
+    scales: Scales,
     word: usize,
     acc: &mut [[L::V; NR]; MR],
 ) {
     // SAFETY: as the caller vouches.
     unsafe {
-        if MR == 1 && S::PER_WORD > 1 {
+        if MR == 1 && A::PARTS > 1 {
             // A word at a time: nobody shares the widened lanes, and they would take the accumulators' registers.
             for n in 0..NR {
-                let lanes = L::load(b.at.add(word * b.step + LANES * n));
-                for at in 0..S::PER_WORD {
-                    let a = L::splat(*a.at.add((word * S::PER_WORD + at) * a.step));
-                    acc[0][n] = L::fma(a, S::element::<L>(lanes, at), acc[0][n]);
+                let words = L::load(b.at.add(word * b.step + LANES * n));
+                for at in 0..A::PARTS {
+                    let lanes = scaled::<L, A>(A::part(words, at), scales, n, word * A::PER_WORD + at);
+                    let a = L::splat(*a.at.add((word * A::PARTS + at) * a.step));
+                    acc[0][n] = A::multiply_add(a, lanes, acc[0][n]);
                 }
             }
             return;
@@ -107,14 +130,14 @@ unsafe fn step<L: Lanes, S: Stored, const MR: usize, const NR: usize, const A_RO
         for n in 0..NR {
             words[n] = L::load(b.at.add(word * b.step + LANES * n));
         }
-        for at in 0..S::PER_WORD {
-            let a = a.at.add((word * S::PER_WORD + at) * a.step);
+        for at in 0..A::PARTS {
+            let a = a.at.add((word * A::PARTS + at) * a.step);
             // No closure: what isn't inlined into the entry loses its CPU features.
             let mut lanes = [L::zero(); NR];
             for n in 0..NR {
-                lanes[n] = S::element::<L>(words[n], at);
+                lanes[n] = scaled::<L, A>(A::part(words[n], at), scales, n, word * A::PER_WORD + at);
             }
-            add::<L, MR, NR, A_ROW>(a, &lanes, acc);
+            add::<L, A, MR, NR, A_ROW>(a, &lanes, acc);
         }
     }
 }
@@ -124,27 +147,48 @@ unsafe fn step<L: Lanes, S: Stored, const MR: usize, const NR: usize, const A_RO
 /// # Safety
 /// As [`reduce`], for this element.
 #[inline(always)]
-unsafe fn element<L: Lanes, S: Stored, const MR: usize, const NR: usize, const A_ROW: usize>(
+unsafe fn element<L: Lanes, A: Arithmetic<L>, const MR: usize, const NR: usize, const A_ROW: usize>(
     a: Operand,
     b: Operand,
+    scales: Scales,
     x: usize,
     acc: &mut [[L::V; NR]; MR],
 ) {
+    let (word, at) = (x / A::PER_WORD, x % A::PER_WORD);
     // SAFETY: as the caller vouches.
     unsafe {
         let mut lanes = [L::zero(); NR];
         for n in 0..NR {
-            let words = L::load(b.at.add(x / S::PER_WORD * b.step + LANES * n));
-            lanes[n] = S::element::<L>(words, x % S::PER_WORD);
+            let words = L::load(b.at.add(word * b.step + LANES * n));
+            lanes[n] = scaled::<L, A>(A::only(words, at), scales, n, x);
         }
-        add::<L, MR, NR, A_ROW>(a.at.add(x * a.step), &lanes, acc);
+        add::<L, A, MR, NR, A_ROW>(a.at.add((word * A::PARTS + at % A::PARTS) * a.step), &lanes, acc);
+    }
+}
+
+/// Lanes `16 n` to `16 n + 15` of element `x`, multiplied by their scales if `A` has any.
+///
+/// # Safety
+/// As [`reduce`], for this element.
+#[inline(always)]
+unsafe fn scaled<L: Lanes, A: Arithmetic<L>>(lanes: L::V, scales: Scales, n: usize, x: usize) -> L::V {
+    if !A::SCALED {
+        return lanes;
+    }
+    // SAFETY: as the caller vouches.
+    unsafe {
+        match scales {
+            Scales::None => lanes,
+            Scales::OfLanes(at) => L::mul(lanes, L::load(at.add(LANES * n))),
+            Scales::OfElements(at) => L::mul(lanes, L::splat(*at.add(x))),
+        }
     }
 }
 
 /// # Safety
-/// The ISA of `L` is enabled, and `a` is valid for reading `MR` elements at a distance of `A_ROW`.
+/// The ISA of `L` is enabled, and `a` is valid for reading `MR` words at a distance of `A_ROW`.
 #[inline(always)]
-unsafe fn add<L: Lanes, const MR: usize, const NR: usize, const A_ROW: usize>(
+unsafe fn add<L: Lanes, A: Arithmetic<L>, const MR: usize, const NR: usize, const A_ROW: usize>(
     a: *const f32,
     lanes: &[L::V; NR],
     acc: &mut [[L::V; NR]; MR],
@@ -154,7 +198,7 @@ unsafe fn add<L: Lanes, const MR: usize, const NR: usize, const A_ROW: usize>(
         for r in 0..MR {
             let a = L::splat(*a.add(r * A_ROW));
             for n in 0..NR {
-                acc[r][n] = L::fma(a, lanes[n], acc[r][n]);
+                acc[r][n] = A::multiply_add(a, lanes[n], acc[r][n]);
             }
         }
     }

@@ -22,9 +22,11 @@ mod tile;
 
 use std::ops::Range;
 
+use crate::arithmetic::Arithmetic;
 use crate::block::{RowBlock, RowPartials, Seen, Span, Visible, by_slot};
+use crate::compute::Compute;
 use crate::fold::{STACK, Stack};
-use crate::lanes::{LANES, Lanes};
+use crate::lanes::{DotLanes, LANES, Lanes};
 use crate::pages::{KvHead, padded_columns};
 use crate::slot::{PAGE_KEYS, slot_of_page};
 use crate::widen::{panels, widened_floats};
@@ -69,9 +71,10 @@ fn group_floats(lanes: usize, columns: usize) -> usize {
 }
 
 /// Memory that [`attend_queries`] works in, in f32s.
-pub(crate) fn scratch_floats(groups: Groups, kv: &KvHead) -> usize {
+pub(crate) fn scratch_floats(groups: Groups, kv: &KvHead, compute: Compute) -> usize {
     let widest = (0..groups.n_groups).map(|group| groups.group(group).len()).max().unwrap_or(0);
-    PAGE_KEYS * widest + group_floats(groups.lanes(), padded_columns(kv.value_dim())) + widened_floats(kv)
+    let widened = if compute == Compute::F32 { widened_floats(kv) } else { 0 };
+    PAGE_KEYS * widest + group_floats(groups.lanes(), padded_columns(kv.value_dim())) + widened
 }
 
 /// Transposes the rows of a block into `q`, multiplied by `factor`: `q[group][x][lane]`. Lanes without a row are zero.
@@ -118,14 +121,41 @@ pub(crate) unsafe fn pack<L: Lanes>(groups: Groups, d: usize, rows: &[&[f32]], f
     }
 }
 
+/// Makes words of pairs of what [`pack`] left, in place: `q[group][x / 2][lane]`. A last dimension without a partner gets 0.
+///
+/// # Safety
+/// The ISA of `L`, and its dot products, are enabled.
+///
+/// # Panics
+/// If `q` has another length than the groups and `d` say.
+#[inline(always)]
+pub(crate) unsafe fn pair<L: DotLanes>(groups: Groups, d: usize, q: &mut [f32]) {
+    assert_eq!(q.len(), groups.lanes() * d);
+    for group in 0..groups.n_groups {
+        let lanes = groups.group(group);
+        let width = lanes.len();
+        let q = q[lanes.start * d..lanes.end * d].as_mut_ptr();
+        for x in (0..d).step_by(2) {
+            for first in (0..width).step_by(LANES) {
+                // SAFETY: the ISA is enabled; there are `d` rows of `width` lanes, and row x / 2 has been read.
+                unsafe {
+                    let even = L::load(q.add(x * width + first));
+                    let odd = if x + 1 < d { L::load(q.add((x + 1) * width + first)) } else { L::zero() };
+                    L::store(q.add(x / 2 * width + first), L::bf16_pairs(even, odd));
+                }
+            }
+        }
+    }
+}
+
 /// Computes the partial of a block of rows. Returns the first row of which a score overflowed f32. The largest tile is
 /// `KEYS` keys by `VECTORS` vectors of queries.
 ///
 /// # Safety
-/// The ISA of `L` is enabled. `block.q` has `groups.lanes() * head_dim` elements, `scratch` has [`scratch_floats`], and
-/// `out` has the block's rows and padded columns.
+/// The ISA of `L`, and what `A` needs, is enabled; `A` is f32, or for the storage of the block's keys and values. The block has
+/// been checked, and its queries are packed for `A`.
 #[inline(always)]
-pub(crate) unsafe fn attend_queries<L: Lanes, const KEYS: usize, const VECTORS: usize>(
+pub(crate) unsafe fn attend_queries<L: Lanes, A: Arithmetic<L>, const KEYS: usize, const VECTORS: usize>(
     block: &RowBlock<'_>,
     groups: Groups,
     scratch: &mut [f32],
@@ -133,7 +163,8 @@ pub(crate) unsafe fn attend_queries<L: Lanes, const KEYS: usize, const VECTORS: 
 ) -> Option<usize> {
     let (d, columns) = (block.kv.head_dim(), padded_columns(block.kv.value_dim()));
     let (mut rest, scratch) = scratch.split_at_mut(group_floats(groups.lanes(), columns));
-    let (widened, scores) = scratch.split_at_mut(widened_floats(block.kv));
+    let as_stored = const { A::PER_WORD > 1 };
+    let (widened, scores) = scratch.split_at_mut(if as_stored { 0 } else { widened_floats(block.kv) });
     let mut parts: Vec<Group<'_>> = Vec::with_capacity(groups.n_groups);
     for group in 0..groups.n_groups {
         let lanes = groups.group(group);
@@ -153,16 +184,20 @@ pub(crate) unsafe fn attend_queries<L: Lanes, const KEYS: usize, const VECTORS: 
         };
         // SAFETY: the ISA is enabled, and scratch has been cut for the widest group.
         unsafe {
-            let panels = panels::<L>(block.kv, stored, 0..PAGE_KEYS, widened);
+            let panels = if as_stored {
+                (stored.k, stored.v)
+            } else {
+                panels::<L>(block.kv, stored, 0..PAGE_KEYS, widened)
+            };
             for group in &mut parts {
                 // Constant conditions keep the tiles that an ISA doesn't have from being compiled.
                 match group.lanes / LANES {
-                    1 => group.page::<L, KEYS, 1>(panels, *page, &order[i + 1..], scores),
+                    1 => group.page::<L, A, KEYS, 1>(panels, *page, &order[i + 1..], scores),
                     2 if const { VECTORS >= 2 } => {
-                        group.page::<L, KEYS, 2>(panels, *page, &order[i + 1..], scores);
+                        group.page::<L, A, KEYS, 2>(panels, *page, &order[i + 1..], scores);
                     }
                     3 if const { VECTORS >= 3 } => {
-                        group.page::<L, KEYS, 3>(panels, *page, &order[i + 1..], scores);
+                        group.page::<L, A, KEYS, 3>(panels, *page, &order[i + 1..], scores);
                     }
                     vectors => panic!("a group of {vectors} vectors of queries, where {VECTORS} is the most"),
                 }
@@ -220,7 +255,7 @@ impl<'a> Group<'a> {
     /// # Safety
     /// The ISA of `L` is enabled; `scores` is valid for `256 * lanes` elements, and the group has `NR` vectors of lanes.
     #[inline(always)]
-    unsafe fn page<L: Lanes, const MR: usize, const NR: usize>(
+    unsafe fn page<L: Lanes, A: Arithmetic<L>, const MR: usize, const NR: usize>(
         &mut self,
         (k, v): (&[f32], &[f32]),
         page: usize,
@@ -232,7 +267,8 @@ impl<'a> Group<'a> {
             return;
         }
         let d = self.q.len() / self.lanes;
-        assert!(k.len() >= PAGE_KEYS * d && v.len() >= PAGE_KEYS * self.columns);
+        assert!(k.len() >= PAGE_KEYS * d.div_ceil(A::PER_WORD));
+        assert!(v.len() >= PAGE_KEYS / A::PER_WORD * self.columns);
         assert!(self.lanes == LANES * NR && scores.len() >= PAGE_KEYS * self.lanes);
         let next = later.iter().find(|page| self.visible.of_page(**page) != Seen::Nothing);
         let place = self.stack.depth();
@@ -243,13 +279,13 @@ impl<'a> Group<'a> {
         // SAFETY: q, scores and the group's memory have been cut for `lanes` and `columns`; the panels are long
         // enough, as has been asserted; a stack of STACK partials has the places used here.
         unsafe {
-            let mut extremes = tile::scores::<L, MR, NR>(k.as_ptr(), d, &keys, self.q.as_ptr(), s);
+            let mut extremes = tile::scores::<L, A, MR, NR>(k.as_ptr(), d, &keys, self.q.as_ptr(), s);
             if seen == Seen::Part {
                 extremes = softmax::hide::<L, NR>(s, &keys, self.seen.as_ptr());
             }
             let partials = self.partials.as_mut_ptr();
             let (top, to) = (partials.add(place * size), partials.add((place - merges) * size));
-            let sums = softmax::weigh::<L, NR>(s, &keys, &extremes);
+            let sums = softmax::weigh::<L, A, NR>(s, &keys, &extremes);
             for n in 0..NR {
                 let lowest = self.lowest.as_mut_ptr().add(LANES * n);
                 L::store(lowest, L::min(L::load(lowest), extremes.smallest[n]));
@@ -263,7 +299,7 @@ impl<'a> Group<'a> {
                 factors,
                 to: to.add(2 * self.lanes),
             };
-            tile::context::<L, MR, NR>(v.as_ptr(), self.columns, &keys, self.seen.as_ptr(), s, &o);
+            tile::context::<L, A, MR, NR>(v.as_ptr(), self.columns, &keys, self.seen.as_ptr(), s, &o);
         }
     }
 

@@ -7,8 +7,8 @@
 //! * **By address**, for the rows of one tile: the keys come from memory then, and walking forward is what lets them
 //!   come at full bandwidth. Each page folds into the partial of its slot; the slots merge at the end.
 //!
-//! Pages of f32 and of bf16 are read as they are stored; those of other types are widened to f32 first (`widen.rs`), once
-//! for all rows of the block.
+//! Pages are read as they are stored, and elements widened in registers: with few rows, a page that was widened to memory
+//! would cost more to store and read again than everything else.
 //!
 //! Departures from the naive form, and why they change no bit: a page that no row of the block sees is left out,
 //! because merging with the identity gives the other side back; rows that see a part of a page are reduced in up to
@@ -17,29 +17,24 @@
 mod softmax;
 mod tile;
 
+use std::ops::Range;
+
 use self::softmax::softmax_row;
-use self::tile::Start;
-use crate::block::{RowBlock, RowPartials, Seen, Span, Visible, by_slot, merge_rows};
+use self::tile::{Output, Panels, Queries, Start, Weights};
+use crate::arithmetic::Arithmetic;
+use crate::block::{BLOCK_ROWS, RowBlock, RowPartials, Seen, Span, Visible, by_slot, merge_rows};
 use crate::fold::{STACK, Stack};
 use crate::lanes::Lanes;
-use crate::pages::{KvHead, PANEL_KEYS, padded_columns};
+use crate::pages::{PANEL_KEYS, PageView, padded_columns};
 use crate::slot::{N_SLOTS, PAGE_KEYS, slot_of_page};
-use crate::storage::{Storage, Stored};
-use crate::widen::{panels, widened_floats};
 
 /// Up to this many rows, pages are walked by address, and where registers are few, with a tile as wide as a panel: the
 /// keys come from memory then, and in one sweep.
 pub(crate) const FEW_ROWS: usize = tile::MAX_ROWS;
 
 /// Memory that [`attend_rows`] works in, in f32s.
-pub(crate) fn scratch_floats(n_rows: usize, kv: &KvHead) -> usize {
-    let partials = partials_alive(n_rows) * n_rows * (padded_columns(kv.value_dim()) + 2);
-    n_rows * PAGE_KEYS + copied_floats(kv) + partials
-}
-
-/// What the copy of a page takes that the tiles can't read as it is stored, in f32s.
-fn copied_floats(kv: &KvHead) -> usize {
-    if kv.storage() == Storage::Bf16 { 0 } else { widened_floats(kv) }
+pub(crate) fn scratch_floats(n_rows: usize, value_dim: usize) -> usize {
+    n_rows * PAGE_KEYS + partials_alive(n_rows) * n_rows * (padded_columns(value_dim) + 2)
 }
 
 fn partials_alive(n_rows: usize) -> usize {
@@ -47,15 +42,16 @@ fn partials_alive(n_rows: usize) -> usize {
 }
 
 /// Computes the partial of a block of rows, with tiles of `FR` rows by `FN` vectors where there are at most [`FEW_ROWS`]
-/// and of `MR` by `NR` where there are more; lines are asked for `AHEAD` words ahead of their use, or not where that is 0. Returns the first row of which a score overflowed f32.
+/// and of `MR` by `NR` where there are more; lines are asked for `AHEAD` words ahead of their use, or not where that is 0.
+/// Returns the first row of which a score overflowed f32.
 ///
 /// # Safety
-/// The ISA of `L` is enabled. `S` is bf16 where keys and values are stored so, else f32. `block.q` has `n_rows * head_dim`
-/// elements, `scratch` has [`scratch_floats`], and `out` has the block's rows and padded columns.
+/// The ISA of `L`, and what `A` needs, is enabled, and `A` is for the storage of the block's keys and values. The block has been
+/// checked, and its queries are packed for `A`.
 #[inline(always)]
 pub(crate) unsafe fn attend_rows<
     L: Lanes,
-    S: Stored,
+    A: Arithmetic<L>,
     const FR: usize,
     const FN: usize,
     const MR: usize,
@@ -71,11 +67,10 @@ pub(crate) unsafe fn attend_rows<
     let n_rows = block.visible.len();
     let columns = padded_columns(block.kv.value_dim());
     let visible = Visible::new(block.visible, block.kv.n_keys());
-    let (scores, scratch) = scratch.split_at_mut(n_rows * PAGE_KEYS);
-    let (widened, partials) = scratch.split_at_mut(copied_floats(block.kv));
-    let mut walk = Walk { n_rows, columns, scores, widened, partials, overflow: None };
+    let (scores, partials) = scratch.split_at_mut(n_rows * PAGE_KEYS);
+    let mut walk = Walk { n_rows, columns, scores, partials, overflow: None };
     // SAFETY: the ISA is enabled and the slices are long enough, as the caller vouches.
-    let result = unsafe { walk.pages::<L, S, FR, FN, MR, NR, AHEAD>(block, &visible) };
+    let result = unsafe { walk.pages::<L, A, FR, FN, MR, NR, AHEAD>(block, &visible) };
     match result {
         Some(at) => {
             let (m, l, o) = walk.partial(at);
@@ -92,12 +87,11 @@ pub(crate) unsafe fn attend_rows<
     walk.overflow
 }
 
-/// Scratch of one call: the scores of a page, its copy in f32 where there must be one, and partials by index.
+/// Scratch of one call: the scores of a page, and partials by index.
 struct Walk<'a> {
     n_rows: usize,
     columns: usize,
     scores: &'a mut [f32],
-    widened: &'a mut [f32],
     partials: &'a mut [f32],
     overflow: Option<usize>,
 }
@@ -115,7 +109,7 @@ impl Walk<'_> {
     #[inline(always)]
     unsafe fn pages<
         L: Lanes,
-        S: Stored,
+        A: Arithmetic<L>,
         const FR: usize,
         const FN: usize,
         const MR: usize,
@@ -141,7 +135,7 @@ impl Walk<'_> {
                 (false, _) => stack.depth(),
             };
             // SAFETY: as the caller vouches.
-            unsafe { self.page::<L, S, FR, FN, MR, NR, AHEAD>(block, visible, page, into) };
+            unsafe { self.page::<L, A, FR, FN, MR, NR, AHEAD>(block, visible, page, into) };
             if !by_address {
                 let next = order.get(i + 1).map(|page| slot_of_page(*page));
                 for merged in 0..stack.push(slot, next) {
@@ -177,7 +171,7 @@ impl Walk<'_> {
     #[inline(always)]
     unsafe fn page<
         L: Lanes,
-        S: Stored,
+        A: Arithmetic<L>,
         const FR: usize,
         const FN: usize,
         const MR: usize,
@@ -191,7 +185,7 @@ impl Walk<'_> {
         into: usize,
     ) {
         let (n_rows, columns, d) = (self.n_rows, self.columns, block.kv.head_dim());
-        let Some(stored) = block.kv.page(page) else {
+        let Some(PageView { k, v, key_scales, value_scales }) = block.kv.page(page) else {
             panic!("page {page} is not resident");
         };
         let seen = |row: usize| visible.of_row(row, page);
@@ -201,32 +195,42 @@ impl Walk<'_> {
         let (m, l, o) = split_partial(&mut self.partials[into * size..][..size], n_rows, columns);
         let s = self.scores.as_mut_ptr();
         let few = const { FR != MR || FN != NR } && n_rows <= FEW_ROWS;
+        // Behind the words of the queries, if they are integers, their scales.
+        let q = Queries { at: block.q.as_ptr(), n_rows, d, scales: block.q.as_ptr() };
+        let (k, v) = (
+            Panels { at: k.as_ptr(), scales: key_scales.as_ptr() },
+            Panels { at: v.as_ptr(), scales: value_scales.as_ptr() },
+        );
+        let mut weight_scales = [0.0_f32; BLOCK_ROWS];
         // SAFETY: q, scores and partials fit n_rows, d and columns, as the caller vouches; a page's panels have
         // the words of 256 * d and 256 * columns elements by construction; `seen` stays inside the page.
         unsafe {
-            let (k, v) = if const { S::PER_WORD == 1 } {
-                panels::<L>(block.kv, stored, hull.clone(), self.widened)
-            } else {
-                (stored.k, stored.v)
+            let q = Queries {
+                scales: if A::INTEGERS { q.at.add(n_rows * A::broadcasts(d)) } else { q.scales },
+                ..q
             };
             let panels = hull.start / PANEL_KEYS..hull.end.div_ceil(PANEL_KEYS);
             if few {
-                tile::scores::<L, S, FR, FN, AHEAD>(block.q.as_ptr(), n_rows, d, k.as_ptr(), panels, s);
+                tile::scores::<L, A, FR, FN, AHEAD>(q, k, panels, s);
             } else {
-                tile::scores::<L, S, MR, NR, AHEAD>(block.q.as_ptr(), n_rows, d, k.as_ptr(), panels, s);
+                tile::scores::<L, A, MR, NR, AHEAD>(q, k, panels, s);
             }
             for row in 0..n_rows {
-                let sum = softmax_row::<L>(s.add(row * PAGE_KEYS), seen(row));
+                let keys = if A::INTEGERS { hull.clone() } else { seen(row) };
+                let sum = softmax_row::<L, A>(s.add(row * PAGE_KEYS), seen(row), keys, v.scales);
                 m[row] = sum.m;
                 l[row] = sum.l;
+                weight_scales[row] = sum.weight_scale;
                 if sum.overflow {
                     self.overflow = Some(self.overflow.map_or(row, |first| first.min(row)));
                 }
             }
-            let (p, v, o) = (s.cast_const(), v.as_ptr(), o.as_mut_ptr());
+            let (p, o) = (s.cast_const(), o.as_mut_ptr());
             // Tile by tile: what a row sees before its neighbours do, what all of them see, what it sees after them.
-            // A whole page is one piece. One call for all pieces, because each copy of it has all the tiles in it.
-            let tile_rows = if whole { n_rows } else { MR };
+            // A whole page is one piece; so is any with integers, whose weights are zero where a row sees nothing, as their
+            // values are numbers. One call for all pieces, because each copy of it has all the tiles in it.
+            let is_one = whole || A::INTEGERS;
+            let tile_rows = if is_one { n_rows } else { MR };
             for row in (0..n_rows).step_by(tile_rows) {
                 let rows = tile_rows.min(n_rows - row);
                 let Span { shared, .. } = Span::of((row..row + rows).map(seen));
@@ -245,17 +249,20 @@ impl Walk<'_> {
                             (row + piece - rows - 1, 1, first..keys.end, Start::Output)
                         }
                     };
-                    let (keys, start) = match (whole, is_shared) {
+                    let (keys, start) = match (is_one, is_shared) {
+                        (true, true) if A::INTEGERS => (whole_words::<L, A>(hull.clone()), Start::Zero),
                         (true, true) => (0..PAGE_KEYS, Start::Zero),
                         (true, false) => continue,
                         (false, _) => (keys, start),
                     };
                     if start == Start::Zero || !keys.is_empty() {
-                        let (p, o) = (p.add(first * PAGE_KEYS), o.add(first * columns));
+                        let scales = weight_scales[first..].as_ptr();
+                        let p = Weights { at: p.add(first * PAGE_KEYS), n_rows: rows, scales };
+                        let o = Output { at: o.add(first * columns), columns, start };
                         if few {
-                            tile::context::<L, S, FR, FN, AHEAD>(p, rows, v, keys, columns, o, start);
+                            tile::context::<L, A, FR, FN, AHEAD>(p, v, keys, o);
                         } else {
-                            tile::context::<L, S, MR, NR, AHEAD>(p, rows, v, keys, columns, o, start);
+                            tile::context::<L, A, MR, NR, AHEAD>(p, v, keys, o);
                         }
                     }
                 }
@@ -280,6 +287,12 @@ impl Walk<'_> {
         // SAFETY: the ISA is enabled.
         unsafe { merge_rows::<L>(RowPartials { m, l, o }, m_right, l_right, o_right, columns) };
     }
+}
+
+/// The keys of all words that hold some of `keys`.
+#[inline(always)]
+fn whole_words<L: Lanes, A: Arithmetic<L>>(keys: Range<usize>) -> Range<usize> {
+    keys.start / A::PER_WORD * A::PER_WORD..keys.end.next_multiple_of(A::PER_WORD)
 }
 
 fn split_partial(memory: &mut [f32], n_rows: usize, columns: usize) -> (&mut [f32], &mut [f32], &mut [f32]) {

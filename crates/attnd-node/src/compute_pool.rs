@@ -9,7 +9,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use attnd_kernel::Kernels;
+use attnd_kernel::{Compute, Kernels};
 use tokio::sync::{Semaphore, oneshot};
 
 use crate::NodeError;
@@ -67,7 +67,7 @@ impl ComputePool {
     /// As [`Self::run`].
     pub async fn peak_gflops(&self, kernels: &'static Kernels, span: Duration) -> Result<f64, WorkError> {
         let pool = Arc::clone(&self.pool);
-        self.run(move || kernels.peak_gflops(&pool, span)).await
+        self.run(move || kernels.peak_gflops(&pool, Compute::F32, span)).await
     }
 
     /// Runs `work` on the pool; who asked first comes first. Work whose future is dropped while it waits for its turn is

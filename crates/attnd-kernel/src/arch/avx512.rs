@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 
 use crate::canonical::{CANONICAL_NAN, FLUSH_EXPONENT};
-use crate::lanes::{LANES, Lanes};
+use crate::lanes::{DotLanes, LANES, Lanes};
 
 /// AVX-512 F and DQ, with AVX2 and FMA below them.
 #[derive(Clone, Copy)]
@@ -178,5 +178,85 @@ unsafe impl Lanes for Avx512 {
             let eight = _mm256_min_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps::<1>(a));
             super::avx2::smallest_of_eight(eight)
         }
+    }
+}
+
+/// Where halves of two vectors go so that they alternate: half `i` of the first to `2 i`, of the second to `2 i + 1`.
+const ALTERNATING: [i16; 32] = {
+    let mut order = [0; 32];
+    let mut i = 0;
+    while i < 16 {
+        order[2 * i] = i as i16;
+        order[2 * i + 1] = 16 + i as i16;
+        i += 1;
+    }
+    order
+};
+
+// SAFETY: as above, with AVX-512 BW for halves of words, and BF16 and VNNI for the dot products.
+#[allow(clippy::undocumented_unsafe_blocks)]
+unsafe impl DotLanes for Avx512 {
+    #[inline(always)]
+    unsafe fn dot_bf16(a: Self::V, b: Self::V, acc: Self::V) -> Self::V {
+        // SAFETY: any bits are bf16.
+        unsafe {
+            let a = std::mem::transmute::<__m512, __m512bh>(a);
+            let b = std::mem::transmute::<__m512, __m512bh>(b);
+            _mm512_dpbf16_ps(acc, a, b)
+        }
+    }
+    #[inline(always)]
+    unsafe fn bf16_pairs(even: Self::V, odd: Self::V) -> Self::V {
+        unsafe {
+            let order = _mm512_loadu_epi16(ALTERNATING.as_ptr());
+            let halves = _mm512_castps_si512(Self::bf16_words(even, odd));
+            _mm512_castsi512_ps(_mm512_permutexvar_epi16(order, halves))
+        }
+    }
+    #[inline(always)]
+    unsafe fn bf16_words(low: Self::V, high: Self::V) -> Self::V {
+        // SAFETY: any bits are f32.
+        unsafe { std::mem::transmute(_mm512_cvtne2ps_pbh(high, low)) }
+    }
+    #[inline(always)]
+    unsafe fn half_of_words(words: Self::V, at: usize) -> Self::V {
+        unsafe {
+            let half = _mm512_set1_epi32(if at == 0 { 0xffff } else { 0xffff_0000_u32.cast_signed() });
+            _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(words), half))
+        }
+    }
+    #[inline(always)]
+    unsafe fn dot_int16(a: Self::V, b: Self::V, acc: Self::V) -> Self::V {
+        unsafe {
+            let (a, b, acc) = (_mm512_castps_si512(a), _mm512_castps_si512(b), _mm512_castps_si512(acc));
+            _mm512_castsi512_ps(_mm512_dpwssd_epi32(acc, a, b))
+        }
+    }
+    #[inline(always)]
+    unsafe fn bytes_of_halves(words: Self::V, at: usize) -> Self::V {
+        unsafe {
+            let words = _mm512_castps_si512(words);
+            let upper = if at == 0 { _mm512_slli_epi16::<8>(words) } else { words };
+            _mm512_castsi512_ps(_mm512_srai_epi16::<8>(upper))
+        }
+    }
+    #[inline(always)]
+    unsafe fn from_int32(integers: Self::V) -> Self::V {
+        unsafe { _mm512_cvtepi32_ps(_mm512_castps_si512(integers)) }
+    }
+    #[inline(always)]
+    unsafe fn int16_pairs(a: Self::V) -> Self::V {
+        unsafe {
+            // Of each four, the words of lanes 0 and 1 with those of lanes 2 and 3 in their upper halves; then pairs of words.
+            let integers = _mm512_cvtps_epi32(a);
+            let upper = _mm512_slli_epi32::<16>(_mm512_shuffle_epi32::<0b11_10_11_10>(integers));
+            let words = _mm512_mask_blend_epi16(0xaaaa_aaaa, integers, upper);
+            let order = _mm512_setr_epi64(0, 2, 4, 6, 0, 2, 4, 6);
+            _mm512_castsi512_ps(_mm512_permutexvar_epi64(order, words))
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_half(to: *mut f32, words: Self::V) {
+        unsafe { _mm256_storeu_ps(to, _mm512_castps512_ps256(words)) }
     }
 }

@@ -4,8 +4,8 @@
 use std::ops::Range;
 
 use super::tile::WHOLE_PAGE;
+use crate::arithmetic::Arithmetic;
 use crate::block::Span;
-use crate::canonical::EXP2_POLY;
 use crate::lanes::{LANES, Lanes};
 
 /// Exponents above this are safely above the one at which weights are flushed.
@@ -74,7 +74,7 @@ pub(super) unsafe fn hide<L: Lanes, const NR: usize>(
     }
 }
 
-/// Turns scores into weights in place and sums them.
+/// Turns scores into weights in place, packed as `A` multiplies them, and sums them.
 ///
 /// Where no weight of a vector of lanes is small enough to be flushed, which the smallest score tells, flushing is left
 /// out. A NaN among the scores of a lane may hide from its extremes; all that the lane gives is NaN either way.
@@ -82,7 +82,7 @@ pub(super) unsafe fn hide<L: Lanes, const NR: usize>(
 /// # Safety
 /// The ISA of `L` is enabled. `s` is valid for 256 rows of `16 * NR` elements.
 #[inline(always)]
-pub(super) unsafe fn weigh<L: Lanes, const NR: usize>(
+pub(super) unsafe fn weigh<L: Lanes, A: Arithmetic<L>, const NR: usize>(
     s: *mut f32,
     keys: &Span,
     extremes: &Extremes<L, NR>,
@@ -101,9 +101,9 @@ pub(super) unsafe fn weigh<L: Lanes, const NR: usize>(
             let is_safe = L::select_between(least, low, high, L::splat(1.0), L::zero());
             let s = s.add(LANES * n);
             let mut t = if is_whole && L::smallest(is_safe) == 1.0 {
-                residue_sums::<L, NR, false>(s, residues.clone(), shift)
+                residue_sums::<L, A, NR, false>(s, residues.clone(), shift)
             } else {
-                residue_sums::<L, NR, true>(s, residues.clone(), shift)
+                residue_sums::<L, A, NR, true>(s, residues.clone(), shift)
             };
             for half in [8, 4, 2, 1] {
                 for i in 0..half {
@@ -130,18 +130,20 @@ macro_rules! each_residue {
 /// Weights in place, and one sum per residue of the key modulo 16, as rule 4 says.
 ///
 /// # Safety
-/// The ISA of `L` is enabled. `s` is valid for a vector of each of the rows `residues`, `NR` vectors apart. Without
+/// The ISA of `L`, and what `A` needs, is enabled. `s` is valid for a vector of each of the rows `residues`, `NR` vectors
+/// apart. Without
 /// `FLUSH`, every score minus `shift` is above [`NO_FLUSH`].
 #[inline(always)]
-unsafe fn residue_sums<L: Lanes, const NR: usize, const FLUSH: bool>(
+unsafe fn residue_sums<L: Lanes, A: Arithmetic<L>, const NR: usize, const FLUSH: bool>(
     s: *mut f32,
     residues: Range<usize>,
     shift: L::V,
 ) -> [L::V; LANES] {
     // SAFETY: the ranges above, vector by vector.
     unsafe {
-        let poly = EXP2_POLY.map(|c| L::splat(c));
+        let degree = A::EXP2.len() - 1;
         let mut t = [L::zero(); LANES];
+        let mut even = L::zero();
         for j in residues.step_by(LANES) {
             // Written out, because a loop would keep the sums in memory: LLVM unrolls none that is this long.
             each_residue!(R, {
@@ -149,13 +151,20 @@ unsafe fn residue_sums<L: Lanes, const NR: usize, const FLUSH: bool>(
                 let score = L::load(at);
                 let nearest = L::rint(score);
                 let rest = L::sub(score, nearest);
-                let mut y = poly[6];
-                for i in (0..6).rev() {
-                    y = L::fma(y, rest, poly[i]);
+                let mut y = L::splat(A::EXP2[degree]);
+                for i in (0..degree).rev() {
+                    y = L::fma(y, rest, L::splat(A::EXP2[i]));
                 }
                 let e = L::sub(nearest, shift);
                 let p = if FLUSH { L::scale_or_flush(y, e) } else { L::scale(y, e) };
-                L::store(at, p);
+                if A::PER_WORD == 1 {
+                    L::store(at, p);
+                } else if R % 2 == 0 {
+                    even = p;
+                } else {
+                    // A word of two weights goes where one was that has been read.
+                    L::store(s.add(LANES * NR * ((j + R) / 2)), A::pair(even, p));
+                }
                 t[R] = L::add(t[R], p);
             });
         }

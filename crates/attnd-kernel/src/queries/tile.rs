@@ -3,32 +3,32 @@
 use std::ops::Range;
 
 use super::softmax::Extremes;
+use crate::arithmetic::Arithmetic;
 use crate::block::Span;
 use crate::lanes::{LANES, Lanes};
 use crate::pages::{PANEL_COLUMNS, PANEL_KEYS};
-use crate::product::{Operand, reduce};
+use crate::product::{Operand, Scales, reduce};
 use crate::slot::PAGE_KEYS;
-use crate::storage::StoredF32;
 
 /// All keys of a page, for every lane.
 pub(super) const WHOLE_PAGE: Span = Span { hull: 0..PAGE_KEYS, shared: 0..PAGE_KEYS };
 
-/// Calls `$f::<L, MR, NR>($args)` on as many full tiles as fit into `$len` elements and then on smaller ones; `$at` is
+/// Calls `$f::<L, A, MR, NR>($args)` on as many full tiles as fit into `$len` elements and then on smaller ones; `$at` is
 /// the first element of each.
 macro_rules! cover {
-    ($len:expr, |$at:ident| $f:ident::<$l:ty, $mr:tt, $nr:tt>($($arg:expr),*)) => {{
+    ($len:expr, |$at:ident| $f:ident::<$l:ty, $a:ty, $mr:tt, $nr:tt>($($arg:expr),*)) => {{
         let mut $at = 0;
         let len: usize = $len;
         while len - $at >= $mr {
-            $f::<$l, $mr, $nr>($($arg),*);
+            $f::<$l, $a, $mr, $nr>($($arg),*);
             $at += $mr;
         }
         if $mr > 4 && len - $at >= 4 {
-            $f::<$l, 4, $nr>($($arg),*);
+            $f::<$l, $a, 4, $nr>($($arg),*);
             $at += 4;
         }
         if $mr > 2 && len - $at >= 2 {
-            $f::<$l, 2, $nr>($($arg),*);
+            $f::<$l, $a, 2, $nr>($($arg),*);
             $at += 2;
         }
         debug_assert_eq!(len, $at);
@@ -41,7 +41,7 @@ macro_rules! cover {
 /// The ISA of `L` is enabled. `k` (the page's K panels) is valid for `256 * d` reads, `q` for `d` rows of `16 * NR`, `s` for
 /// writing 256 rows of `16 * NR`.
 #[inline(always)]
-pub(super) unsafe fn scores<L: Lanes, const MR: usize, const NR: usize>(
+pub(super) unsafe fn scores<L: Lanes, A: Arithmetic<L>, const MR: usize, const NR: usize>(
     k: *const f32,
     d: usize,
     keys: &Span,
@@ -53,9 +53,9 @@ pub(super) unsafe fn scores<L: Lanes, const MR: usize, const NR: usize>(
         let mut extremes = Extremes::none();
         for panel in keys.hull.start / PANEL_KEYS..keys.hull.end.div_ceil(PANEL_KEYS) {
             let first = panel * PANEL_KEYS;
-            let (k, s) = (k.add(first * d), s.add(first * LANES * NR));
+            let (k, s) = (k.add(first * d.div_ceil(A::PER_WORD)), s.add(first * LANES * NR));
             let wanted = keys.hull.start.saturating_sub(first)..keys.hull.end - first;
-            cover!(PANEL_KEYS, |key| score_tile::<L, MR, NR>(k, d, q, s, key, &wanted, &mut extremes));
+            cover!(PANEL_KEYS, |key| score_tile::<L, A, MR, NR>(k, d, q, s, key, &wanted, &mut extremes));
         }
         extremes
     }
@@ -67,7 +67,7 @@ pub(super) unsafe fn scores<L: Lanes, const MR: usize, const NR: usize>(
 /// The ISA of `L` is enabled. `k` is a panel, valid for `64 * d` reads, and `key + MR <= 64`; `q` is valid for `d` rows of
 /// `16 * NR`, `s` for writing 64.
 #[inline(always)]
-unsafe fn score_tile<L: Lanes, const MR: usize, const NR: usize>(
+unsafe fn score_tile<L: Lanes, A: Arithmetic<L>, const MR: usize, const NR: usize>(
     k: *const f32,
     d: usize,
     q: *const f32,
@@ -83,7 +83,8 @@ unsafe fn score_tile<L: Lanes, const MR: usize, const NR: usize>(
     unsafe {
         let mut acc = [[L::zero(); NR]; MR];
         let (k, q) = (Operand { at: k.add(key), step: PANEL_KEYS }, Operand { at: q, step: LANES * NR });
-        reduce::<L, StoredF32, MR, NR, 1>(k, q, 0..d, 0, &mut acc);
+        // Keys and queries change places, so that it is the words of a query that lie in lanes.
+        reduce::<L, A, MR, NR, 1>(k, q, Scales::None, 0..A::reduced(d), 0, &mut acc);
         for n in 0..NR {
             for r in 0..MR {
                 L::store(s.add(LANES * (NR * (key + r) + n)), acc[r][n]);
@@ -113,7 +114,7 @@ pub(super) struct Merge {
 /// The ISA of `L` is enabled. `v` (the page's V panels) is valid for `256 * columns` reads, `columns` a multiple of 16, `seen`
 /// for two rows of `16 * NR`, `p` for 256; each output of `merge` for `columns` rows, and its factors for two a merge.
 #[inline(always)]
-pub(super) unsafe fn context<L: Lanes, const MR: usize, const NR: usize>(
+pub(super) unsafe fn context<L: Lanes, A: Arithmetic<L>, const MR: usize, const NR: usize>(
     v: *const f32,
     columns: usize,
     keys: &Span,
@@ -125,8 +126,8 @@ pub(super) unsafe fn context<L: Lanes, const MR: usize, const NR: usize>(
     unsafe {
         for first in (0..columns).step_by(PANEL_COLUMNS) {
             let width = PANEL_COLUMNS.min(columns - first);
-            let v = Operand { at: v.add(first * PAGE_KEYS), step: width };
-            cover!(width, |column| context_tile::<L, MR, NR>(v, first, column, keys, seen, p, merge));
+            let v = Operand { at: v.add(first * PAGE_KEYS / A::PER_WORD), step: width };
+            cover!(width, |column| context_tile::<L, A, MR, NR>(v, first, column, keys, seen, p, merge));
         }
     }
 }
@@ -136,7 +137,7 @@ pub(super) unsafe fn context<L: Lanes, const MR: usize, const NR: usize>(
 /// # Safety
 /// As [`context`]; `v` is the panel, and `column + MR` at most its width.
 #[inline(always)]
-unsafe fn context_tile<L: Lanes, const MR: usize, const NR: usize>(
+unsafe fn context_tile<L: Lanes, A: Arithmetic<L>, const MR: usize, const NR: usize>(
     v: Operand,
     first: usize,
     column: usize,
@@ -151,12 +152,16 @@ unsafe fn context_tile<L: Lanes, const MR: usize, const NR: usize>(
         let v = Operand { at: v.at.add(column), ..v };
         let p = Operand { at: p, step: LANES * NR };
         let Span { hull, shared } = keys;
-        for key in hull.start..shared.start {
-            visible_step::<L, MR, NR>(v, p, key, seen, &mut acc);
+        // Words whose keys all lanes see, and before and after them those with keys that some lanes see.
+        let first_shared = shared.start.div_ceil(A::PER_WORD);
+        let words = first_shared..(shared.end / A::PER_WORD).max(first_shared);
+        for word in hull.start / A::PER_WORD..words.start {
+            visible_step::<L, A, MR, NR>(v, p, word, seen, &mut acc);
         }
-        reduce::<L, StoredF32, MR, NR, 1>(v, p, shared.clone(), 0, &mut acc);
-        for key in shared.end..hull.end {
-            visible_step::<L, MR, NR>(v, p, key, seen, &mut acc);
+        let shared = words.start * A::PER_WORD..words.end * A::PER_WORD;
+        reduce::<L, A, MR, NR, 1>(v, p, Scales::None, shared, 0, &mut acc);
+        for word in words.end..hull.end.div_ceil(A::PER_WORD) {
+            visible_step::<L, A, MR, NR>(v, p, word, seen, &mut acc);
         }
         let at = LANES * NR * (first + column);
         for i in 0..merge.merges {
@@ -178,31 +183,41 @@ unsafe fn context_tile<L: Lanes, const MR: usize, const NR: usize>(
     }
 }
 
-/// Adds the products of one key in the lanes that see it.
+/// Adds the products of one word, an element or a pair, in the lanes that see its keys.
 ///
 /// # Safety
-/// The ISA of `L` is enabled. At `key`, `v` is valid for `MR` reads and `p` for `16 * NR`; `seen` is for two rows of `16 * NR`.
+/// The ISA of `L`, and what `A` needs, is enabled. At `word`, `v` is valid for `MR` reads and `p` for `16 * NR`; `seen` is for two
+/// rows of `16 * NR`.
 #[inline(always)]
-unsafe fn visible_step<L: Lanes, const MR: usize, const NR: usize>(
+unsafe fn visible_step<L: Lanes, A: Arithmetic<L>, const MR: usize, const NR: usize>(
     v: Operand,
     p: Operand,
-    key: usize,
+    word: usize,
     seen: *const f32,
     acc: &mut [[L::V; NR]; MR],
 ) {
+    const { assert!(A::PER_WORD <= 2) };
     // SAFETY: the ranges above, element by element.
     unsafe {
-        let (v, p) = (v.at.add(key * v.step), p.at.add(key * p.step));
+        let (v, p) = (v.at.add(word * v.step), p.at.add(word * p.step));
         // Opaque, so that the bounds of the lanes are loaded for each key: kept in registers they would drive accumulators
         // of the whole tile out of theirs.
         let seen = std::hint::black_box(seen);
-        let key = L::splat(key as f32);
+        let key = word * A::PER_WORD;
+        let (key, last) = (L::splat(key as f32), L::splat((key + A::PER_WORD - 1) as f32));
         for n in 0..NR {
             let (first, end) = (L::load(seen.add(LANES * n)), L::load(seen.add(LANES * (NR + n))));
             let p = L::load(p.add(LANES * n));
             for r in 0..MR {
-                let sum = L::fma(L::splat(*v.add(r)), p, acc[r][n]);
-                acc[r][n] = L::select_between(key, first, end, sum, acc[r][n]);
+                let (v, before) = (L::splat(*v.add(r)), acc[r][n]);
+                let mut sum = before;
+                if A::PER_WORD == 2 {
+                    sum = L::select_between(key, first, end, A::multiply_add(A::only(v, 0), p, before), sum);
+                    sum = L::select_between(last, first, end, A::multiply_add(A::only(v, 1), p, before), sum);
+                }
+                // Where the first key is seen, counted from one key later, so is the last one.
+                let first = if A::PER_WORD == 2 { L::add(first, L::splat(1.0)) } else { first };
+                acc[r][n] = L::select_between(last, first, end, A::multiply_add(v, p, before), sum);
             }
         }
     }

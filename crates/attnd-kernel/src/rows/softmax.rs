@@ -2,8 +2,10 @@
 
 use std::ops::Range;
 
-use crate::canonical::{EXP2_POLY, finite_max};
-use crate::lanes::Lanes;
+use crate::arithmetic::Arithmetic;
+use crate::canonical::finite_max;
+use crate::lanes::{LANES, Lanes};
+use crate::slot::PAGE_KEYS;
 
 /// What the softmax of a row over a page leaves besides the weights.
 #[derive(Clone, Copy)]
@@ -14,17 +16,48 @@ pub(super) struct RowSum {
     pub(super) l: f32,
     /// A score left the range of f32 although its operands may be finite.
     pub(super) overflow: bool,
+    /// Where weights are integers, what they are multiplied by.
+    pub(super) weight_scale: f32,
 }
 
-/// Turns the scores `s[0..256]` of one row into weights in place. Keys outside `visible` are skipped: what the scores
-/// hold there is of no consequence, and what is left there is unspecified.
+/// Turns the scores `s[0..256]` of one row into weights in place, packed as `A` broadcasts them. Keys outside `visible` are
+/// skipped: what the scores hold there is of no consequence, and what is left there is unspecified, or zero in the vectors of
+/// `keys`, which hold `visible`.
 ///
 /// # Safety
-/// The ISA of `L` is enabled; `s` is valid for reading and writing 256 f32; `visible.end <= 256`.
+/// The ISA of `L`, and what `A` needs, is enabled; `s` is valid for reading and writing 256 f32, `value_scales` for reading 256 if
+/// values have scales; `keys.end <= 256`.
 #[inline(always)]
-pub(super) unsafe fn softmax_row<L: Lanes>(s: *mut f32, visible: Range<usize>) -> RowSum {
+pub(super) unsafe fn softmax_row<L: Lanes, A: Arithmetic<L>>(
+    s: *mut f32,
+    visible: Range<usize>,
+    keys: Range<usize>,
+    value_scales: *const f32,
+) -> RowSum {
+    let keys = keys.start / LANES * LANES..keys.end.next_multiple_of(LANES).min(PAGE_KEYS);
+    let (before, after) = if visible.is_empty() {
+        (keys.start, keys.start)
+    } else {
+        (visible.start / LANES * LANES, visible.end.next_multiple_of(LANES))
+    };
+    // SAFETY: all of it lies inside a page.
+    unsafe {
+        let sum = weigh_row::<L, A>(s, visible);
+        if A::INTEGERS {
+            for j in (keys.start..before).chain(after..keys.end) {
+                *s.add(j) = 0.0;
+            }
+        }
+        RowSum { weight_scale: A::pack_row(s, keys, value_scales), ..sum }
+    }
+}
+
+/// # Safety
+/// As [`softmax_row`].
+#[inline(always)]
+unsafe fn weigh_row<L: Lanes, A: Arithmetic<L>>(s: *mut f32, visible: Range<usize>) -> RowSum {
     if visible.is_empty() {
-        return RowSum { m: f32::NEG_INFINITY, l: 0.0, overflow: false };
+        return RowSum { m: f32::NEG_INFINITY, l: 0.0, overflow: false, weight_scale: 1.0 };
     }
     // Whole vectors around the visible keys; the rest of the first and last vector becomes -inf, whose weight is 0 by
     // rule 3 and whose place in the residue sums adds +0.
@@ -43,15 +76,15 @@ pub(super) unsafe fn softmax_row<L: Lanes>(s: *mut f32, visible: Range<usize>) -
         let m = L::largest(L::rint(max)) + 0.0;
 
         let shift = L::splat(finite_max(m));
-        let poly = EXP2_POLY.map(|c| L::splat(c));
+        let degree = A::EXP2.len() - 1;
         let mut sums = L::zero();
         for j in (first..last).step_by(16) {
             let score = L::load(s.add(j));
             let n = L::rint(score);
             let r = L::sub(score, n);
-            let mut y = poly[6];
-            for c in [poly[5], poly[4], poly[3], poly[2], poly[1], poly[0]] {
-                y = L::fma(y, r, c);
+            let mut y = L::splat(A::EXP2[degree]);
+            for i in (0..degree).rev() {
+                y = L::fma(y, r, L::splat(A::EXP2[i]));
             }
             let p = L::scale_or_flush(y, L::sub(n, shift));
             L::store(s.add(j), p);
@@ -59,7 +92,7 @@ pub(super) unsafe fn softmax_row<L: Lanes>(s: *mut f32, visible: Range<usize>) -
         }
         let l = L::halving_sum(sums);
         let overflow = lowest == f32::NEG_INFINITY || m == f32::INFINITY || l.is_nan();
-        RowSum { m, l, overflow }
+        RowSum { m, l, overflow, weight_scale: 1.0 }
     }
 }
 

@@ -4,23 +4,23 @@
 
 use std::ops::Range;
 
-use crate::lanes::Lanes;
+use crate::arithmetic::Arithmetic;
+use crate::lanes::{LANES, Lanes};
 use crate::pages::{PANEL_COLUMNS, PANEL_KEYS};
-use crate::product::{Operand, reduce};
+use crate::product::{Operand, Scales, reduce};
 use crate::slot::PAGE_KEYS;
-use crate::storage::Stored;
 
-/// Calls `$f::<L, S, rows, $nr, $ahead>($args)` for a run-time row count of 1 to `$mr`, which is at most 6. Constant conditions
+/// Calls `$f::<L, A, rows, $nr, $ahead>($args)` for a run-time row count of 1 to `$mr`, which is at most 6. Constant conditions
 /// keep the tiles that an ISA doesn't have from being compiled.
 macro_rules! with_rows {
-    ($rows:expr, $mr:ident, $f:ident::<$l:ty, $s:ty, _, $nr:tt, $ahead:tt>($($arg:expr),*)) => {
+    ($rows:expr, $mr:ident, $f:ident::<$l:ty, $a:ty, _, $nr:tt, $ahead:tt>($($arg:expr),*)) => {
         match $rows {
-            6 => if const { $mr >= 6 } { $f::<$l, $s, 6, $nr, $ahead>($($arg),*) },
-            5 => if const { $mr >= 5 } { $f::<$l, $s, 5, $nr, $ahead>($($arg),*) },
-            4 => if const { $mr >= 4 } { $f::<$l, $s, 4, $nr, $ahead>($($arg),*) },
-            3 => if const { $mr >= 3 } { $f::<$l, $s, 3, $nr, $ahead>($($arg),*) },
-            2 => if const { $mr >= 2 } { $f::<$l, $s, 2, $nr, $ahead>($($arg),*) },
-            _ => $f::<$l, $s, 1, $nr, $ahead>($($arg),*),
+            6 => if const { $mr >= 6 } { $f::<$l, $a, 6, $nr, $ahead>($($arg),*) },
+            5 => if const { $mr >= 5 } { $f::<$l, $a, 5, $nr, $ahead>($($arg),*) },
+            4 => if const { $mr >= 4 } { $f::<$l, $a, 4, $nr, $ahead>($($arg),*) },
+            3 => if const { $mr >= 3 } { $f::<$l, $a, 3, $nr, $ahead>($($arg),*) },
+            2 => if const { $mr >= 2 } { $f::<$l, $a, 2, $nr, $ahead>($($arg),*) },
+            _ => $f::<$l, $a, 1, $nr, $ahead>($($arg),*),
         }
     };
 }
@@ -38,36 +38,68 @@ const fn ahead_of(rows: usize, ahead: usize) -> usize {
     if rows > 2 { ahead } else { 0 }
 }
 
-/// Scores of `n_rows` rows against panels `panels` of one page: `s[row * 256 + key]`.
+/// The queries of some rows.
+#[derive(Clone, Copy)]
+pub(super) struct Queries {
+    /// Laid out in tiles of `MR` rows, as `QueryLayout::Tiles` says.
+    pub(super) at: *const f32,
+    pub(super) n_rows: usize,
+    pub(super) d: usize,
+    /// Where queries are integers, what those of each row are multiplied by.
+    pub(super) scales: *const f32,
+}
+
+/// The K panels or the V panels of a page.
+#[derive(Clone, Copy)]
+pub(super) struct Panels {
+    pub(super) at: *const f32,
+    /// Where elements are integers, what those of each of the 256 keys or values are multiplied by.
+    pub(super) scales: *const f32,
+}
+
+/// Scores of some rows against panels `panels` of one page: `s[row * 256 + key]`.
 ///
 /// # Safety
-/// The ISA of `L` is enabled. `q`, laid out in tiles of `MR` rows (`QueryLayout::Tiles`), is valid for `n_rows * d` reads, `k` (the page's K panels) for their words, `s` for
+/// The ISA of `L`, and what `A` needs, is enabled. `q` is valid for the words of its rows, `k` for those of a page's keys, `s` for
 /// `n_rows * 256` writes.
 #[inline(always)]
-pub(super) unsafe fn scores<L: Lanes, S: Stored, const MR: usize, const NR: usize, const AHEAD: usize>(
-    q: *const f32,
-    n_rows: usize,
-    d: usize,
-    k: *const f32,
+pub(super) unsafe fn scores<
+    L: Lanes,
+    A: Arithmetic<L>,
+    const MR: usize,
+    const NR: usize,
+    const AHEAD: usize,
+>(
+    q: Queries,
+    k: Panels,
     panels: Range<usize>,
     s: *mut f32,
 ) {
+    let (row_words, key_words) = (A::broadcasts(q.d), q.d.div_ceil(A::PER_WORD));
     for panel in panels {
         // The panel stays in the first-level cache while the row tiles pass over it.
         let mut row = 0;
-        while row < n_rows {
-            let rows = MR.min(n_rows - row);
+        while row < q.n_rows {
+            let rows = MR.min(q.n_rows - row);
             let mut key = 0;
             while key < PANEL_KEYS {
                 // SAFETY: row + rows <= n_rows and key + 16 * NR <= 64, so every address is inside the ranges that the
                 // caller vouches for.
                 unsafe {
-                    let q = q.add(row * d);
-                    let k = k.add(panel * PANEL_KEYS * d.div_ceil(S::PER_WORD) + key);
-                    let s = s.add(row * PAGE_KEYS + panel * PANEL_KEYS + key);
-                    with_rows!(rows, MR, score_tile::<L, S, _, NR, AHEAD>(q, d, k, s));
+                    let first = panel * PANEL_KEYS;
+                    let q = Queries {
+                        at: q.at.add(row * row_words),
+                        scales: if A::INTEGERS { q.scales.add(row) } else { q.scales },
+                        ..q
+                    };
+                    let k = Panels {
+                        at: k.at.add(first * key_words + key),
+                        scales: if A::SCALED || A::INTEGERS { k.scales.add(first + key) } else { k.scales },
+                    };
+                    let s = s.add(row * PAGE_KEYS + first + key);
+                    with_rows!(rows, MR, score_tile::<L, A, _, NR, AHEAD>(q, k, s));
                 }
-                key += 16 * NR;
+                key += LANES * NR;
             }
             row += rows;
         }
@@ -75,23 +107,29 @@ pub(super) unsafe fn scores<L: Lanes, S: Stored, const MR: usize, const NR: usiz
 }
 
 /// # Safety
-/// The ISA of `L` is enabled. `q` is valid for `d` times `MR` elements; `k` for `d` rows of `16 * NR` at a stride of 64; `s`
-/// for writing `MR` rows of `16 * NR` at a stride of 256.
+/// The ISA of `L`, and what `A` needs, is enabled. `q` is valid for the words of `MR` rows; `k` for rows of `16 * NR` words at a
+/// stride of 64; `s` for writing `MR` rows of `16 * NR` at a stride of 256.
 #[inline(always)]
-unsafe fn score_tile<L: Lanes, S: Stored, const MR: usize, const NR: usize, const AHEAD: usize>(
-    q: *const f32,
-    d: usize,
-    k: *const f32,
+unsafe fn score_tile<L: Lanes, A: Arithmetic<L>, const MR: usize, const NR: usize, const AHEAD: usize>(
+    q: Queries,
+    k: Panels,
     s: *mut f32,
 ) {
     // SAFETY: the ranges above, element by element.
     unsafe {
         let mut acc = [[L::zero(); NR]; MR];
-        let (q, k) = (Operand { at: q, step: MR }, Operand { at: k, step: PANEL_KEYS });
-        reduce::<L, S, MR, NR, 1>(q, k, 0..d, ahead_of(MR, AHEAD), &mut acc);
+        let operands = (Operand { at: q.at, step: MR }, Operand { at: k.at, step: PANEL_KEYS });
+        let (elements, ahead) = (0..A::reduced(q.d), ahead_of(MR, AHEAD));
+        let scales = Scales::OfLanes(k.scales);
+        reduce::<L, A, MR, NR, 1>(operands.0, operands.1, scales, elements, ahead, &mut acc);
         for r in 0..MR {
             for n in 0..NR {
-                L::store(s.add(r * PAGE_KEYS + 16 * n), acc[r][n]);
+                let mut score = A::value(acc[r][n]);
+                if A::INTEGERS {
+                    score = L::mul(score, L::load(k.scales.add(LANES * n)));
+                    score = L::mul(score, L::splat(*q.scales.add(r)));
+                }
+                L::store(s.add(r * PAGE_KEYS + LANES * n), score);
             }
         }
     }
@@ -106,68 +144,92 @@ pub(super) enum Start {
     Output,
 }
 
-/// Adds keys `keys` of one page to the context of `n_rows` rows: `o[row * columns + c] += p[row * 256 + j] * v[j][c]`.
+/// The weights of some rows over a page.
+#[derive(Clone, Copy)]
+pub(super) struct Weights {
+    /// `[n_rows][256]`; of packed ones the words come first.
+    pub(super) at: *const f32,
+    pub(super) n_rows: usize,
+    /// Where weights are integers, what those of each row are multiplied by.
+    pub(super) scales: *const f32,
+}
+
+/// Where a context goes: `[n_rows][columns]`.
+#[derive(Clone, Copy)]
+pub(super) struct Output {
+    pub(super) at: *mut f32,
+    /// A multiple of 16.
+    pub(super) columns: usize,
+    pub(super) start: Start,
+}
+
+/// Adds keys `keys` of one page to the context of some rows: `o[row * columns + c] += p[row * 256 + j] * v[j][c]`.
 ///
 /// # Safety
-/// The ISA of `L` is enabled. `p` is valid for `n_rows * 256` reads, `v` (the page's V panels) for their words,
-/// `o` for `n_rows * columns` reads and writes; `columns` is a multiple of 16 and `keys.end <= 256`.
+/// The ISA of `L`, and what `A` needs, is enabled. `p` is valid for the words of its rows, `v` for those of a page's values,
+/// `o` for reading and writing its rows; `keys.end <= 256`. Integers start from zero.
 #[inline(always)]
-pub(super) unsafe fn context<L: Lanes, S: Stored, const MR: usize, const NR: usize, const AHEAD: usize>(
-    p: *const f32,
-    n_rows: usize,
-    v: *const f32,
+pub(super) unsafe fn context<
+    L: Lanes,
+    A: Arithmetic<L>,
+    const MR: usize,
+    const NR: usize,
+    const AHEAD: usize,
+>(
+    p: Weights,
+    v: Panels,
     keys: Range<usize>,
-    columns: usize,
-    o: *mut f32,
-    start: Start,
+    o: Output,
 ) {
     // Where rows take turns on the values, they do so while these are in the first-level cache.
-    let run = if MR == 1 && n_rows > 1 { PANEL_KEYS } else { PAGE_KEYS };
+    let run = if MR == 1 && p.n_rows > 1 && !A::INTEGERS { PANEL_KEYS } else { PAGE_KEYS };
     let mut column = 0;
-    while column < columns {
-        let width = PANEL_COLUMNS.min(columns - column);
+    while column < o.columns {
+        let width = PANEL_COLUMNS.min(o.columns - column);
         let mut from = keys.start;
         loop {
             let part = from..keys.end.min(from + run);
-            let start = if from == keys.start { start } else { Start::Output };
+            let start = if from == keys.start { o.start } else { Start::Output };
             let mut row = 0;
-            while row < n_rows {
-                let rows = MR.min(n_rows - row);
+            while row < p.n_rows {
+                let rows = MR.min(p.n_rows - row);
                 let mut strip = 0;
                 while strip < width {
-                    let lanes = NR.min((width - strip) / 16);
+                    let lanes = NR.min((width - strip) / LANES);
                     // SAFETY: rows and columns stay inside the ranges that the caller vouches for: column * 256 is
                     // where the panel starts, because all panels before it are 64 wide.
                     unsafe {
                         let tile = ContextTile {
-                            p: p.add(row * PAGE_KEYS),
-                            v: v.add(column * PAGE_KEYS / S::PER_WORD + strip),
+                            p: Weights {
+                                at: p.at.add(row * PAGE_KEYS),
+                                scales: if A::INTEGERS { p.scales.add(row) } else { p.scales },
+                                ..p
+                            },
+                            v: Panels { at: v.at.add(column * PAGE_KEYS / A::PER_WORD + strip), ..v },
                             v_stride: width,
                             keys: part.clone(),
-                            o: o.add(row * columns + column + strip),
-                            o_stride: columns,
-                            start,
+                            o: Output { at: o.at.add(row * o.columns + column + strip), start, ..o },
                         };
                         match lanes {
                             4 => {
                                 if const { NR >= 4 } {
-                                    with_rows!(rows, MR, context_tile::<L, S, _, 4, AHEAD>(tile));
+                                    with_rows!(rows, MR, context_tile::<L, A, _, 4, AHEAD>(tile));
                                 }
                             }
                             3 => {
                                 if const { NR >= 3 } {
-                                    with_rows!(rows, MR, context_tile::<L, S, _, 3, AHEAD>(tile));
+                                    with_rows!(rows, MR, context_tile::<L, A, _, 3, AHEAD>(tile));
                                 }
                             }
                             2 => {
                                 if const { NR >= 2 } {
-                                    with_rows!(rows, MR, context_tile::<L, S, _, 2, AHEAD>(tile));
+                                    with_rows!(rows, MR, context_tile::<L, A, _, 2, AHEAD>(tile));
                                 }
                             }
-                            _ => with_rows!(rows, MR, context_tile::<L, S, _, 1, AHEAD>(tile)),
+                            _ => with_rows!(rows, MR, context_tile::<L, A, _, 1, AHEAD>(tile)),
                         }
                     }
-                    strip += 16 * lanes;
+                    strip += LANES * lanes;
                 }
                 row += rows;
             }
@@ -181,38 +243,41 @@ pub(super) unsafe fn context<L: Lanes, S: Stored, const MR: usize, const NR: usi
 }
 
 struct ContextTile {
-    p: *const f32,
-    v: *const f32,
+    p: Weights,
+    v: Panels,
     v_stride: usize,
     keys: Range<usize>,
-    o: *mut f32,
-    o_stride: usize,
-    start: Start,
+    o: Output,
 }
 
 /// # Safety
-/// The ISA of `L` is enabled. `p` is valid for `MR` rows at a stride of 256, `v` for `16 * NR` columns of each key, `o`
-/// for reading and writing `MR` rows of `16 * NR` columns.
+/// The ISA of `L`, and what `A` needs, is enabled. `p` is valid for `MR` rows at a stride of 256, `v` for `16 * NR` columns of each
+/// key, `o` for reading and writing `MR` rows of `16 * NR` columns.
 #[inline(always)]
-unsafe fn context_tile<L: Lanes, S: Stored, const MR: usize, const NR: usize, const AHEAD: usize>(
+unsafe fn context_tile<L: Lanes, A: Arithmetic<L>, const MR: usize, const NR: usize, const AHEAD: usize>(
     tile: ContextTile,
 ) {
-    let ContextTile { p, v, v_stride, keys, o, o_stride, start } = tile;
+    let ContextTile { p, v, v_stride, keys, o } = tile;
     // SAFETY: the ranges above, element by element.
     unsafe {
         let mut acc = [[L::zero(); NR]; MR];
-        if start == Start::Output {
+        if !A::INTEGERS && o.start == Start::Output {
             for r in 0..MR {
                 for n in 0..NR {
-                    acc[r][n] = L::load(o.add(r * o_stride + 16 * n));
+                    acc[r][n] = L::load(o.at.add(r * o.columns + LANES * n));
                 }
             }
         }
-        let (p, v) = (Operand { at: p, step: 1 }, Operand { at: v, step: v_stride });
-        reduce::<L, S, MR, NR, PAGE_KEYS>(p, v, keys, ahead_of(MR, AHEAD), &mut acc);
+        let operands = (Operand { at: p.at, step: 1 }, Operand { at: v.at, step: v_stride });
+        let (scales, ahead) = (Scales::OfElements(v.scales), ahead_of(MR, AHEAD));
+        reduce::<L, A, MR, NR, PAGE_KEYS>(operands.0, operands.1, scales, keys, ahead, &mut acc);
         for r in 0..MR {
             for n in 0..NR {
-                L::store(o.add(r * o_stride + 16 * n), acc[r][n]);
+                let mut sum = A::value(acc[r][n]);
+                if A::INTEGERS {
+                    sum = L::mul(sum, L::splat(*p.scales.add(r)));
+                }
+                L::store(o.at.add(r * o.columns + LANES * n), sum);
             }
         }
     }

@@ -6,7 +6,7 @@ use attnd_kernel::slot::{
     N_SLOTS, Node, PAGE_KEYS, cover, keys_in_page, keys_in_slots, n_pages, slot_of_page,
 };
 use attnd_kernel::{
-    AttnShape, Causal, Dims, Dtype, FinishedRows, GroupCall, Kernels, KvHead, PartialRows, Storage,
+    AttnShape, Causal, Compute, Dims, Dtype, FinishedRows, GroupCall, Kernels, KvHead, PartialRows, Storage,
     attend_node,
 };
 use rand::rngs::SmallRng;
@@ -55,6 +55,8 @@ pub(crate) struct Case {
     pub(crate) causal: Causal,
     /// How keys and values are stored.
     pub(crate) storage: Storage,
+    /// In what arithmetic.
+    pub(crate) compute: Compute,
     pub(crate) scale: f32,
     pub(crate) q: Vec<f32>,
     pub(crate) k: Vec<f32>,
@@ -110,7 +112,16 @@ impl Case {
             _ => (1.0, 1.0),
         };
         let (q, k, v) = (fill(group * tq * d, qk), fill(tk * d, qk), fill(tk * dv, value));
-        Self { shape, causal, storage: Storage::F32, scale: (d as f32).sqrt().recip(), q, k, v }
+        Self {
+            shape,
+            causal,
+            storage: Storage::F32,
+            compute: Compute::F32,
+            scale: (d as f32).sqrt().recip(),
+            q,
+            k,
+            v,
+        }
     }
 
     /// The case with its keys and values as `storage` holds them.
@@ -144,7 +155,14 @@ impl Case {
         node: Node,
         tokens: Range<usize>,
     ) -> PartialRows {
-        let call = GroupCall { shape: self.shape, scale: self.scale, causal: self.causal, q: &self.q, kv };
+        let call = GroupCall {
+            shape: self.shape,
+            scale: self.scale,
+            causal: self.causal,
+            q: &self.q,
+            kv,
+            compute: self.compute,
+        };
         attend_node(kernels, &call, node, tokens).0
     }
 

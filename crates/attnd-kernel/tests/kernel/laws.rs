@@ -151,14 +151,21 @@ fn extreme_logits_pick_their_key_and_no_sentinel_leaks() {
 #[test]
 fn scores_that_leave_f32_are_reported() {
     use attnd_kernel::slot::Node;
-    use attnd_kernel::{GroupCall, attend_node};
+    use attnd_kernel::{Compute, GroupCall, attend_node};
     for sign in [1.0, -1.0] {
         let mut case = Case::new(14, Data::Normal, Causal::None, [2, 20, 600, 4, 4]);
         case.q[(20 + 3) * 4] = 1e20;
         case.k[500 * 4] = sign * 1e20;
         let kv = case.resident(0..64);
         for kernels in Kernels::available() {
-            let call = GroupCall { shape: case.shape, scale: 1.0, causal: Causal::None, q: &case.q, kv: &kv };
+            let call = GroupCall {
+                shape: case.shape,
+                scale: 1.0,
+                causal: Causal::None,
+                q: &case.q,
+                kv: &kv,
+                compute: Compute::F32,
+            };
             let overflow = attend_node(kernels, &call, Node::ROOT, 0..20).1.unwrap_err();
             assert_eq!((overflow.head_in_group, overflow.token), (1, 3), "{sign} {}", kernels.isa());
         }

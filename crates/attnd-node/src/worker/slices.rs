@@ -101,7 +101,7 @@ fn earlier(a: Result<(), ScoreOverflow>, b: Result<(), ScoreOverflow>) -> Result
 mod tests {
     use std::cell::Cell;
 
-    use attnd_kernel::{AttnShape, Causal, Dims, Dtype, KvHead};
+    use attnd_kernel::{AttnShape, Causal, Compute, Dims, Dtype, KvHead};
     use rand::rngs::StdRng;
     use rand::{RngExt, SeedableRng};
 
@@ -129,7 +129,14 @@ mod tests {
     fn slices_of_any_size_have_the_bits_of_the_whole() {
         let shape = AttnShape::new(DIMS).unwrap();
         let (q, kv) = operands(&shape);
-        let call = GroupCall { shape, scale: 0.5, causal: Causal::BottomRight, q: &q, kv: &kv };
+        let call = GroupCall {
+            shape,
+            scale: 0.5,
+            causal: Causal::BottomRight,
+            q: &q,
+            kv: &kv,
+            compute: Compute::F32,
+        };
         let kernels = Kernels::from_env().unwrap();
         for node in [Node::ROOT, Node::new(5, 1).unwrap(), Node::new(0, 17).unwrap()] {
             let whole = attend_node(kernels, &call, node, 7..130);
@@ -150,7 +157,8 @@ mod tests {
     fn nothing_more_is_computed_once_nobody_wants_it() {
         let shape = AttnShape::new(DIMS).unwrap();
         let (q, kv) = operands(&shape);
-        let call = GroupCall { shape, scale: 0.5, causal: Causal::None, q: &q, kv: &kv };
+        let call =
+            GroupCall { shape, scale: 0.5, causal: Causal::None, q: &q, kv: &kv, compute: Compute::F32 };
         let left = Cell::new(3);
         let go_on = || left.replace(left.get() - 1) > 0;
         let slicer = Slicer { kernels: Kernels::from_env().unwrap(), call, most: 1 << 16, go_on };

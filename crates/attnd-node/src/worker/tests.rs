@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::ops::Range;
 use std::time::Duration;
 
-use attnd_kernel::{AttnShape, Causal, Dims, Dtype, GroupCall, KvHead, PartialRows, attend_node};
+use attnd_kernel::{AttnShape, Causal, Compute, Dims, Dtype, GroupCall, KvHead, PartialRows, attend_node};
 use attnd_plan::{Piece, Tensor, filled_nodes};
 use attnd_wire::proto::cluster_server::Cluster;
 use attnd_wire::{
@@ -218,7 +218,14 @@ impl Case {
                 kv.write_v(page, &bytes(rows), Dtype::F32, true).unwrap();
             }
             let q = self.q[2 * group..2 * group + 2].concat();
-            let call = GroupCall { shape: *shape, scale: *scale, causal: *causal, q: &q, kv: &kv };
+            let call = GroupCall {
+                shape: *shape,
+                scale: *scale,
+                causal: *causal,
+                q: &q,
+                kv: &kv,
+                compute: Compute::F32,
+            };
             for first_token in (0..7).step_by(*tokens_per_cell) {
                 let tokens = first_token..(first_token + tokens_per_cell).min(7);
                 for (node, keys) in filled_nodes(pieces[0].slots.clone(), shape.n_keys()) {

@@ -1,0 +1,102 @@
+//! Products of 8-bit and 16-bit integers, added up exactly: the order "c1-int8".
+//!
+//! It departs from `canonical.rs` in the two products:
+//!
+//! * A query `q'` becomes integers `a_x = rint(q'_x / s)` with a scale `s = max |q'| / A`. The key's integers `b_x` and scale `t`
+//!   are what is stored. `score = ((sum_x a_x b_x) as f32 * t) * s`. `A` is 32767, or less where `head_dim` is above 516, so that
+//!   no sum leaves 32 bits.
+//! * The weights of a page become integers too, with the scale of their values folded in: `w_j = p_j * u_j` for value scales
+//!   `u_j`, `c_j = rint(w_j / r)` with `r = max w / 32767`, and `o = (sum_j c_j v_j) as f32 * r`. A sum over a page of 256 keys
+//!   stays in 32 bits.
+//!
+//! Sums of integers are exact in any order, so bits are the same for any cut of the work, tile and ISA. Softmax, merges and
+//! the division are those of `canonical.rs`. What is lost beside the storage itself is `2^-16` of a query's largest element
+//! and of a page's largest weight times scale.
+
+use std::ops::Range;
+
+use super::Arithmetic;
+use crate::lanes::{DotLanes, LANES};
+
+/// The largest integer of a weight.
+const LARGEST_WEIGHT: f32 = 32_767.0;
+
+/// The largest integer of a query of `d` dimensions: with keys of up to 127, no sum leaves 32 bits.
+fn largest_query(d: usize) -> f32 {
+    let most = i32::MAX as usize / (127 * d.max(1));
+    most.min(32_767) as f32
+}
+
+/// Turns a query into integers, and gives those to `word` in words of two, as [`Int8Dots`] meets them: word `2 x` has
+/// dimensions `4 x` and `4 x + 2`, word `2 x + 1` has `4 x + 1` and `4 x + 3`. Returns their scale; NaN for a query that isn't
+/// finite, whose scores are NaN then.
+pub(crate) fn pack_query(query: &[f32], factor: f32, mut word: impl FnMut(usize, f32)) -> f32 {
+    let is_finite = query.iter().all(|x| (x * factor).is_finite());
+    let largest = query.iter().fold(0.0_f32, |largest, x| largest.max((x * factor).abs()));
+    let scale = largest / largest_query(query.len());
+    let integer = |x: usize| match query.get(x) {
+        // A scale of 0 is that of zeros, or of a query so small that all its scores are 0 in f32 too.
+        Some(x) if is_finite && scale > 0.0 => (x * factor / scale).round_ties_even() as i16,
+        _ => 0,
+    };
+    let pair = |low: usize, high: usize| {
+        u32::from(integer(low).cast_unsigned()) | u32::from(integer(high).cast_unsigned()) << 16
+    };
+    for x in 0..query.len().div_ceil(4) {
+        word(2 * x, f32::from_bits(pair(4 * x, 4 * x + 2)));
+        word(2 * x + 1, f32::from_bits(pair(4 * x + 1, 4 * x + 3)));
+    }
+    if is_finite { scale } else { f32::NAN }
+}
+
+/// int8 against 16-bit integers.
+#[derive(Clone, Copy)]
+pub(crate) struct Int8Dots;
+
+impl<L: DotLanes> Arithmetic<L> for Int8Dots {
+    const PER_WORD: usize = 4;
+    const PARTS: usize = 2;
+    const INTEGERS: bool = true;
+
+    #[inline(always)]
+    unsafe fn part(words: L::V, at: usize) -> L::V {
+        // SAFETY: as the caller vouches.
+        unsafe { L::bytes_of_halves(words, at) }
+    }
+    #[inline(always)]
+    unsafe fn only(words: L::V, at: usize) -> L::V {
+        // SAFETY: as the caller vouches.
+        unsafe { L::half_of_words(L::bytes_of_halves(words, at % 2), at / 2) }
+    }
+    #[inline(always)]
+    unsafe fn multiply_add(a: L::V, b: L::V, acc: L::V) -> L::V {
+        // SAFETY: as the caller vouches.
+        unsafe { L::dot_int16(a, b, acc) }
+    }
+    #[inline(always)]
+    unsafe fn value(acc: L::V) -> L::V {
+        // SAFETY: as the caller vouches.
+        unsafe { L::from_int32(acc) }
+    }
+    #[inline(always)]
+    unsafe fn pack_row(p: *mut f32, keys: Range<usize>, value_scales: *const f32) -> f32 {
+        // SAFETY: keys are whole vectors of a page; the words of 16 weights go where weights were that have been read.
+        unsafe {
+            let mut largest = L::zero();
+            for j in keys.clone().step_by(LANES) {
+                let scaled = L::mul(L::load(p.add(j)), L::load(value_scales.add(j)));
+                L::store(p.add(j), scaled);
+                largest = L::max(scaled, largest);
+            }
+            let scale = L::largest(largest) / LARGEST_WEIGHT;
+            // Where weights are NaN so is their sum, and any integers do.
+            let scale = if scale > 0.0 && scale.is_finite() { scale } else { 1.0 };
+            let divisor = L::splat(scale);
+            for j in keys.step_by(LANES) {
+                let integers = L::div(L::load(p.add(j)), divisor);
+                L::store_half(p.add(j / 2), L::int16_pairs(integers));
+            }
+            scale
+        }
+    }
+}

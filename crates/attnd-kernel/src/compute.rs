@@ -1,0 +1,81 @@
+//! In what arithmetic scores and contexts are computed: f32, or the CPU's dot products of what is stored.
+
+use crate::canonical::KERNEL_ID;
+use crate::storage::Storage;
+
+/// The arithmetic of a call. Each has its own order and its own `kernel_id`; results have equal bits where that is equal.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Compute {
+    /// f32 products of stored elements, widened exactly. For any storage, on any CPU.
+    #[default]
+    F32,
+    /// Products of bf16 pairs, added up in f32: twice as fast, with queries and weights rounded to bf16. For bf16 storage.
+    Bf16,
+    /// Products of stored 8-bit integers with queries and weights of 16 bits, added up exactly. For int8 storage.
+    Int8,
+}
+
+impl Compute {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::F32, Self::Bf16, Self::Int8];
+
+    /// Names the order of arithmetic. See [`KERNEL_ID`], which is that of f32.
+    pub fn kernel_id(self) -> &'static str {
+        match self {
+            Self::F32 => KERNEL_ID,
+            Self::Bf16 => "c1-bf16",
+            Self::Int8 => "c1-int8",
+        }
+    }
+
+    /// The storage that it is for; `None` for any.
+    pub fn storage(self) -> Option<Storage> {
+        match self {
+            Self::F32 => None,
+            Self::Bf16 => Some(Storage::Bf16),
+            Self::Int8 => Some(Storage::Int8),
+        }
+    }
+}
+
+impl std::fmt::Display for Compute {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+            Self::Int8 => "int8",
+        })
+    }
+}
+
+/// An arithmetic that isn't for the storage at hand.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "compute={compute} needs keys and values stored as {needed}, these are {storage}; store them so, or use compute=f32"
+)]
+pub struct StorageMismatch {
+    /// What was asked for.
+    pub compute: Compute,
+    /// What it needs.
+    pub needed: Storage,
+    /// What there is.
+    pub storage: Storage,
+}
+
+/// What a call is computed in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Effective {
+    /// The arithmetic.
+    pub compute: Compute,
+    /// What was asked for, if this CPU, or the kernels chosen for it, have no instructions for that.
+    pub instead_of: Option<Compute>,
+}
+
+impl std::fmt::Display for Effective {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.instead_of {
+            None => self.compute.fmt(f),
+            Some(wanted) => write!(f, "{} (no {wanted} dot products here)", self.compute),
+        }
+    }
+}
