@@ -13,9 +13,9 @@
 //! while the context tile is still in registers. The groups of a block take turns on a page, which then comes from
 //! memory once.
 //!
-//! Rows that see a part of a page: a lane's invisible scores become -inf, whose weight is 0 by rule 3, and a multiply-add
-//! of an invisible key is undone by a select, because a value may be NaN and 0 * NaN is not 0. What is left is the sign
-//! of a zero in `o`, which rule 8 drops.
+//! Rows that see a part of a page: a lane's invisible scores become -inf, whose weight is 0 by rule 3. A product with that is
+//! 0, unless a value is NaN or infinite; where a partial page has such values, products of invisible keys are undone by a
+//! select. What is left is the sign of a zero in `o`, which rule 8 drops.
 
 mod softmax;
 mod tile;

@@ -234,6 +234,7 @@ impl Walk<'_> {
             for row in (0..n_rows).step_by(tile_rows) {
                 let rows = tile_rows.min(n_rows - row);
                 let Span { shared, .. } = Span::of((row..row + rows).map(seen));
+                let shared = words_inside::<L, A>(shared);
                 for piece in 0..=2 * rows {
                     let is_shared = piece == rows;
                     let (first, rows, keys, start) = match piece {
@@ -287,6 +288,16 @@ impl Walk<'_> {
         // SAFETY: the ISA is enabled.
         unsafe { merge_rows::<L>(RowPartials { m, l, o }, m_right, l_right, o_right, columns) };
     }
+}
+
+/// The part of `keys` that may be reduced apart from the rest: any of them, or those of whole words where a word's elements are
+/// added in an order of their own.
+#[inline(always)]
+fn words_inside<L: Lanes, A: Arithmetic<L>>(keys: Range<usize>) -> Range<usize> {
+    if A::PARTS == A::PER_WORD {
+        return keys;
+    }
+    keys.start.next_multiple_of(A::PER_WORD)..keys.end / A::PER_WORD * A::PER_WORD
 }
 
 /// The keys of all words that hold some of `keys`.

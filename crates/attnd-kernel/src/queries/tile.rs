@@ -16,19 +16,19 @@ pub(super) const WHOLE_PAGE: Span = Span { hull: 0..PAGE_KEYS, shared: 0..PAGE_K
 /// Calls `$f::<L, A, MR, NR>($args)` on as many full tiles as fit into `$len` elements and then on smaller ones; `$at` is
 /// the first element of each.
 macro_rules! cover {
-    ($len:expr, |$at:ident| $f:ident::<$l:ty, $a:ty, $mr:tt, $nr:tt>($($arg:expr),*)) => {{
+    ($len:expr, |$at:ident| $f:ident::<$l:ty, $a:ty, $mr:tt, $nr:tt $(, $careful:tt)?>($($arg:expr),*)) => {{
         let mut $at = 0;
         let len: usize = $len;
         while len - $at >= $mr {
-            $f::<$l, $a, $mr, $nr>($($arg),*);
+            $f::<$l, $a, $mr, $nr $(, $careful)?>($($arg),*);
             $at += $mr;
         }
         if $mr > 4 && len - $at >= 4 {
-            $f::<$l, $a, 4, $nr>($($arg),*);
+            $f::<$l, $a, 4, $nr $(, $careful)?>($($arg),*);
             $at += 4;
         }
         if $mr > 2 && len - $at >= 2 {
-            $f::<$l, $a, 2, $nr>($($arg),*);
+            $f::<$l, $a, 2, $nr $(, $careful)?>($($arg),*);
             $at += 2;
         }
         debug_assert_eq!(len, $at);
@@ -110,6 +110,9 @@ pub(super) struct Merge {
 
 /// Adds up the values of one page by weight, merges, and stores: `o[column * lanes + lane]`.
 ///
+/// A key that a lane doesn't see has the weight 0 there, and its product adds nothing: at most the sign of a zero, which
+/// rule 8 drops. Only where some value of `keys.hull` is NaN or infinite, so that 0 times it is NaN, are such products undone.
+///
 /// # Safety
 /// The ISA of `L` is enabled. `v` (the page's V panels) is valid for `256 * columns` reads, `columns` a multiple of 16, `seen`
 /// for two rows of `16 * NR`, `p` for 256; each output of `merge` for `columns` rows, and its factors for two a merge.
@@ -122,26 +125,63 @@ pub(super) unsafe fn context<L: Lanes, A: Arithmetic<L>, const MR: usize, const 
     p: *const f32,
     merge: &Merge,
 ) {
+    let words = keys.hull.start / A::PER_WORD..keys.hull.end.div_ceil(A::PER_WORD);
     // SAFETY: column * 256 is where a panel starts, because all panels before it are 64 wide; tiles stay inside one.
     unsafe {
+        let is_careful = *keys != WHOLE_PAGE && !are_finite::<L, A>(v, columns, words.clone());
         for first in (0..columns).step_by(PANEL_COLUMNS) {
             let width = PANEL_COLUMNS.min(columns - first);
             let v = Operand { at: v.add(first * PAGE_KEYS / A::PER_WORD), step: width };
-            cover!(width, |column| context_tile::<L, A, MR, NR>(v, first, column, keys, seen, p, merge));
+            if is_careful {
+                // Small tiles, for want of registers beside the bounds of the lanes.
+                cover!(width, |column| context_tile::<L, A, 2, NR, true>(
+                    v, first, column, &words, seen, p, merge
+                ));
+            } else {
+                cover!(width, |column| context_tile::<L, A, MR, NR, false>(
+                    v, first, column, &words, seen, p, merge
+                ));
+            }
         }
     }
 }
 
-/// `MR` columns from `column` of a panel on; `first` is the panel's first column.
+/// Whether no value of some words of a page is NaN or infinite.
 ///
 /// # Safety
-/// As [`context`]; `v` is the panel, and `column + MR` at most its width.
+/// The ISA of `L`, and what `A` needs, is enabled; `v` is valid for the words of a page's values.
 #[inline(always)]
-unsafe fn context_tile<L: Lanes, A: Arithmetic<L>, const MR: usize, const NR: usize>(
+unsafe fn are_finite<L: Lanes, A: Arithmetic<L>>(v: *const f32, columns: usize, words: Range<usize>) -> bool {
+    // SAFETY: rows of words lie panel by panel, each as wide as its panel.
+    unsafe {
+        // Products with 0 are 0 or NaN, which stays; four sums, so that they don't wait for each other.
+        let mut sums = [L::zero(); PANEL_COLUMNS / LANES];
+        for first in (0..columns).step_by(PANEL_COLUMNS) {
+            let width = PANEL_COLUMNS.min(columns - first);
+            let v = v.add(first * PAGE_KEYS / A::PER_WORD);
+            for word in words.clone() {
+                for n in 0..width / LANES {
+                    let values = L::load(v.add(word * width + LANES * n));
+                    sums[n] = A::multiply_add(values, L::zero(), sums[n]);
+                }
+            }
+        }
+        let sum = sums.into_iter().fold(L::zero(), |sum, other| L::add(sum, other));
+        L::halving_sum(sum) == 0.0
+    }
+}
+
+/// `MR` columns from `column` of a panel on; `first` is the panel's first column. `CAREFUL`: products of keys that a lane
+/// doesn't see are undone.
+///
+/// # Safety
+/// As [`context`]; `v` is the panel, `column + MR` at most its width, and `words` are inside a page.
+#[inline(always)]
+unsafe fn context_tile<L: Lanes, A: Arithmetic<L>, const MR: usize, const NR: usize, const CAREFUL: bool>(
     v: Operand,
     first: usize,
     column: usize,
-    keys: &Span,
+    words: &Range<usize>,
     seen: *const f32,
     p: *const f32,
     merge: &Merge,
@@ -151,17 +191,13 @@ unsafe fn context_tile<L: Lanes, A: Arithmetic<L>, const MR: usize, const NR: us
         let mut acc = [[L::zero(); NR]; MR];
         let v = Operand { at: v.at.add(column), ..v };
         let p = Operand { at: p, step: LANES * NR };
-        let Span { hull, shared } = keys;
-        // Words whose keys all lanes see, and before and after them those with keys that some lanes see.
-        let first_shared = shared.start.div_ceil(A::PER_WORD);
-        let words = first_shared..(shared.end / A::PER_WORD).max(first_shared);
-        for word in hull.start / A::PER_WORD..words.start {
-            visible_step::<L, A, MR, NR>(v, p, word, seen, &mut acc);
-        }
-        let shared = words.start * A::PER_WORD..words.end * A::PER_WORD;
-        reduce::<L, A, MR, NR, 1>(v, p, Scales::None, shared, 0, &mut acc);
-        for word in words.end..hull.end.div_ceil(A::PER_WORD) {
-            visible_step::<L, A, MR, NR>(v, p, word, seen, &mut acc);
+        if CAREFUL {
+            for word in words.clone() {
+                visible_step::<L, A, MR, NR>(v, p, word, seen, &mut acc);
+            }
+        } else {
+            let elements = words.start * A::PER_WORD..words.end * A::PER_WORD;
+            reduce::<L, A, MR, NR, 1>(v, p, Scales::None, elements, 0, &mut acc);
         }
         let at = LANES * NR * (first + column);
         for i in 0..merge.merges {
@@ -200,9 +236,6 @@ unsafe fn visible_step<L: Lanes, A: Arithmetic<L>, const MR: usize, const NR: us
     // SAFETY: the ranges above, element by element.
     unsafe {
         let (v, p) = (v.at.add(word * v.step), p.at.add(word * p.step));
-        // Opaque, so that the bounds of the lanes are loaded for each key: kept in registers they would drive accumulators
-        // of the whole tile out of theirs.
-        let seen = std::hint::black_box(seen);
         let key = word * A::PER_WORD;
         let (key, last) = (L::splat(key as f32), L::splat((key + A::PER_WORD - 1) as f32));
         for n in 0..NR {

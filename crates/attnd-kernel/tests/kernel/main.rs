@@ -5,5 +5,6 @@
 mod accuracy;
 mod bits;
 mod cases;
+mod dots;
 mod laws;
 mod machine_code;

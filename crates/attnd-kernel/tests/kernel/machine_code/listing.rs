@@ -99,8 +99,11 @@ impl Instruction<'_> {
     pub(crate) fn is_multiply_add(&self) -> bool {
         match self.architecture {
             Architecture::X86 => {
-                self.mnemonic.ends_with("ps")
-                    && ["vfmadd", "vfmsub", "vfnmadd", "vfnmsub"].iter().any(|f| self.mnemonic.starts_with(f))
+                ["vdpbf16ps", "vpdpwssd"].contains(&self.mnemonic)
+                    || self.mnemonic.ends_with("ps")
+                        && ["vfmadd", "vfmsub", "vfnmadd", "vfnmsub"]
+                            .iter()
+                            .any(|f| self.mnemonic.starts_with(f))
             }
             Architecture::Aarch64 => {
                 ["fmla", "fmls"].contains(&self.mnemonic) && self.operands.contains(".4s")
@@ -119,7 +122,12 @@ impl Instruction<'_> {
     /// Copies one f32 from memory into all lanes, or uses it as if.
     pub(crate) fn is_broadcast(&self) -> bool {
         match self.architecture {
-            Architecture::X86 => self.mnemonic == "vbroadcastss" || self.operands.contains("{1to"),
+            Architecture::X86 => {
+                // Words of several elements are broadcast as integers.
+                self.mnemonic == "vbroadcastss"
+                    || self.mnemonic == "vpbroadcastd" && self.operands.contains('(')
+                    || self.operands.contains("{1to")
+            }
             Architecture::Aarch64 => {
                 self.mnemonic == "ld1r" || self.is_multiply_add() && self.operands.contains(".s[")
             }
@@ -145,7 +153,7 @@ impl Instruction<'_> {
     /// Takes part in widening 16-bit elements.
     pub(crate) fn is_widening(&self) -> bool {
         match self.architecture {
-            Architecture::X86 => ["vcvtph2ps", "vpslld"].contains(&self.mnemonic),
+            Architecture::X86 => ["vcvtph2ps", "vpslld", "vcvtdq2ps", "vpsraw"].contains(&self.mnemonic),
             Architecture::Aarch64 => ["shl", "fcvtl"].contains(&self.mnemonic),
         }
     }
