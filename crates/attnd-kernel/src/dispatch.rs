@@ -423,7 +423,7 @@ unsafe fn read_chains<L: crate::lanes::Lanes>(from: &[f32]) -> f32 {
 /// # Safety
 /// The entries may only be called on a CPU that has `$features`; [`Kernels::available`] hands the table out only there.
 macro_rules! instantiate {
-    ($table:ident, $isa:expr, $lanes:ty, few $fr:literal x $fn:literal, rows $mr:literal x $nr:literal ahead $ahead:literal, narrow few $nfr:literal x $nfn:literal, rows $nmr:literal x $nnr:literal, queries $keys:literal x $queries:literal, chains $chains:literal $(, #[$features:meta])?) => {
+    ($table:ident, $isa:expr, $lanes:ty, few $fr:literal x $fn:literal, rows $mr:literal x $nr:literal ahead $ahead:literal, narrow few $nfr:literal x $nfn:literal, rows $nmr:literal x $nnr:literal ahead $nahead:literal, queries $keys:literal x $queries:literal, chains $chains:literal $(, #[$features:meta])?) => {
         static $table: Kernels = {
             $(#[$features])?
             unsafe fn pack_queries_entry(layout: QueryLayout, rows: &[&[f32]], factor: f32, q: &mut [f32]) {
@@ -443,22 +443,22 @@ macro_rules! instantiate {
             $(#[$features])?
             unsafe fn rows_f16_entry(block: &RowBlock<'_>, scratch: &mut [f32], out: &mut RowPartials<'_>) -> Option<usize> {
                 // SAFETY: the features are enabled on this function.
-                unsafe { attend_rows::<$lanes, Exact<StoredF16>, $nfr, $nfn, $nmr, $nnr, 0>(block, scratch, out) }
+                unsafe { attend_rows::<$lanes, Exact<StoredF16>, $nfr, $nfn, $nmr, $nnr, $nahead>(block, scratch, out) }
             }
             $(#[$features])?
             unsafe fn rows_bf16_entry(block: &RowBlock<'_>, scratch: &mut [f32], out: &mut RowPartials<'_>) -> Option<usize> {
                 // SAFETY: the features are enabled on this function.
-                unsafe { attend_rows::<$lanes, Exact<StoredBf16>, $nfr, $nfn, $nmr, $nnr, 0>(block, scratch, out) }
+                unsafe { attend_rows::<$lanes, Exact<StoredBf16>, $nfr, $nfn, $nmr, $nnr, $nahead>(block, scratch, out) }
             }
             $(#[$features])?
             unsafe fn rows_int8_entry(block: &RowBlock<'_>, scratch: &mut [f32], out: &mut RowPartials<'_>) -> Option<usize> {
                 // SAFETY: the features are enabled on this function.
-                unsafe { attend_rows::<$lanes, Exact<StoredInt8>, $nfr, $nfn, $nmr, $nnr, 0>(block, scratch, out) }
+                unsafe { attend_rows::<$lanes, Exact<StoredInt8>, $nfr, $nfn, $nmr, $nnr, $nahead>(block, scratch, out) }
             }
             $(#[$features])?
             unsafe fn rows_int4_entry(block: &RowBlock<'_>, scratch: &mut [f32], out: &mut RowPartials<'_>) -> Option<usize> {
                 // SAFETY: the features are enabled on this function.
-                unsafe { attend_rows::<$lanes, Exact<StoredInt4>, $nfr, $nfn, $nmr, $nnr, 0>(block, scratch, out) }
+                unsafe { attend_rows::<$lanes, Exact<StoredInt4>, $nfr, $nfn, $nmr, $nnr, $nahead>(block, scratch, out) }
             }
             $(#[$features])?
             unsafe fn attend_queries_entry(
@@ -532,12 +532,12 @@ macro_rules! instantiate {
 }
 
 #[cfg(target_arch = "x86_64")]
-instantiate!(AVX512, Isa::Avx512, arch::avx512::Avx512, few 6 x 4, rows 6 x 4 ahead 1024, narrow few 4 x 4, rows 4 x 4, queries 8 x 3, chains 12, #[target_feature(enable = "avx512f,avx512dq,avx2,fma,f16c")]);
+instantiate!(AVX512, Isa::Avx512, arch::avx512::Avx512, few 6 x 4, rows 6 x 4 ahead 1024, narrow few 4 x 4, rows 4 x 4 ahead 1024, queries 8 x 3, chains 12, #[target_feature(enable = "avx512f,avx512dq,avx2,fma,f16c")]);
 #[cfg(target_arch = "x86_64")]
-instantiate!(AVX2, Isa::Avx2, arch::avx2::Avx2, few 1 x 4, rows 6 x 1 ahead 0, narrow few 1 x 4, rows 4 x 1, queries 6 x 1, chains 6, #[target_feature(enable = "avx2,fma,f16c")]);
+instantiate!(AVX2, Isa::Avx2, arch::avx2::Avx2, few 1 x 4, rows 6 x 1 ahead 0, narrow few 1 x 4, rows 4 x 1 ahead 0, queries 6 x 1, chains 6, #[target_feature(enable = "avx2,fma,f16c")]);
 #[cfg(target_arch = "aarch64")]
-instantiate!(NEON, Isa::Neon, arch::neon::Neon, few 1 x 4, rows 6 x 1 ahead 0, narrow few 1 x 4, rows 4 x 1, queries 6 x 1, chains 6);
-instantiate!(PORTABLE, Isa::Portable, arch::portable::Portable, few 2 x 1, rows 2 x 1 ahead 0, narrow few 2 x 1, rows 2 x 1, queries 2 x 1, chains 2);
+instantiate!(NEON, Isa::Neon, arch::neon::Neon, few 1 x 4, rows 6 x 1 ahead 0, narrow few 1 x 4, rows 4 x 1 ahead 0, queries 6 x 1, chains 6);
+instantiate!(PORTABLE, Isa::Portable, arch::portable::Portable, few 2 x 1, rows 2 x 1 ahead 0, narrow few 2 x 1, rows 2 x 1 ahead 0, queries 2 x 1, chains 2);
 
 #[cfg(test)]
 mod tests {

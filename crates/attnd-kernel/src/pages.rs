@@ -1,11 +1,10 @@
 //! Resident keys and values of one kv head, stored in the order the kernels consume them.
 //!
 //! A page of 256 keys is one run of memory, so that a kernel walks one forward-moving address:
+//! * where elements are integers, the scales of the 256 keys, and those of the 256 values;
 //! * four K panels of 64 keys; in a panel, dimension `x` of key `t` is at `x * 64 + t` (K transposed);
 //! * V panels of 64 columns (the last one narrower, in steps of 16); in a panel of width `w` column `c` of key `j`
 //!   is at `j * w + c`.
-//!
-//! * where elements are integers, the scales of the 256 keys, and those of the 256 values.
 //!
 //! With narrower elements a place in a panel is a word that holds several of them: of 16 bits dimensions `2 x` and `2 x + 1`
 //! of a key, keys `2 j` and `2 j + 1` of a column; of 8 bits four, of 4 bits eight. What a key's last word has room for
@@ -215,9 +214,9 @@ impl KvHead {
         let place = *self.place.get(page).filter(|place| **place != ABSENT)?;
         let words = PageWords::new(self.head_dim, self.value_dim, self.storage);
         let memory = &self.memory[place as usize * words.total()..][..words.total()];
-        let (k, memory) = memory.split_at(words.k);
-        let (v, memory) = memory.split_at(words.v);
-        let (key_scales, value_scales) = memory.split_at(words.scales);
+        let (key_scales, memory) = memory.split_at(words.scales);
+        let (value_scales, memory) = memory.split_at(words.scales);
+        let (k, v) = memory.split_at(words.k);
         Some(PageView { k, v, key_scales, value_scales })
     }
 
@@ -232,9 +231,9 @@ impl KvHead {
         let Some(place) = place else { panic!("page {page} is not in slots {:?}", self.slots) };
         let words = PageWords::new(self.head_dim, self.value_dim, self.storage);
         let memory = &mut self.memory[place as usize * words.total()..][..words.total()];
-        let (k, memory) = memory.split_at_mut(words.k);
-        let (v, memory) = memory.split_at_mut(words.v);
-        let (key_scales, value_scales) = memory.split_at_mut(words.scales);
+        let (key_scales, memory) = memory.split_at_mut(words.scales);
+        let (value_scales, memory) = memory.split_at_mut(words.scales);
+        let (k, v) = memory.split_at_mut(words.k);
         PageParts { k, v, key_scales, value_scales }
     }
 }

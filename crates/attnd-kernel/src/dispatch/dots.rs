@@ -83,7 +83,7 @@ static AVX512_INT8: Int8Entries = {
         out: &mut RowPartials<'_>,
     ) -> Option<usize> {
         // SAFETY: the features are enabled on this function.
-        unsafe { attend_rows::<Avx512, Int8Dots, 4, 4, 4, 4, 0>(block, scratch, out) }
+        unsafe { attend_rows::<Avx512, Int8Dots, 4, 4, 4, 4, 1024>(block, scratch, out) }
     }
     Int8Entries { rows: rows_dots_entry }
 };

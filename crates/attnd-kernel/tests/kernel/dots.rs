@@ -339,9 +339,13 @@ fn error_of(mode: (Compute, Storage), d: usize) -> Option<f64> {
 #[test]
 fn errors_of_dot_products_are_as_stated() {
     // Fixed operands and a fixed order, so that these are no estimates: a change of the arithmetic shows.
-    let stated = [(MODES[0], 64, 0.0), (MODES[0], 128, 0.0), (MODES[1], 64, 0.0), (MODES[1], 128, 0.0)];
+    let stated = [
+        (MODES[0], 64, 8.86e-3),
+        (MODES[0], 128, 6.33e-3),
+        (MODES[1], 64, 2.40e-4),
+        (MODES[1], 128, 2.48e-4),
+    ];
     for (mode, d, stated) in stated {
-        println!("PIN {} {d} {:?}", mode.0, error_of(mode, d));
         if let Some(found) = error_of(mode, d) {
             assert!(
                 (0.98 * stated..=stated).contains(&found),

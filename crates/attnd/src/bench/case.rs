@@ -1,11 +1,8 @@
 //! The cases, as data: shapes that say something about the kernels, and how much work each of them is.
 
-use attnd_kernel::{AttnShape, Causal, Dims, ShapeError, Storage};
+use attnd_kernel::{AttnShape, Causal, Compute, Dims, ShapeError, Storage};
 
 use crate::exit::BadInput;
-
-/// In what arithmetic scores and contexts are computed. One so far.
-pub const MODE: &str = "f32";
 
 /// How many threads a case runs on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,6 +53,8 @@ pub struct Case {
     pub causal: Causal,
     /// How keys and values are stored.
     pub storage: Storage,
+    /// In what arithmetic, where the kernels have it.
+    pub compute: Compute,
     /// Threads.
     pub team: Team,
 }
@@ -77,13 +76,22 @@ pub const CASES: &[Case] = &[
     decode("decode T=65536 d=64 H=32/8", 32, 8, 65_536, 64, Team::One),
     decode("decode T=65536 d=64 H=32/8", 32, 8, 65_536, 64, Team::All),
     prefill("prefill T=2048 d=128 bf16", 1, 1, 2048, 128, Causal::None, Team::One).stored(Storage::Bf16),
+    prefill("prefill T=2048 d=128 bf16 dots", 1, 1, 2048, 128, Causal::None, Team::One).in_bf16(),
+    prefill("prefill T=2048 d=64 bf16 dots", 1, 1, 2048, 64, Causal::None, Team::One).in_bf16(),
+    prefill("causal T=4096 d=128 H=8/2 bf16 dots", 8, 2, 4096, 128, Causal::BottomRight, Team::One).in_bf16(),
     decode("decode T=65536 d=128 H=8 bf16", 8, 8, 65_536, 128, Team::One).stored(Storage::Bf16),
     decode("decode T=65536 d=128 H=32/8 bf16", 32, 8, 65_536, 128, Team::One).stored(Storage::Bf16),
     decode("decode T=65536 d=128 H=32/8 bf16", 32, 8, 65_536, 128, Team::All).stored(Storage::Bf16),
+    decode("decode T=65536 d=128 H=8 bf16 dots", 8, 8, 65_536, 128, Team::One).in_bf16(),
+    decode("decode T=65536 d=128 H=32/8 bf16 dots", 32, 8, 65_536, 128, Team::One).in_bf16(),
+    decode("decode T=65536 d=128 H=32/8 bf16 dots", 32, 8, 65_536, 128, Team::All).in_bf16(),
     decode("decode T=65536 d=128 H=8 f16", 8, 8, 65_536, 128, Team::One).stored(Storage::F16),
     decode("decode T=65536 d=128 H=32/8 f16", 32, 8, 65_536, 128, Team::One).stored(Storage::F16),
     decode("decode T=131072 d=128 H=8 int8", 8, 8, 131_072, 128, Team::One).stored(Storage::Int8),
     decode("decode T=131072 d=128 H=32/8 int8", 32, 8, 131_072, 128, Team::One).stored(Storage::Int8),
+    decode("decode T=131072 d=128 H=8 int8 dots", 8, 8, 131_072, 128, Team::One).in_int8(),
+    decode("decode T=131072 d=128 H=32/8 int8 dots", 32, 8, 131_072, 128, Team::One).in_int8(),
+    decode("decode T=131072 d=128 H=32/8 int8 dots", 32, 8, 131_072, 128, Team::All).in_int8(),
     decode("decode T=262144 d=128 H=32/8 int4", 32, 8, 262_144, 128, Team::One).stored(Storage::Int4),
 ];
 
@@ -106,6 +114,7 @@ const fn prefill(
         value_dim: dim,
         causal,
         storage: Storage::F32,
+        compute: Compute::F32,
         team,
     }
 }
@@ -122,6 +131,7 @@ const fn decode(name: &'static str, heads: u64, kv_heads: u64, keys: u64, dim: u
         value_dim: dim,
         causal,
         storage: Storage::F32,
+        compute: Compute::F32,
         team,
     }
 }
@@ -130,6 +140,16 @@ impl Case {
     /// The same with keys and values stored otherwise.
     const fn stored(self, storage: Storage) -> Self {
         Self { storage, ..self }
+    }
+
+    /// The same stored as bf16 and computed by its dot products.
+    pub const fn in_bf16(self) -> Self {
+        Self { storage: Storage::Bf16, compute: Compute::Bf16, ..self }
+    }
+
+    /// The same stored as int8 and computed by its dot products.
+    const fn in_int8(self) -> Self {
+        Self { storage: Storage::Int8, compute: Compute::Int8, ..self }
     }
 
     /// Its dimensions, validated.
@@ -186,8 +206,8 @@ impl Case {
 
     /// Whether two cases have the same operands.
     pub fn same_operands(&self, other: &Self) -> bool {
-        let Self { name, team, causal, .. } = *self;
-        Self { name, team, causal, ..*other } == *self
+        let Self { name, team, causal, compute, .. } = *self;
+        Self { name, team, causal, compute, ..*other } == *self
     }
 }
 

@@ -51,7 +51,8 @@ impl Earlier {
         for case in &mut report.cases {
             let same = self.cases.iter().find(|old| {
                 (old.name.as_str(), old.isa.as_str(), old.threads) == (case.name, case.isa, case.threads)
-                    && (old.storage.as_str(), old.mode.as_str()) == (case.storage.as_str(), case.mode)
+                    && (old.storage.as_str(), old.mode.as_str())
+                        == (case.storage.as_str(), case.mode.as_str())
             });
             case.fraction_change = same.map(|old| case.fraction - old.fraction);
         }

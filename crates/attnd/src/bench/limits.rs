@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use attnd_kernel::{Kernels, OutOfMemory, ReadArea};
+use attnd_kernel::{Compute, Kernels, OutOfMemory, ReadArea};
 use serde::{Deserialize, Serialize};
 
 use super::case::{Bound, Team};
@@ -18,7 +18,7 @@ const FMA_SPAN: Duration = Duration::from_millis(30);
 /// One limit: the best that was seen in the run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Limit {
-    /// `fma` or `read`.
+    /// `fma`, `bf16 dot` or `read`.
     pub what: String,
     /// Whose instructions were used.
     pub isa: String,
@@ -53,11 +53,14 @@ impl<'p> Limits<'p> {
         Ok(Self { pools, areas, reader: Kernels::available()[0], best: Vec::new() })
     }
 
-    /// Measures a limit now, for the kernels and the team of a case: GFLOP/s or GB/s.
-    pub fn now(&mut self, bound: Bound, kernels: &Kernels, team: Team) -> f64 {
+    /// Measures a limit now, for the kernels, the arithmetic and the team of a case: GFLOP/s or GB/s.
+    pub fn now(&mut self, bound: Bound, kernels: &Kernels, compute: Compute, team: Team) -> f64 {
         let pool = self.pools.of(team);
         let (what, isa, rate) = match bound {
-            Bound::Fma => ("fma", kernels.isa(), kernels.peak_gflops(pool, FMA_SPAN)),
+            Bound::Fma => {
+                let what = if compute == Compute::Bf16 { "bf16 dot" } else { "fma" };
+                (what, kernels.isa(), kernels.peak_gflops(pool, compute, FMA_SPAN))
+            }
             Bound::Read => {
                 let area = &self.areas[usize::from(team == Team::All)];
                 ("read", self.reader.isa(), self.reader.read_gb_per_second(pool, area, READ_PASSES))
@@ -84,9 +87,14 @@ impl<'p> Limits<'p> {
     pub fn all(&mut self, kernels: &[&Kernels]) {
         for team in [Team::One, Team::All] {
             for kernels in kernels {
-                self.now(Bound::Fma, kernels, team);
+                for compute in [Compute::F32, Compute::Bf16] {
+                    let there = kernels.effective(compute, compute.storage().unwrap_or_default());
+                    if there.is_ok_and(|effective| effective.instead_of.is_none()) {
+                        self.now(Bound::Fma, kernels, compute, team);
+                    }
+                }
             }
-            self.now(Bound::Read, self.reader, team);
+            self.now(Bound::Read, self.reader, Compute::F32, team);
         }
     }
 

@@ -54,8 +54,14 @@ impl CaseOperands {
     pub fn attend(&self, case: &Case, kernels: &Kernels, pool: &ThreadPool) {
         let group = |group: &GroupOperands| {
             let scale = (case.head_dim as f32).sqrt().recip();
-            let call =
-                GroupCall { shape: self.shape, scale, causal: case.causal, q: &group.q, kv: &group.kv };
+            let call = GroupCall {
+                shape: self.shape,
+                scale,
+                causal: case.causal,
+                q: &group.q,
+                kv: &group.kv,
+                compute: case.compute,
+            };
             let (rows, finite) = attend_node(kernels, &call, Node::ROOT, 0..self.shape.n_queries());
             // Numbers below 2 give no score that overflows.
             std::hint::black_box((rows, finite.is_ok()));

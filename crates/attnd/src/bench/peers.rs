@@ -3,15 +3,16 @@
 use std::time::Duration;
 
 use anyhow::Context as _;
-use attnd_kernel::{KERNEL_ID, Kernels};
+use attnd_kernel::{KERNEL_ID, Kernels, Storage};
 use comfy_table::Table;
 use serde::Serialize;
 
-use super::case::{Bound, Case, MODE};
+use super::case::{Bound, Case};
 use super::machine;
 use super::measure::{Effort, Times, times};
 use super::operands::CaseOperands;
 use super::report::milliseconds;
+use super::report::mode;
 use super::threads::Pools;
 use super::torch::{Request, Torch};
 use crate::{output, table};
@@ -64,7 +65,7 @@ pub struct PeerRow {
     /// How attnd stores keys and values.
     pub storage: String,
     /// In what arithmetic attnd computes.
-    pub mode: &'static str,
+    pub mode: String,
     /// attnd's median time of a call.
     pub attnd_seconds: f64,
     /// The same as a rate.
@@ -88,10 +89,8 @@ impl Variant {
     fn of(case: &Case) -> Vec<Self> {
         let foldable = case.heads != case.kv_heads && case.bound() == Bound::Read;
         let folds: &[bool] = if foldable { &[false, true] } else { &[false] };
-        ["f32", "bf16"]
-            .iter()
-            .flat_map(|dtype| folds.iter().map(|fold| Self { dtype, fold: *fold }))
-            .collect()
+        let dtype = if case.storage == Storage::Bf16 { "bf16" } else { "f32" };
+        folds.iter().map(|fold| Self { dtype, fold: *fold }).collect()
     }
 
     fn call(self) -> &'static str {
@@ -123,9 +122,10 @@ pub fn run(
         rows: Vec::new(),
     };
     let mut operands: Option<CaseOperands> = None;
-    for (done, case) in cases.iter().enumerate() {
+    let of_both_types: Vec<Case> = cases.iter().flat_map(|case| [*case, case.in_bf16()]).collect();
+    for (done, case) in of_both_types.iter().enumerate() {
         if output::is_watched() {
-            output::note(&format!("{} of {}: {}", done + 1, cases.len(), case.name));
+            output::note(&format!("{} of {}: {}", done + 1, of_both_types.len(), case.name));
         }
         let held = match operands.take().filter(|held| held.serve(case)) {
             Some(held) => held,
@@ -165,7 +165,7 @@ fn side_by_side(
     let work = case.work()?;
     let rows = variants.iter().zip(by_torch).map(|(variant, seconds)| {
         let torch_seconds = Times::new(seconds).context("no run of torch")?.median();
-        Ok(row(case, threads, *variant, work, torch_seconds, attnd_seconds))
+        Ok(row(case, threads, *variant, work, torch_seconds, (mode(case, kernels), attnd_seconds)))
     });
     rows.collect()
 }
@@ -176,7 +176,7 @@ fn row(
     variant: Variant,
     work: f64,
     torch_seconds: f64,
-    attnd_seconds: f64,
+    (mode, attnd_seconds): (String, f64),
 ) -> PeerRow {
     PeerRow {
         name: case.name,
@@ -186,7 +186,7 @@ fn row(
         torch_seconds,
         torch_rate: work / torch_seconds * 1e-9,
         storage: case.storage.to_string(),
-        mode: MODE,
+        mode,
         attnd_seconds,
         attnd_rate: work / attnd_seconds * 1e-9,
         unit: case.bound().unit(),
@@ -215,7 +215,7 @@ impl PeersReport {
                 row.torch_call.to_owned(),
                 row.torch_dtype.to_owned(),
                 milliseconds(row.torch_seconds),
-                row.mode.to_owned(),
+                row.mode.clone(),
                 milliseconds(row.attnd_seconds),
                 format!("{:.1} {}", row.attnd_rate, row.unit),
                 format!("{:.2}", row.ratio),
@@ -254,7 +254,7 @@ mod tests {
     #[test]
     fn a_ratio_above_one_says_that_attnd_is_faster() {
         let variant = Variant { dtype: "bf16", fold: false };
-        let row = row(&CASES[0], 2, variant, 3e9, 0.03, 0.01);
+        let row = row(&CASES[0], 2, variant, 3e9, 0.03, ("f32".into(), 0.01));
         assert!((row.ratio - 3.0).abs() < 1e-12 && (row.attnd_rate - 300.0).abs() < 1e-9);
         let report = PeersReport {
             format: "",

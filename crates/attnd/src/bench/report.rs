@@ -4,7 +4,7 @@ use attnd_kernel::{KERNEL_ID, Kernels};
 use comfy_table::Table;
 use serde::Serialize;
 
-use super::case::{Bound, Case, MODE};
+use super::case::{Bound, Case};
 use super::limits::Limit;
 use super::measure::Measured;
 use crate::table;
@@ -53,7 +53,7 @@ pub struct CaseReport {
     /// How keys and values are stored.
     pub storage: String,
     /// In what arithmetic.
-    pub mode: &'static str,
+    pub mode: String,
     /// Query heads.
     pub heads: u64,
     /// Key/value heads.
@@ -107,7 +107,7 @@ impl CaseReport {
             isa: kernels.isa().name(),
             threads,
             storage: case.storage.to_string(),
-            mode: MODE,
+            mode: mode(case, kernels),
             heads: case.heads,
             kv_heads: case.kv_heads,
             queries: case.queries,
@@ -154,8 +154,8 @@ impl KernelReport {
     /// Adds a case; on several threads it is set beside itself on one, if that ran before it.
     pub fn push(&mut self, mut case: CaseReport) {
         let alone = |other: &&CaseReport| {
-            (other.name, other.isa, &other.storage, other.mode)
-                == (case.name, case.isa, &case.storage, case.mode)
+            (other.name, other.isa, &other.storage, &other.mode)
+                == (case.name, case.isa, &case.storage, &case.mode)
                 && other.threads == 1
         };
         if case.threads > 1 {
@@ -182,7 +182,11 @@ impl KernelReport {
     pub fn limit_table(&self) -> Table {
         let mut table = table::with_header(["limit", "isa", "threads", "rate"]);
         for limit in &self.calibration {
-            let what = if limit.what == "fma" { "f32 multiply-add" } else { "pure read" };
+            let what = match limit.what.as_str() {
+                "fma" => "f32 multiply-add",
+                "read" => "pure read",
+                other => other,
+            };
             table.add_row([
                 what.to_owned(),
                 limit.isa.clone(),
@@ -199,6 +203,7 @@ impl KernelReport {
         let mut header = vec![
             "case",
             "isa",
+            "mode",
             "threads",
             "median",
             "rate",
@@ -217,6 +222,7 @@ impl KernelReport {
             let mut row = vec![
                 case.name.to_owned(),
                 case.isa.to_owned(),
+                case.mode.clone(),
                 case.threads.to_string(),
                 milliseconds(case.median_seconds),
                 format!("{:.1} {}", case.rate, case.unit),
@@ -231,7 +237,7 @@ impl KernelReport {
             }
             table.add_row(row);
         }
-        table::align_right(&mut table, &[2, 3, 4, 5, 6, 7, 8, 9, 10]);
+        table::align_right(&mut table, &[3, 4, 5, 6, 7, 8, 9, 10, 11]);
         table
     }
 
@@ -239,12 +245,19 @@ impl KernelReport {
     pub fn legend(&self) -> String {
         let fma = Bound::Fma.unit();
         format!(
-            "of limit: rate of the median run as a fraction of the multiply-add peak of the same instruction set \
+            "of limit: rate of the median run as a fraction of the peak of the same instruction set and mode \
              ({fma} cases) or\nof the pure-read bandwidth of the same threads (GB/s cases); best: the same for the \
              shortest run; spread: 10th to 90th\npercentile over the median; GHz: {}; causal cases count visible keys only.",
             self.core_ghz_from
         )
     }
+}
+
+/// In what arithmetic some kernels run a case, and what was asked for if they lack that.
+pub fn mode(case: &Case, kernels: &Kernels) -> String {
+    kernels
+        .effective(case.compute, case.storage)
+        .map_or_else(|mismatch| mismatch.to_string(), |effective| effective.to_string())
 }
 
 /// A time in ms with three or four digits.
