@@ -7,9 +7,9 @@
 //! lse_i = ln sum_j exp(s_ij)
 //! ```
 //!
-//! **Bits.** [`KERNEL_ID`] names an order of arithmetic (`canonical.rs` has its rules). Every path here follows it: any
+//! **Bits.** [`KERNEL_ID`] names an order of arithmetic (`canonical.rs` has its rules). Every path of f32 follows it: any
 //! ISA, any block of rows, any split of the keys into tree nodes, any number of threads. Results with equal inputs and
-//! equal `KERNEL_ID` have equal bits.
+//! equal `KERNEL_ID` have equal bits. The dot products of [`Compute`] have orders and names of their own.
 //!
 //! **Accuracy.** `|o_c - exact| <= 8 u (8 + S) A_c` unless rounding errors conspire, with a proven bound beside it: see
 //! [`mod@reference`]. Scores are f32 throughout: products that leave
@@ -18,8 +18,8 @@
 //! **Map.** [`slot`] and [`shape`] are the vocabulary; [`KvHead`] holds keys and values as the kernels read them;
 //! [`attend_node`] computes a [`PartialRows`]; partials merge and finish. Inside: `block.rs` (a block of rows, and which
 //! family takes it), `rows.rs` and `queries.rs` (the families: rows broadcast, lanes = queries), `product.rs` (the
-//! register tile of both), `widen.rs` (pages in f32 for storage types without tiles), `fold.rs` (the order of merges),
-//! `lanes.rs` and `arch/` (vectors), `dispatch.rs` (which ISA).
+//! register tile of both), `arithmetic.rs` (how it multiplies), `widen.rs` (whole pages in f32), `fold.rs` (the order of
+//! merges), `lanes.rs` and `arch/` (vectors), `dispatch.rs` (which ISA).
 //! This is the only crate of the project with unsafe code.
 
 #![allow(unsafe_code)]

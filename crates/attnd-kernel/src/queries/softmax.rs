@@ -159,7 +159,7 @@ unsafe fn residue_sums<L: Lanes, A: Arithmetic<L>, const NR: usize, const FLUSH:
                 let p = if FLUSH { L::scale_or_flush(y, e) } else { L::scale(y, e) };
                 if A::PER_WORD == 1 {
                     L::store(at, p);
-                } else if R % 2 == 0 {
+                } else if R.is_multiple_of(2) {
                     even = p;
                 } else {
                     // A word of two weights goes where one was that has been read.
