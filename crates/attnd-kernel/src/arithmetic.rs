@@ -8,7 +8,10 @@
 //!
 //! The first is every ISA's; the others need the CPU's dot products, and lanes that have them.
 
+// No lanes of other CPUs have dot products yet.
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
 pub(crate) mod bf16;
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
 pub(crate) mod int8;
 
 use std::marker::PhantomData;

@@ -37,7 +37,7 @@ impl RowBlock<'_> {
     pub(crate) fn check(&self, layout: QueryLayout, scratch: &[f32], out: &RowPartials<'_>) {
         let n_rows = self.visible.len();
         let columns = padded_columns(self.kv.value_dim());
-        assert!(layout.n_rows() == n_rows && layout.d == self.kv.head_dim());
+        assert!(layout.n_rows() == n_rows && n_rows <= BLOCK_ROWS && layout.d == self.kv.head_dim());
         assert!(layout.compute.storage().is_none_or(|storage| storage == self.kv.storage()));
         assert_eq!(self.q.len(), layout.words());
         assert!(scratch.len() >= layout.scratch_floats(self.kv));
@@ -188,7 +188,9 @@ pub(crate) unsafe fn pack_queries<L: Lanes>(
                             for (to, pair) in words.zip(row.chunks(2)) {
                                 *to = 0.0;
                                 for (at, x) in pair.iter().enumerate() {
-                                    put(to, at, x * factor, Storage::Bf16);
+                                    // Subnormals are zeros to the dot products, before rounding and after.
+                                    let x = x * factor;
+                                    put(to, at, if x.is_subnormal() { 0.0 } else { x }, Storage::Bf16);
                                 }
                             }
                         }

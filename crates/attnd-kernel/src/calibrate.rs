@@ -13,7 +13,7 @@ impl Kernels {
     /// on every thread.
     ///
     /// # Panics
-    /// If these kernels don't have such products; see [`Self::effective`].
+    /// If these kernels don't have such products (see [`Self::effective`]), or they are integers, which no case needs yet.
     pub fn peak_gflops(&self, pool: &rayon::ThreadPool, compute: Compute, span: Duration) -> f64 {
         pool.broadcast(|_thread| self.peak_of_this_thread(compute, span)).into_iter().sum()
     }

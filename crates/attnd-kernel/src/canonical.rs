@@ -1,4 +1,4 @@
-//! The canonical order "c1": the arithmetic that every kernel must reproduce bit for bit.
+//! The canonical order "c1" of f32: the arithmetic that every kernel of it must reproduce bit for bit.
 //!
 //! All of it is IEEE 754 binary32, round to nearest even, subnormals on; `fma` rounds once; `rint` rounds ties to
 //! even. For one row (a query token of one head):

@@ -1,7 +1,7 @@
 //! Chooses the kernels once: what the CPU has, or what `ATTND_ISA` asks for.
 //!
-//! The `*_entry` functions are the only ones that enable CPU features. Everything generic below them is inlined into
-//! them, so one instantiation of the whole row loop exists per ISA and no call crosses a feature boundary inside it.
+//! The `*_entry` functions are what enables CPU features. Everything generic below them is inlined into them, one
+//! instantiation of a family's whole loop per ISA and type of its operands, and no call crosses a feature boundary inside it.
 
 #[cfg(target_arch = "x86_64")]
 mod dots;
@@ -204,6 +204,8 @@ impl Kernels {
         match layout.place {
             Place::Tiles { n_rows, tile_rows, prefetch } => {
                 assert_eq!(tile_rows, self.tiles.rows_for(n_rows, storage));
+                #[cfg(target_arch = "x86_64")]
+                assert!(layout.compute == Compute::F32 || tile_rows == dots::ROWS);
                 // SAFETY: a Kernels of this ISA is only handed out where the CPU has its features, entries for dot products
                 // only where it has those, and the block has been checked.
                 unsafe { self.rows_entry(storage, layout.compute, prefetch)(block, scratch, out) }

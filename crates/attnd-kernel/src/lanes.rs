@@ -95,6 +95,7 @@ pub(crate) unsafe trait Lanes: Copy {
 ///
 /// # Safety
 /// As [`Lanes`]; the methods need what such an entry enables beyond the ISA's features.
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
 pub(crate) unsafe trait DotLanes: Lanes {
     /// For each lane, `fma` of the upper halves of `a` and `b`, then of the lower ones, as bf16; subnormals are zeros.
     unsafe fn dot_bf16(a: Self::V, b: Self::V, acc: Self::V) -> Self::V;
@@ -111,7 +112,7 @@ pub(crate) unsafe trait DotLanes: Lanes {
     /// Integers of 32 bits as f32, to nearest even.
     unsafe fn from_int32(integers: Self::V) -> Self::V;
     /// Sixteen f32 to nearest integers of 16 bits, ties to even, in the lower eight words: for each four lanes, words of lanes 0
-    /// and 2, and of lanes 1 and 3. NaN and what is out of range gives any integer.
+    /// and 2, and of lanes 1 and 3. NaN gives 0, and what is out of range any integer.
     unsafe fn int16_pairs(a: Self::V) -> Self::V;
     /// The lower eight words; `to` is valid for 8 f32.
     unsafe fn store_half(to: *mut f32, words: Self::V);

@@ -10,8 +10,8 @@
 //! of a key, keys `2 j` and `2 j + 1` of a column; of 8 bits four, of 4 bits eight. What a key's last word has room for
 //! beyond its dimensions is zeros.
 //!
-//! Values are padded to 16 columns with zeros. Keys of a page that were not written yet are zeros; kernels never use
-//! them.
+//! Values are padded to 16 columns with zeros. Keys of a page that were not written yet are zeros; they never influence a
+//! result, whatever they are.
 
 use std::ops::Range;
 
@@ -128,8 +128,8 @@ impl KvHead {
     }
 
     /// As [`Self::new`], with elements stored as `storage`. What is written is rounded to it, to nearest even; kernels
-    /// widen it exactly and compute in f32, so that the result has the bits that f32 storage of the rounded values
-    /// gives.
+    /// widen it exactly and compute in f32, unless another [`crate::Compute`] is asked for, so that the result has the bits
+    /// that f32 storage of the rounded values gives.
     ///
     /// Integers have a scale for each key and for each value: its largest magnitude over 127 (int8) or 7 (int4), rounded up
     /// to 17 or 20 significant bits. What is stored is off by at most half of it.

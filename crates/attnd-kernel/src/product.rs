@@ -53,7 +53,7 @@ pub(crate) enum Scales {
 /// swept forward and come from memory. It should be a constant where this is inlined.
 ///
 /// # Safety
-/// The ISA of `L` is enabled. At every element `a` is valid for reading `MR` words at a distance of `A_ROW`, and `b` for
+/// The ISA of `L`, and what `A` needs, is enabled. At every element `a` is valid for reading `MR` words at a distance of `A_ROW`, and `b` for
 /// `16 * NR` words. `scales` are valid for the lanes or the elements, if `A` has them.
 #[inline(always)]
 pub(crate) unsafe fn reduce<
@@ -186,7 +186,7 @@ unsafe fn scaled<L: Lanes, A: Arithmetic<L>>(lanes: L::V, scales: Scales, n: usi
 }
 
 /// # Safety
-/// The ISA of `L` is enabled, and `a` is valid for reading `MR` words at a distance of `A_ROW`.
+/// The ISA of `L`, and what `A` needs, is enabled, and `a` is valid for reading `MR` words at a distance of `A_ROW`.
 #[inline(always)]
 unsafe fn add<L: Lanes, A: Arithmetic<L>, const MR: usize, const NR: usize, const A_ROW: usize>(
     a: *const f32,

@@ -102,11 +102,19 @@ pub(crate) unsafe fn pack<L: Lanes>(groups: Groups, d: usize, rows: &[&[f32]], f
                 let factor = L::splat(factor);
                 for x in (0..whole).step_by(LANES) {
                     let mut vectors = [L::zero(); LANES];
-                    for (vector, row) in vectors.iter_mut().zip(rows) {
-                        *vector = L::mul(L::load(row.as_ptr().add(x)), factor);
+                    // All 16 by number: a loop over as many as there are would keep the vectors in memory.
+                    if let Ok(rows) = <&[&[f32]; LANES]>::try_from(rows) {
+                        for i in 0..LANES {
+                            vectors[i] = L::mul(L::load(rows[i].as_ptr().add(x)), factor);
+                        }
+                    } else {
+                        for (vector, row) in vectors.iter_mut().zip(rows) {
+                            *vector = L::mul(L::load(row.as_ptr().add(x)), factor);
+                        }
                     }
-                    for (i, vector) in L::transpose(vectors).into_iter().enumerate() {
-                        L::store(q.as_mut_ptr().add((x + i) * width + first), vector);
+                    let vectors = L::transpose(vectors);
+                    for i in 0..LANES {
+                        L::store(q.as_mut_ptr().add((x + i) * width + first), vectors[i]);
                     }
                 }
             }
@@ -128,6 +136,7 @@ pub(crate) unsafe fn pack<L: Lanes>(groups: Groups, d: usize, rows: &[&[f32]], f
 ///
 /// # Panics
 /// If `q` has another length than the groups and `d` say.
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
 #[inline(always)]
 pub(crate) unsafe fn pair<L: DotLanes>(groups: Groups, d: usize, q: &mut [f32]) {
     assert_eq!(q.len(), groups.lanes() * d);
@@ -163,6 +172,7 @@ pub(crate) unsafe fn attend_queries<L: Lanes, A: Arithmetic<L>, const KEYS: usiz
 ) -> Option<usize> {
     let (d, columns) = (block.kv.head_dim(), padded_columns(block.kv.value_dim()));
     let (mut rest, scratch) = scratch.split_at_mut(group_floats(groups.lanes(), columns));
+    const { assert!(!A::SCALED && !A::INTEGERS && (A::PER_WORD == 1 || A::PARTS == 1)) };
     let as_stored = const { A::PER_WORD > 1 };
     let (widened, scores) = scratch.split_at_mut(if as_stored { 0 } else { widened_floats(block.kv) });
     let mut parts: Vec<Group<'_>> = Vec::with_capacity(groups.n_groups);
@@ -184,11 +194,8 @@ pub(crate) unsafe fn attend_queries<L: Lanes, A: Arithmetic<L>, const KEYS: usiz
         };
         // SAFETY: the ISA is enabled, and scratch has been cut for the widest group.
         unsafe {
-            let panels = if as_stored {
-                (stored.k, stored.v)
-            } else {
-                panels::<L>(block.kv, stored, 0..PAGE_KEYS, widened)
-            };
+            let panels =
+                if as_stored { (stored.k, stored.v) } else { panels::<L>(block.kv, stored, widened) };
             for group in &mut parts {
                 // Constant conditions keep the tiles that an ISA doesn't have from being compiled.
                 match group.lanes / LANES {
@@ -336,17 +343,25 @@ impl<'a> Group<'a> {
         out_m.copy_from_slice(&m[..rows.len()]);
         out_l.copy_from_slice(&l[..rows.len()]);
         for lane in (0..rows.len()).step_by(LANES) {
+            let n_rows = LANES.min(rows.len() - lane);
             for column in (0..columns).step_by(LANES) {
                 // SAFETY: o has `columns` rows of `lanes` elements, both multiples of 16, and out_o has a row for each
                 // lane that is stored.
                 unsafe {
                     let mut vectors = [L::zero(); LANES];
-                    for (i, vector) in vectors.iter_mut().enumerate() {
-                        *vector = L::load(o.as_ptr().add((column + i) * lanes + lane));
+                    for i in 0..LANES {
+                        vectors[i] = L::load(o.as_ptr().add((column + i) * lanes + lane));
                     }
-                    let of_rows = L::transpose(vectors).into_iter().take(rows.len() - lane);
-                    for (i, vector) in of_rows.enumerate() {
-                        L::store(out_o.as_mut_ptr().add((lane + i) * columns + column), vector);
+                    let of_rows = L::transpose(vectors);
+                    let to = out_o.as_mut_ptr().add(lane * columns + column);
+                    if n_rows == LANES {
+                        for i in 0..LANES {
+                            L::store(to.add(i * columns), of_rows[i]);
+                        }
+                    } else {
+                        for (i, vector) in of_rows.iter().enumerate().take(n_rows) {
+                            L::store(to.add(i * columns), *vector);
+                        }
                     }
                 }
             }

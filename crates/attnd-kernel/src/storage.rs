@@ -10,7 +10,7 @@ use half::{bf16, f16};
 use crate::dtype::Dtype;
 use crate::lanes::Lanes;
 
-/// The type of keys and values at rest. Arithmetic is f32; widening to it is exact.
+/// The type of keys and values at rest. Widening to f32 is exact.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Storage {
     /// IEEE 754 binary32.

@@ -3,8 +3,6 @@
 //! The copy has the layout of f32 storage, so that one kernel serves all storage types. Widening a page once for all rows of
 //! a block costs little beside the products of many rows; with few rows it is what decides the speed.
 
-use std::ops::Range;
-
 use crate::lanes::{LANES, Lanes};
 use crate::pages::{KvHead, PANEL_COLUMNS, PANEL_KEYS, PageView, padded_columns};
 use crate::slot::PAGE_KEYS;
@@ -20,19 +18,17 @@ pub(crate) fn widened_floats(kv: &KvHead) -> usize {
     }
 }
 
-/// The K panels and the V panels of a page in f32: those that are resident, or copies in `memory`. Of copies only the panels
-/// of `keys` are there, and of values only the rows of `keys`.
+/// The K panels and the V panels of a page in f32: those that are resident, or copies in `memory`.
 ///
 /// # Safety
 /// The ISA of `L` is enabled.
 ///
 /// # Panics
-/// If `page` is none of `kv`, `keys` reaches past its end, or `memory` has less than [`widened_floats`].
+/// If `page` is none of `kv`, or `memory` has less than [`widened_floats`].
 #[inline(always)]
 pub(crate) unsafe fn panels<'m, L: Lanes>(
     kv: &KvHead,
     page: PageView<'m>,
-    keys: Range<usize>,
     memory: &'m mut [f32],
 ) -> (&'m [f32], &'m [f32]) {
     let dims = (kv.head_dim(), padded_columns(kv.value_dim()));
@@ -40,10 +36,10 @@ pub(crate) unsafe fn panels<'m, L: Lanes>(
     unsafe {
         match kv.storage() {
             Storage::F32 => (page.k, page.v),
-            Storage::F16 => widen_page::<L, StoredF16>(page, dims, keys, memory),
-            Storage::Bf16 => widen_page::<L, StoredBf16>(page, dims, keys, memory),
-            Storage::Int8 => widen_page::<L, StoredInt8>(page, dims, keys, memory),
-            Storage::Int4 => widen_page::<L, StoredInt4>(page, dims, keys, memory),
+            Storage::F16 => widen_page::<L, StoredF16>(page, dims, memory),
+            Storage::Bf16 => widen_page::<L, StoredBf16>(page, dims, memory),
+            Storage::Int8 => widen_page::<L, StoredInt8>(page, dims, memory),
+            Storage::Int4 => widen_page::<L, StoredInt4>(page, dims, memory),
         }
     }
 }
@@ -54,34 +50,27 @@ pub(crate) unsafe fn panels<'m, L: Lanes>(
 unsafe fn widen_page<'m, L: Lanes, S: Stored>(
     page: PageView<'m>,
     (d, columns): (usize, usize),
-    keys: Range<usize>,
     memory: &'m mut [f32],
 ) -> (&'m [f32], &'m [f32]) {
     let (k, v) = memory[..PAGE_KEYS * (d + columns)].split_at_mut(PAGE_KEYS * d);
     // SAFETY: as the caller vouches.
     unsafe {
-        widen_keys::<L, S>(page.k, page.key_scales, d, keys.clone(), k);
-        widen_values::<L, S>(page.v, page.value_scales, columns, keys, v);
+        widen_keys::<L, S>(page.k, page.key_scales, d, k);
+        widen_values::<L, S>(page.v, page.value_scales, columns, v);
     }
     (k, v)
 }
 
-/// Widens the K panels that have some of `keys`. A scale is that of a lane.
+/// Widens the K panels. A scale is that of a lane.
 ///
 /// # Safety
 /// The ISA of `L` is enabled.
 #[inline(always)]
-unsafe fn widen_keys<L: Lanes, S: Stored>(
-    words: &[f32],
-    scales: &[f32],
-    d: usize,
-    keys: Range<usize>,
-    out: &mut [f32],
-) {
+unsafe fn widen_keys<L: Lanes, S: Stored>(words: &[f32], scales: &[f32], d: usize, out: &mut [f32]) {
     let rows = d.div_ceil(S::PER_WORD);
-    assert!(words.len() == PAGE_KEYS * rows && out.len() == PAGE_KEYS * d && keys.end <= PAGE_KEYS);
+    assert!(words.len() == PAGE_KEYS * rows && out.len() == PAGE_KEYS * d);
     assert!(!S::SCALED || scales.len() == PAGE_KEYS);
-    for panel in keys.start / PANEL_KEYS..keys.end.div_ceil(PANEL_KEYS) {
+    for panel in 0..PAGE_KEYS / PANEL_KEYS {
         let words = &words[panel * PANEL_KEYS * rows..][..PANEL_KEYS * rows];
         let out = &mut out[panel * PANEL_KEYS * d..][..PANEL_KEYS * d];
         for (word, words) in words.chunks_exact(PANEL_KEYS).enumerate() {
@@ -127,27 +116,21 @@ unsafe fn scaled<L: Lanes, S: Stored>(words: L::V, at: usize, scale: L::V) -> L:
     }
 }
 
-/// Widens the rows of the V panels that have some of `keys`. A scale is that of a row.
+/// Widens the V panels. A scale is that of a row.
 ///
 /// # Safety
 /// The ISA of `L` is enabled.
 #[inline(always)]
-unsafe fn widen_values<L: Lanes, S: Stored>(
-    words: &[f32],
-    scales: &[f32],
-    columns: usize,
-    keys: Range<usize>,
-    out: &mut [f32],
-) {
+unsafe fn widen_values<L: Lanes, S: Stored>(words: &[f32], scales: &[f32], columns: usize, out: &mut [f32]) {
     let rows = PAGE_KEYS / S::PER_WORD;
-    assert!(words.len() == rows * columns && out.len() == PAGE_KEYS * columns && keys.end <= PAGE_KEYS);
+    assert!(words.len() == rows * columns && out.len() == PAGE_KEYS * columns);
     assert!(!S::SCALED || scales.len() == PAGE_KEYS);
     assert!(columns.is_multiple_of(LANES));
     for first in (0..columns).step_by(PANEL_COLUMNS) {
         let width = PANEL_COLUMNS.min(columns - first);
         let words = &words[first * rows..][..width * rows];
         let out = &mut out[first * PAGE_KEYS..][..width * PAGE_KEYS];
-        for row in keys.start / S::PER_WORD..keys.end.div_ceil(S::PER_WORD) {
+        for row in 0..rows {
             let words = &words[row * width..][..width];
             let out = &mut out[row * S::PER_WORD * width..][..S::PER_WORD * width];
             for lane in (0..width).step_by(LANES) {

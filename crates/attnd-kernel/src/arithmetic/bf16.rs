@@ -3,7 +3,7 @@
 //! It departs from `canonical.rs` in what is multiplied and in how a product is added:
 //!
 //! * `q'` and the weights `p` are rounded to bf16, to nearest even. The sums `l` are of weights that are not rounded.
-//! * `2^r` is a polynomial of degree 3, off by `7.3e-5`: a 27th of what rounding a weight to bf16 may take.
+//! * `2^r` is a polynomial of degree 3, off by at most `7.5e-5` of it: a 26th of what rounding a weight to bf16 may take.
 //! * Elements are reduced in pairs: dimensions `2 x` and `2 x + 1`, keys `2 j` and `2 j + 1`, the odd one first:
 //!   `acc = fma(a_odd, b_odd, acc)`, then `acc = fma(a_even, b_even, acc)`. What the last pair lacks is 0, and so is a key that
 //!   the row doesn't see. Of this instruction (`VDPBF16PS`, Intel SDM volume 2) subnormals are zeros, operands and sums.
@@ -16,7 +16,7 @@ use std::ops::Range;
 use super::Arithmetic;
 use crate::lanes::{DotLanes, LANES};
 
-/// `2^r` on `[-1/2, 1/2]`, off by at most 7.3e-5: minimax of degree 3, constant first.
+/// `2^r` on `[-1/2, 1/2]`, off by at most 7.5e-5 of it: minimax of degree 3, constant first.
 const EXP2_POLY: [f32; 4] = [0.999_928_06, 0.693_260_97, 0.242_611_13, 0.055_171_67];
 
 /// bf16 in pairs.

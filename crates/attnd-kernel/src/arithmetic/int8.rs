@@ -2,12 +2,13 @@
 //!
 //! It departs from `canonical.rs` in the two products:
 //!
-//! * A query `q'` becomes integers `a_x = rint(q'_x / s)` with a scale `s = max |q'| / A`. The key's integers `b_x` and scale `t`
-//!   are what is stored. `score = ((sum_x a_x b_x) as f32 * t) * s`. `A` is 32767, or less where `head_dim` is above 516, so that
-//!   no sum leaves 32 bits.
+//! * A query `q'` becomes integers `a_x = rint(q'_x / s)` with a scale `s` made of `max |q'|`. The key's integers `b_x` and
+//!   scale `t` are what is stored. `score = (sum_x a_x b_x) as f32 * (t * s)`.
 //! * The weights of a page become integers too, with the scale of their values folded in: `w_j = p_j * u_j` for value scales
-//!   `u_j`, `c_j = rint(w_j / r)` with `r = max w / 32767`, and `o = (sum_j c_j v_j) as f32 * r`. A sum over a page of 256 keys
-//!   stays in 32 bits.
+//!   `u_j`, `c_j = rint(w_j / r)` with a scale `r` made of `max w`, and `o = (sum_j c_j v_j) as f32 * r`.
+//! * A scale is the largest magnitude over 32767, or the next f32 above where that is so small that it was rounded down too
+//!   far: no integer is over 32767. It is 1 where all is zero. No sum leaves 32 bits, over 512 dimensions or the 256 keys of a
+//!   page.
 //!
 //! Sums of integers are exact in any order, so bits are the same for any cut of the work, tile and ISA. Softmax, merges and
 //! the division are those of `canonical.rs`. What is lost beside the storage itself is `2^-16` of a query's largest element
@@ -17,14 +18,23 @@ use std::ops::Range;
 
 use super::Arithmetic;
 use crate::lanes::{DotLanes, LANES};
+use crate::shape::MAX_DIM;
+use crate::slot::PAGE_KEYS;
 
-/// The largest integer of a weight.
-const LARGEST_WEIGHT: f32 = 32_767.0;
+/// The largest integer of a query or a weight.
+const LARGEST: f32 = 32_767.0;
 
-/// The largest integer of a query of `d` dimensions: with keys of up to 127, no sum leaves 32 bits.
-fn largest_query(d: usize) -> f32 {
-    let most = i32::MAX as usize / (127 * d.max(1));
-    most.min(32_767) as f32
+const _: () = assert!(MAX_DIM * 127 * 32_767 <= i32::MAX as usize && PAGE_KEYS <= MAX_DIM);
+
+/// The scale of integers that stand for numbers of up to `largest`: 1 where that is 0 or no number.
+#[inline(always)]
+fn scale_of(largest: f32) -> f32 {
+    if !(largest > 0.0 && largest.is_finite()) {
+        return 1.0;
+    }
+    let scale = largest / LARGEST;
+    // Subnormal scales are few and far between.
+    if scale == 0.0 || largest / scale >= LARGEST + 0.5 { scale.next_up() } else { scale }
 }
 
 /// Turns a query into integers, and gives those to `word` in words of two, as [`Int8Dots`] meets them: word `2 x` has
@@ -33,10 +43,9 @@ fn largest_query(d: usize) -> f32 {
 pub(crate) fn pack_query(query: &[f32], factor: f32, mut word: impl FnMut(usize, f32)) -> f32 {
     let is_finite = query.iter().all(|x| (x * factor).is_finite());
     let largest = query.iter().fold(0.0_f32, |largest, x| largest.max((x * factor).abs()));
-    let scale = largest / largest_query(query.len());
+    let scale = scale_of(largest);
     let integer = |x: usize| match query.get(x) {
-        // A scale of 0 is that of zeros, or of a query so small that all its scores are 0 in f32 too.
-        Some(x) if is_finite && scale > 0.0 => (x * factor / scale).round_ties_even() as i16,
+        Some(x) if is_finite => (x * factor / scale).round_ties_even() as i16,
         _ => 0,
     };
     let pair = |low: usize, high: usize| {
@@ -88,9 +97,9 @@ impl<L: DotLanes> Arithmetic<L> for Int8Dots {
                 L::store(p.add(j), scaled);
                 largest = L::max(scaled, largest);
             }
-            let scale = L::largest(largest) / LARGEST_WEIGHT;
-            // Where weights are NaN so is their sum, and any integers do.
-            let scale = if scale > 0.0 && scale.is_finite() { scale } else { 1.0 };
+            // Where weights are NaN so is their sum, and any integers do. Where the scale of a value that was never written
+            // is NaN, the weight of its key is no number either; integers of such are 0.
+            let scale = scale_of(L::largest(largest));
             let divisor = L::splat(scale);
             for j in keys.step_by(LANES) {
                 let integers = L::div(L::load(p.add(j)), divisor);

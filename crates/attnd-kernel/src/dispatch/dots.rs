@@ -9,6 +9,9 @@ use crate::block::{RowBlock, RowPartials};
 use crate::queries::{Groups, attend_queries, pair};
 use crate::rows::attend_rows;
 
+/// Rows of the register tile of both, by four vectors; those of queries are packed for it.
+pub(super) const ROWS: usize = 4;
+
 /// Dot products of bf16. Possession proves that this CPU has them.
 pub(crate) struct Bf16Entries {
     pub(super) rows: AttendRows,
@@ -45,7 +48,7 @@ static AVX512_BF16: Bf16Entries = {
         out: &mut RowPartials<'_>,
     ) -> Option<usize> {
         // SAFETY: the features are enabled on this function.
-        unsafe { attend_rows::<Avx512, Bf16Dots, 4, 4, 4, 4, 0>(block, scratch, out) }
+        unsafe { attend_rows::<Avx512, Bf16Dots, ROWS, 4, ROWS, 4, 0>(block, scratch, out) }
     }
     #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512bf16,avx2,fma,f16c")]
     unsafe fn queries_dots_entry(
@@ -83,7 +86,7 @@ static AVX512_INT8: Int8Entries = {
         out: &mut RowPartials<'_>,
     ) -> Option<usize> {
         // SAFETY: the features are enabled on this function.
-        unsafe { attend_rows::<Avx512, Int8Dots, 4, 4, 4, 4, 1024>(block, scratch, out) }
+        unsafe { attend_rows::<Avx512, Int8Dots, ROWS, 4, ROWS, 4, 1024>(block, scratch, out) }
     }
     Int8Entries { rows: rows_dots_entry }
 };

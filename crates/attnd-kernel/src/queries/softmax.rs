@@ -80,7 +80,7 @@ pub(super) unsafe fn hide<L: Lanes, const NR: usize>(
 /// out. A NaN among the scores of a lane may hide from its extremes; all that the lane gives is NaN either way.
 ///
 /// # Safety
-/// The ISA of `L` is enabled. `s` is valid for 256 rows of `16 * NR` elements.
+/// The ISA of `L`, and what `A` needs, is enabled. `s` is valid for 256 rows of `16 * NR` elements.
 #[inline(always)]
 pub(super) unsafe fn weigh<L: Lanes, A: Arithmetic<L>, const NR: usize>(
     s: *mut f32,

@@ -38,7 +38,8 @@ macro_rules! cover {
 /// Scores of the keys of a page, `s[key * lanes + lane]`, at least for those in `keys.hull`; their extremes.
 ///
 /// # Safety
-/// The ISA of `L` is enabled. `k` (the page's K panels) is valid for `256 * d` reads, `q` for `d` rows of `16 * NR`, `s` for
+/// The ISA of `L`, and what `A` needs, is enabled. `k` (the page's K panels) and `q` are valid for the words of `d`
+/// dimensions, `q` in rows of `16 * NR`, `s` for
 /// writing 256 rows of `16 * NR`.
 #[inline(always)]
 pub(super) unsafe fn scores<L: Lanes, A: Arithmetic<L>, const MR: usize, const NR: usize>(
@@ -64,7 +65,7 @@ pub(super) unsafe fn scores<L: Lanes, A: Arithmetic<L>, const MR: usize, const N
 /// Scores of `MR` keys from `key` on, if one of them is wanted.
 ///
 /// # Safety
-/// The ISA of `L` is enabled. `k` is a panel, valid for `64 * d` reads, and `key + MR <= 64`; `q` is valid for `d` rows of
+/// The ISA of `L`, and what `A` needs, is enabled. `k` is a panel, valid for the words of `d` dimensions, and `key + MR <= 64`; `q` is valid for `d` rows of
 /// `16 * NR`, `s` for writing 64.
 #[inline(always)]
 unsafe fn score_tile<L: Lanes, A: Arithmetic<L>, const MR: usize, const NR: usize>(
@@ -114,7 +115,7 @@ pub(super) struct Merge {
 /// rule 8 drops. Only where some value of `keys.hull` is NaN or infinite, so that 0 times it is NaN, are such products undone.
 ///
 /// # Safety
-/// The ISA of `L` is enabled. `v` (the page's V panels) is valid for `256 * columns` reads, `columns` a multiple of 16, `seen`
+/// The ISA of `L`, and what `A` needs, is enabled. `v` (the page's V panels) is valid for its words, `columns` a multiple of 16, `seen`
 /// for two rows of `16 * NR`, `p` for 256; each output of `merge` for `columns` rows, and its factors for two a merge.
 #[inline(always)]
 pub(super) unsafe fn context<L: Lanes, A: Arithmetic<L>, const MR: usize, const NR: usize>(

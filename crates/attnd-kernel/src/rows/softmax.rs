@@ -22,7 +22,7 @@ pub(super) struct RowSum {
 
 /// Turns the scores `s[0..256]` of one row into weights in place, packed as `A` broadcasts them. Keys outside `visible` are
 /// skipped: what the scores hold there is of no consequence, and what is left there is unspecified, or zero in the vectors of
-/// `keys`, which hold `visible`.
+/// `keys`, which hold `visible`, if `A` is of integers.
 ///
 /// # Safety
 /// The ISA of `L`, and what `A` needs, is enabled; `s` is valid for reading and writing 256 f32, `value_scales` for reading 256 if

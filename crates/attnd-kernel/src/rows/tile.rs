@@ -126,8 +126,8 @@ unsafe fn score_tile<L: Lanes, A: Arithmetic<L>, const MR: usize, const NR: usiz
             for n in 0..NR {
                 let mut score = A::value(acc[r][n]);
                 if A::INTEGERS {
-                    score = L::mul(score, L::load(k.scales.add(LANES * n)));
-                    score = L::mul(score, L::splat(*q.scales.add(r)));
+                    let scale = L::mul(L::load(k.scales.add(LANES * n)), L::splat(*q.scales.add(r)));
+                    score = L::mul(score, scale);
                 }
                 L::store(s.add(r * PAGE_KEYS + LANES * n), score);
             }

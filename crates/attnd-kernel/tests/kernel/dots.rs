@@ -59,6 +59,16 @@ fn merge(left: Partial, right: Partial) -> Partial {
     Partial { m, l: left.l.mul_add(a, right.l * b), o }
 }
 
+/// The scale of 16-bit integers for numbers of up to `largest`.
+fn scale_of(largest: f32) -> f32 {
+    let scale = largest / 32_767.0;
+    match largest {
+        0.0 => 1.0,
+        _ if scale == 0.0 || largest / scale >= 32_767.5 => f32::from_bits(scale.to_bits() + 1),
+        _ => scale,
+    }
+}
+
 /// What the dot products of a mode are made of.
 struct Model<'a> {
     case: &'a Case,
@@ -83,8 +93,14 @@ fn flushed(x: f32) -> f32 {
     if x.is_subnormal() { 0.0_f32.copysign(x) } else { x }
 }
 
+/// A query or a weight, which the kernel rounds, subnormals to zero.
 fn to_bf16(x: f32) -> f32 {
     flushed(bf16::from_f32(flushed(x)).to_f32())
+}
+
+/// A key or a value, which was rounded when it was stored, as a dot product sees it.
+fn stored_bf16(x: f32) -> f32 {
+    flushed(bf16::from_f32(x).to_f32())
 }
 
 /// Pairs of products into an accumulator, the odd one first.
@@ -121,10 +137,9 @@ impl<'a> Model<'a> {
                 Self { case, poly: &DEGREE_3, q: q.into_iter().map(to_bf16).collect(), q_scale: 1.0 }
             }
             Compute::Int8 => {
-                let most = (i32::MAX as usize / (127 * d)).min(32_767) as f32;
-                let q_scale = q.iter().fold(0.0_f32, |max, x| max.max(x.abs())) / most;
-                let integer = |x: f32| if q_scale > 0.0 { (x / q_scale).round_ties_even() } else { 0.0 };
-                Self { case, poly: &DEGREE_6, q: q.into_iter().map(integer).collect(), q_scale }
+                let q_scale = scale_of(q.iter().fold(0.0_f32, |max, x| max.max(x.abs())));
+                let q = q.into_iter().map(|x| (x / q_scale).round_ties_even()).collect();
+                Self { case, poly: &DEGREE_6, q, q_scale }
             }
             Compute::F32 => panic!("no dot products"),
         }
@@ -134,12 +149,12 @@ impl<'a> Model<'a> {
         let d = self.q.len();
         let k = &self.case.k[key * d..][..d];
         if self.case.compute == Compute::Bf16 {
-            let k: Vec<f32> = k.iter().map(|x| to_bf16(*x)).collect();
+            let k: Vec<f32> = k.iter().map(|x| stored_bf16(*x)).collect();
             return pairs(&self.q, &k, 0.0);
         }
         let (k, scale) = stored_integers(k);
         let sum: i64 = self.q.iter().zip(&k).map(|(q, k)| *q as i64 * *k as i64).sum();
-        i32::try_from(sum).unwrap() as f32 * scale * self.q_scale
+        i32::try_from(sum).unwrap() as f32 * (scale * self.q_scale)
     }
 
     /// The keys of one page that the row sees, `page` on.
@@ -166,7 +181,7 @@ impl<'a> Model<'a> {
         let o = if self.case.compute == Compute::Bf16 {
             let weights = p.map(to_bf16);
             let column = |c: usize| {
-                pairs(&weights, &std::array::from_fn::<_, PAGE_KEYS, _>(|at| to_bf16(v(at, c))), 0.0)
+                pairs(&weights, &std::array::from_fn::<_, PAGE_KEYS, _>(|at| stored_bf16(v(at, c))), 0.0)
             };
             (0..dv).map(column).collect()
         } else {
@@ -174,8 +189,7 @@ impl<'a> Model<'a> {
                 .map(|at| stored_integers(&(0..dv).map(|c| v(at, c)).collect::<Vec<_>>()))
                 .collect();
             let weights: Vec<f32> = p.iter().zip(&rows).map(|(p, (_, scale))| p * scale).collect();
-            let scale = weights.iter().copied().fold(0.0, f32::max) / 32_767.0;
-            let scale = if scale > 0.0 { scale } else { 1.0 };
+            let scale = scale_of(weights.iter().copied().fold(0.0, f32::max));
             let column = |c: usize| {
                 let products = weights
                     .iter()
@@ -204,13 +218,32 @@ impl<'a> Model<'a> {
         pages.reduce(merge)
     }
 
-    fn context(&self, token: usize) -> Vec<f32> {
+    /// The context, and lse.
+    fn row(&self, token: usize) -> (Vec<f32>, f32) {
         let visible = self.case.causal.visible(token, &self.case.shape);
         match self.node(Node::ROOT, &visible) {
-            Some(Partial { l, o, .. }) => o.into_iter().map(|o| o / l + 0.0).collect(),
-            None => vec![0.0; self.case.shape.value_dim()],
+            Some(Partial { m, l, o }) => {
+                let lse = std::f64::consts::LN_2 * (f64::from(m) + f64::from(l).log2());
+                (o.into_iter().map(|o| o / l + 0.0).collect(), lse as f32)
+            }
+            None => (vec![0.0; self.case.shape.value_dim()], f32::NEG_INFINITY),
         }
     }
+}
+
+/// Compares a row with the model's.
+fn check(what: &str, case: &Case, got: &attnd_kernel::FinishedRows, head: usize, token: usize) {
+    let (dv, tq) = (case.shape.value_dim(), case.shape.n_queries());
+    let (context, lse) = Model::new(case, head, token).row(token);
+    let at = head * tq + token;
+    for (c, (expected, got)) in context.iter().zip(&got.context[at * dv..][..dv]).enumerate() {
+        let same = expected.to_bits() == got.to_bits();
+        assert!(same, "{what} head {head} token {token} column {c}: {expected:e} by definition, {got:e}");
+    }
+    // The kernel's logarithm is its own, and rounded once as this one is.
+    let (expected, got) = (lse, got.lse[at]);
+    let same = expected == got || (expected - got).abs() <= f32::EPSILON * expected.abs();
+    assert!(same, "{what} head {head} token {token}: lse {expected:e} by definition, {got:e}");
 }
 
 /// Sizes around every edge; both families, and few rows.
@@ -232,22 +265,69 @@ fn dot_products_have_the_bits_of_their_definition() {
             let data = [Data::Normal, Data::Peaked, Data::Flat, Data::Ties, Data::Constant, Data::Tiny]
                 [seed as usize / 3 % 6];
             let case = case_of(seed, data, causal, sizes, mode);
-            let [group, tq, _, _, dv] = sizes;
+            let [group, tq, ..] = sizes;
             let got = case.attend(kernels, 0..tq);
             for _ in 0..6 {
                 let (head, token) = (rng.random_range(0..group), rng.random_range(0..tq));
-                let expected = Model::new(&case, head, token).context(token);
-                let got = &got.context[(head * tq + token) * dv..][..dv];
-                let differ = expected.iter().zip(got).position(|(a, b)| a.to_bits() != b.to_bits());
-                if let Some(c) = differ {
-                    panic!(
-                        "{} seed {seed} {data:?} {causal:?} {sizes:?} head {head} token {token} column {c}: {:e} by \
-                         definition, {:e}",
-                        mode.0, expected[c], got[c]
-                    );
-                }
+                let what = format!("{} seed {seed} {data:?} {causal:?} {sizes:?}", mode.0);
+                check(&what, &case, &got, head, token);
             }
         }
+    }
+}
+
+/// Where the scales of integers are subnormal, and rounded by as much as they are.
+#[test]
+fn tiny_operands_keep_their_definition_and_their_sign() {
+    for mode in MODES {
+        let Some(kernels) = kernels_with(mode.0, mode.1) else { continue };
+        for exponent in 100..149 {
+            for (of_values, sizes) in [(true, [1, 1, 40, 3, 5]), (false, [2, 33, 40, 3, 5])] {
+                let mut case = case_of(exponent, Data::Normal, Causal::None, sizes, mode);
+                let factor = 2.0_f32.powi(-(exponent as i32 / 2))
+                    * 2.0_f32.powi(-(exponent as i32 - exponent as i32 / 2));
+                let tiny = if of_values { &mut case.v } else { &mut case.q };
+                tiny.iter_mut().for_each(|x| *x = (*x * 1.3 + 2.0) * factor);
+                let got = case.attend(kernels, 0..sizes[1]);
+                check(
+                    &format!("{} 2^-{exponent} {of_values}", mode.0),
+                    &case,
+                    &got,
+                    sizes[0] - 1,
+                    sizes[1] - 1,
+                );
+                let is_normal = exponent < 120;
+                assert!(!of_values || !is_normal || got.context.iter().all(|x| *x > 0.0), "2^-{exponent}");
+            }
+        }
+    }
+}
+
+/// A subnormal query is zero, however many there are: rounded to bf16 it would be the smallest normal number.
+#[test]
+fn subnormal_queries_of_bf16_dots_are_zero_alone_and_in_a_batch() {
+    let Some(kernels) = kernels_with(MODES[0].0, MODES[0].1) else { return };
+    let mut case = case_of(1, Data::Normal, Causal::None, [1, 48, 40, 2, 1], MODES[0]);
+    case.scale = std::f32::consts::LOG2_E.recip();
+    assert_eq!(case.scale * std::f32::consts::LOG2_E, 1.0);
+    case.q.fill(f32::from_bits(0x007f_ffff));
+    (case.k[..40].fill(3e38), case.k[40..].fill(0.0));
+    (case.v[..20].fill(1.0), case.v[20..].fill(-1.0));
+    assert_eq!(case.attend(kernels, 0..48).context, [0.0; 48]);
+    assert_eq!(case.attend(kernels, 7..8).context, [0.0]);
+}
+
+/// Keys far out of the ordinary whose scores aren't.
+#[test]
+fn scores_of_huge_keys_and_tiny_queries_are_numbers() {
+    for mode in MODES {
+        let Some(kernels) = kernels_with(mode.0, mode.1) else { continue };
+        let mut case = case_of(1, Data::Normal, Causal::None, [1, 1, 2, 128, 2], mode);
+        case.q.fill(1e-32);
+        (case.k[..128].fill(1e32), case.k[128..].fill(0.9e32));
+        let got = case.attend(kernels, 0..1);
+        assert!(got.context.iter().chain(&got.lse).all(|x| x.is_finite()), "{}: {got:?}", mode.0);
+        check("huge keys", &case, &got, 0, 0);
     }
 }
 
@@ -279,15 +359,14 @@ fn dot_products_leave_no_trace_of_cuts_and_batches() {
     }
 }
 
-/// A NaN that a row doesn't see must not reach it, and one that it sees must.
+/// A NaN that a row doesn't see must not reach it, in either half of a pair, and one that it sees must.
 #[test]
 fn a_row_of_dot_products_depends_on_what_it_sees() {
-    for tq in [2, 48] {
+    for (tq, bad) in [(2, 1), (48, 24), (48, 25)] {
         let mode = MODES[0];
-        let Some(kernels) = kernels_with(mode.0, mode.1) else { return };
+        let Some(kernels) = kernels_with(mode.0, mode.1) else { continue };
         let mut case = case_of(5, Data::Normal, Causal::TopLeft, [1, tq, 300, 16, 24], mode);
         let clean = case.attend(kernels, 0..tq);
-        let bad = tq / 2;
         case.k[bad * 16 + 3] = f32::NAN;
         case.v[bad * 24..(bad + 1) * 24].fill(f32::NAN);
         let got = case.attend(kernels, 0..tq);
@@ -299,18 +378,13 @@ fn a_row_of_dot_products_depends_on_what_it_sees() {
                 assert!(rows[1].iter().all(|x| x.to_bits() == 0x7fc0_0000), "{tq} {token}: {:?}", rows[1]);
             }
         }
-        if tq == 2 {
-            let mut case = case_of(5, Data::Normal, Causal::None, [1, 2, 300, 16, 24], MODES[1]);
-            case.q[5] = f32::INFINITY;
-            let Some(kernels) = kernels_with(MODES[1].0, MODES[1].1) else { return };
-            let got = case.attend(kernels, 0..2);
-            assert!(
-                got.context[..24].iter().all(|x| x.to_bits() == 0x7fc0_0000),
-                "a query that is no number"
-            );
-            assert!(got.context[24..].iter().all(|x| x.is_finite()));
-        }
     }
+    let Some(kernels) = kernels_with(MODES[1].0, MODES[1].1) else { return };
+    let mut case = case_of(5, Data::Normal, Causal::None, [1, 2, 300, 16, 24], MODES[1]);
+    case.q[5] = f32::INFINITY;
+    let got = case.attend(kernels, 0..2);
+    assert!(got.context[..24].iter().all(|x| x.to_bits() == 0x7fc0_0000), "a query that is no number");
+    assert!(got.context[24..].iter().all(|x| x.is_finite()));
 }
 
 /// The largest error of a context of 4 rows, relative to the root mean square of its values, against f64 over what is stored.
@@ -320,7 +394,7 @@ fn error_of(mode: (Compute, Storage), d: usize) -> Option<f64> {
     let got = case.attend(kernels, 0..4);
     let stored = |x: &[f32]| -> Vec<f32> {
         match mode.1 {
-            Storage::Bf16 => x.iter().map(|x| to_bf16(*x)).collect(),
+            Storage::Bf16 => x.iter().map(|x| stored_bf16(*x)).collect(),
             _ => x
                 .chunks(d)
                 .flat_map(|row| {

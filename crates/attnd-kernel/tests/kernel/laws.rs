@@ -113,6 +113,26 @@ fn what_no_row_sees_may_hold_anything() {
     let seen = attend(&last);
     assert_eq!(clean.context[..69 * 18], seen.context[..69 * 18]);
     assert_eq!(seen.context[69 * 18].to_bits(), 0x7fc0_0000);
+
+    // Lanes side by side, some of which see it.
+    for (bad, value) in [(40, f32::NAN), (41, f32::INFINITY), (0, f32::NAN), (95, f32::NEG_INFINITY)] {
+        let mut case = Case::new(11, Data::Normal, Causal::TopLeft, [1, 96, 300, 17, 18]);
+        for kernels in Kernels::available() {
+            let clean = case.attend(kernels, 0..96);
+            let kept = std::mem::replace(&mut case.v[bad * 18 + 5], value);
+            let got = case.attend(kernels, 0..96);
+            case.v[bad * 18 + 5] = kept;
+            for (at, (clean, got)) in clean.context.iter().zip(&got.context).enumerate() {
+                let sees_it = at / 18 >= bad && at % 18 == 5;
+                assert!(
+                    clean.to_bits() == got.to_bits() || sees_it && !got.is_finite(),
+                    "{} {bad} {at}",
+                    kernels.isa()
+                );
+                assert!(!sees_it || !got.is_finite(), "{} {bad} {at}", kernels.isa());
+            }
+        }
+    }
 }
 
 #[test]
@@ -151,23 +171,27 @@ fn extreme_logits_pick_their_key_and_no_sentinel_leaks() {
 #[test]
 fn scores_that_leave_f32_are_reported() {
     use attnd_kernel::slot::Node;
-    use attnd_kernel::{Compute, GroupCall, attend_node};
-    for sign in [1.0, -1.0] {
-        let mut case = Case::new(14, Data::Normal, Causal::None, [2, 20, 600, 4, 4]);
-        case.q[(20 + 3) * 4] = 1e20;
-        case.k[500 * 4] = sign * 1e20;
-        let kv = case.resident(0..64);
-        for kernels in Kernels::available() {
-            let call = GroupCall {
-                shape: case.shape,
-                scale: 1.0,
-                causal: Causal::None,
-                q: &case.q,
-                kv: &kv,
-                compute: Compute::F32,
-            };
-            let overflow = attend_node(kernels, &call, Node::ROOT, 0..20).1.unwrap_err();
-            assert_eq!((overflow.head_in_group, overflow.token), (1, 3), "{sign} {}", kernels.isa());
+    use attnd_kernel::{Compute, GroupCall, Storage, attend_node};
+    for compute in Compute::ALL {
+        for sign in [1.0, -1.0] {
+            let mut case = Case::new(14, Data::Normal, Causal::None, [2, 20, 600, 4, 4]);
+            (case.compute, case.storage) = (compute, compute.storage().unwrap_or(Storage::F32));
+            case.q[(20 + 3) * 4] = 1e20;
+            case.k[500 * 4] = sign * 1e20;
+            let kv = case.resident(0..64);
+            for kernels in Kernels::available() {
+                let call = GroupCall {
+                    shape: case.shape,
+                    scale: 1.0,
+                    causal: Causal::None,
+                    q: &case.q,
+                    kv: &kv,
+                    compute,
+                };
+                let overflow = attend_node(kernels, &call, Node::ROOT, 0..20).1.unwrap_err();
+                let found = (overflow.head_in_group, overflow.token);
+                assert_eq!(found, (1, 3), "{sign} {compute} {}", kernels.isa());
+            }
         }
     }
 }
