@@ -10,6 +10,8 @@ use crate::lanes::{LANES, Lanes};
 
 /// Exponents above this are safely above the one at which weights are flushed.
 const NO_FLUSH: f32 = -120.0;
+/// A fourth of the residues of rule 4.
+const QUARTER: usize = LANES / 4;
 
 /// The keys whose weights are computed: whole rounds of residues around those that some lane sees.
 fn residues(keys: &Span) -> Range<usize> {
@@ -100,11 +102,23 @@ pub(super) unsafe fn weigh<L: Lanes, A: Arithmetic<L>, const NR: usize>(
             // A comparison with NaN is false, whereas the smallest of several lanes may lose one and its neighbour.
             let is_safe = L::select_between(least, low, high, L::splat(1.0), L::zero());
             let s = s.add(LANES * n);
-            let mut t = if is_whole && L::smallest(is_safe) == 1.0 {
-                residue_sums::<L, A, NR, false>(s, residues.clone(), shift)
+            let is_safe = is_whole && L::smallest(is_safe) == 1.0;
+            let mut t = [L::zero(); LANES];
+            if A::PER_WORD == 1 {
+                for first in (0..LANES).step_by(QUARTER) {
+                    let s = s.add(LANES * NR * first);
+                    let of_four = if is_safe {
+                        residue_sums::<L, A, NR, false>(s, residues.clone(), shift)
+                    } else {
+                        residue_sums::<L, A, NR, true>(s, residues.clone(), shift)
+                    };
+                    t[first..first + QUARTER].copy_from_slice(&of_four);
+                }
+            } else if is_safe {
+                t = sums_of_pairs::<L, A, NR, false>(s, residues.clone(), shift);
             } else {
-                residue_sums::<L, A, NR, true>(s, residues.clone(), shift)
-            };
+                t = sums_of_pairs::<L, A, NR, true>(s, residues.clone(), shift);
+            }
             for half in [8, 4, 2, 1] {
                 for i in 0..half {
                     t[i] = L::add(t[i], t[i + half]);
@@ -127,42 +141,75 @@ macro_rules! each_residue {
     };
 }
 
-/// Weights in place, and one sum per residue of the key modulo 16, as rule 4 says.
+/// The weights of scores: `P(s, m')` of rule 3. Without `FLUSH`, every score minus `shift` is above [`NO_FLUSH`].
 ///
 /// # Safety
-/// The ISA of `L`, and what `A` needs, is enabled. `s` is valid for a vector of each of the rows `residues`, `NR` vectors
-/// apart. Without
-/// `FLUSH`, every score minus `shift` is above [`NO_FLUSH`].
+/// The ISA of `L`, and what `A` needs, is enabled.
+#[inline(always)]
+unsafe fn weights<L: Lanes, A: Arithmetic<L>, const FLUSH: bool>(scores: L::V, shift: L::V) -> L::V {
+    // SAFETY: as the caller vouches.
+    unsafe {
+        let degree = A::EXP2.len() - 1;
+        let nearest = L::rint(scores);
+        let rest = L::sub(scores, nearest);
+        let mut y = L::splat(A::EXP2[degree]);
+        for i in (0..degree).rev() {
+            y = L::fma(y, rest, L::splat(A::EXP2[i]));
+        }
+        let e = L::sub(nearest, shift);
+        if FLUSH { L::scale_or_flush(y, e) } else { L::scale(y, e) }
+    }
+}
+
+/// Weights in place, and one sum per residue of the key modulo 16, as rule 4 says, of four neighbouring residues: their sums
+/// stay in registers, where 16 don't.
+///
+/// # Safety
+/// The ISA of `L`, and what `A` needs, is enabled. `s` is valid for a vector of each of the first four rows of every 16 of
+/// `residues`, `NR` vectors apart. `FLUSH` as [`weights`] says.
 #[inline(always)]
 unsafe fn residue_sums<L: Lanes, A: Arithmetic<L>, const NR: usize, const FLUSH: bool>(
+    s: *mut f32,
+    residues: Range<usize>,
+    shift: L::V,
+) -> [L::V; QUARTER] {
+    // SAFETY: the ranges above, vector by vector.
+    unsafe {
+        let mut t = [L::zero(); QUARTER];
+        for j in residues.step_by(LANES) {
+            for r in 0..QUARTER {
+                let at = s.add(LANES * NR * (j + r));
+                let p = weights::<L, A, FLUSH>(L::load(at), shift);
+                L::store(at, p);
+                t[r] = L::add(t[r], p);
+            }
+        }
+        t
+    }
+}
+
+/// The same of all residues at once, with weights packed in pairs: their words go where scores were, which therefore have to
+/// be read in order.
+///
+/// # Safety
+/// As [`residue_sums`], for all rows of `residues`.
+#[inline(always)]
+unsafe fn sums_of_pairs<L: Lanes, A: Arithmetic<L>, const NR: usize, const FLUSH: bool>(
     s: *mut f32,
     residues: Range<usize>,
     shift: L::V,
 ) -> [L::V; LANES] {
     // SAFETY: the ranges above, vector by vector.
     unsafe {
-        let degree = A::EXP2.len() - 1;
         let mut t = [L::zero(); LANES];
         let mut even = L::zero();
         for j in residues.step_by(LANES) {
             // Written out, because a loop would keep the sums in memory: LLVM unrolls none that is this long.
             each_residue!(R, {
-                let at = s.add(LANES * NR * (j + R));
-                let score = L::load(at);
-                let nearest = L::rint(score);
-                let rest = L::sub(score, nearest);
-                let mut y = L::splat(A::EXP2[degree]);
-                for i in (0..degree).rev() {
-                    y = L::fma(y, rest, L::splat(A::EXP2[i]));
-                }
-                let e = L::sub(nearest, shift);
-                let p = if FLUSH { L::scale_or_flush(y, e) } else { L::scale(y, e) };
-                if A::PER_WORD == 1 {
-                    L::store(at, p);
-                } else if R.is_multiple_of(2) {
+                let p = weights::<L, A, FLUSH>(L::load(s.add(LANES * NR * (j + R))), shift);
+                if R.is_multiple_of(2) {
                     even = p;
                 } else {
-                    // A word of two weights goes where one was that has been read.
                     L::store(s.add(LANES * NR * ((j + R) / 2)), A::pair(even, p));
                 }
                 t[R] = L::add(t[R], p);

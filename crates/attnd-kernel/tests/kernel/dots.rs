@@ -311,8 +311,10 @@ fn subnormal_queries_of_bf16_dots_are_zero_alone_and_in_a_batch() {
     case.scale = std::f32::consts::LOG2_E.recip();
     assert_eq!(case.scale * std::f32::consts::LOG2_E, 1.0);
     case.q.fill(f32::from_bits(0x007f_ffff));
-    (case.k[..40].fill(3e38), case.k[40..].fill(0.0));
-    (case.v[..20].fill(1.0), case.v[20..].fill(-1.0));
+    case.k[..40].fill(3e38);
+    case.k[40..].fill(0.0);
+    case.v[..20].fill(1.0);
+    case.v[20..].fill(-1.0);
     assert_eq!(case.attend(kernels, 0..48).context, [0.0; 48]);
     assert_eq!(case.attend(kernels, 7..8).context, [0.0]);
 }
@@ -324,7 +326,8 @@ fn scores_of_huge_keys_and_tiny_queries_are_numbers() {
         let Some(kernels) = kernels_with(mode.0, mode.1) else { continue };
         let mut case = case_of(1, Data::Normal, Causal::None, [1, 1, 2, 128, 2], mode);
         case.q.fill(1e-32);
-        (case.k[..128].fill(1e32), case.k[128..].fill(0.9e32));
+        case.k[..128].fill(1e32);
+        case.k[128..].fill(0.9e32);
         let got = case.attend(kernels, 0..1);
         assert!(got.context.iter().chain(&got.lse).all(|x| x.is_finite()), "{}: {got:?}", mode.0);
         check("huge keys", &case, &got, 0, 0);
