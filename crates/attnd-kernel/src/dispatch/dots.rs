@@ -41,6 +41,8 @@ pub(super) fn int8() -> Option<&'static Int8Entries> {
 }
 
 static AVX512_BF16: Bf16Entries = {
+    /// # Safety
+    /// The CPU has these features; the table is handed out only there. Operands are as the function called wants them.
     #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512bf16,avx2,fma,f16c")]
     unsafe fn rows_dots_entry(
         block: &RowBlock<'_>,
@@ -50,6 +52,8 @@ static AVX512_BF16: Bf16Entries = {
         // SAFETY: the features are enabled on this function.
         unsafe { attend_rows::<Avx512, Bf16Dots, ROWS, 4, ROWS, 4, 0>(block, scratch, out) }
     }
+    /// # Safety
+    /// The CPU has these features; the table is handed out only there. Operands are as the function called wants them.
     #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512bf16,avx2,fma,f16c")]
     unsafe fn queries_dots_entry(
         block: &RowBlock<'_>,
@@ -60,11 +64,15 @@ static AVX512_BF16: Bf16Entries = {
         // SAFETY: the features are enabled on this function.
         unsafe { attend_queries::<Avx512, Bf16Dots, 8, 3>(block, groups, scratch, out) }
     }
+    /// # Safety
+    /// The CPU has these features; the table is handed out only there. Operands are as the function called wants them.
     #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512bf16,avx2,fma,f16c")]
     unsafe fn pair_entry(groups: Groups, d: usize, q: &mut [f32]) {
         // SAFETY: the features are enabled on this function.
         unsafe { pair::<Avx512>(groups, d, q) }
     }
+    /// # Safety
+    /// The CPU has these features; the table is handed out only there. Operands are as the function called wants them.
     #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512bf16,avx2,fma,f16c")]
     unsafe fn dot_loop_entry(rounds: u64) -> f32 {
         // SAFETY: the features are enabled on this function.
@@ -79,6 +87,8 @@ static AVX512_BF16: Bf16Entries = {
 };
 
 static AVX512_INT8: Int8Entries = {
+    /// # Safety
+    /// The CPU has these features; the table is handed out only there. Operands are as the function called wants them.
     #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vnni,avx2,fma,f16c")]
     unsafe fn rows_dots_entry(
         block: &RowBlock<'_>,
