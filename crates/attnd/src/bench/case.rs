@@ -258,6 +258,8 @@ mod tests {
     fn the_table_is_sound() {
         for (i, case) in CASES.iter().enumerate() {
             assert!(case.shape().is_ok(), "{}", case.name);
+            let needed = case.compute.storage().unwrap_or(case.storage);
+            assert_eq!(needed, case.storage, "{}", case.name);
             assert!(case.bound() == Bound::Fma || case.kv_bytes() >= 256 << 20, "{} is too small", case.name);
             let others = &CASES[..i];
             assert!(
