@@ -51,11 +51,16 @@ pub(crate) trait Arithmetic<L: Lanes>: Copy {
     unsafe fn pair(even: L::V, _odd: L::V) -> L::V {
         even
     }
-    /// Turns the weights of `keys`, whole vectors of a row over a page, into the words that broadcasts are read from, in place.
-    /// Returns what integers are multiplied by.
+    /// What a row's weights for the keys of a vector become before they are packed; `value_scales` is valid for reading 16 if
+    /// weights are integers.
+    unsafe fn weight(p: L::V, _value_scales: *const f32) -> L::V {
+        p
+    }
+    /// Turns the weights of `keys`, whole vectors of a row over a page, into the words that broadcasts are read from, in place;
+    /// `largest` is the largest of them if they are to be integers. Returns what integers are multiplied by.
     ///
-    /// `p` is valid for reading and writing 256 f32, `value_scales` for reading 256 if the storage has any.
-    unsafe fn pack_row(_p: *mut f32, _keys: Range<usize>, _value_scales: *const f32) -> f32 {
+    /// `p` is valid for reading and writing 256 f32.
+    unsafe fn pack_row(_p: *mut f32, _keys: Range<usize>, _largest: f32) -> f32 {
         1.0
     }
 

@@ -48,7 +48,7 @@ impl<L: DotLanes> Arithmetic<L> for Bf16Dots {
         unsafe { L::bf16_pairs(even, odd) }
     }
     #[inline(always)]
-    unsafe fn pack_row(p: *mut f32, keys: Range<usize>, _value_scales: *const f32) -> f32 {
+    unsafe fn pack_row(p: *mut f32, keys: Range<usize>, _largest: f32) -> f32 {
         // Thirty-two weights make 16 words, which go where weights were that have been read.
         for j in (keys.start / (2 * LANES) * (2 * LANES)..keys.end).step_by(2 * LANES) {
             // SAFETY: j + 32 <= 256.

@@ -6,13 +6,14 @@
 //!   scale `t` are what is stored. `score = (sum_x a_x b_x) as f32 * (t * s)`.
 //! * The weights of a page become integers too, with the scale of their values folded in: `w_j = p_j * u_j` for value scales
 //!   `u_j`, `c_j = rint(w_j / r)` with a scale `r` made of `max w`, and `o = (sum_j c_j v_j) as f32 * r`.
-//! * A scale is the largest magnitude over 32767, or the next f32 above where that is so small that it was rounded down too
-//!   far: no integer is over 32767. It is 1 where all is zero. No sum leaves 32 bits, over 512 dimensions or the 256 keys of a
-//!   page.
+//! * A scale is a power of two, so that dividing by it is exact and costs a multiplication: `2^-14` of the power of two at or
+//!   below the largest magnitude and a 2^-14th more, `2^-126` at least. No integer is over 32767 then, and the largest is
+//!   16383 or more, unless all numbers are below `2^-112`. It is 1 where all is zero. No sum leaves 32 bits, over 512 dimensions or the 256 keys of
+//!   a page.
 //!
 //! Sums of integers are exact in any order, so bits are the same for any cut of the work, tile and ISA. Softmax, merges and
-//! the division are those of `canonical.rs`. What is lost beside the storage itself is `2^-16` of a query's largest element
-//! and of a page's largest weight times scale.
+//! the division are those of `canonical.rs`. What is lost beside the storage itself is a little over `2^-15` of a query's
+//! largest element and of a page's largest weight times scale, or `2^-127` if that is more.
 
 use std::ops::Range;
 
@@ -21,8 +22,10 @@ use crate::lanes::{DotLanes, LANES};
 use crate::shape::MAX_DIM;
 use crate::slot::PAGE_KEYS;
 
-/// The largest integer of a query or a weight.
-const LARGEST: f32 = 32_767.0;
+/// A scale, over the power of two that it is made of.
+const UNIT: f32 = 1.0 / (1 << 14) as f32;
+/// The largest power of two that is a f32.
+const LARGEST_POWER: f32 = (1_u128 << 127) as f32;
 
 const _: () = assert!(MAX_DIM * 127 * 32_767 <= i32::MAX as usize && PAGE_KEYS <= MAX_DIM);
 
@@ -32,9 +35,8 @@ fn scale_of(largest: f32) -> f32 {
     if !(largest > 0.0 && largest.is_finite()) {
         return 1.0;
     }
-    let scale = largest / LARGEST;
-    // Subnormal scales are few and far between.
-    if scale == 0.0 || largest / scale >= LARGEST + 0.5 { scale.next_up() } else { scale }
+    let power = f32::from_bits((largest * (1.0 + UNIT)).to_bits() & f32::INFINITY.to_bits());
+    (power.min(LARGEST_POWER) * UNIT).max(f32::MIN_POSITIVE)
 }
 
 /// Turns a query into integers, and gives those to `word` in words of two, as [`Int8Dots`] meets them: word `2 x` has
@@ -44,8 +46,9 @@ pub(crate) fn pack_query(query: &[f32], factor: f32, mut word: impl FnMut(usize,
     let is_finite = query.iter().all(|x| (x * factor).is_finite());
     let largest = query.iter().fold(0.0_f32, |largest, x| largest.max((x * factor).abs()));
     let scale = scale_of(largest);
+    let inverse = scale.recip();
     let integer = |x: usize| match query.get(x) {
-        Some(x) if is_finite => (x * factor / scale).round_ties_even() as i16,
+        Some(x) if is_finite => (x * factor * inverse).round_ties_even() as i16,
         _ => 0,
     };
     let pair = |low: usize, high: usize| {
@@ -88,24 +91,23 @@ impl<L: DotLanes> Arithmetic<L> for Int8Dots {
         unsafe { L::from_int32(acc) }
     }
     #[inline(always)]
-    unsafe fn pack_row(p: *mut f32, keys: Range<usize>, value_scales: *const f32) -> f32 {
+    unsafe fn weight(p: L::V, value_scales: *const f32) -> L::V {
+        // SAFETY: as the caller vouches.
+        unsafe { L::mul(p, L::load(value_scales)) }
+    }
+    #[inline(always)]
+    unsafe fn pack_row(p: *mut f32, keys: Range<usize>, largest: f32) -> f32 {
+        // Where weights are NaN so is their sum, and any integers do. Where the scale of a value that was never written
+        // is NaN, the weight of its key is no number either; integers of such are 0.
+        let scale = scale_of(largest);
         // SAFETY: keys are whole vectors of a page; the words of 16 weights go where weights were that have been read.
         unsafe {
-            let mut largest = L::zero();
-            for j in keys.clone().step_by(LANES) {
-                let scaled = L::mul(L::load(p.add(j)), L::load(value_scales.add(j)));
-                L::store(p.add(j), scaled);
-                largest = L::max(scaled, largest);
-            }
-            // Where weights are NaN so is their sum, and any integers do. Where the scale of a value that was never written
-            // is NaN, the weight of its key is no number either; integers of such are 0.
-            let scale = scale_of(L::largest(largest));
-            let divisor = L::splat(scale);
+            let inverse = L::splat(scale.recip());
             for j in keys.step_by(LANES) {
-                let integers = L::div(L::load(p.add(j)), divisor);
+                let integers = L::mul(L::load(p.add(j)), inverse);
                 L::store_half(p.add(j / 2), L::int16_pairs(integers));
             }
-            scale
         }
+        scale
     }
 }

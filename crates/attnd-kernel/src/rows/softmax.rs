@@ -42,22 +42,28 @@ pub(super) unsafe fn softmax_row<L: Lanes, A: Arithmetic<L>>(
     };
     // SAFETY: all of it lies inside a page.
     unsafe {
-        let sum = weigh_row::<L, A>(s, visible);
+        let (sum, largest) = weigh_row::<L, A>(s, visible, value_scales);
         if A::INTEGERS {
             for j in (keys.start..before).chain(after..keys.end) {
                 *s.add(j) = 0.0;
             }
         }
-        RowSum { weight_scale: A::pack_row(s, keys, value_scales), ..sum }
+        RowSum { weight_scale: A::pack_row(s, keys, largest), ..sum }
     }
 }
 
+/// Weights as `A` packs them, and the largest of them if `A` is of integers.
+///
 /// # Safety
 /// As [`softmax_row`].
 #[inline(always)]
-unsafe fn weigh_row<L: Lanes, A: Arithmetic<L>>(s: *mut f32, visible: Range<usize>) -> RowSum {
+unsafe fn weigh_row<L: Lanes, A: Arithmetic<L>>(
+    s: *mut f32,
+    visible: Range<usize>,
+    value_scales: *const f32,
+) -> (RowSum, f32) {
     if visible.is_empty() {
-        return RowSum { m: f32::NEG_INFINITY, l: 0.0, overflow: false, weight_scale: 1.0 };
+        return (RowSum { m: f32::NEG_INFINITY, l: 0.0, overflow: false, weight_scale: 1.0 }, 0.0);
     }
     // Whole vectors around the visible keys; the rest of the first and last vector becomes -inf, whose weight is 0 by
     // rule 3 and whose place in the residue sums adds +0.
@@ -77,7 +83,7 @@ unsafe fn weigh_row<L: Lanes, A: Arithmetic<L>>(s: *mut f32, visible: Range<usiz
 
         let shift = L::splat(finite_max(m));
         let degree = A::EXP2.len() - 1;
-        let mut sums = L::zero();
+        let (mut sums, mut largest) = (L::zero(), L::zero());
         for j in (first..last).step_by(16) {
             let score = L::load(s.add(j));
             let n = L::rint(score);
@@ -87,12 +93,17 @@ unsafe fn weigh_row<L: Lanes, A: Arithmetic<L>>(s: *mut f32, visible: Range<usiz
                 y = L::fma(y, r, L::splat(A::EXP2[i]));
             }
             let p = L::scale_or_flush(y, L::sub(n, shift));
-            L::store(s.add(j), p);
+            let weight = A::weight(p, value_scales.wrapping_add(j));
+            L::store(s.add(j), weight);
+            if A::INTEGERS {
+                largest = L::max(weight, largest);
+            }
             sums = L::add(sums, p);
         }
         let l = L::halving_sum(sums);
         let overflow = lowest == f32::NEG_INFINITY || m == f32::INFINITY || l.is_nan();
-        RowSum { m, l, overflow, weight_scale: 1.0 }
+        let largest = if A::INTEGERS { L::largest(largest) } else { 0.0 };
+        (RowSum { m, l, overflow, weight_scale: 1.0 }, largest)
     }
 }
 
