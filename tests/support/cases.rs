@@ -7,7 +7,7 @@ use attnd_client::{AttendOptions, Attended, Operands, WorkerChoice};
 use attnd_kernel::reference::{ReferenceRow, reference_row};
 use attnd_kernel::slot::{N_SLOTS, Node, PAGE_KEYS, keys_in_page, n_pages};
 use attnd_kernel::{
-    AttnShape, Causal, Compute, Dims, Dtype, FinishedRows, GroupCall, Kernels, KvHead, attend_node, widen,
+    AttnShape, Causal, Dims, Dtype, Effective, FinishedRows, GroupCall, Kernels, KvHead, attend_node, widen,
 };
 use bytes::Bytes;
 use half::{bf16, f16};
@@ -208,7 +208,7 @@ impl Case {
             causal: self.causal,
             q: &q,
             kv: &kv,
-            compute: Compute::F32,
+            compute: Effective::F32,
         };
         attend_node(kernels, &call, Node::ROOT, tokens).0.finish(kernels)
     }

@@ -308,7 +308,7 @@ impl Pages {
 
 #[cfg(test)]
 mod tests {
-    use attnd_kernel::{Causal, Compute, Dims, GroupCall, Kernels, attend_node, slot};
+    use attnd_kernel::{Causal, Dims, Effective, GroupCall, Kernels, attend_node, slot};
     use rand::rngs::StdRng;
     use rand::{RngExt, SeedableRng};
 
@@ -380,7 +380,7 @@ mod tests {
                 causal: Causal::None,
                 q: &operands.q,
                 kv: &operands.kv,
-                compute: Compute::F32,
+                compute: Effective::F32,
             };
             let nodes = slot::cover(slots.clone()).into_iter();
             let partials: Vec<_> = nodes.map(|node| attend_node(kernels, &call, node, 0..5).0).collect();
