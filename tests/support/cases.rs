@@ -107,6 +107,18 @@ impl Case {
         Self::new(seed, Data::Normal, Causal::None, Dtype::F32, dims)
     }
 
+    /// The same numbers in f32.
+    pub(crate) fn in_f32(&self) -> Self {
+        let Operands { shape, dtype, ref q, ref k, ref v } = self.operands;
+        let widened = |bytes: &Bytes| {
+            let mut floats = vec![0.0; bytes.len() / dtype.size()];
+            widen(bytes, dtype, &mut floats);
+            attnd_wire::floats::into_bytes(floats)
+        };
+        let operands = Operands { shape, dtype: Dtype::F32, q: widened(q), k: widened(k), v: widened(v) };
+        Self { operands, ..*self }
+    }
+
     pub(crate) fn shape(&self) -> &AttnShape {
         &self.operands.shape
     }
