@@ -330,6 +330,40 @@ async fn half_precision_and_any_interleaving_of_chunks_have_the_same_bits() {
     }
 }
 
+/// Workers keep keys and values as they were sent. That shows in what they take, and nowhere else.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn half_precision_has_the_bits_of_the_same_numbers_in_f32() {
+    let cluster = Cluster::with(mixed_workers()).await;
+    let client = cluster.client();
+    // Few rows and many, which take different kernels; odd dimensions and keys, which leave a word half empty.
+    let sizes = [(1, 1, 3000, 64, 64), (4, 1, 5001, 65, 33), (2, 150, 1300, 40, 81), (1, 97, 999, 31, 128)];
+    for (seed, (group, queries, keys, head_dim, value_dim)) in (0..).zip(sizes) {
+        let dims = Dims { batch: 1, heads: 2 * group, kv_heads: 2, queries, keys, head_dim, value_dim };
+        for dtype in [Dtype::F16, Dtype::Bf16] {
+            for data in Data::ALL {
+                let causal = CAUSAL[seed as usize % 3];
+                let case = Case::new(seed, data, causal, dtype, dims);
+                let in_f32 = case.in_f32();
+                let wanted = in_f32.compute(Kernels::available()[0]);
+                for count in 1..=3 {
+                    let what = format!("{dtype} {data:?} {causal:?} {dims:?}, {count} workers");
+                    let options = case.options(WorkerChoice::Exactly(count));
+                    let mut kv_bytes = Vec::new();
+                    for case in [&case, &in_f32] {
+                        let attended = client.attend(&case.operands, &options, &mut |_| {}).await;
+                        let attended = attended.unwrap_or_else(|error| panic!("{what}: {error}"));
+                        let of_shares = attended.plan.shares.iter().map(|share| share.kv_bytes);
+                        kv_bytes.push(of_shares.sum::<u64>());
+                        let what = format!("{what}, sent as {}", case.operands.dtype);
+                        Answer::from(attended).assert_bits_of(&wanted, &what);
+                    }
+                    assert_eq!(2 * kv_bytes[0], kv_bytes[1], "{what}: bytes on the workers");
+                }
+            }
+        }
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_no_row_sees_changes_no_bit() {
     // Top-left: the keys behind the last query are never seen. Poison them.

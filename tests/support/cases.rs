@@ -7,7 +7,7 @@ use attnd_client::{AttendOptions, Attended, Operands, WorkerChoice};
 use attnd_kernel::reference::{ReferenceRow, reference_row};
 use attnd_kernel::slot::{N_SLOTS, Node, PAGE_KEYS, keys_in_page, n_pages};
 use attnd_kernel::{
-    AttnShape, Causal, Compute, Dims, Dtype, FinishedRows, GroupCall, Kernels, KvHead, attend_node, widen,
+    AttnShape, Causal, Dims, Dtype, Effective, FinishedRows, GroupCall, Kernels, KvHead, attend_node, widen,
 };
 use bytes::Bytes;
 use half::{bf16, f16};
@@ -105,6 +105,18 @@ impl Case {
     /// A case of ordinary numbers, f32, without a mask.
     pub(crate) fn plain(seed: u64, dims: Dims) -> Self {
         Self::new(seed, Data::Normal, Causal::None, Dtype::F32, dims)
+    }
+
+    /// The same numbers in f32.
+    pub(crate) fn in_f32(&self) -> Self {
+        let Operands { shape, dtype, ref q, ref k, ref v } = self.operands;
+        let widened = |bytes: &Bytes| {
+            let mut floats = vec![0.0; bytes.len() / dtype.size()];
+            widen(bytes, dtype, &mut floats);
+            attnd_wire::floats::into_bytes(floats)
+        };
+        let operands = Operands { shape, dtype: Dtype::F32, q: widened(q), k: widened(k), v: widened(v) };
+        Self { operands, ..*self }
     }
 
     pub(crate) fn shape(&self) -> &AttnShape {
@@ -208,7 +220,7 @@ impl Case {
             causal: self.causal,
             q: &q,
             kv: &kv,
-            compute: Compute::F32,
+            compute: Effective::F32,
         };
         attend_node(kernels, &call, Node::ROOT, tokens).0.finish(kernels)
     }

@@ -12,7 +12,7 @@ use rayon::prelude::*;
 use crate::block::{BLOCK_ROWS, QueryLayout, RowBlock, RowPartials};
 use crate::buffer::Buffer;
 use crate::canonical::query_factor;
-use crate::compute::Compute;
+use crate::compute::{Compute, Effective};
 use crate::dispatch::Kernels;
 use crate::float_env::FloatEnvironment;
 use crate::mask::Causal;
@@ -39,8 +39,9 @@ pub struct GroupCall<'a> {
     pub q: &'a [f32],
     /// The group's keys and values.
     pub kv: &'a KvHead,
-    /// In what arithmetic; [`Kernels::effective`] tells what that is where the kernels lack it.
-    pub compute: Compute,
+    /// In what arithmetic. Where kernels lack the one that is wanted, [`Kernels::effective`] says what there is instead, and
+    /// whoever calls decides to go on with that: nothing here falls back.
+    pub compute: Effective,
 }
 
 /// A score left the range of f32.
@@ -62,7 +63,7 @@ pub struct ScoreOverflow {
 ///
 /// # Panics
 /// If `q` or `kv` doesn't have the call's shape, `tokens` reaches past the last query, or a slot of `node` isn't
-/// resident in `kv`, or `compute` isn't for its storage.
+/// resident in `kv`, or `compute` isn't for its storage or not what these kernels have.
 pub fn attend_node(
     kernels: &Kernels,
     call: &GroupCall<'_>,
@@ -78,10 +79,11 @@ pub fn attend_node(
         "shape of kv"
     );
     assert!(tokens.end <= shape.n_queries(), "tokens {tokens:?} of {}", shape.n_queries());
-    let compute = match kernels.effective(call.compute, call.kv.storage()) {
-        Ok(effective) => effective.compute,
+    let compute = call.compute.compute();
+    match kernels.effective(compute, call.kv.storage()) {
+        Ok(there) => assert_eq!(there.compute(), compute, "{kernels:?} compute in {there}"),
         Err(mismatch) => panic!("{mismatch}"),
-    };
+    }
 
     let n_rows = tokens.len() * group;
     if n_rows == 0 {

@@ -67,13 +67,32 @@ pub struct StorageMismatch {
     pub storage: Storage,
 }
 
-/// What a call is computed in.
+/// The arithmetic that a call runs in: f32, or what [`crate::Kernels::effective`] answered. Partials merge only with those
+/// of the same [`Self::kernel_id`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Effective {
+    pub(crate) compute: Compute,
+    pub(crate) instead_of: Option<Compute>,
+}
+
+impl Effective {
+    /// f32 because f32 is wanted: for any storage, on any CPU.
+    pub const F32: Self = Self { compute: Compute::F32, instead_of: None };
+
     /// The arithmetic.
-    pub compute: Compute,
+    pub fn compute(self) -> Compute {
+        self.compute
+    }
+
     /// What was asked for, if this CPU, or the kernels chosen for it, have no instructions for that.
-    pub instead_of: Option<Compute>,
+    pub fn instead_of(self) -> Option<Compute> {
+        self.instead_of
+    }
+
+    /// Names the order of arithmetic that runs, which is not the one of [`Self::instead_of`].
+    pub fn kernel_id(self) -> &'static str {
+        self.compute.kernel_id()
+    }
 }
 
 impl std::fmt::Display for Effective {

@@ -59,14 +59,25 @@ pub fn widen(bytes: &[u8], dtype: Dtype, out: &mut [f32]) {
     }
 }
 
-/// Whether none of some elements is NaN or infinite.
-pub(crate) fn is_finite(values: &[[u8; 4]]) -> bool {
+/// Whether none of some elements, little-endian, is NaN or infinite.
+pub(crate) fn are_finite(bytes: &[u8], dtype: Dtype) -> bool {
     // Without a branch, so that it vectorises: an exponent of all ones overflows into the sign.
-    let over = values.iter().fold(0, |over, raw| {
-        let magnitude = f32::from_le_bytes(*raw).to_bits() & 0x7fff_ffff;
-        over | (magnitude + 0x0080_0000)
+    let unit_of_16_bits = match dtype {
+        Dtype::F32 => {
+            let over = bytes.as_chunks().0.iter().fold(0, |over, raw| {
+                let magnitude = u32::from_le_bytes(*raw) & 0x7fff_ffff;
+                over | (magnitude + 0x0080_0000)
+            });
+            return over >> 31 == 0;
+        }
+        Dtype::F16 => 0x0400,
+        Dtype::Bf16 => 0x0080,
+    };
+    let over = bytes.as_chunks().0.iter().fold(0, |over, raw| {
+        let magnitude = u16::from_le_bytes(*raw) & 0x7fff;
+        over | (magnitude + unit_of_16_bits)
     });
-    over >> 31 == 0
+    over >> 15 == 0
 }
 
 /// The index of the first NaN or infinity.
@@ -92,6 +103,24 @@ mod tests {
         widen(&bytes, Dtype::Bf16, &mut out);
         for (bits, value) in (0..=u16::MAX).zip(&out) {
             assert!(value.to_bits() == u32::from(bits) << 16 || value.is_nan(), "{bits:#x}");
+        }
+    }
+
+    #[test]
+    fn finite_elements_are_told_from_others_in_every_type() {
+        for dtype in [Dtype::F16, Dtype::Bf16] {
+            for bits in 0..=u16::MAX {
+                let mut value = [0.0];
+                widen(&bits.to_le_bytes(), dtype, &mut value);
+                let bytes = [[0; 2], bits.to_le_bytes(), [0xff, 0x3b]].concat();
+                assert_eq!(are_finite(&bytes, dtype), value[0].is_finite(), "{dtype} {bits:#x}");
+            }
+        }
+        let values =
+            [f32::MAX, -f32::MAX, f32::INFINITY, f32::NEG_INFINITY, f32::NAN, f32::from_bits(1), -0.0];
+        for value in values.into_iter().chain([f32::from_bits(0xff80_0001)]) {
+            let bytes = [1.0_f32, value, -1.0].map(f32::to_le_bytes).concat();
+            assert_eq!(are_finite(&bytes, Dtype::F32), value.is_finite(), "{value}");
         }
     }
 

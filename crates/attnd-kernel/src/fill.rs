@@ -1,10 +1,11 @@
 //! Fills the panels of a page from rows as somebody sent them: `[keys, dim]`, little-endian.
 //!
 //! Keys are transposed 16 at a time, which writes whole cache lines: an element alone would write to a line of its own, 64
-//! words after that of its neighbour. Values are rows in their panels already.
+//! words after that of its neighbour. Values are rows in their panels already. Elements that are stored as they were sent
+//! are moved and not decoded: the bytes of a key are its words.
 
 use crate::dispatch::Kernels;
-use crate::dtype::{Dtype, first_non_finite, is_finite, widen};
+use crate::dtype::{Dtype, are_finite, first_non_finite, widen};
 use crate::lanes::{LANES, Lanes};
 use crate::pages::{NonFinite, PANEL_COLUMNS, PANEL_KEYS, padded_columns};
 use crate::quantise::quantise;
@@ -38,13 +39,32 @@ impl<'a> Rows<'a> {
         self.dim * self.dtype.size()
     }
 
+    /// Whether `storage` holds elements as they were sent.
+    fn are_stored_as_sent(&self, storage: Storage) -> bool {
+        storage == self.dtype.into()
+    }
+
+    /// Looks for NaN and infinities in rows that are stored as they were sent, if they are looked for at all: `rows` are
+    /// those from key `first` on.
+    ///
+    /// # Errors
+    /// The first one.
+    fn check(&self, first: usize, rows: &[u8], values: &mut [f32]) -> Result<(), NonFinite> {
+        if self.check_finite && !are_finite(rows, self.dtype) {
+            for key in first..first + rows.len() / self.stride() {
+                self.decode(key, self.dtype.into(), values)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Decodes the row of key `key`, rounded to what `storage` holds; returns the scale of integers.
     ///
     /// # Errors
     /// Its first NaN or infinity, if they are looked for or are nothing that can be stored.
     fn decode(&self, key: usize, storage: Storage, values: &mut [f32]) -> Result<Option<f32>, NonFinite> {
         widen(&self.bytes[key * self.stride()..][..self.stride()], self.dtype, values);
-        if storage != self.dtype.into() {
+        if !self.are_stored_as_sent(storage) {
             round(values, storage);
         }
         match first_non_finite(values).filter(|_| self.check_finite || storage.has_scales()) {
@@ -66,22 +86,30 @@ impl<'a> Rows<'a> {
         let kernels = Kernels::chosen();
         let (stride, per_word) = (self.stride(), storage.per_word());
         let words = self.dim.div_ceil(per_word);
-        let as_sent = cfg!(target_endian = "little") && (self.dtype, storage) == (Dtype::F32, Storage::F32);
+        let as_sent = self.are_stored_as_sent(storage);
+        let is_whole_words = cfg!(target_endian = "little") && stride == words * size_of::<f32>();
         let mut values = vec![0.0; self.dim];
         let mut staged = vec![0.0; LANES * words];
         for (group, rows) in self.bytes.chunks(LANES * stride).enumerate() {
             let (first, n_rows) = (group * LANES, rows.len() / stride);
             let (panel, at) = (first / PANEL_KEYS, first % PANEL_KEYS);
             let panel = &mut panels[panel * PANEL_KEYS * words..][..PANEL_KEYS * words];
-            if as_sent && n_rows == LANES {
-                if !kernels.transpose_bytes(rows, words, panel, at) && self.check_finite {
-                    for key in first..first + LANES {
-                        self.decode(key, storage, &mut values)?;
-                    }
+            if as_sent && is_whole_words && n_rows == LANES {
+                let are_f32_and_finite =
+                    kernels.transpose_bytes(rows, words, panel, at) && storage == Storage::F32;
+                if !are_f32_and_finite {
+                    self.check(first, rows, &mut values)?;
                 }
                 continue;
             }
+            if as_sent {
+                self.check(first, rows, &mut values)?;
+            }
             for (i, staged) in staged.chunks_exact_mut(words).take(n_rows).enumerate() {
+                if as_sent {
+                    put_bytes(staged, &rows[i * stride..][..stride]);
+                    continue;
+                }
                 if let Some(scale) = self.decode(first + i, storage, &mut values)? {
                     scales[first + i] = scale;
                 }
@@ -118,19 +146,17 @@ impl<'a> Rows<'a> {
         let (columns, per_word) = (padded_columns(self.dim), storage.per_word());
         let mut values = vec![0.0; self.dim];
         for (key, row) in self.bytes.chunks_exact(self.stride()).enumerate() {
-            let as_sent = (self.dtype, storage) == (Dtype::F32, Storage::F32);
-            let must_decode = !as_sent || self.check_finite && !is_finite(row.as_chunks().0);
-            let scale = if must_decode { self.decode(key, storage, &mut values)? } else { None };
-            if let Some(scale) = scale {
+            let as_sent = self.are_stored_as_sent(storage);
+            if as_sent {
+                self.check(key, row, &mut values)?;
+            } else if let Some(scale) = self.decode(key, storage, &mut values)? {
                 scales[key] = scale;
             }
             for first in (0..self.dim).step_by(PANEL_COLUMNS) {
                 let width = PANEL_COLUMNS.min(columns - first);
                 let to = &mut panels[first * PAGE_KEYS / per_word + key / per_word * width..][..width];
                 if as_sent {
-                    for (word, raw) in to.iter_mut().zip(&row.as_chunks().0[first..]) {
-                        *word = f32::from_le_bytes(*raw);
-                    }
+                    put_sent(to, key % per_word, &row[first * self.dtype.size()..], self.dtype);
                 } else {
                     for (word, value) in to.iter_mut().zip(&values[first..]) {
                         put(word, key % per_word, *value, storage);
@@ -139,6 +165,38 @@ impl<'a> Rows<'a> {
             }
         }
         Ok(())
+    }
+}
+
+/// Makes words of consecutive elements as they were sent: the earlier one of a word is in its lower bits and came first.
+/// What the last word has room for beyond them is zeros.
+fn put_bytes(words: &mut [f32], bytes: &[u8]) {
+    let (whole, rest) = bytes.as_chunks();
+    for (word, raw) in words.iter_mut().zip(whole) {
+        *word = f32::from_bits(u32::from_le_bytes(*raw));
+    }
+    if let (Some(word), [low, high]) = (words.get_mut(whole.len()), rest) {
+        *word = f32::from_bits(u16::from_le_bytes([*low, *high]).into());
+    }
+}
+
+/// Puts elements as they were sent at place `at` of a word each, and leaves the others of the words; the elements that there
+/// are no words for are left out.
+fn put_sent(words: &mut [f32], at: usize, bytes: &[u8], dtype: Dtype) {
+    match dtype {
+        Dtype::F32 => {
+            for (word, raw) in words.iter_mut().zip(bytes.as_chunks().0) {
+                *word = f32::from_bits(u32::from_le_bytes(*raw));
+            }
+        }
+        Dtype::F16 | Dtype::Bf16 => {
+            let shift = 16 * at as u32;
+            let kept = !(0xffff << shift);
+            for (word, raw) in words.iter_mut().zip(bytes.as_chunks().0) {
+                let element = u32::from(u16::from_le_bytes(*raw)) << shift;
+                *word = f32::from_bits(word.to_bits() & kept | element);
+            }
+        }
     }
 }
 
@@ -188,7 +246,11 @@ pub(crate) unsafe fn transpose_rows<L: Lanes>(
 
 #[cfg(test)]
 mod tests {
+    use half::{bf16, f16};
+
     use super::*;
+    use crate::pages::KvHead;
+    use crate::slot::{keys_in_page, n_pages};
 
     #[test]
     fn every_isa_transposes_any_width_and_sees_each_word_that_is_no_number() {
@@ -210,6 +272,66 @@ mod tests {
                         assert!(!kernels.transpose_words(&rows, width, &mut panel, 0), "{kernels:?} {at}");
                         rows[at] = kept;
                     }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn elements_stored_as_they_were_sent_are_those_that_f32_rounds_to() {
+        for (dtype, of_f32) in [
+            (Dtype::F32, f32::to_bits as fn(f32) -> u32),
+            (Dtype::F16, |x| f16::from_f32(x).to_bits().into()),
+            (Dtype::Bf16, |x| bf16::from_f32(x).to_bits().into()),
+        ] {
+            for (n_keys, d, dv) in [(300, 40, 70), (287, 33, 65), (17, 1, 1)] {
+                let mut as_sent = KvHead::with_storage(n_keys, d, dv, 0..64, dtype.into()).unwrap();
+                let mut rounded = KvHead::with_storage(n_keys, d, dv, 0..64, dtype.into()).unwrap();
+                for page in 0..n_pages(n_keys) {
+                    for (dim, is_key) in [(d, true), (dv, false)] {
+                        // Signed zeros and subnormals of every type among them.
+                        let value = |i: usize| {
+                            ((i * 37 % 101) as f32 - 50.0) * 2.0_f32.powi((i % 31) as i32 * 9 - 140)
+                        };
+                        let values: Vec<f32> = (0..keys_in_page(page, n_keys) * dim).map(value).collect();
+                        let floats: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+                        let element = |x: &f32| of_f32(*x).to_le_bytes().into_iter().take(dtype.size());
+                        let elements: Vec<u8> = values.iter().flat_map(element).collect();
+                        for (kv, rows, dtype) in
+                            [(&mut as_sent, &elements, dtype), (&mut rounded, &floats, Dtype::F32)]
+                        {
+                            let write = if is_key { KvHead::write_k } else { KvHead::write_v };
+                            write(kv, page, rows, dtype, false).unwrap();
+                        }
+                    }
+                    let [a, b] = [&as_sent, &rounded].map(|kv| kv.page(page).unwrap());
+                    let bits = |words: &[f32]| words.iter().map(|word| word.to_bits()).collect::<Vec<u32>>();
+                    assert!(bits(a.k) == bits(b.k), "{dtype} {n_keys} keys of {d}");
+                    assert!(bits(a.v) == bits(b.v), "{dtype} {n_keys} values of {dv}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_bad_element_is_named_in_every_type_and_place() {
+        for (dtype, bad, one) in [
+            (Dtype::F32, f32::NEG_INFINITY.to_le_bytes().to_vec(), 1.0_f32.to_le_bytes().to_vec()),
+            (Dtype::F16, f16::NEG_INFINITY.to_le_bytes().to_vec(), f16::ONE.to_le_bytes().to_vec()),
+            (Dtype::Bf16, bf16::NEG_INFINITY.to_le_bytes().to_vec(), bf16::ONE.to_le_bytes().to_vec()),
+        ] {
+            for dim in [3, 6] {
+                for (token, at) in [(256, 0), (256 + 15, dim - 1), (256 + 16, 1), (256 + 42, 2)] {
+                    // A later one, which is not the first.
+                    let place = (token - 256) * dim + at;
+                    let element = |i| if i == place || i == 43 * dim - 1 { bad.clone() } else { one.clone() };
+                    let rows: Vec<u8> = (0..43 * dim).flat_map(element).collect();
+                    let mut kv = KvHead::with_storage(299, dim, dim, 0..64, dtype.into()).unwrap();
+                    let expected = Err(NonFinite { token, dim: at, value: f32::NEG_INFINITY });
+                    assert_eq!(kv.write_k(1, &rows, dtype, true), expected, "{dtype} {dim}");
+                    assert_eq!(kv.write_v(1, &rows, dtype, true), expected, "{dtype} {dim}");
+                    assert_eq!(kv.write_k(1, &rows, dtype, false), Ok(()));
+                    assert_eq!(kv.write_v(1, &rows, dtype, false), Ok(()));
                 }
             }
         }

@@ -229,7 +229,7 @@ fn layouts(kernels: &Kernels, n_rows: usize, d: usize, storage: Storage) -> Vec<
     let tile_rows = kernels.tiles().rows_for(n_rows, storage);
     let mut layouts = Vec::new();
     for compute in Compute::ALL {
-        if !kernels.effective(compute, storage).is_ok_and(|effective| effective.instead_of.is_none()) {
+        if !kernels.effective(compute, storage).is_ok_and(|effective| effective.instead_of().is_none()) {
             continue;
         }
         let tiles = [false, true].map(|prefetch| Place::Tiles { n_rows, tile_rows, prefetch });

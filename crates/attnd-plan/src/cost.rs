@@ -6,8 +6,7 @@
 //! It adds up what may overlap: a worker computes a kv group as soon as it has all of it, and how early that is depends
 //! on the order in which the client sends.
 
-use attnd_kernel::AttnShape;
-use attnd_kernel::Causal;
+use attnd_kernel::{AttnShape, Causal, Dtype};
 
 /// Bytes that one message carries when a large tensor streams.
 const CHUNK_BYTES: f64 = (1 << 20) as f64;
@@ -62,7 +61,7 @@ pub(crate) struct CallCosts {
     model: CostModel,
     /// Operations per key of one kv group, or as many as pass while the key is read.
     flops_per_key: f64,
-    /// Bytes of K and V per key of one kv group.
+    /// Bytes of K and V per key of one kv group, on the wire and in memory.
     bytes_per_key: f64,
     /// Bytes of Q of one kv group.
     query_bytes: f64,
@@ -78,16 +77,16 @@ impl CallCosts {
         model: &CostModel,
         shape: &AttnShape,
         causal: Causal,
-        dtype_bytes: usize,
+        dtype: Dtype,
         tokens_per_cell: usize,
     ) -> Self {
-        let (d, dv, bytes) = (shape.head_dim() as f64, shape.value_dim() as f64, dtype_bytes as f64);
+        let (d, dv, bytes) = (shape.head_dim() as f64, shape.value_dim() as f64, dtype.size() as f64);
         let group_rows = (shape.group_size() * shape.n_queries()) as f64;
         let pairs = visible_pairs(causal, shape) as f64 * shape.group_size() as f64;
         Self {
             model: *model,
             flops_per_key: (2.0 * (d + dv) * pairs / shape.n_keys() as f64)
-                .max((d + dv) * 4.0 * model.flops_per_byte),
+                .max((d + dv) * bytes * model.flops_per_byte),
             bytes_per_key: (d + dv) * bytes,
             query_bytes: group_rows * d * bytes,
             partial_bytes: group_rows * (dv + 2.0) * 4.0,

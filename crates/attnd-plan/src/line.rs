@@ -7,7 +7,7 @@
 use std::ops::Range;
 
 use attnd_kernel::slot::{self, N_SLOTS, PAGE_KEYS};
-use attnd_kernel::{AttnShape, KvHead, Storage};
+use attnd_kernel::{AttnShape, Dtype, KvHead};
 
 use crate::cost::CallCosts;
 use crate::planner::Piece;
@@ -38,7 +38,7 @@ pub(crate) struct Line {
 }
 
 impl Line {
-    pub(crate) fn new(shape: &AttnShape, tokens_per_cell: usize) -> Self {
+    pub(crate) fn new(shape: &AttnShape, dtype: Dtype, tokens_per_cell: usize) -> Self {
         let (mut keys_before, mut pages_before) = ([0; N_SLOTS + 1], [0; N_SLOTS + 1]);
         let (mut keys, mut pages) = (0, 0);
         for slot in 0..N_SLOTS {
@@ -58,7 +58,7 @@ impl Line {
                 shape.head_dim(),
                 shape.value_dim(),
                 &(0..N_SLOTS),
-                Storage::F32,
+                dtype.into(),
             ),
             query_bytes: f32_bytes(shape.group_size() * shape.n_queries() * shape.head_dim()),
             cell_bytes: f32_bytes(shape.group_size() * tokens_per_cell * (shape.value_dim() + 2)),
@@ -103,7 +103,7 @@ impl Line {
         .sum()
     }
 
-    /// Bytes that a worker must reserve for an interval: K and V in whole pages and Q, all in f32, and two cells of
+    /// Bytes that a worker must reserve for an interval: K and V in whole pages, in their type, Q in f32, and two cells of
     /// partials, one being computed and one being sent.
     pub(crate) fn resident_bytes(&self, places: &Range<usize>) -> u64 {
         if places.is_empty() {

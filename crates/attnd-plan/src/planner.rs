@@ -2,9 +2,8 @@
 
 use std::ops::Range;
 
-use attnd_kernel::AttnShape;
-use attnd_kernel::Causal;
 use attnd_kernel::slot::N_SLOTS;
+use attnd_kernel::{AttnShape, Causal, Dtype};
 
 use crate::cost::{CallCosts, CostModel, Load};
 use crate::line::{Hand, Line};
@@ -34,8 +33,8 @@ pub struct PlanRequest {
     pub shape: AttnShape,
     /// Its mask.
     pub causal: Causal,
-    /// Bytes per element of Q, K and V on the wire.
-    pub dtype_bytes: usize,
+    /// The type of Q, K and V on the wire, and of K and V on the workers.
+    pub dtype: Dtype,
     /// How many workers it may use.
     pub workers: WorkerChoice,
 }
@@ -60,9 +59,9 @@ pub struct Share {
     pub worker: WorkerId,
     /// At most three, ascending.
     pub pieces: Vec<Piece>,
-    /// Bytes of K and V that it receives, as stored in f32.
+    /// Bytes of K and V that it receives.
     pub kv_bytes: u64,
-    /// Bytes that it must reserve: K and V in whole pages, Q, and two cells of partials, all in f32.
+    /// Bytes that it must reserve: K and V in whole pages as they were sent, Q and two cells of partials in f32.
     pub resident_bytes: u64,
 }
 
@@ -133,6 +132,7 @@ fn tokens_per_cell(shape: &AttnShape) -> usize {
 
 struct Planner<'a> {
     shape: AttnShape,
+    dtype: Dtype,
     line: Line,
     costs: CallCosts,
     tokens_per_cell: usize,
@@ -158,8 +158,9 @@ impl<'a> Planner<'a> {
         by_memory.sort_by_key(|worker| std::cmp::Reverse(worker.free_bytes));
         Self {
             shape: req.shape,
-            line: Line::new(&req.shape, tokens_per_cell),
-            costs: CallCosts::new(costs, &req.shape, req.causal, req.dtype_bytes, tokens_per_cell),
+            dtype: req.dtype,
+            line: Line::new(&req.shape, req.dtype, tokens_per_cell),
+            costs: CallCosts::new(costs, &req.shape, req.causal, req.dtype, tokens_per_cell),
             tokens_per_cell,
             alive: alive.len(),
             by_speed,
@@ -238,7 +239,7 @@ impl<'a> Planner<'a> {
         let intervals = self.line.cut(&hands, use_all, &self.costs)?;
         let given =
             || chosen.iter().zip(&intervals).filter_map(|(worker, places)| Some((*worker, places.as_ref()?)));
-        let key_bytes = 4 * (self.shape.head_dim() + self.shape.value_dim()) as u64;
+        let key_bytes = (self.dtype.size() * (self.shape.head_dim() + self.shape.value_dim())) as u64;
         let loads: Vec<Load> = given()
             .map(|(worker, places)| Load {
                 keys: self.line.keys(places),

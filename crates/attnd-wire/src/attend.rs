@@ -94,7 +94,7 @@ pub struct ShareSummary {
     pub worker: WorkerId,
     /// Kv groups times slots.
     pub pieces: Vec<Piece>,
-    /// Bytes of K and V that it receives, as stored in f32.
+    /// Bytes of K and V that it receives.
     pub kv_bytes: u64,
 }
 

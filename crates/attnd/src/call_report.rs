@@ -54,7 +54,7 @@ pub struct ShareReport {
     pub worker: String,
     /// Half-open ranges of kv groups (over the batch) and slots (of 64).
     pub pieces: Vec<PieceReport>,
-    /// Bytes of K and V that it receives, as stored in f32.
+    /// Bytes of K and V that it receives.
     pub kv_bytes: u64,
 }
 

@@ -55,7 +55,7 @@ pub(crate) struct Case {
     pub(crate) causal: Causal,
     /// How keys and values are stored.
     pub(crate) storage: Storage,
-    /// In what arithmetic.
+    /// In what arithmetic, or in f32 with kernels that lack it.
     pub(crate) compute: Compute,
     pub(crate) scale: f32,
     pub(crate) q: Vec<f32>,
@@ -161,7 +161,7 @@ impl Case {
             causal: self.causal,
             q: &self.q,
             kv,
-            compute: self.compute,
+            compute: kernels.effective(self.compute, self.storage).unwrap(),
         };
         attend_node(kernels, &call, node, tokens).0
     }

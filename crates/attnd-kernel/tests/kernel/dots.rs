@@ -2,10 +2,11 @@
 //! errors as stated.
 
 use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use attnd_kernel::reference::reference_row;
-use attnd_kernel::slot::{Node, PAGE_KEYS, keys_in_page, pages_of_slot};
-use attnd_kernel::{Causal, Compute, Isa, Kernels, Storage};
+use attnd_kernel::slot::{N_SLOTS, Node, PAGE_KEYS, keys_in_page, pages_of_slot};
+use attnd_kernel::{Causal, Compute, GroupCall, Isa, KERNEL_ID, Kernels, Storage, attend_node};
 use half::bf16;
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
@@ -16,7 +17,7 @@ const MODES: [(Compute, Storage); 2] = [(Compute::Bf16, Storage::Bf16), (Compute
 
 /// Kernels that have dot products for a mode on this CPU; where there are none, says so past the test harness's capture.
 fn kernels_with(compute: Compute, storage: Storage) -> Option<&'static Kernels> {
-    let has_it = |kernels: &&Kernels| kernels.effective(compute, storage).unwrap().instead_of.is_none();
+    let has_it = |kernels: &&Kernels| kernels.effective(compute, storage).unwrap().instead_of().is_none();
     let found = Kernels::available().into_iter().find(has_it);
     if found.is_none() {
         use std::io::Write as _;
@@ -449,8 +450,9 @@ fn kernels_without_dot_products_compute_in_f32_and_say_so() {
         };
         for kernels in Kernels::available().into_iter().filter(|kernels| kernels.isa() != Isa::Avx512) {
             let effective = kernels.effective(compute, storage).unwrap();
-            assert_eq!((effective.compute, effective.instead_of), (Compute::F32, Some(compute)));
+            assert_eq!((effective.compute(), effective.instead_of()), (Compute::F32, Some(compute)));
             assert_eq!(effective.to_string(), format!("f32 (no {compute} dot products here)"));
+            assert_eq!(effective.kernel_id(), KERNEL_ID, "partials of both orders have different names");
             assert_eq!(differing_bits(&in_f32.attend(kernels, 0..5), &case.attend(kernels, 0..5)), None);
         }
         for other in [Storage::F32, Storage::F16] {
@@ -463,4 +465,29 @@ fn kernels_without_dot_products_compute_in_f32_and_say_so() {
     }
     let ids = Compute::ALL.map(Compute::kernel_id);
     assert_eq!(ids, ["c1-f32", "c1-bf16", "c1-int8"]);
+}
+
+#[test]
+fn kernels_refuse_an_arithmetic_that_others_have() {
+    for (compute, storage) in MODES {
+        let Some(with) = kernels_with(compute, storage) else { continue };
+        let case = case_of(1, Data::Normal, Causal::None, [1, 1, 10, 4, 4], (compute, storage));
+        let kv = case.resident(0..N_SLOTS);
+        let effective = with.effective(compute, storage).unwrap();
+        assert_eq!((effective.instead_of(), effective.kernel_id()), (None, compute.kernel_id()));
+        let call = GroupCall {
+            shape: case.shape,
+            scale: 1.0,
+            causal: Causal::None,
+            q: &case.q,
+            kv: &kv,
+            compute: effective,
+        };
+        for without in Kernels::available().into_iter().filter(|kernels| kernels.isa() != Isa::Avx512) {
+            let attend = AssertUnwindSafe(|| attend_node(without, &call, Node::ROOT, 0..1));
+            let panic = catch_unwind(attend).unwrap_err();
+            let text = panic.downcast_ref::<String>().unwrap();
+            assert!(text.contains(&format!("f32 (no {compute} dot products here)")), "{text}");
+        }
+    }
 }

@@ -186,7 +186,7 @@ fn scores_that_leave_f32_are_reported() {
                     causal: Causal::None,
                     q: &case.q,
                     kv: &kv,
-                    compute,
+                    compute: kernels.effective(compute, case.storage).unwrap(),
                 };
                 let overflow = attend_node(kernels, &call, Node::ROOT, 0..20).1.unwrap_err();
                 let found = (overflow.head_in_group, overflow.token);

@@ -79,7 +79,7 @@ async fn plan(
 ) -> Result<VerifiedPlan, Error> {
     let capacities: Vec<Capacity> = workers.iter().map(|worker| worker.capacity.clone()).collect();
     let Begin { shape, dtype, causal, workers, .. } = *begin;
-    let request = PlanRequest { shape, causal, dtype_bytes: dtype.size(), workers };
+    let request = PlanRequest { shape, causal, dtype, workers };
     let costs = hub.costs;
     let planned = hub.pool.run(move || {
         let plan = attnd_plan::plan(&request, &capacities, &costs);

@@ -1,5 +1,5 @@
 //! One kv group as it arrives: runs of bytes of its query heads, its keys and its values, in any cut, become Q in f32
-//! and resident pages.
+//! and resident pages of the type that was sent, which kernels widen exactly.
 //!
 //! The runs of a head come in ascending order. Of K and V only the pages of the group's slots come, so the next
 //! expected byte is known at every moment and a run that starts anywhere else is refused. Whole pages are packed
@@ -8,7 +8,7 @@
 use std::ops::Range;
 
 use attnd_kernel::slot::{PAGE_KEYS, keys_in_page, keys_in_slots, n_pages, slot_of_page};
-use attnd_kernel::{AttnShape, Dtype, KvHead, NonFinite, OutOfMemory, Storage, first_non_finite, widen};
+use attnd_kernel::{AttnShape, Dtype, KvHead, NonFinite, OutOfMemory, first_non_finite, widen};
 use attnd_plan::Tensor;
 
 /// What every group of a call has in common.
@@ -17,6 +17,14 @@ pub(crate) struct Layout {
     pub(crate) shape: AttnShape,
     pub(crate) dtype: Dtype,
     pub(crate) check_finite: bool,
+}
+
+impl Layout {
+    /// Reserves the pages of one group's slots.
+    fn pages(&self, slots: Range<usize>) -> Result<KvHead, OutOfMemory> {
+        let shape = &self.shape;
+        KvHead::with_storage(shape.n_keys(), shape.head_dim(), shape.value_dim(), slots, self.dtype.into())
+    }
 }
 
 /// Why a run of bytes is refused. The group can't be completed any more.
@@ -81,8 +89,8 @@ impl GroupAssembly {
     /// of the one group whose bytes arrive.
     pub(crate) fn bytes_needed(layout: &Layout, slots: &Range<usize>) -> u64 {
         let shape = &layout.shape;
-        let kv =
-            KvHead::bytes_needed(shape.n_keys(), shape.head_dim(), shape.value_dim(), slots, Storage::F32);
+        let (d, dv) = (shape.head_dim(), shape.value_dim());
+        let kv = KvHead::bytes_needed(shape.n_keys(), d, dv, slots, layout.dtype.into());
         kv + (shape.group_size() * shape.n_queries()) as u64 * shape.head_dim() as u64 * 4
     }
 
@@ -142,15 +150,10 @@ impl GroupAssembly {
     }
 
     fn accept_kv(&mut self, tensor: Tensor, offset: u64, data: &[u8]) -> Result<(), AssemblyError> {
-        let Layout { shape, dtype, check_finite } = self.layout;
+        let Layout { dtype, check_finite, .. } = self.layout;
         let kv = match &mut self.kv {
             Some(kv) => kv,
-            None => self.kv.insert(KvHead::new(
-                shape.n_keys(),
-                shape.head_dim(),
-                shape.value_dim(),
-                self.slots.clone(),
-            )?),
+            None => self.kv.insert(self.layout.pages(self.slots.clone())?),
         };
         let head = self.group;
         let pages = if tensor == Tensor::K { &mut self.k } else { &mut self.v };
@@ -177,11 +180,8 @@ impl GroupAssembly {
     /// The operands, once complete.
     pub(crate) fn finish(self) -> Option<Operands> {
         self.is_complete().then_some(())?;
-        let shape = &self.layout.shape;
         // Slots without a key never see a byte.
-        let none =
-            || KvHead::new(shape.n_keys(), shape.head_dim(), shape.value_dim(), self.slots.clone()).ok();
-        let kv = self.kv.or_else(none)?;
+        let kv = self.kv.or_else(|| self.layout.pages(self.slots).ok())?;
         Some(Operands { q: self.q, kv })
     }
 }
@@ -308,7 +308,7 @@ impl Pages {
 
 #[cfg(test)]
 mod tests {
-    use attnd_kernel::{Causal, Compute, Dims, GroupCall, Kernels, attend_node, slot};
+    use attnd_kernel::{Causal, Dims, Effective, GroupCall, Kernels, attend_node, slot};
     use rand::rngs::StdRng;
     use rand::{RngExt, SeedableRng};
 
@@ -380,7 +380,7 @@ mod tests {
                 causal: Causal::None,
                 q: &operands.q,
                 kv: &operands.kv,
-                compute: Compute::F32,
+                compute: Effective::F32,
             };
             let nodes = slot::cover(slots.clone()).into_iter();
             let partials: Vec<_> = nodes.map(|node| attend_node(kernels, &call, node, 0..5).0).collect();
@@ -458,7 +458,8 @@ mod tests {
         let layout = layout(Dtype::F16);
         let all = GroupAssembly::bytes_expected(&layout, &(0..64));
         assert_eq!(all, (2 * 5 * 3 + 1900 * 5) * 2);
-        let kv = KvHead::bytes_needed(1900, 3, 2, &(0..64), Storage::F32);
+        // Eight pages, of which the three dimensions of a key take two words, and two keys share a row of 16 words.
+        let kv = 8 * (256 * 2 + 128 * 16) * 4;
         assert_eq!(GroupAssembly::bytes_needed(&layout, &(0..64)), kv + 2 * 5 * 3 * 4);
     }
 }

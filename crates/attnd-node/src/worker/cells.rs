@@ -7,7 +7,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use attnd_kernel::{Compute, GroupCall, Kernels};
+use attnd_kernel::{Effective, GroupCall, Kernels};
 use attnd_plan::{CellId, filled_nodes};
 use attnd_wire::{ComputeBegin, ComputeReply, Error, Partial, Reason, proto, refusal};
 use futures::StreamExt;
@@ -116,7 +116,7 @@ fn kernel(call: &Call, ready: &ReadyGroup, cell: CellId) -> Option<Result<proto:
     let _busy = call.busy.enter();
     let ComputeBegin { shape, scale, causal, allow_non_finite, .. } = call.begin;
     let Operands { q, kv } = &ready.operands;
-    let group = GroupCall { shape, scale, causal, q, kv, compute: Compute::F32 };
+    let group = GroupCall { shape, scale, causal, q, kv, compute: Effective::F32 };
     let wanted = || !call.cancelled.load(Ordering::Relaxed);
     let tokens = cell.first_token..cell.first_token + cell.tokens;
     let (rows, finite) = Slicer::new(call.kernels, group, wanted).attend(cell.node, tokens)?;

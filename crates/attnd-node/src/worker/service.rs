@@ -105,3 +105,45 @@ impl worker_server::Worker for WorkerService {
         Ok(Response::new(replies))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use attnd_kernel::{AttnShape, Causal, Dims, Dtype};
+    use attnd_plan::{Capacity, CostModel, PlanRequest, WorkerChoice, WorkerId, plan};
+
+    use super::*;
+
+    #[test]
+    fn what_a_plan_counts_is_what_a_worker_reserves() {
+        let workers: Vec<Capacity> = ["a", "b", "c"]
+            .into_iter()
+            .map(|id| Capacity { id: WorkerId::new(id).unwrap(), gflops: 100.0, free_bytes: 1 << 40 })
+            .collect();
+        let dims =
+            Dims { batch: 2, heads: 4, kv_heads: 2, queries: 50, keys: 3000, head_dim: 65, value_dim: 33 };
+        let shape = AttnShape::new(dims).unwrap();
+        for dtype in [Dtype::F32, Dtype::F16, Dtype::Bf16] {
+            for n in 1..=3 {
+                let workers_asked = WorkerChoice::Exactly(n);
+                let req = PlanRequest { shape, causal: Causal::None, dtype, workers: workers_asked };
+                let plan = plan(&req, &workers, &CostModel::default()).unwrap();
+                for share in plan.shares {
+                    let begin = ComputeBegin {
+                        call_id: 1,
+                        shape,
+                        dtype,
+                        scale: 1.0,
+                        causal: Causal::None,
+                        allow_non_finite: false,
+                        pieces: share.pieces,
+                        tokens_per_cell: plan.tokens_per_cell,
+                    };
+                    let layout = Layout { shape, dtype, check_finite: true };
+                    let groups = intake::bytes_needed(&layout, &begin.pieces).unwrap();
+                    let all = groups + QUEUE as u64 * cell_bytes(&begin);
+                    assert_eq!(all, share.resident_bytes, "{dtype}, {n} workers");
+                }
+            }
+        }
+    }
+}

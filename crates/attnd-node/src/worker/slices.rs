@@ -101,7 +101,7 @@ fn earlier(a: Result<(), ScoreOverflow>, b: Result<(), ScoreOverflow>) -> Result
 mod tests {
     use std::cell::Cell;
 
-    use attnd_kernel::{AttnShape, Causal, Compute, Dims, Dtype, KvHead};
+    use attnd_kernel::{AttnShape, Causal, Dims, Dtype, Effective, KvHead};
     use rand::rngs::StdRng;
     use rand::{RngExt, SeedableRng};
 
@@ -135,7 +135,7 @@ mod tests {
             causal: Causal::BottomRight,
             q: &q,
             kv: &kv,
-            compute: Compute::F32,
+            compute: Effective::F32,
         };
         let kernels = Kernels::from_env().unwrap();
         for node in [Node::ROOT, Node::new(5, 1).unwrap(), Node::new(0, 17).unwrap()] {
@@ -158,7 +158,7 @@ mod tests {
         let shape = AttnShape::new(DIMS).unwrap();
         let (q, kv) = operands(&shape);
         let call =
-            GroupCall { shape, scale: 0.5, causal: Causal::None, q: &q, kv: &kv, compute: Compute::F32 };
+            GroupCall { shape, scale: 0.5, causal: Causal::None, q: &q, kv: &kv, compute: Effective::F32 };
         let left = Cell::new(3);
         let go_on = || left.replace(left.get() - 1) > 0;
         let slicer = Slicer { kernels: Kernels::from_env().unwrap(), call, most: 1 << 16, go_on };

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::ops::Range;
 use std::time::Duration;
 
-use attnd_kernel::{AttnShape, Causal, Compute, Dims, Dtype, GroupCall, KvHead, PartialRows, attend_node};
+use attnd_kernel::{AttnShape, Causal, Dims, Dtype, Effective, GroupCall, KvHead, PartialRows, attend_node};
 use attnd_plan::{Piece, Tensor, filled_nodes};
 use attnd_wire::proto::cluster_server::Cluster;
 use attnd_wire::{
@@ -224,7 +224,7 @@ impl Case {
                 causal: *causal,
                 q: &q,
                 kv: &kv,
-                compute: Compute::F32,
+                compute: Effective::F32,
             };
             for first_token in (0..7).step_by(*tokens_per_cell) {
                 let tokens = first_token..(first_token + tokens_per_cell).min(7);

@@ -33,7 +33,7 @@ pub(crate) fn planned(call: &AnyCall, most_keys: u64) -> Option<(AttnShape, Plan
 }
 
 fn request(shape: AttnShape, workers: WorkerChoice) -> PlanRequest {
-    PlanRequest { shape, causal: Causal::None, dtype_bytes: 4, workers }
+    PlanRequest { shape, causal: Causal::None, dtype: Dtype::F32, workers }
 }
 
 /// Workers whose memory is their fraction of `need` bytes; all of it for an infinite need.
@@ -56,7 +56,7 @@ fn shape(kv_heads: u64, queries: u64, keys: u64) -> AttnShape {
 }
 
 fn whole_need(shape: &AttnShape) -> u64 {
-    let line = Line::new(shape, tokens_per_cell(shape));
+    let line = Line::new(shape, Dtype::F32, tokens_per_cell(shape));
     line.resident_bytes(&(0..line.len()))
 }
 
@@ -128,7 +128,7 @@ proptest! {
     #[test]
     fn messages_of_cut_groups_are_counted_as_they_are_routed(call in any_call()) {
         let Some((shape, plan)) = planned(&call, 1 << 18) else { return Ok(()) };
-        let line = Line::new(&shape, plan.tokens_per_cell);
+        let line = Line::new(&shape, Dtype::F32, plan.tokens_per_cell);
         let bytes = Tensor::K.bytes(&shape, 4);
         let runs = Router::new(&plan, &shape, 4).route(Tensor::K, 0, bytes as usize);
         let head_bytes = bytes as usize / shape.n_groups();
@@ -337,4 +337,20 @@ fn a_plan_that_is_not_exact_is_found_out() {
         CoverError::Worker { .. }
     ));
     assert!(matches!(broken(|plan| plan.tokens_per_cell = 0), CoverError::Tokens));
+}
+
+#[test]
+fn sixteen_bits_take_half_the_memory_of_keys_and_values() {
+    let shape = shape(4, 3, 10_000);
+    let of = |dtype| {
+        let req = PlanRequest { dtype, ..request(shape, WorkerChoice::Exactly(1)) };
+        let plan = plan(&req, &equal_workers(1), &CostModel::default()).unwrap();
+        (plan.shares[0].kv_bytes, plan.shares[0].resident_bytes)
+    };
+    // 40 pages of each of 4 groups; beside them queries of 3 tokens and two cells of as many, in f32 always.
+    let (pages, others) = (4 * 40 * 256 * 256, (4 * 3 * 128 + 2 * 3 * 130) * 4);
+    assert_eq!(of(Dtype::F32), (4 * 10_000 * 256 * 4, pages * 4 + others));
+    for dtype in [Dtype::F16, Dtype::Bf16] {
+        assert_eq!(of(dtype), (4 * 10_000 * 256 * 2, pages * 2 + others), "{dtype}");
+    }
 }

@@ -89,7 +89,7 @@ impl<'p> Limits<'p> {
             for kernels in kernels {
                 for compute in [Compute::F32, Compute::Bf16] {
                     let there = kernels.effective(compute, compute.storage().unwrap_or_default());
-                    if there.is_ok_and(|effective| effective.instead_of.is_none()) {
+                    if there.is_ok_and(|effective| effective.instead_of().is_none()) {
                         self.now(Bound::Fma, kernels, compute, team);
                     }
                 }

@@ -150,6 +150,8 @@ fn side_by_side(
     let threads = pools.threads(case.team);
     let turn = span / ROUNDS;
     let variants = Variant::of(case);
+    let compute = kernels.effective(case.compute, case.storage)?;
+    let call = || operands.attend(case, compute, kernels, pools.of(case.team));
     let mut by_torch: Vec<Vec<f64>> = vec![Vec::new(); variants.len()];
     let mut by_attnd = Vec::new();
     for _round in 0..ROUNDS {
@@ -159,7 +161,7 @@ fn side_by_side(
             (request.dtype, request.fold) = (variant.dtype, variant.fold);
             seconds.extend(torch.time(&request)?);
         }
-        by_attnd.extend(times(Effort::Span(turn), || operands.attend(case, kernels, pools.of(case.team))));
+        by_attnd.extend(times(Effort::Span(turn), call));
     }
     let attnd_seconds = Times::new(by_attnd).context("no run of attnd")?.median();
     let work = case.work()?;
