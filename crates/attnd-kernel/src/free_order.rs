@@ -70,6 +70,9 @@ pub(crate) fn check(block: &RowBlock<'_>) {
 }
 
 /// Stands where the canonical kernels merge.
+///
+/// # Safety
+/// None: it has the type of an entry.
 unsafe fn refuse_to_merge(_left: RowPartials<'_>, _m: &[f32], _l: &[f32], _o: &[f32], _columns: usize) {
     panic!("partials of the free order don't merge; one thread computes a call whole");
 }
