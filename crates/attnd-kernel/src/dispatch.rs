@@ -20,10 +20,11 @@ use crate::queries::{Groups, attend_queries};
 use crate::rows::attend_rows;
 use crate::storage::{Storage, StoredBf16, StoredF16, StoredF32, StoredInt4, StoredInt8};
 
-type AttendRows = unsafe fn(&RowBlock<'_>, &mut [f32], &mut RowPartials<'_>) -> Option<usize>;
-type AttendQueries = unsafe fn(&RowBlock<'_>, Groups, &mut [f32], &mut RowPartials<'_>) -> Option<usize>;
+pub(crate) type AttendRows = unsafe fn(&RowBlock<'_>, &mut [f32], &mut RowPartials<'_>) -> Option<usize>;
+pub(crate) type AttendQueries =
+    unsafe fn(&RowBlock<'_>, Groups, &mut [f32], &mut RowPartials<'_>) -> Option<usize>;
 type PackQueries = unsafe fn(QueryLayout, &[&[f32]], f32, &mut [f32]);
-type MergeRows = unsafe fn(RowPartials<'_>, &[f32], &[f32], &[f32], usize);
+pub(crate) type MergeRows = unsafe fn(RowPartials<'_>, &[f32], &[f32], &[f32], usize);
 type DivideRows = unsafe fn(&[f32], &[f32], &mut [f32], usize);
 type TransposeRows = unsafe fn(*const f32, usize, &mut [f32], usize) -> bool;
 type FmaLoop = unsafe fn(u64) -> f32;
@@ -109,6 +110,18 @@ impl Kernels {
         available.push(&NEON);
         available.push(&PORTABLE);
         available
+    }
+
+    /// The same kernels with other entries for f32 storage.
+    #[cfg(all(feature = "free-order", target_arch = "x86_64"))]
+    pub(crate) const fn with_f32_entries(
+        &self,
+        (f32, f32_ahead): (AttendRows, AttendRows),
+        attend_queries: AttendQueries,
+        merge_rows: MergeRows,
+    ) -> Self {
+        let rows = RowsEntries { f32, f32_ahead, ..self.rows };
+        Self { rows, attend_queries, merge_rows, ..*self }
     }
 
     /// Which ISA this is.
@@ -360,7 +373,7 @@ unsafe fn read_chains<L: crate::lanes::Lanes>(from: &[f32]) -> f32 {
 /// The entries may only be called on a CPU that has `$features`; [`Kernels::available`] hands the table out only there.
 macro_rules! instantiate {
     ($table:ident, $isa:expr, $lanes:ty, few $fr:literal x $fn:literal, rows $mr:literal x $nr:literal ahead $ahead:literal, narrow few $nfr:literal x $nfn:literal, rows $nmr:literal x $nnr:literal ahead $nahead:literal, queries $keys:literal x $queries:literal, chains $chains:literal $(, #[$features:meta])?) => {
-        static $table: Kernels = {
+        pub(crate) static $table: Kernels = {
             $(#[$features])?
             unsafe fn pack_queries_entry(layout: QueryLayout, rows: &[&[f32]], factor: f32, q: &mut [f32]) {
                 // SAFETY: the features are enabled on this function.
