@@ -11,9 +11,13 @@ pub(super) struct CommandLine {
 }
 
 impl CommandLine {
-    /// Reads `args.rs`, where every verb and flag is declared.
+    /// Reads `args.rs` and its modules, where every verb and flag is declared.
     pub(super) fn declared() -> Self {
-        let source = TextFile::read("crates/attnd/src/args.rs").text;
+        let is_of_args = |file: &TextFile| {
+            let module = file.path.strip_prefix("crates/attnd/src/args");
+            module.is_some_and(|rest| rest == ".rs" || rest.starts_with('/'))
+        };
+        let source: String = rust_files().into_iter().filter(is_of_args).map(|file| file.text).collect();
         let verbs = body_after(&source, "enum Verb {")
             .lines()
             .filter_map(|line| line.trim().split_once('('))
@@ -30,7 +34,12 @@ impl CommandLine {
         let port = address.rsplit(':').next().and_then(|port| port.parse().ok());
         let declared = Self { verbs, flags, coordinator_port: port.expect("an address has a port") };
         assert!(declared.verbs.iter().any(|v| v == "worker"), "verbs found: {:?}", declared.verbs);
-        assert!(declared.flags.iter().any(|f| f == "listen"), "flags found: {:?}", declared.flags);
+        for (flag, file) in
+            [("listen", "args.rs"), ("use-workers", "args/attend.rs"), ("isa", "args/bench.rs")]
+        {
+            let found = declared.flags.iter().any(|f| f == flag);
+            assert!(found, "{flag} of {file} is not among the flags found: {:?}", declared.flags);
+        }
         declared
     }
 
@@ -49,7 +58,8 @@ impl CommandLine {
 
 /// The lines between an opening that ends in a brace and the closing brace at the margin.
 fn body_after<'a>(source: &'a str, opening: &str) -> &'a str {
-    let (_, rest) = source.split_once(opening).unwrap_or_else(|| panic!("{opening} is not in args.rs"));
+    let (_, rest) =
+        source.split_once(opening).unwrap_or_else(|| panic!("{opening} is not in args.rs or its modules"));
     rest.split("\n}").next().unwrap_or(rest)
 }
 

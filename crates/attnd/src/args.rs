@@ -1,4 +1,5 @@
-//! The command line: every verb, flag, default and help text is declared here and nowhere else.
+//! The command line: every verb, flag, default and help text is declared here and in the modules below, and nowhere
+//! else. Verbs with many flags have a file of their own in `args/`.
 //!
 //! These are values as typed, checked one by one; what they mean together is decided by each verb before it touches
 //! a file or a socket.
@@ -7,14 +8,15 @@ use std::ffi::OsString;
 use std::net::SocketAddr;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
-use std::time::Duration;
 
-use attnd_kernel::{Causal, Isa};
 use clap::{Args, CommandFactory as _, Parser, Subcommand, ValueEnum};
 
-use self::values::{parse_count, parse_isa, parse_scale, parse_seconds, parse_size, parse_workers};
-use crate::tensor_file::{OutputPath, Source};
+pub use self::attend::AttendArgs;
+pub use self::bench::{Bench, BenchArgs, BenchKernelArgs, BenchPeersArgs};
+use self::values::{parse_count, parse_size, parse_workers};
 
+mod attend;
+mod bench;
 mod values;
 
 /// Environment variable that stands in for `--endpoint`.
@@ -124,81 +126,6 @@ pub struct DemoArgs {
     pub json: bool,
 }
 
-/// Arguments of `attnd attend`.
-#[derive(Debug, Args)]
-#[command(after_help = "\
-SRC is file.npy, file.npz:NAME or file.safetensors:NAME. Tensors are [heads, tokens, dim] or
-[batch, heads, tokens, dim], f32, f16, bf16 or f64. Query heads must be a multiple of key/value heads.
-f64 is rounded to f32; f16 and bf16 travel as they are when all three inputs agree. Arithmetic is f32.
-
-Examples:
-  attnd attend --workers 2 --q q.npy --k k.npy --v v.npy -o context.npy
-  attnd attend --workers 2 --q x.npz:q --k x.npz:k --v x.npz:v --causal -o out.safetensors
-  attnd attend --endpoint http://10.0.0.1:7400 --q a.safetensors:layer0.q --k a.safetensors:layer0.k \\
-               --v a.safetensors:layer0.v --scale 0.125 --json
-  ATTND_ENDPOINT=http://10.0.0.1:7400 attnd attend --q q.npy --k k.npy --v v.npy")]
-pub struct AttendArgs {
-    /// Queries
-    #[arg(long, value_name = "SRC")]
-    pub q: Source,
-    /// Keys
-    #[arg(long, value_name = "SRC")]
-    pub k: Source,
-    /// Values
-    #[arg(long, value_name = "SRC")]
-    pub v: Source,
-    /// Hide later keys: with bottom-right the last query sees every key, with top-left query i sees keys 0 to i
-    /// [without a value: bottom-right]
-    #[arg(long, value_enum, value_name = "ALIGN", num_args = 0..=1, require_equals = true, default_missing_value = "bottom-right")]
-    pub causal: Option<CausalAlign>,
-    /// Factor on the scores [default: 1 / sqrt(dim)]
-    #[arg(long, value_name = "X", value_parser = parse_scale)]
-    pub scale: Option<f32>,
-    /// Where the result goes: .npy (context) or .safetensors (context and lse)
-    #[arg(short, long, value_name = "FILE")]
-    pub output: Option<OutputPath>,
-    /// Coordinator of a running cluster, such as http://127.0.0.1:7400 [env: ATTND_ENDPOINT]
-    #[arg(long, value_name = "URL", conflicts_with_all = ["workers", "threads_per_worker"])]
-    pub endpoint: Option<String>,
-    /// Start this many worker processes on this machine for this call only
-    #[arg(long, value_name = "N", value_parser = parse_workers)]
-    pub workers: Option<NonZeroUsize>,
-    /// Compute threads of each of those workers [default: the cores, divided evenly]
-    #[arg(long, value_name = "N", requires = "workers", value_parser = parse_count)]
-    pub threads_per_worker: Option<NonZeroUsize>,
-    /// Use exactly N of the cluster's workers [default: as many as pay off]
-    #[arg(long, value_name = "N", value_parser = parse_count)]
-    pub use_workers: Option<NonZeroUsize>,
-    /// Let NaN and infinities through; they then follow IEEE 754 into the rows that see them
-    #[arg(long)]
-    pub allow_non_finite: bool,
-    /// Give up after this many seconds, at most 3600. They cover the call: sending, computing, receiving, and sending
-    /// again after a loss; not reading files, starting --workers, or writing the result
-    #[arg(long, value_name = "SECONDS", default_value = "300", value_parser = parse_seconds)]
-    pub timeout: Duration,
-    /// Print one JSON object instead of a table
-    #[arg(long)]
-    pub json: bool,
-}
-
-/// Alignments of the causal rule, as typed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum CausalAlign {
-    /// Query i sees keys j <= i + (keys - queries), as for a cache that was just appended to
-    BottomRight,
-    /// Query i sees keys j <= i, as torch's is_causal
-    TopLeft,
-}
-
-impl From<CausalAlign> for Causal {
-    fn from(align: CausalAlign) -> Self {
-        match align {
-            CausalAlign::BottomRight => Self::BottomRight,
-            CausalAlign::TopLeft => Self::TopLeft,
-        }
-    }
-}
-
 /// Arguments of `attnd local`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -281,92 +208,6 @@ pub struct WorkerArgs {
     pub exit_with_parent: bool,
 }
 
-/// Arguments of `attnd bench`.
-#[derive(Debug, Args)]
-#[command(
-    arg_required_else_help = true,
-    after_help = "\
-Examples:
-  attnd bench kernel                   every shape, as a fraction of what this machine can do at most
-  attnd bench peers                    the same shapes beside torch"
-)]
-pub struct BenchArgs {
-    /// What to measure.
-    #[command(subcommand)]
-    pub what: Bench,
-}
-
-/// What can be measured.
-#[derive(Debug, Subcommand)]
-pub enum Bench {
-    /// The kernels of this machine, as fractions of its multiply-add peak and of its memory bandwidth
-    Kernel(BenchKernelArgs),
-    /// The same shapes by torch's scaled_dot_product_attention and by attnd, side by side
-    Peers(BenchPeersArgs),
-}
-
-/// Arguments of `attnd bench kernel`.
-#[derive(Debug, Args)]
-#[command(after_help = "\
-The limits are measured in the same run, before and after each case, because clocks drift: the multiply-add rate of
-registers for prefill, the rate of reading memory and doing nothing else for decode. Compare fractions, not times,
-and leave the machine alone while it runs: the load averages at the end say whether others were at work. It needs
-about 1 GiB of memory.
-
-Examples:
-  attnd bench kernel
-  attnd bench kernel --isa avx512 --case 'decode' --threads 1
-  attnd bench kernel --json > before.json              then change something
-  attnd bench kernel --compare before.json")]
-pub struct BenchKernelArgs {
-    /// Instruction sets to measure: avx512, avx2, neon, portable [default: the one that ATTND_ISA names, or else all
-    /// that this CPU has but portable]
-    #[arg(long, value_name = "ISA,...", value_delimiter = ',', value_parser = parse_isa)]
-    pub isa: Vec<Isa>,
-    /// Only the cases whose name contains this
-    #[arg(long, value_name = "SUBSTRING")]
-    pub case: Option<String>,
-    /// Threads of the cases that use all of them; 1 leaves those out [default: the cores of this machine]
-    #[arg(long, value_name = "N", value_parser = parse_count)]
-    pub threads: Option<NonZeroUsize>,
-    /// Run each case exactly this many times, after one run that isn't counted
-    #[arg(long, value_name = "N", value_parser = parse_count, conflicts_with = "seconds")]
-    pub repeat: Option<NonZeroUsize>,
-    /// Run each case for this long, and at least five times
-    #[arg(long, value_name = "SECONDS", default_value = "1.5", value_parser = parse_seconds)]
-    pub seconds: Duration,
-    /// Print one JSON object instead of tables
-    #[arg(long)]
-    pub json: bool,
-    /// Show how the fractions changed since an earlier run, whose --json output this file holds
-    #[arg(long, value_name = "OLD.json")]
-    pub compare: Option<PathBuf>,
-}
-
-/// Arguments of `attnd bench peers`.
-#[derive(Debug, Args)]
-#[command(after_help = "\
-Needs python3 with its venv module. torch is installed from PyPI on the first use, which can take minutes and some GB; pip's
-own settings apply, such as PIP_INDEX_URL=https://download.pytorch.org/whl/cpu for a smaller build.
-
-Examples:
-  attnd bench peers
-  attnd bench peers --case decode --json")]
-pub struct BenchPeersArgs {
-    /// Python environment to use; made if missing [default: attnd/peers in the user's cache folder]
-    #[arg(long, value_name = "DIR")]
-    pub venv: Option<PathBuf>,
-    /// Only the cases whose name contains this
-    #[arg(long, value_name = "SUBSTRING")]
-    pub case: Option<String>,
-    /// Run each case for this long with each library, and at least ten times
-    #[arg(long, value_name = "SECONDS", default_value = "1.5", value_parser = parse_seconds)]
-    pub seconds: Duration,
-    /// Print one JSON object instead of a table
-    #[arg(long)]
-    pub json: bool,
-}
-
 /// Arguments of `attnd completions`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -417,53 +258,6 @@ mod tests {
             }
         }
         check("attnd", &Cli::command());
-    }
-
-    fn attend(extra: &[&str]) -> Result<AttendArgs, clap::Error> {
-        let base = ["attnd", "attend", "--q", "q.npy", "--k", "x.npz:k", "--v", "a:b.safetensors:l.v"];
-        match Cli::try_parse_from(base.iter().chain(extra))?.verb {
-            Verb::Attend(args) => Ok(args),
-            other => panic!("parsed as {other:?}"),
-        }
-    }
-
-    #[test]
-    fn causal_takes_an_optional_value() {
-        assert_eq!(attend(&[]).unwrap().causal, None);
-        assert_eq!(attend(&["--causal"]).unwrap().causal, Some(CausalAlign::BottomRight));
-        assert_eq!(attend(&["--causal=top-left"]).unwrap().causal, Some(CausalAlign::TopLeft));
-        assert!(attend(&["--causal=left"]).is_err());
-    }
-
-    #[test]
-    fn wrong_values_are_refused_with_exit_code_2() {
-        for wrong in [
-            &["--scale", "0"][..],
-            &["--scale", "nan"],
-            &["--timeout=-1"],
-            &["--timeout", "0"],
-            &["--timeout", "1e12"],
-            &["--timeout", "3600.1"],
-            &["--timeout", "nan"],
-            &["--timeout", "inf"],
-            &["--timeout", "5m"],
-            &["--workers", "0"],
-            &["--workers", "2", "--endpoint", "http://h:1"],
-            &["--threads-per-worker", "2"],
-            &["-o", "out.txt"],
-        ] {
-            assert_eq!(attend(wrong).unwrap_err().exit_code(), 2, "{wrong:?}");
-        }
-    }
-
-    #[test]
-    fn a_timeout_is_seconds_up_to_an_hour() {
-        let seconds = |extra: &[&str]| attend(extra).unwrap().timeout.as_secs_f64();
-        assert_eq!(seconds(&[]), 300.0);
-        assert_eq!(seconds(&["--timeout", "3600"]), 3600.0);
-        assert_eq!(seconds(&["--timeout", "0.5"]), 0.5);
-        let error = attend(&["--timeout", "1e12"]).unwrap_err().to_string();
-        assert!(error.contains("must be > 0 and at most 3600"), "{error}");
     }
 
     #[test]

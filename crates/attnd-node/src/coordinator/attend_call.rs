@@ -16,16 +16,16 @@
 
 use std::collections::VecDeque;
 use std::future::poll_fn;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use attnd_kernel::{KERNEL_ID, PartialRows};
 use attnd_plan::call::STREAM_IDLE;
-use attnd_plan::{Call, CallAction, CallEvent, Plan, Ready, Run, Tensor, WorkerId};
+use attnd_plan::{Call, CallAction, CallEvent, Plan, Ready, Run, Tensor};
 use attnd_wire::limits::STALL;
 use attnd_wire::proto;
 use attnd_wire::{
     AttendReply, AttendRequest, Begin, Commit, ComputeReply, ComputeRequest, Deadline, Done, Error, Partial,
-    PlanSummary, Reason, SliceChunk, Status, TensorChunk, Timings, limits, refusal,
+    PlanSummary, Reason, Status, TensorChunk, refusal,
 };
 use bytes::Bytes;
 use futures::future::BoxFuture;
@@ -34,6 +34,8 @@ use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::SendTimeoutError;
 use tonic::Streaming;
 
+use self::clock::{Clock, Stall};
+use self::outgoing::{Outgoing, room};
 use super::Hub;
 use super::attention_service::Places;
 use super::backlog::{Backlog, RowKey, bytes_of};
@@ -43,6 +45,9 @@ use super::placement::{Placement, place};
 use super::worker_actor::OpenedShare;
 use crate::compute_pool::WorkError;
 use crate::shutdown::Calls;
+
+mod clock;
+mod outgoing;
 
 /// Rows of a group whose partials are complete and wait for the pool. With more, no partials are read.
 const READY: usize = 8;
@@ -131,15 +136,6 @@ struct Flow<'a> {
     done: Done,
 }
 
-/// One share's messages.
-struct Outgoing {
-    worker: WorkerId,
-    /// `None` after Commit.
-    requests: Option<mpsc::Sender<proto::ComputeRequest>>,
-    /// What was put into messages so far.
-    sent: Commit,
-}
-
 impl<'a> Flow<'a> {
     fn new(
         hub: &'a Hub,
@@ -158,8 +154,7 @@ impl<'a> Flow<'a> {
         let mut outgoing = Vec::with_capacity(shares.len());
         for (share, OpenedShare { requests, replies }) in plan.shares.iter().zip(shares) {
             incoming.push(replies);
-            let (worker, sent) = (share.worker.clone(), Commit { chunks: 0, bytes: 0 });
-            outgoing.push(Outgoing { worker, requests: Some(requests), sent });
+            outgoing.push(Outgoing::new(share.worker.clone(), requests));
         }
         let call = Call::new(&plan, begin.dtype.size(), clock.client_time());
         let backlog = Backlog::new(&plan, &begin.shape);
@@ -268,15 +263,8 @@ impl<'a> Flow<'a> {
     /// Puts a run of `data` into messages. They share the bytes of the client's message.
     fn forward(&mut self, tensor: Tensor, run: &Run, data: &Bytes) {
         let Some(share) = self.shares.get_mut(run.share) else { return };
-        for start in run.bytes.clone().step_by(limits::CHUNK_BYTES) {
-            let slice = start..run.bytes.end.min(start + limits::CHUNK_BYTES);
-            let offset = run.head_offset + (start - run.bytes.start) as u64;
-            let index = share.sent.chunks;
-            share.sent.chunks += 1;
-            share.sent.bytes += slice.len() as u64;
-            let chunk = SliceChunk { index, tensor, head: run.head, offset, data: data.slice(slice) };
-            self.pending.push_back((run.share, ComputeRequest::Chunk(chunk)));
-        }
+        let chunks = share.cut(tensor, run, data);
+        self.pending.extend(chunks.map(|chunk| (run.share, ComputeRequest::Chunk(chunk))));
     }
 
     fn after_sent(&mut self, share: usize, was_commit: bool) {
@@ -367,115 +355,9 @@ fn planned(plan: &Plan) -> proto::AttendReply {
     AttendReply::Planned(PlanSummary::from(plan)).into()
 }
 
-/// Room for the next message of a share; `None` if its worker takes nothing more. Why, its replies say.
-async fn room(
-    queue: Option<mpsc::Sender<proto::ComputeRequest>>,
-) -> Option<mpsc::OwnedPermit<proto::ComputeRequest>> {
-    queue?.reserve_owned().await.ok()
-}
-
 async fn until(instant: Option<Instant>) {
     match instant {
         Some(instant) => tokio::time::sleep_until(instant.into()).await,
         None => std::future::pending().await,
-    }
-}
-
-/// How long a message has waited for its receiver.
-#[derive(Default)]
-struct Stall(Option<Instant>);
-
-impl Stall {
-    /// When the receiver has had [`STALL`] for the message that waits; `None` if none does.
-    fn after(&mut self, waits: bool) -> Option<Instant> {
-        self.0 = if waits { Some(self.0.unwrap_or_else(Instant::now)) } else { None };
-        self.0.map(|since| since + STALL)
-    }
-}
-
-/// When things happened.
-struct Clock {
-    begun: Instant,
-    /// Since when the client is held back, and for how long it was before.
-    held_since: Option<Instant>,
-    held: Duration,
-    first_chunk: Option<Instant>,
-    scattered: Option<Instant>,
-    committed: Option<Instant>,
-    last_partial: Option<Instant>,
-}
-
-impl Clock {
-    fn new(begun: Instant) -> Self {
-        Self {
-            begun,
-            held_since: None,
-            held: Duration::ZERO,
-            first_chunk: None,
-            scattered: None,
-            committed: None,
-            last_partial: None,
-        }
-    }
-
-    /// Time by a clock that stands still while workers hold the client back, so that it is not blamed for being idle.
-    fn client_time(&mut self) -> Duration {
-        let now = self.held_since.unwrap_or_else(Instant::now);
-        now.saturating_duration_since(self.begun).saturating_sub(self.held)
-    }
-
-    /// When that clock will show `client_time`, if the client is not held back until then.
-    fn instant_of(&self, client_time: Duration) -> Instant {
-        self.begun + client_time + self.held
-    }
-
-    fn chunk_arrived(&mut self) {
-        self.first_chunk.get_or_insert_with(Instant::now);
-    }
-
-    fn client_held(&mut self) {
-        self.held_since.get_or_insert_with(Instant::now);
-    }
-
-    fn client_freed(&mut self, after_commit: bool) {
-        let now = Instant::now();
-        self.held +=
-            self.held_since.take().map_or(Duration::ZERO, |since| now.saturating_duration_since(since));
-        if after_commit {
-            self.scattered = Some(now);
-        }
-    }
-
-    fn timings(&self, so_far: Timings) -> Timings {
-        let seconds = |from: Option<Instant>, to: Option<Instant>| match (from, to) {
-            (Some(from), Some(to)) => to.saturating_duration_since(from).as_secs_f64(),
-            _ => 0.0,
-        };
-        Timings {
-            scatter: seconds(self.first_chunk, self.scattered),
-            gather: seconds(self.committed, self.last_partial),
-            total: self.begun.elapsed().as_secs_f64(),
-            ..so_far
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_client_that_is_held_back_is_not_idle() {
-        let begun = Instant::now().checked_sub(Duration::from_secs(100)).unwrap();
-        let mut clock = Clock::new(begun);
-        clock.held_since = Some(begun + Duration::from_secs(40));
-        assert_eq!(clock.client_time(), Duration::from_secs(40));
-        clock.client_freed(false);
-        // 60 s of the 100 were not its own.
-        let own = clock.client_time();
-        assert!((Duration::from_secs(40)..Duration::from_secs(45)).contains(&own), "{own:?}");
-        let due = clock.instant_of(Duration::from_secs(50));
-        let wait = due.saturating_duration_since(Instant::now());
-        assert!((Duration::from_secs(5)..=Duration::from_secs(10)).contains(&wait), "{wait:?}");
     }
 }

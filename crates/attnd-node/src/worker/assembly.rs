@@ -7,9 +7,15 @@
 
 use std::ops::Range;
 
-use attnd_kernel::slot::{PAGE_KEYS, keys_in_page, keys_in_slots, n_pages, slot_of_page};
+use attnd_kernel::slot::keys_in_slots;
 use attnd_kernel::{AttnShape, Dtype, KvHead, NonFinite, OutOfMemory, first_non_finite, widen};
 use attnd_plan::Tensor;
+
+use self::pages::{Pages, Refusal};
+use self::rows::Rows;
+
+mod pages;
+mod rows;
 
 /// What every group of a call has in common.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -72,7 +78,7 @@ impl GroupAssembly {
         let shape = &layout.shape;
         let element = layout.dtype.size();
         let pages = |dim: usize| Pages::new(shape.n_keys(), slots.clone(), dim * element);
-        let rows = Rows { row_bytes: shape.head_dim() * element, done: 0, staged: Vec::new() };
+        let rows = Rows::new(shape.head_dim() * element);
         Self {
             layout,
             group,
@@ -186,128 +192,9 @@ impl GroupAssembly {
     }
 }
 
-/// Rows that come one after another; a row cut by a message boundary waits in `staged`.
-#[derive(Clone, Debug)]
-struct Rows {
-    row_bytes: usize,
-    /// Whole rows handed on.
-    done: usize,
-    staged: Vec<u8>,
-}
-
-impl Rows {
-    /// The next expected byte.
-    fn position(&self) -> u64 {
-        (self.done * self.row_bytes + self.staged.len()) as u64
-    }
-
-    /// Hands on whole rows, as many at a time as lie together: `store(index of the first row, bytes)`.
-    fn take<E>(
-        &mut self,
-        data: &[u8],
-        mut store: impl FnMut(usize, &[u8]) -> Result<(), E>,
-    ) -> Result<(), E> {
-        let mut rest = data;
-        if !self.staged.is_empty() {
-            let missing = (self.row_bytes - self.staged.len()).min(rest.len());
-            self.staged.extend_from_slice(&rest[..missing]);
-            rest = &rest[missing..];
-            if self.staged.len() < self.row_bytes {
-                return Ok(());
-            }
-            store(self.done, &self.staged)?;
-            self.done += 1;
-            self.staged = Vec::new();
-        }
-        let whole = rest.len() / self.row_bytes * self.row_bytes;
-        if whole > 0 {
-            store(self.done, &rest[..whole])?;
-            self.done += whole / self.row_bytes;
-        }
-        self.staged.extend_from_slice(&rest[whole..]);
-        Ok(())
-    }
-}
-
-/// The pages of a range of slots as they come, ascending.
-#[derive(Debug)]
-struct Pages {
-    n_keys: usize,
-    slots: Range<usize>,
-    row_bytes: usize,
-    /// The page whose bytes come next; past the last one when all are here.
-    page: usize,
-    /// The beginning of that page, where a message ended inside of it.
-    staged: Vec<u8>,
-}
-
-enum Refusal<E> {
-    Offset { expected: u64, got: u64 },
-    Page(E),
-}
-
-impl Pages {
-    fn new(n_keys: usize, slots: Range<usize>, row_bytes: usize) -> Self {
-        let mut pages = Self { n_keys, slots, row_bytes, page: 0, staged: Vec::new() };
-        pages.page = pages.owned_from(0);
-        pages
-    }
-
-    fn owned_from(&self, page: usize) -> usize {
-        let pages = n_pages(self.n_keys);
-        (page..pages).find(|page| self.slots.contains(&slot_of_page(*page))).unwrap_or(pages)
-    }
-
-    fn is_complete(&self) -> bool {
-        self.page >= n_pages(self.n_keys)
-    }
-
-    /// The next expected byte.
-    fn position(&self) -> u64 {
-        (self.page.saturating_mul(PAGE_KEYS).min(self.n_keys) * self.row_bytes + self.staged.len()) as u64
-    }
-
-    /// Hands on whole pages: `store(page, bytes)`.
-    fn take<E>(
-        &mut self,
-        offset: u64,
-        data: &[u8],
-        mut store: impl FnMut(usize, &[u8]) -> Result<(), E>,
-    ) -> Result<(), Refusal<E>> {
-        let mut rest = data;
-        let mut got = offset;
-        loop {
-            let expected = self.position();
-            if got != expected || (self.is_complete() && !rest.is_empty()) {
-                // An empty run is harmless anywhere.
-                return if rest.is_empty() { Ok(()) } else { Err(Refusal::Offset { expected, got }) };
-            }
-            let page_bytes = keys_in_page(self.page, self.n_keys) * self.row_bytes;
-            let missing = page_bytes - self.staged.len();
-            if rest.len() < missing || self.is_complete() {
-                if self.staged.is_empty() && !rest.is_empty() {
-                    self.staged.reserve_exact(page_bytes);
-                }
-                self.staged.extend_from_slice(rest);
-                return Ok(());
-            }
-            let (now, later) = rest.split_at(missing);
-            if self.staged.is_empty() {
-                store(self.page, now).map_err(Refusal::Page)?;
-            } else {
-                self.staged.extend_from_slice(now);
-                store(self.page, &self.staged).map_err(Refusal::Page)?;
-                self.staged = Vec::new();
-            }
-            self.page = self.owned_from(self.page + 1);
-            rest = later;
-            got += missing as u64;
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use attnd_kernel::slot::{PAGE_KEYS, n_pages, slot_of_page};
     use attnd_kernel::{Causal, Dims, Effective, GroupCall, Kernels, attend_node, slot};
     use rand::rngs::StdRng;
     use rand::{RngExt, SeedableRng};

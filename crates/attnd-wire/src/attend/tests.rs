@@ -1,9 +1,13 @@
 //! Every value returns from its message; nothing a peer sends panics or passes unchecked.
 
+use attnd_kernel::{AttnShape, Causal, Dtype};
+use attnd_plan::{Piece, Plan, Tensor, WorkerChoice, WorkerId};
 use proptest::prelude::*;
 use prost::Message as _;
 
 use super::*;
+use crate::error::Reason;
+use crate::proto;
 
 pub(crate) fn shapes() -> impl Strategy<Value = AttnShape> {
     (1..3_u64, 1..4_u64, 1..4_u64, 1..20_u64, 1..3000_u64, 1..9_u64, 1..9_u64).prop_map(

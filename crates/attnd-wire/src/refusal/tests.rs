@@ -1,0 +1,225 @@
+//! Every refusal has its exact text, code and outcome.
+
+use attnd_kernel::slot::Node;
+use tonic::Code;
+
+use super::*;
+
+const GOOD: Dims = Dims { batch: 1, heads: 8, kv_heads: 2, queries: 3, keys: 4, head_dim: 5, value_dim: 6 };
+
+fn worker() -> WorkerId {
+    WorkerId::new("w1").unwrap()
+}
+
+fn call(error: CallError<Error>) -> Error {
+    error.into()
+}
+
+#[test]
+fn shapes_are_refused_with_field_and_numbers() {
+    let refused = |dims| shape(dims).unwrap_err().message();
+    let max = u64::from(u32::MAX);
+    for (dims, text) in [
+        (Dims { batch: 0, ..GOOD }, "SHAPE_ZERO: batch"),
+        (Dims { heads: 0, ..GOOD }, "SHAPE_ZERO: num_heads"),
+        (Dims { kv_heads: 0, ..GOOD }, "SHAPE_ZERO: num_kv_heads"),
+        (Dims { queries: 0, ..GOOD }, "SHAPE_ZERO: q_len"),
+        (Dims { keys: 0, ..GOOD }, "SHAPE_ZERO: kv_len"),
+        (Dims { head_dim: 0, ..GOOD }, "SHAPE_ZERO: head_dim"),
+        (Dims { value_dim: 0, ..GOOD }, "SHAPE_ZERO: value_dim"),
+        (Dims { heads: max, ..GOOD }, "SHAPE_LIMIT: num_heads 4294967295 > 1024"),
+        (Dims { head_dim: 513, ..GOOD }, "SHAPE_LIMIT: head_dim 513 > 512"),
+        (Dims { batch: 129, ..GOOD }, "SHAPE_LIMIT: batch * num_heads 1032 > 1024"),
+        (Dims { heads: 7, ..GOOD }, "GQA_RATIO: 7 % 2 != 0"),
+        (Dims { batch: max, heads: max, queries: max, ..GOOD }, "SHAPE_OVERFLOW"),
+        (Dims { kv_heads: max, keys: max, value_dim: max, ..GOOD }, "SHAPE_OVERFLOW"),
+    ] {
+        assert_eq!(refused(dims), text);
+    }
+    assert!(shape(GOOD).is_ok());
+}
+
+#[test]
+fn refusals_have_their_exact_text_and_code() {
+    let non_finite =
+        |tensor, head, token, dim, value| non_finite(tensor, head, &NonFinite { token, dim, value });
+    for (error, code, text) in [
+        (expected_begin(), Code::InvalidArgument, "STREAM_ORDER: expected Begin"),
+        (duplicate_begin(), Code::InvalidArgument, "STREAM_ORDER: duplicate Begin"),
+        (
+            stream_truncated(3, 3000, 8000),
+            Code::Aborted,
+            "STREAM_TRUNCATED: 3 chunks, 3000 of 8000 bytes, nothing applied",
+        ),
+        (stream_idle(Duration::from_secs(10)), Code::DeadlineExceeded, "STREAM_IDLE: 10000 ms"),
+        (
+            stalled(Duration::from_secs(10)),
+            Code::DeadlineExceeded,
+            "STREAM_IDLE: no reply taken for 10000 ms",
+        ),
+        (checksum(2), Code::Aborted, "CHECKSUM: chunk 2, nothing applied"),
+        (shape_mismatch("q.d", 64, "k.d", 128), Code::InvalidArgument, "SHAPE_MISMATCH: q.d 64, k.d 128"),
+        (scale(), Code::InvalidArgument, "SCALE: must be finite and > 0"),
+        (
+            non_finite(Tensor::K, 2, 17, 5, f32::NAN),
+            Code::InvalidArgument,
+            "NON_FINITE: k[h=2,pos=17,i=5] NaN",
+        ),
+        (
+            non_finite(Tensor::V, 0, 3, 1, f32::INFINITY),
+            Code::InvalidArgument,
+            "NON_FINITE: v[h=0,pos=3,i=1] +inf",
+        ),
+        (
+            non_finite(Tensor::Q, 1, 0, 0, f32::NEG_INFINITY),
+            Code::InvalidArgument,
+            "NON_FINITE: q[h=1,pos=0,i=0] -inf",
+        ),
+        (
+            score_overflow(8, &ScoreOverflow { head_in_group: 1, token: 3 }),
+            Code::InvalidArgument,
+            "SCORE_OVERFLOW: head 9 row 3",
+        ),
+        (output_overflow(0, 3), Code::InvalidArgument, "OUTPUT_OVERFLOW: head 0 row 3"),
+        (empty_row(2), Code::InvalidArgument, "EMPTY_ROW: rows without a key: 2"),
+        (kv_budget(33_554_432, 1_048_576), Code::ResourceExhausted, "KV_BUDGET: need 33554432, free 1048576"),
+        (OutOfMemory { bytes: 7 }.into(), Code::ResourceExhausted, "KV_BUDGET: no memory for 7 bytes"),
+        (overloaded(256), Code::ResourceExhausted, "OVERLOADED: 256 running"),
+        (worker_lost(&worker(), "silent for 2 s"), Code::Unavailable, "WORKER_LOST: w1: silent for 2 s"),
+        (kernel_mix("c2"), Code::FailedPrecondition, "KERNEL_MIX: c2, this node computes c1-f32"),
+        (wire(3), Code::FailedPrecondition, "WIRE: 3 not in 1..1"),
+    ] {
+        assert_eq!((error.message().as_str(), error.reason.code()), (text, code));
+    }
+}
+
+#[test]
+fn errors_of_the_plan_are_translated() {
+    let node = Node::ROOT;
+    for (error, code, text) in [
+        (PlanError::NoWorkers.into(), Code::Unavailable, "NO_WORKERS: no worker is alive"),
+        (
+            PlanError::TooFewWorkers { asked: 3, alive: 2 }.into(),
+            Code::Unavailable,
+            "NO_WORKERS: 3 workers asked for, 2 alive",
+        ),
+        (PlanError::NoneAsked.into(), Code::InvalidArgument, "WORKERS: 0 workers asked for"),
+        (PlanError::Memory { need: 9, free: 4 }.into(), Code::ResourceExhausted, "KV_BUDGET: need 9, free 4"),
+        (
+            GatherError::UnknownCell { group: 1, node }.into(),
+            Code::Internal,
+            "COVERAGE: group 1 node 6/0 is in no share",
+        ),
+        (
+            Rejection::Wire { got: 3, supported: 1..=2 }.into(),
+            Code::FailedPrecondition,
+            "WIRE: 3 not in 1..2",
+        ),
+        (Rejection::IdInUse.into(), Code::AlreadyExists, "WORKER_ID: in use"),
+        (
+            Rejection::IncarnationDead.into(),
+            Code::FailedPrecondition,
+            "INCARNATION_DEAD: rejoin with a new incarnation",
+        ),
+    ] {
+        let error: Error = error;
+        assert_eq!((error.message().as_str(), error.reason.code()), (text, code));
+    }
+    let kernel = Error::from(Rejection::Kernel { got: "c2".into(), expected: "c1".into() });
+    assert_eq!((kernel.reason, kernel.reason.code()), (Reason::KernelMix, Code::FailedPrecondition));
+}
+
+#[test]
+fn errors_of_a_call_are_translated() {
+    for (error, code, text) in [
+        (CallError::ExpectedBegin, Code::InvalidArgument, "STREAM_ORDER: expected Begin"),
+        (CallError::DuplicateBegin, Code::InvalidArgument, "STREAM_ORDER: duplicate Begin"),
+        (CallError::FrameAfterCommit, Code::InvalidArgument, "STREAM_ORDER: frame after Commit"),
+        (
+            CallError::StreamTruncated { chunks: 3, bytes: 3000, need: 8000 },
+            Code::Aborted,
+            "STREAM_TRUNCATED: 3 chunks, 3000 of 8000 bytes, nothing applied",
+        ),
+        (
+            CallError::ChunkOrder { expected: 4, got: 6 },
+            Code::InvalidArgument,
+            "CHUNK_ORDER: expected 4, got 6",
+        ),
+        (
+            CallError::ChunkPlace {
+                index: 3,
+                tensor: Tensor::K,
+                why: Misplaced::InsideOfGroup { start: 4100, group_bytes: 4096 },
+            },
+            Code::InvalidArgument,
+            "CHUNK_ORDER: chunk 3 of k begins at byte 4100, inside of a kv group (4096 bytes each) that has not begun",
+        ),
+        (
+            CallError::ChunkPlace {
+                index: 3,
+                tensor: Tensor::V,
+                why: Misplaced::PastTheEnd { bytes: 8192..9000, need: 8200 },
+            },
+            Code::InvalidArgument,
+            "PAYLOAD_LENGTH: chunk 3 of v brings bytes 8192 to 9000 of 8200",
+        ),
+        (CallError::EmptyChunk { index: 5 }, Code::InvalidArgument, "PAYLOAD_LENGTH: chunk 5 has 0 bytes"),
+        (
+            CallError::PayloadLength { tensor: Tensor::K, need: 4_398_046_511_104, got: 16 },
+            Code::InvalidArgument,
+            "PAYLOAD_LENGTH: shape needs 4398046511104, payload 16 (k)",
+        ),
+        (
+            CallError::CommitLength { declared: 4096, got: 4000 },
+            Code::InvalidArgument,
+            "PAYLOAD_LENGTH: declared 4096, got 4000",
+        ),
+        (
+            CallError::CommitChunks { declared: 8, got: 6 },
+            Code::InvalidArgument,
+            "CHUNK_ORDER: commit declares 8 chunks, got 6",
+        ),
+        (CallError::StreamIdle { idle_ms: 10_000 }, Code::DeadlineExceeded, "STREAM_IDLE: 10000 ms"),
+    ] {
+        let error = call(error);
+        assert_eq!((error.message().as_str(), error.reason.code()), (text, code));
+        assert!(!error.is_retryable(), "{error}");
+    }
+}
+
+#[test]
+fn a_failing_worker_is_lost_unless_the_data_are_to_blame() {
+    let why = GatherError::Duplicate { group: 1, node: Node::ROOT, first_token: 16 };
+    for (error, text) in [
+        (CallError::WorkerLost { worker: worker() }, "WORKER_LOST: w1: lost"),
+        (
+            CallError::ShareIncomplete { worker: worker(), missing: 2 },
+            "WORKER_LOST: w1: finished with 2 partials missing",
+        ),
+        (
+            CallError::PartialRefused { worker: worker(), why },
+            "WORKER_LOST: w1: COVERAGE: group 1 node 6/0 tokens from 16 came twice",
+        ),
+        (
+            CallError::ShareFailed { worker: worker(), what: Error::new(Reason::Draining, "") },
+            "WORKER_LOST: w1: DRAINING",
+        ),
+        (
+            CallError::ShareFailed {
+                worker: worker(),
+                what: Error::new(Reason::ChunkOrder, "expected 4, got 6"),
+            },
+            "WORKER_LOST: w1: CHUNK_ORDER: expected 4, got 6",
+        ),
+        (
+            CallError::ShareFailed { worker: worker(), what: kv_budget(9, 4) },
+            "OVERLOADED: w1: KV_BUDGET: need 9, free 4",
+        ),
+    ] {
+        let error = call(error);
+        assert_eq!(error.message(), text);
+        assert!(error.is_retryable(), "{error}");
+    }
+    let what = output_overflow(0, 3);
+    assert_eq!(call(CallError::ShareFailed { worker: worker(), what: what.clone() }), what);
+}

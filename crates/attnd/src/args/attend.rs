@@ -1,0 +1,140 @@
+//! The flags of `attnd attend`: where the tensors are, what to compute over them, and who computes it.
+
+use std::num::NonZeroUsize;
+use std::time::Duration;
+
+use attnd_kernel::Causal;
+use clap::{Args, ValueEnum};
+
+use super::values::{parse_count, parse_scale, parse_seconds, parse_workers};
+use crate::tensor_file::{OutputPath, Source};
+
+/// Arguments of `attnd attend`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+SRC is file.npy, file.npz:NAME or file.safetensors:NAME. Tensors are [heads, tokens, dim] or
+[batch, heads, tokens, dim], f32, f16, bf16 or f64. Query heads must be a multiple of key/value heads.
+f64 is rounded to f32; f16 and bf16 travel as they are when all three inputs agree. Arithmetic is f32.
+
+Examples:
+  attnd attend --workers 2 --q q.npy --k k.npy --v v.npy -o context.npy
+  attnd attend --workers 2 --q x.npz:q --k x.npz:k --v x.npz:v --causal -o out.safetensors
+  attnd attend --endpoint http://10.0.0.1:7400 --q a.safetensors:layer0.q --k a.safetensors:layer0.k \\
+               --v a.safetensors:layer0.v --scale 0.125 --json
+  ATTND_ENDPOINT=http://10.0.0.1:7400 attnd attend --q q.npy --k k.npy --v v.npy")]
+pub struct AttendArgs {
+    /// Queries
+    #[arg(long, value_name = "SRC")]
+    pub q: Source,
+    /// Keys
+    #[arg(long, value_name = "SRC")]
+    pub k: Source,
+    /// Values
+    #[arg(long, value_name = "SRC")]
+    pub v: Source,
+    /// Hide later keys: with bottom-right the last query sees every key, with top-left query i sees keys 0 to i
+    /// [without a value: bottom-right]
+    #[arg(long, value_enum, value_name = "ALIGN", num_args = 0..=1, require_equals = true, default_missing_value = "bottom-right")]
+    pub causal: Option<CausalAlign>,
+    /// Factor on the scores [default: 1 / sqrt(dim)]
+    #[arg(long, value_name = "X", value_parser = parse_scale)]
+    pub scale: Option<f32>,
+    /// Where the result goes: .npy (context) or .safetensors (context and lse)
+    #[arg(short, long, value_name = "FILE")]
+    pub output: Option<OutputPath>,
+    /// Coordinator of a running cluster, such as http://127.0.0.1:7400 [env: ATTND_ENDPOINT]
+    #[arg(long, value_name = "URL", conflicts_with_all = ["workers", "threads_per_worker"])]
+    pub endpoint: Option<String>,
+    /// Start this many worker processes on this machine for this call only
+    #[arg(long, value_name = "N", value_parser = parse_workers)]
+    pub workers: Option<NonZeroUsize>,
+    /// Compute threads of each of those workers [default: the cores, divided evenly]
+    #[arg(long, value_name = "N", requires = "workers", value_parser = parse_count)]
+    pub threads_per_worker: Option<NonZeroUsize>,
+    /// Use exactly N of the cluster's workers [default: as many as pay off]
+    #[arg(long, value_name = "N", value_parser = parse_count)]
+    pub use_workers: Option<NonZeroUsize>,
+    /// Let NaN and infinities through; they then follow IEEE 754 into the rows that see them
+    #[arg(long)]
+    pub allow_non_finite: bool,
+    /// Give up after this many seconds, at most 3600. They cover the call: sending, computing, receiving, and sending
+    /// again after a loss; not reading files, starting --workers, or writing the result
+    #[arg(long, value_name = "SECONDS", default_value = "300", value_parser = parse_seconds)]
+    pub timeout: Duration,
+    /// Print one JSON object instead of a table
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Alignments of the causal rule, as typed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum CausalAlign {
+    /// Query i sees keys j <= i + (keys - queries), as for a cache that was just appended to
+    BottomRight,
+    /// Query i sees keys j <= i, as torch's is_causal
+    TopLeft,
+}
+
+impl From<CausalAlign> for Causal {
+    fn from(align: CausalAlign) -> Self {
+        match align {
+            CausalAlign::BottomRight => Self::BottomRight,
+            CausalAlign::TopLeft => Self::TopLeft,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser as _;
+
+    use super::super::{Cli, Verb};
+    use super::*;
+
+    fn attend(extra: &[&str]) -> Result<AttendArgs, clap::Error> {
+        let base = ["attnd", "attend", "--q", "q.npy", "--k", "x.npz:k", "--v", "a:b.safetensors:l.v"];
+        match Cli::try_parse_from(base.iter().chain(extra))?.verb {
+            Verb::Attend(args) => Ok(args),
+            other => panic!("parsed as {other:?}"),
+        }
+    }
+
+    #[test]
+    fn causal_takes_an_optional_value() {
+        assert_eq!(attend(&[]).unwrap().causal, None);
+        assert_eq!(attend(&["--causal"]).unwrap().causal, Some(CausalAlign::BottomRight));
+        assert_eq!(attend(&["--causal=top-left"]).unwrap().causal, Some(CausalAlign::TopLeft));
+        assert!(attend(&["--causal=left"]).is_err());
+    }
+
+    #[test]
+    fn wrong_values_are_refused_with_exit_code_2() {
+        for wrong in [
+            &["--scale", "0"][..],
+            &["--scale", "nan"],
+            &["--timeout=-1"],
+            &["--timeout", "0"],
+            &["--timeout", "1e12"],
+            &["--timeout", "3600.1"],
+            &["--timeout", "nan"],
+            &["--timeout", "inf"],
+            &["--timeout", "5m"],
+            &["--workers", "0"],
+            &["--workers", "2", "--endpoint", "http://h:1"],
+            &["--threads-per-worker", "2"],
+            &["-o", "out.txt"],
+        ] {
+            assert_eq!(attend(wrong).unwrap_err().exit_code(), 2, "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn a_timeout_is_seconds_up_to_an_hour() {
+        let seconds = |extra: &[&str]| attend(extra).unwrap().timeout.as_secs_f64();
+        assert_eq!(seconds(&[]), 300.0);
+        assert_eq!(seconds(&["--timeout", "3600"]), 3600.0);
+        assert_eq!(seconds(&["--timeout", "0.5"]), 0.5);
+        let error = attend(&["--timeout", "1e12"]).unwrap_err().to_string();
+        assert!(error.contains("must be > 0 and at most 3600"), "{error}");
+    }
+}
