@@ -39,6 +39,8 @@ struct RowsEntries {
     f32: AttendRows,
     /// The same, where memory is asked for lines ahead of their use.
     f32_ahead: AttendRows,
+    /// The same for one row, where memory isn't asked ahead and another way is faster.
+    f32_one: Option<AttendRows>,
     f16: AttendRows,
     bf16: AttendRows,
     int8: AttendRows,
@@ -115,16 +117,24 @@ impl Kernels {
         available
     }
 
-    /// The same kernels with other entries for f32 storage.
+    /// The same kernels with other entries for f32 storage, whose tiles are of as many rows, and of as many vectors of queries.
     #[cfg(all(feature = "free-order", target_arch = "x86_64"))]
     pub(crate) const fn with_f32_entries(
         &self,
-        (f32, f32_ahead): (AttendRows, AttendRows),
+        (few_rows, query_vectors): (usize, usize),
+        (f32, f32_ahead, f32_one): (AttendRows, AttendRows, Option<AttendRows>),
         attend_queries: AttendQueries,
         merge_rows: MergeRows,
     ) -> Self {
-        let rows = RowsEntries { f32, f32_ahead, ..self.rows };
+        assert!(few_rows == self.tiles.few_rows && query_vectors == self.tiles.query_vectors);
+        let rows = RowsEntries { f32, f32_ahead, f32_one, ..self.rows };
         Self { rows, attend_queries, merge_rows, ..*self }
+    }
+
+    /// The entry for few rows in f32.
+    #[cfg(all(feature = "free-order", target_arch = "x86_64"))]
+    pub(crate) const fn f32_rows(&self) -> AttendRows {
+        self.rows.f32
     }
 
     /// Which ISA this is.
@@ -233,9 +243,6 @@ impl Kernels {
         }
     }
 
-    /// One row in f32 has as many loads as multiply-adds. Cores with AVX-512 that gain nothing by asking ahead take such rows
-    /// 11 % faster from memory by vectors of half the width; the bits are those of every ISA. [`Self::available`] hands AVX-512 out
-    /// only where the features of AVX2 are there.
     fn rows_entry(&self, storage: Storage, compute: Compute, n_rows: usize, prefetch: bool) -> AttendRows {
         #[cfg(target_arch = "x86_64")]
         match (compute, self.bf16(), self.int8()) {
@@ -246,8 +253,7 @@ impl Kernels {
         assert_eq!(compute, Compute::F32, "dot products that {} doesn't have here", self.isa);
         match storage {
             Storage::F32 if prefetch => self.rows.f32_ahead,
-            #[cfg(target_arch = "x86_64")]
-            Storage::F32 if n_rows == 1 && self.isa == Isa::Avx512 => AVX2.rows.f32,
+            Storage::F32 if n_rows == 1 => self.rows.f32_one.unwrap_or(self.rows.f32),
             Storage::F32 => self.rows.f32,
             Storage::F16 => self.rows.f16,
             Storage::Bf16 => self.rows.bf16,
@@ -329,13 +335,13 @@ impl Kernels {
 }
 
 /// Stamps the entries of one ISA. Its register tiles are `$mr` rows by `$nr` vectors of 16 keys where rows are broadcast,
-/// or `$fr` by `$fn` where rows are few; over narrow elements they are smaller. They are `$keys` keys by `$queries` vectors of 16 queries in the other family. Where the CPU gains by it,
+/// or `$fr` by `$fn` where rows are few, of which one has an entry of its own if `$one` says so; over narrow elements they are smaller. They are `$keys` keys by `$queries` vectors of 16 queries in the other family. Where the CPU gains by it,
 /// lines of f32 are asked for `$ahead` words ahead of their use. `$chains` are its independent accumulators.
 ///
 /// # Safety
 /// The entries may only be called on a CPU that has `$features`; [`Kernels::available`] hands the table out only there.
 macro_rules! instantiate {
-    ($table:ident, $isa:expr, $lanes:ty, few $fr:literal x $fn:literal, rows $mr:literal x $nr:literal ahead $ahead:literal, narrow few $nfr:literal x $nfn:literal, rows $nmr:literal x $nnr:literal ahead $nahead:literal, queries $keys:literal x $queries:literal, chains $chains:literal $(, #[$features:meta])?) => {
+    ($table:ident, $isa:expr, $lanes:ty, few $fr:literal x $fn:literal, one row $one:expr, rows $mr:literal x $nr:literal ahead $ahead:literal, narrow few $nfr:literal x $nfn:literal, rows $nmr:literal x $nnr:literal ahead $nahead:literal, queries $keys:literal x $queries:literal, chains $chains:literal $(, #[$features:meta])?) => {
         pub(crate) static $table: Kernels = {
             $(#[$features])?
             unsafe fn pack_queries_entry(layout: QueryLayout, rows: &[&[f32]], factor: f32, q: &mut [f32]) {
@@ -427,6 +433,7 @@ macro_rules! instantiate {
                     f32: rows_f32_entry,
                     // Where nothing is asked for ahead, the entry for it is not compiled.
                     f32_ahead: if $ahead > 0 { rows_f32_ahead_entry } else { rows_f32_entry },
+                    f32_one: $one,
                     f16: rows_f16_entry,
                     bf16: rows_bf16_entry,
                     int8: rows_int8_entry,
@@ -443,13 +450,15 @@ macro_rules! instantiate {
     };
 }
 
+// One row has as many loads as multiply-adds, and Zen 4 takes its lines 11 to 19 % faster from memory by vectors of half the width
+// (d=128). AVX-512 is handed out only where the features of AVX2 are there; the bits are those of every ISA.
 #[cfg(target_arch = "x86_64")]
-instantiate!(AVX512, Isa::Avx512, arch::avx512::Avx512, few 6 x 4, rows 6 x 4 ahead 1024, narrow few 4 x 4, rows 4 x 4 ahead 1024, queries 8 x 3, chains 12, #[target_feature(enable = "avx512f,avx512dq,avx2,fma,f16c")]);
+instantiate!(AVX512, Isa::Avx512, arch::avx512::Avx512, few 6 x 4, one row Some(AVX2.rows.f32), rows 6 x 4 ahead 1024, narrow few 4 x 4, rows 4 x 4 ahead 1024, queries 8 x 3, chains 12, #[target_feature(enable = "avx512f,avx512dq,avx2,fma,f16c")]);
 #[cfg(target_arch = "x86_64")]
-instantiate!(AVX2, Isa::Avx2, arch::avx2::Avx2, few 1 x 4, rows 6 x 1 ahead 0, narrow few 1 x 4, rows 4 x 1 ahead 0, queries 6 x 1, chains 6, #[target_feature(enable = "avx2,fma,f16c")]);
+instantiate!(AVX2, Isa::Avx2, arch::avx2::Avx2, few 1 x 4, one row None, rows 6 x 1 ahead 0, narrow few 1 x 4, rows 4 x 1 ahead 0, queries 6 x 1, chains 6, #[target_feature(enable = "avx2,fma,f16c")]);
 #[cfg(target_arch = "aarch64")]
-instantiate!(NEON, Isa::Neon, arch::neon::Neon, few 1 x 4, rows 6 x 1 ahead 0, narrow few 1 x 4, rows 4 x 1 ahead 0, queries 6 x 1, chains 6);
-instantiate!(PORTABLE, Isa::Portable, arch::portable::Portable, few 2 x 1, rows 2 x 1 ahead 0, narrow few 2 x 1, rows 2 x 1 ahead 0, queries 2 x 1, chains 2);
+instantiate!(NEON, Isa::Neon, arch::neon::Neon, few 1 x 4, one row None, rows 6 x 1 ahead 0, narrow few 1 x 4, rows 4 x 1 ahead 0, queries 6 x 1, chains 6);
+instantiate!(PORTABLE, Isa::Portable, arch::portable::Portable, few 2 x 1, one row None, rows 2 x 1 ahead 0, narrow few 2 x 1, rows 2 x 1 ahead 0, queries 2 x 1, chains 2);
 
 #[cfg(test)]
 mod tests {

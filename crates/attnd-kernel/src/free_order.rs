@@ -82,7 +82,7 @@ unsafe fn refuse_to_merge(_left: RowPartials<'_>, _m: &[f32], _l: &[f32], _o: &[
 /// # Safety
 /// As of the canonical entries: possession of the table proves that the CPU has `$features`.
 macro_rules! instantiate_free {
-    ($table:ident, $canonical:ident, $lanes:ty, clamp $clamp:literal, few $fr:literal x $fnr:literal ahead $ahead:literal, queries $keys:literal x $queries:literal, #[$features:meta]) => {
+    ($table:ident, $canonical:ident, $lanes:ty, clamp $clamp:literal, few $fr:literal x $fnr:literal ahead $ahead:literal, one row $one:expr, queries $keys:literal x $queries:literal, #[$features:meta]) => {
         static $table: Kernels = {
             /// # Safety
             /// As the canonical entry says.
@@ -118,14 +118,15 @@ macro_rules! instantiate_free {
                 // SAFETY: the features are enabled on this function.
                 unsafe { attend_queries::<$lanes, $keys, $queries, $clamp>(block, groups, scratch, out) }
             }
-            let rows = (rows_entry as _, if $ahead > 0 { rows_ahead_entry as _ } else { rows_entry as _ });
-            $canonical.with_f32_entries(rows, queries_entry, refuse_to_merge)
+            let rows =
+                (rows_entry as _, if $ahead > 0 { rows_ahead_entry as _ } else { rows_entry as _ }, $one);
+            $canonical.with_f32_entries(($fr, $queries), rows, queries_entry, refuse_to_merge)
         };
     };
 }
 
-instantiate_free!(FREE_AVX512, AVX512, Avx512, clamp false, few 6 x 4 ahead 1024, queries 8 x 3, #[target_feature(enable = "avx512f,avx512dq,avx2,fma,f16c")]);
-instantiate_free!(FREE_AVX2, AVX2, Avx2, clamp true, few 1 x 4 ahead 0, queries 6 x 1, #[target_feature(enable = "avx2,fma,f16c")]);
+instantiate_free!(FREE_AVX512, AVX512, Avx512, clamp false, few 6 x 4 ahead 1024, one row Some(FREE_AVX2.f32_rows()), queries 8 x 3, #[target_feature(enable = "avx512f,avx512dq,avx2,fma,f16c")]);
+instantiate_free!(FREE_AVX2, AVX2, Avx2, clamp true, few 1 x 4 ahead 0, one row None, queries 6 x 1, #[target_feature(enable = "avx2,fma,f16c")]);
 
 #[cfg(test)]
 mod tests {
@@ -134,7 +135,7 @@ mod tests {
 
     use super::*;
     use crate::attend::{GroupCall, attend_node};
-    use crate::compute::Compute;
+    use crate::compute::Effective;
     use crate::dtype::Dtype;
     use crate::mask::Causal;
     use crate::pages::KvHead;
@@ -162,7 +163,7 @@ mod tests {
             kv.write_k(page, &rows(&k, d), Dtype::F32, true).unwrap();
             kv.write_v(page, &rows(&v, dv), Dtype::F32, true).unwrap();
         }
-        let call = GroupCall { shape, scale, causal: Causal::None, q: &q, kv: &kv, compute: Compute::F32 };
+        let call = GroupCall { shape, scale, causal: Causal::None, q: &q, kv: &kv, compute: Effective::F32 };
         let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
         let rows = |kernels: &Kernels| -> FinishedRows {
             let tokens = 0..shape.n_queries();

@@ -94,7 +94,8 @@ pub(crate) unsafe trait Lanes: Copy {
 /// Lanes of an ISA with dot products of narrow elements. Words are 32 bits, as in `storage.rs`.
 ///
 /// # Safety
-/// As [`Lanes`]; the methods need what such an entry enables beyond the ISA's features.
+/// As [`Lanes`]; the methods need what such an entry enables beyond the ISA's features. `max(a, b)` of these lanes is `b` where `a`
+/// is NaN.
 #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
 pub(crate) unsafe trait DotLanes: Lanes {
     /// For each lane, `fma` of the upper halves of `a` and `b`, then of the lower ones, as bf16; subnormals are zeros.

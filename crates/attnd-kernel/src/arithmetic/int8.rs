@@ -24,8 +24,6 @@ use crate::slot::PAGE_KEYS;
 
 /// A scale, over the power of two that it is made of.
 const UNIT: f32 = 1.0 / (1 << 14) as f32;
-/// The largest power of two that is a f32.
-const LARGEST_POWER: f32 = (1_u128 << 127) as f32;
 
 const _: () = assert!(MAX_DIM * 127 * 32_767 <= i32::MAX as usize && PAGE_KEYS <= MAX_DIM);
 
@@ -35,8 +33,10 @@ fn scale_of(largest: f32) -> f32 {
     if !(largest > 0.0 && largest.is_finite()) {
         return 1.0;
     }
-    let power = f32::from_bits((largest * (1.0 + UNIT)).to_bits() & f32::INFINITY.to_bits());
-    (power.min(LARGEST_POWER) * UNIT).max(f32::MIN_POSITIVE)
+    // Halves, so that a 2^-14th more doesn't leave the range.
+    let half = largest * 0.5 * (1.0 + UNIT);
+    let power = f32::from_bits(half.to_bits() & f32::INFINITY.to_bits());
+    (power * (2.0 * UNIT)).max(f32::MIN_POSITIVE)
 }
 
 /// Turns a query into integers, and gives those to `word` in words of two, as [`Int8Dots`] meets them: word `2 x` has

@@ -65,8 +65,8 @@ fn scale_of(largest: f32) -> f32 {
     if largest == 0.0 {
         return 1.0;
     }
-    let exact = f64::from((largest * (1.0 + 2.0_f32.powi(-14))).min(f32::MAX));
-    2.0_f64.powi((exact.log2().floor() as i32 - 14).max(-126)) as f32
+    let half = f64::from(largest / 2.0 * (1.0 + 2.0_f32.powi(-14)));
+    2.0_f64.powi((half.log2().floor() - 13.0).max(-126.0) as i32) as f32
 }
 
 /// What the dot products of a mode are made of.
@@ -276,7 +276,7 @@ fn dot_products_have_the_bits_of_their_definition() {
     }
 }
 
-/// Where the scales of integers are subnormal, and rounded by as much as they are.
+/// Where the scales of stored integers are subnormal, and rounded by as much as they are, and those of weights are the smallest.
 #[test]
 fn tiny_operands_keep_their_definition_and_their_sign() {
     for mode in MODES {
@@ -332,6 +332,22 @@ fn scores_of_huge_keys_and_tiny_queries_are_numbers() {
         assert!(got.context.iter().chain(&got.lse).all(|x| x.is_finite()), "{}: {got:?}", mode.0);
         check("huge keys", &case, &got, 0, 0);
     }
+}
+
+/// The largest queries there are, of either sign, become integers of the same size.
+#[test]
+fn the_largest_queries_are_integers() {
+    let Some(kernels) = kernels_with(MODES[1].0, MODES[1].1) else { return };
+    let mut case = case_of(1, Data::Normal, Causal::None, [1, 2, 2, 2, 2], MODES[1]);
+    case.scale = std::f32::consts::LOG2_E.recip();
+    case.q.copy_from_slice(&[f32::MAX, 1e38, -f32::MAX, -1e38]);
+    case.k.copy_from_slice(&[1e-38, 2e-38, 3e-38, 1.5e-38]);
+    let got = case.attend(kernels, 0..2);
+    for token in 0..2 {
+        check("largest queries", &case, &got, 0, token);
+    }
+    assert!(Model::new(&case, 0, 1).q.iter().zip(&Model::new(&case, 0, 0).q).all(|(a, b)| *a == -b));
+    assert!(Model::new(&case, 0, 0).q[0] <= 32_767.0);
 }
 
 #[test]
