@@ -6,8 +6,8 @@ use attnd_kernel::slot::{
     N_SLOTS, Node, PAGE_KEYS, cover, keys_in_page, keys_in_slots, n_pages, slot_of_page,
 };
 use attnd_kernel::{
-    AttnShape, Causal, Compute, Dims, Dtype, FinishedRows, GroupCall, Kernels, KvHead, PartialRows, Storage,
-    attend_node,
+    AttnShape, Causal, Compute, Dims, Dtype, FinishedRows, GroupCall, Kernels, KvHead, Operator, PartialRows,
+    Storage, attend_node,
 };
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
@@ -157,8 +157,8 @@ impl Case {
     ) -> PartialRows {
         let call = GroupCall {
             shape: self.shape,
-            scale: self.scale,
-            causal: self.causal,
+            operator: &Operator::plain(self.scale, self.causal),
+            group: 0,
             q: &self.q,
             kv,
             compute: kernels.effective(self.compute, self.storage).unwrap(),
