@@ -300,13 +300,6 @@ fn merging_and_dividing_stay_inside_their_operands() {
         // A maximum is an integer.
         let mut maxima = || (0..n_rows).map(|_| rng.random_range(-3..3_i8).into()).collect::<Vec<f32>>();
         let (m, m_right) = (maxima(), maxima());
-        // Rows that begin inside of pages, some of which see nothing.
-        let windowed = Mask {
-            positions: Some(Positions::BottomRight),
-            window: Window { left: Some(one_of(&[0, 3, 40, 100])), right: Some(one_of(&[0, 1, 17])) },
-            query_end: Some(PerBatch::Same(one_of(&[1, tokens, tokens]))),
-            ..Mask::default()
-        };
         let mut values = |n: usize| (0..n).map(|_| rng.random_range(0.5..2.0_f32)).collect::<Vec<_>>();
         let (l, l_right) = (values(n_rows), values(n_rows));
         let (o, o_right) = (values(n_rows * columns), values(n_rows * columns));
