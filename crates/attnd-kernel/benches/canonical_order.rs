@@ -17,7 +17,9 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use attnd_kernel::slot::{Node, PAGE_KEYS, n_pages};
-use attnd_kernel::{AttnShape, Causal, Dims, Dtype, Effective, GroupCall, Kernels, KvHead, attend_node};
+use attnd_kernel::{
+    AttnShape, Causal, Dims, Dtype, Effective, GroupCall, Kernels, KvHead, Operator, attend_node,
+};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
@@ -86,7 +88,8 @@ fn measure(case: &Case, canonical: &Kernels, free: &Kernels) -> String {
         kv.write_v(page, &rows(), Dtype::F32, true).unwrap();
     }
     let scale = 1.0 / (dim as f32).sqrt();
-    let call = GroupCall { shape, scale, causal: Causal::None, q: &q, kv: &kv, compute: Effective::F32 };
+    let operator = Operator::plain(scale, Causal::None);
+    let call = GroupCall { shape, operator: &operator, group: 0, q: &q, kv: &kv, compute: Effective::F32 };
     let run = |kernels: &Kernels| -> f64 {
         let start = Instant::now();
         let (partial, result) = attend_node(kernels, &call, Node::ROOT, 0..shape.n_queries());

@@ -9,17 +9,17 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use crate::block::{BLOCK_ROWS, QueryLayout, RowBlock, RowPartials};
+use crate::block::{BLOCK_ROWS, QueryLayout, RowBlock, RowPartials, Span};
 use crate::buffer::Buffer;
 use crate::canonical::query_factor;
 use crate::compute::{Compute, Effective};
 use crate::dispatch::Kernels;
 use crate::float_env::FloatEnvironment;
-use crate::mask::Causal;
+use crate::operator::Operator;
 use crate::pages::{KvHead, padded_columns};
 use crate::partial::PartialRows;
 use crate::shape::AttnShape;
-use crate::slot::{Node, pages_of_slot};
+use crate::slot::{Node, PAGE_KEYS, pages_of_slot};
 
 /// Blocks per thread below which the keys are split too.
 const BLOCKS_PER_THREAD: usize = 2;
@@ -31,10 +31,10 @@ const MIN_PAGES: usize = 4;
 pub struct GroupCall<'a> {
     /// The whole call's shape.
     pub shape: AttnShape,
-    /// What scores are multiplied by.
-    pub scale: f32,
-    /// Which keys a row sees.
-    pub causal: Causal,
+    /// What is computed beside products; made for that shape.
+    pub operator: &'a Operator,
+    /// Which kv group of the batch it is; batch elements may have masks of their own.
+    pub group: usize,
     /// `[group_size, n_queries, head_dim]`.
     pub q: &'a [f32],
     /// The group's keys and values.
@@ -62,8 +62,8 @@ pub struct ScoreOverflow {
 /// all the same and handed back with it: a caller that allows such values goes on with that.
 ///
 /// # Panics
-/// If `q` or `kv` doesn't have the call's shape, `tokens` reaches past the last query, or a slot of `node` isn't
-/// resident in `kv`, or `compute` isn't for its storage or not what these kernels have.
+/// If `q` or `kv` doesn't have the call's shape, the group isn't one of it, `tokens` reaches past the last query, or a slot of
+/// `node` isn't resident in `kv`, or `compute` isn't for its storage or not what these kernels have.
 pub fn attend_node(
     kernels: &Kernels,
     call: &GroupCall<'_>,
@@ -78,6 +78,7 @@ pub fn attend_node(
         (shape.n_keys(), shape.head_dim(), shape.value_dim()),
         "shape of kv"
     );
+    assert!(call.group < shape.n_groups(), "group {} of {}", call.group, shape.n_groups());
     assert!(tokens.end <= shape.n_queries(), "tokens {tokens:?} of {}", shape.n_queries());
     let compute = call.compute.compute();
     match kernels.effective(compute, call.kv.storage()) {
@@ -194,9 +195,14 @@ impl NodeTask<'_> {
         let n_rows = block.n_tokens * n_heads;
         // Token first, so that neighbouring rows see nearly the same keys.
         let place = |row: usize| (block.first_head + row % n_heads, block.first_token + row / n_heads);
-        let visible: Vec<Range<usize>> =
-            (0..n_rows).map(|row| self.call.causal.visible(place(row).1, shape)).collect();
-        let factor = query_factor(self.call.scale);
+        let mask = self.call.operator.mask_of_group(self.call.group, shape);
+        let visible: Vec<Range<usize>> = (0..n_rows).map(|row| mask.visible(place(row).1)).collect();
+        // The families pass over all pages that they are given, often: where a window leaves few, those alone.
+        let Span { hull, .. } = Span::of(visible.iter().cloned());
+        let first = pages.partition_point(|page| (page + 1) * PAGE_KEYS <= hull.start);
+        let end = pages.partition_point(|page| page * PAGE_KEYS < hull.end);
+        let pages = &pages[first..end];
+        let factor = query_factor(self.call.operator.scale());
         let layout = QueryLayout::new(n_rows, d, self.call.kv.storage(), self.compute, self.kernels.tiles());
         let query_words = layout.words().next_multiple_of(16);
         let sum_floats = n_rows.next_multiple_of(16);

@@ -138,6 +138,7 @@ mod tests {
     use crate::compute::Effective;
     use crate::dtype::Dtype;
     use crate::mask::Causal;
+    use crate::operator::Operator;
     use crate::pages::KvHead;
     use crate::partial::FinishedRows;
     use crate::reference::reference_row;
@@ -163,7 +164,9 @@ mod tests {
             kv.write_k(page, &rows(&k, d), Dtype::F32, true).unwrap();
             kv.write_v(page, &rows(&v, dv), Dtype::F32, true).unwrap();
         }
-        let call = GroupCall { shape, scale, causal: Causal::None, q: &q, kv: &kv, compute: Effective::F32 };
+        let operator = Operator::plain(scale, Causal::None);
+        let call =
+            GroupCall { shape, operator: &operator, group: 0, q: &q, kv: &kv, compute: Effective::F32 };
         let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
         let rows = |kernels: &Kernels| -> FinishedRows {
             let tokens = 0..shape.n_queries();

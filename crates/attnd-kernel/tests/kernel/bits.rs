@@ -6,11 +6,11 @@ use rand::{RngExt, SeedableRng};
 
 use crate::cases::{Case, Data, differing_bits};
 
-fn portable() -> &'static Kernels {
+pub(crate) fn portable() -> &'static Kernels {
     Kernels::for_isa(Isa::Portable).unwrap()
 }
 
-fn check(what: &str, a: &attnd_kernel::FinishedRows, b: &attnd_kernel::FinishedRows) {
+pub(crate) fn check(what: &str, a: &attnd_kernel::FinishedRows, b: &attnd_kernel::FinishedRows) {
     if let Some(difference) = differing_bits(a, b) {
         panic!("{what}: {difference}");
     }
@@ -18,7 +18,7 @@ fn check(what: &str, a: &attnd_kernel::FinishedRows, b: &attnd_kernel::FinishedR
 
 /// Small shapes around every edge: tiles of 1 to 6 rows, groups of 16 to 48 lanes, blocks of 96, panels of 64, pages of
 /// 256, odd dimensions.
-fn random_sizes(rng: &mut SmallRng) -> [usize; 5] {
+pub(crate) fn random_sizes(rng: &mut SmallRng) -> [usize; 5] {
     let group = *[1, 1, 1, 2, 3, 8].get(rng.random_range(0..6)).unwrap_or(&1);
     let queries = [1, 2, 5, 6, 7, 16, 31, 32, 33, 47, 48, 64, 80, 95, 96, 97, 150];
     let tq = queries[rng.random_range(0..queries.len())];
@@ -72,7 +72,7 @@ fn stored_values_give_the_bits_of_what_they_stand_for() {
 }
 
 /// Compares a case stored as `storage` with f32 storage of what that holds, on every ISA.
-fn check_storage(mut case: Case, storage: Storage, what: &str) {
+pub(crate) fn check_storage(mut case: Case, storage: Storage, what: &str) {
     let all = 0..case.shape.n_queries();
     case.storage = storage;
     let results: Vec<_> = Kernels::available()
@@ -83,8 +83,8 @@ fn check_storage(mut case: Case, storage: Storage, what: &str) {
     let case = case.rounded_to(storage);
     let expected = case.attend(Kernels::available()[0], all);
     for (kernels, result) in results {
-        let (causal, shape) = (case.causal, case.shape);
-        check(&format!("{what} {causal:?} {shape:?} {storage} {}", kernels.isa()), &expected, &result);
+        let (mask, shape) = (&case.mask, case.shape);
+        check(&format!("{what} {mask:?} {shape:?} {storage} {}", kernels.isa()), &expected, &result);
     }
 }
 
@@ -115,7 +115,8 @@ fn integers_of_any_scale_give_the_bits_of_what_they_stand_for() {
         of_any_scale(&mut case.v, dv, 1e37);
         for storage in [Storage::Int8, Storage::Int4] {
             let (k, v, q) = (case.k.clone(), case.v.clone(), case.q.clone());
-            check_storage(Case { k, v, q, ..case }, storage, &format!("seed {seed}"));
+            let mask = case.mask.clone();
+            check_storage(Case { mask, k, v, q, ..case }, storage, &format!("seed {seed}"));
         }
     }
 }

@@ -1,6 +1,5 @@
 //! Laws that hold without an oracle.
 
-use attnd_kernel::reference::reference_row;
 use attnd_kernel::{Causal, FinishedRows, Kernels};
 
 use crate::cases::{Case, Data, differing_bits};
@@ -13,8 +12,7 @@ fn attend(case: &Case) -> FinishedRows {
 fn assert_close(case: &Case, a: &FinishedRows, b: &FinishedRows) {
     let (tq, dv) = (case.shape.n_queries(), case.shape.value_dim());
     for row in 0..case.shape.group_size() * tq {
-        let operands = (&case.q[..], &case.k[..], &case.v[..]);
-        let bound = reference_row(&case.shape, case.scale.into(), case.causal, operands, row / tq, row % tq);
+        let bound = case.reference(row / tq, row % tq);
         for c in 0..dv {
             let (x, y) = (f64::from(a.context[row * dv + c]), f64::from(b.context[row * dv + c]));
             assert!((x - y).abs() <= 2.0 * bound.expected.context[c], "row {row} column {c}: {x} and {y}");
@@ -171,7 +169,7 @@ fn extreme_logits_pick_their_key_and_no_sentinel_leaks() {
 #[test]
 fn scores_that_leave_f32_are_reported() {
     use attnd_kernel::slot::Node;
-    use attnd_kernel::{Compute, GroupCall, Storage, attend_node};
+    use attnd_kernel::{Compute, GroupCall, Operator, Storage, attend_node};
     for compute in Compute::ALL {
         for sign in [1.0, -1.0] {
             let mut case = Case::new(14, Data::Normal, Causal::None, [2, 20, 600, 4, 4]);
@@ -182,8 +180,8 @@ fn scores_that_leave_f32_are_reported() {
             for kernels in Kernels::available() {
                 let call = GroupCall {
                     shape: case.shape,
-                    scale: 1.0,
-                    causal: Causal::None,
+                    operator: &Operator::plain(1.0, Causal::None),
+                    group: 0,
                     q: &case.q,
                     kv: &kv,
                     compute: kernels.effective(compute, case.storage).unwrap(),

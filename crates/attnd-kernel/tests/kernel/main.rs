@@ -8,3 +8,5 @@ mod cases;
 mod dots;
 mod laws;
 mod machine_code;
+mod masks;
+mod operators;

@@ -195,7 +195,7 @@ impl GroupAssembly {
 #[cfg(test)]
 mod tests {
     use attnd_kernel::slot::{PAGE_KEYS, n_pages, slot_of_page};
-    use attnd_kernel::{Causal, Dims, Effective, GroupCall, Kernels, attend_node, slot};
+    use attnd_kernel::{Causal, Dims, Effective, GroupCall, Kernels, Operator, attend_node, slot};
     use rand::rngs::StdRng;
     use rand::{RngExt, SeedableRng};
 
@@ -263,8 +263,8 @@ mod tests {
             let operands = assembly.finish().unwrap();
             let call = GroupCall {
                 shape: layout.shape,
-                scale: 1.0,
-                causal: Causal::None,
+                operator: &Operator::plain(1.0, Causal::None),
+                group: 1,
                 q: &operands.q,
                 kv: &operands.kv,
                 compute: Effective::F32,

@@ -4,7 +4,9 @@ use std::net::SocketAddr;
 use std::ops::Range;
 use std::time::Duration;
 
-use attnd_kernel::{AttnShape, Causal, Dims, Dtype, Effective, GroupCall, KvHead, PartialRows, attend_node};
+use attnd_kernel::{
+    AttnShape, Causal, Dims, Dtype, Effective, GroupCall, KvHead, Operator, PartialRows, attend_node,
+};
 use attnd_plan::{Piece, Tensor, filled_nodes};
 use attnd_wire::proto::cluster_server::Cluster;
 use attnd_wire::{
@@ -220,8 +222,8 @@ impl Case {
             let q = self.q[2 * group..2 * group + 2].concat();
             let call = GroupCall {
                 shape: *shape,
-                scale: *scale,
-                causal: *causal,
+                operator: &Operator::plain(*scale, *causal),
+                group,
                 q: &q,
                 kv: &kv,
                 compute: Effective::F32,

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::Context as _;
 use attnd_kernel::slot::{N_SLOTS, Node, keys_in_page, n_pages};
-use attnd_kernel::{AttnShape, Dtype, Effective, GroupCall, Kernels, KvHead, Storage, attend_node};
+use attnd_kernel::{AttnShape, Dtype, Effective, GroupCall, Kernels, KvHead, Operator, Storage, attend_node};
 use rand::rngs::SmallRng;
 use rand::{RngExt as _, SeedableRng as _};
 use rayon::ThreadPool;
@@ -50,18 +50,18 @@ impl CaseOperands {
     }
 
     /// Computes one call, as a worker would: group by group on one thread, on several with two groups in flight, each of
-    /// which the kernel cuts further. `causal` and `team` are those of `case`, `compute` is what the kernels have for it.
-    pub fn attend(&self, case: &Case, compute: Effective, kernels: &Kernels, pool: &ThreadPool) {
+    /// which the kernel cuts further. `operator` and `team` are those of `case`, `compute` is what the kernels have for it.
+    pub fn attend(
+        &self,
+        case: &Case,
+        operator: &Operator,
+        compute: Effective,
+        kernels: &Kernels,
+        pool: &ThreadPool,
+    ) {
         let group = |group: &GroupOperands| {
-            let scale = (case.head_dim as f32).sqrt().recip();
-            let call = GroupCall {
-                shape: self.shape,
-                scale,
-                causal: case.causal,
-                q: &group.q,
-                kv: &group.kv,
-                compute,
-            };
+            let call =
+                GroupCall { shape: self.shape, operator, group: 0, q: &group.q, kv: &group.kv, compute };
             let (rows, finite) = attend_node(kernels, &call, Node::ROOT, 0..self.shape.n_queries());
             // Numbers below 2 give no score that overflows.
             std::hint::black_box((rows, finite.is_ok()));
