@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test's panic is its verdict")]
 
 mod bad_input;
+mod conformance;
 mod exactness;
 mod lifecycle;
 mod loss;
