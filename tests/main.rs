@@ -7,6 +7,7 @@ mod exactness;
 mod lifecycle;
 mod loss;
 mod memory;
+mod operator;
 mod real_layers;
 mod support;
 mod tidy;
