@@ -19,7 +19,8 @@
 //! [`attend_node`] computes a [`PartialRows`]; partials merge and finish. Inside: `block.rs` (a block of rows, and which
 //! family takes it), `rows.rs` and `queries.rs` (the families: rows broadcast, lanes = queries), `product.rs` (the
 //! register tile of both), `arithmetic.rs` (how it multiplies), `widen.rs` (whole pages in f32), `fold.rs` (the order of
-//! merges), `lanes.rs` and `arch/` (vectors), `dispatch.rs` (which ISA).
+//! merges), `lanes.rs` and `arch/` (vectors), `dispatch.rs` (which ISA), `free_order.rs` (what the canonical order is
+//! measured against).
 //! This is the only crate of the project with unsafe code.
 
 #![allow(unsafe_code)]
@@ -40,6 +41,8 @@ mod dtype;
 mod fill;
 mod float_env;
 mod fold;
+#[cfg(all(feature = "free-order", target_arch = "x86_64"))]
+mod free_order;
 #[cfg(test)]
 mod hostile_memory;
 mod lanes;

@@ -17,6 +17,8 @@
 //! 0, unless a value is NaN or infinite; where a partial page has such values, products of invisible keys are undone by a
 //! select. What is left is the sign of a zero in `o`, which rule 8 drops.
 
+#[cfg(all(feature = "free-order", target_arch = "x86_64"))]
+pub(crate) mod free_order;
 mod softmax;
 mod tile;
 

@@ -14,6 +14,8 @@
 //! because merging with the identity gives the other side back; rows that see a part of a page are reduced in up to
 //! three pieces (alone, together, alone), because an accumulator that is stored and loaded again is the same number.
 
+#[cfg(all(feature = "free-order", target_arch = "x86_64"))]
+pub(crate) mod free_order;
 mod softmax;
 mod tile;
 

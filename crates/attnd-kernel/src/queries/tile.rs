@@ -34,6 +34,8 @@ macro_rules! cover {
         debug_assert_eq!(len, $at);
     }};
 }
+#[cfg(all(feature = "free-order", target_arch = "x86_64"))]
+pub(super) use cover;
 
 /// Scores of the keys of a page, `s[key * lanes + lane]`, at least for those in `keys.hull`; their extremes.
 ///
