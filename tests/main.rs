@@ -2,10 +2,12 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test's panic is its verdict")]
 
 mod bad_input;
+mod conformance;
 mod exactness;
 mod lifecycle;
 mod loss;
 mod memory;
+mod operator;
 mod real_layers;
 mod support;
 mod tidy;

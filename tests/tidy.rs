@@ -46,7 +46,8 @@ fn text_files() -> Vec<TextFile> {
     }
     for entry in std::fs::read_dir(root()).expect("the root can be listed") {
         let path = entry.expect("the root can be listed").path();
-        if path.is_file() && path.file_name().is_none_or(|name| name != "Cargo.lock") {
+        // In a worktree, .git is a file.
+        if path.is_file() && path.file_name().is_none_or(|name| name != "Cargo.lock" && name != ".git") {
             paths.push(path);
         }
     }

@@ -14,7 +14,8 @@ Two files come out, beside this script and named for the release:
 Nothing here knows what attention is: expected values are the release's, frozen or computed by it. Equal versions give
 equal bytes on one machine; another machine's BLAS may round the redrawn outputs otherwise in the last place.
 
-Releases before 1.22.0 hold wrong data (softcap after the mask, outputs of modes 1 and 2 exchanged); 1.23.2 holds none.
+The release's data are under the Apache License 2.0, as this project is. Releases before 1.22.0 hold wrong data (softcap
+after the mask, outputs of modes 1 and 2 exchanged); 1.23.2 holds none.
 """
 
 import argparse

@@ -4,6 +4,11 @@ use crate::mask::Causal;
 use crate::shape::AttnShape;
 use crate::slot::{N_SLOTS, n_pages};
 
+pub mod biases;
+pub mod masks;
+pub mod operator;
+pub mod scores;
+
 /// What one row should be, and how far from it an f32 result may be.
 #[derive(Clone, Debug)]
 pub struct ReferenceRow {
@@ -135,12 +140,13 @@ pub fn reference_row_over(
 }
 
 impl ReferenceRow {
-    /// The worst error of a result over [`Self::expected`]; at most 1 is right, and NaN never is.
+    /// The worst error of a result over [`Self::expected`]; at most 1 is right, and NaN never is where finite values
+    /// are exact.
     ///
     /// # Panics
     /// If `context` has another length.
     pub fn worst_ratio(&self, context: &[f32], lse: f32) -> f64 {
-        self.worst_ratio_of(&self.expected, context, lse)
+        self.expected.worst_ratio((&self.context, self.lse), (context, lse))
     }
 
     /// The same over [`Self::proven`].
@@ -148,23 +154,30 @@ impl ReferenceRow {
     /// # Panics
     /// If `context` has another length.
     pub fn worst_proven_ratio(&self, context: &[f32], lse: f32) -> f64 {
-        self.worst_ratio_of(&self.proven, context, lse)
+        self.proven.worst_ratio((&self.context, self.lse), (context, lse))
     }
+}
 
-    fn worst_ratio_of(&self, bound: &Bound, context: &[f32], lse: f32) -> f64 {
-        assert_eq!(context.len(), self.context.len(), "length of context");
-        let ratio = |got: f64, want: f64, bound: f64| {
-            if got == want {
-                0.0
-            } else if got.is_nan() {
-                f64::INFINITY
-            } else {
-                (got - want).abs() / bound
-            }
-        };
-        let columns = context.iter().zip(&self.context).zip(&bound.context);
-        columns
-            .map(|((got, want), bound)| ratio(f64::from(*got), *want, *bound))
-            .fold(ratio(f64::from(lse), self.lse, bound.lse), f64::max)
+impl Bound {
+    /// The worst error of a result, `(context, lse)`, over this bound. Exact values that are not finite are met by the
+    /// same ones only: infinity by its like, NaN by NaN.
+    ///
+    /// # Panics
+    /// If the contexts don't have the bound's length.
+    pub fn worst_ratio(&self, exact: (&[f64], f64), result: (&[f32], f32)) -> f64 {
+        assert_eq!(exact.0.len(), self.context.len(), "length of the exact context");
+        assert_eq!(result.0.len(), self.context.len(), "length of context");
+        let columns = exact.0.iter().zip(result.0).zip(&self.context);
+        let lse = ratio(f64::from(result.1), exact.1, self.lse);
+        columns.map(|((want, got), bound)| ratio(f64::from(*got), *want, *bound)).fold(lse, f64::max)
     }
+}
+
+/// An error over its bound: never NaN, which a comparison would let pass.
+fn ratio(got: f64, want: f64, bound: f64) -> f64 {
+    if got == want || (got.is_nan() && want.is_nan()) {
+        return 0.0;
+    }
+    let ratio = (got - want).abs() / bound;
+    if want.is_finite() && !ratio.is_nan() { ratio } else { f64::INFINITY }
 }

@@ -1,0 +1,5 @@
+//! Attention as others define and test it: their inputs, their expected outputs, their tolerance.
+
+mod onnx_data;
+mod operands;
+mod oracle;

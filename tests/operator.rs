@@ -1,0 +1,3 @@
+//! The whole operator against its f64 oracle.
+
+mod mutants;
