@@ -25,6 +25,8 @@
 //! of `o` may lose its minus sign. Rule 8 drops that sign for every zero. So a row may be merged with its identity or
 //! skipped, as suits the kernel.
 
+pub(crate) mod functions;
+
 /// Names the order of arithmetic; it changes when any bit of any result may change.
 pub const KERNEL_ID: &str = "c1-f32";
 

@@ -5,10 +5,12 @@
 
 #[cfg(target_arch = "x86_64")]
 mod dots;
+mod general;
 mod isa;
 
 use std::sync::OnceLock;
 
+pub(crate) use self::general::GeneralEntries;
 pub use self::isa::{ISA_VARIABLE, Isa, IsaError};
 use crate::arch;
 use crate::arithmetic::{Arithmetic, Exact};

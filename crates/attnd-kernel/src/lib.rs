@@ -29,6 +29,7 @@
 mod arch;
 mod arithmetic;
 mod attend;
+mod bias;
 mod block;
 mod buffer;
 mod cache;
@@ -40,12 +41,15 @@ mod dtype;
 mod fill;
 mod float_env;
 mod fold;
+mod general;
 #[cfg(test)]
 mod hostile_memory;
 mod lanes;
 mod mask;
+mod normaliser;
 mod pages;
 mod partial;
+mod plane;
 mod product;
 mod quantise;
 mod queries;

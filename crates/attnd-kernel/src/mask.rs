@@ -1,7 +1,10 @@
 //! Which keys a query token sees. Every mask of this crate is one interval of keys per row.
 
+mod selection;
+
 use std::ops::Range;
 
+pub(crate) use self::selection::PageBits;
 use crate::shape::AttnShape;
 
 /// The causal rules. With `Tq` queries and `Tk` keys, query `i` sees key `j` when:

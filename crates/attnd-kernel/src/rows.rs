@@ -14,8 +14,8 @@
 //! because merging with the identity gives the other side back; rows that see a part of a page are reduced in up to
 //! three pieces (alone, together, alone), because an accumulator that is stored and loaded again is the same number.
 
-mod softmax;
-mod tile;
+pub(crate) mod softmax;
+pub(crate) mod tile;
 
 use std::ops::Range;
 
