@@ -7,7 +7,8 @@ use attnd_client::{AttendOptions, Attended, Operands, WorkerChoice};
 use attnd_kernel::reference::{ReferenceRow, reference_row};
 use attnd_kernel::slot::{N_SLOTS, Node, PAGE_KEYS, keys_in_page, n_pages};
 use attnd_kernel::{
-    AttnShape, Causal, Dims, Dtype, Effective, FinishedRows, GroupCall, Kernels, KvHead, attend_node, widen,
+    AttnShape, Causal, Dims, Dtype, Effective, FinishedRows, GroupCall, Kernels, KvHead, Operator, Side,
+    attend_node, widen,
 };
 use bytes::Bytes;
 use half::{bf16, f16};
@@ -216,10 +217,11 @@ impl Case {
         widen(&self.operands.q[group * bytes..][..bytes], self.operands.dtype, &mut q);
         let call = GroupCall {
             shape,
-            scale: self.scale,
-            causal: self.causal,
+            operator: &Operator::plain(self.scale, self.causal),
+            group,
             q: &q,
             kv: &kv,
+            side: Side::default(),
             compute: Effective::F32,
         };
         attend_node(kernels, &call, Node::ROOT, tokens).0.finish(kernels)

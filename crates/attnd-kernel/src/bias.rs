@@ -1,5 +1,5 @@
 //! What is added to scores: one file for each kind of bias. Each computes its values in natural units, in f32, and the general path
-//! adds them by rule 12, one kind after the other in the order in which they stand here.
+//! adds them by rule 13, one kind after the other in the order in which they stand here.
 //!
 //! | bias | value for query token at position `p`, key `j` |
 //! |---|---|

@@ -16,6 +16,20 @@
 //! 7. A slot folds its pages ascending; slots merge in the binary tree of [`crate::slot`].
 //! 8. `context = o / l + 0.0` (divided by 1 where `m = -inf` and `l = 0`), any NaN becomes the one quiet NaN
 //!    `0x7fc00000`; `lse = ln 2 * (m + log2 l)`, see [`lse`].
+//! 9. A sink is a logit `x` that has a weight and no value: the part `(m, l, o) = (rint(s) + 0.0, P(s, m'), 0)` with
+//!    `s = fl(x * log2 e)`. It merges by rule 6 once, on the right of all keys.
+//! 10. Where weights are sigmoids, `m = 0` for every row that sees a key and `l` is their sum, so rule 6 adds. The context is
+//!     `o + 0.0`, `lse = ln l`, and -inf where `l = 0`.
+//! 11. Scores capped at `c`: rule 1 multiplies by `fl(scale / c)` instead, and `s = fl(c * log2 e) * tanh(s)`.
+//! 12. `tanh(z)`: see [`functions`], whose scalar code is the definition. Divisions are IEEE's.
+//! 13. Biases, one kind after the other in the order of `bias.rs`: `s = fma(b, log2 e, s)`, `b` in natural units as the file of its kind
+//!     computes it.
+//! 14. A key that a selection masks is invisible to all rules above, like one outside the interval: its score becomes -inf by a select,
+//!     whatever it was.
+//! 15. Weights that are sigmoids: `s = fma(bias, log2 e, s)`, then `t = P(-|s|, 0)` and `p = t / (1 + t)` where `s < 0`, else `1 / (1 + t)`.
+//!
+//! Which keys are visible is said by intervals (`mask.rs`), which touch none of this: a row has the bits it would have if
+//! the keys that it doesn't see were not there, except that pages begin where they begin.
 //!
 //! The integer maximum is what makes this cheap and accurate: every rescale is a power of two, so a merge rounds once
 //! per element and needs no exponential. The residues of rule 4 are the lanes of one 512-bit vector, two of 256 bits
@@ -71,6 +85,25 @@ pub(crate) fn rescale(m: f32, finite_max: f32) -> f32 {
         // m = +inf or NaN: a score overflowed or was NaN, and the row stays NaN.
         f32::NAN
     }
+}
+
+/// The sums of a logit that has no value (rule 9); the identity for -inf.
+pub(crate) fn sink(logit: f32) -> (f32, f32) {
+    let s = query_factor(logit);
+    let m = s.round_ties_even() + 0.0;
+    (m, weight(s, finite_max(m)))
+}
+
+/// `P(s, m')` of rule 3, for an `m'` that no score is above by more than 1/2.
+fn weight(s: f32, finite_max: f32) -> f32 {
+    let n = s.round_ties_even();
+    // s = -inf has no difference to its own integer.
+    if n - finite_max <= FLUSH_EXPONENT {
+        return 0.0;
+    }
+    let r = s - n;
+    let poly = EXP2_POLY.iter().rev().copied().reduce(|sum, c| sum.mul_add(r, c));
+    poly.unwrap_or(f32::NAN) * rescale(n, finite_max)
 }
 
 /// `lse = ln 2 * (m + log2 l)`, natural logarithm, computed in f64 by basic operations alone (no libm, whose log2

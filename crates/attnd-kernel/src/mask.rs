@@ -1,13 +1,20 @@
-//! Which keys a query token sees. Every mask of this crate is one interval of keys per row.
+//! Which keys a query token sees. Most masks are one interval of keys per row: `interval.rs` has the rules that
+//! make it, `documents.rs` the runs of sequences that are packed into one. Kernels compute the pages of that interval and
+//! look at no other. `selection.rs` has what masks single keys of the interval besides, which takes the general path.
 
+mod documents;
+mod interval;
 mod selection;
 
 use std::ops::Range;
 
+pub use self::documents::{Documents, Run};
+pub use self::interval::{BatchMask, Mask, MaskError, PerBatch, Positions, Window};
 pub(crate) use self::selection::PageBits;
+pub use self::selection::Selection;
 use crate::shape::AttnShape;
 
-/// The causal rules. With `Tq` queries and `Tk` keys, query `i` sees key `j` when:
+/// The causal rules, short for a [`Mask`] that has no other. With `Tq` queries and `Tk` keys, query `i` sees key `j` when:
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Causal {
     /// Always.
@@ -23,13 +30,18 @@ pub enum Causal {
 impl Causal {
     /// The keys that query token `token` sees.
     pub fn visible(self, token: usize, shape: &AttnShape) -> Range<usize> {
-        let (queries, keys) = (shape.n_queries(), shape.n_keys());
-        let end = match self {
-            Self::None => keys,
-            Self::BottomRight => (token + 1 + keys).saturating_sub(queries),
-            Self::TopLeft => token + 1,
+        Mask::from(self).of_batch(0, shape).visible(token)
+    }
+}
+
+impl From<Causal> for Mask {
+    fn from(causal: Causal) -> Self {
+        let positions = match causal {
+            Causal::None => return Self::default(),
+            Causal::BottomRight => Positions::BottomRight,
+            Causal::TopLeft => Positions::TopLeft,
         };
-        0..end.min(keys)
+        Self { causal: true, positions: Some(positions), ..Self::default() }
     }
 }
 
@@ -51,5 +63,14 @@ mod tests {
         assert_eq!(visible_ends(Causal::TopLeft, 2, 5), [1, 2]);
         assert_eq!(visible_ends(Causal::BottomRight, 5, 2), [0, 0, 0, 1, 2]);
         assert_eq!(visible_ends(Causal::TopLeft, 5, 2), [1, 2, 2, 2, 2]);
+    }
+
+    #[test]
+    fn a_causal_rule_is_the_mask_that_it_is_short_for() {
+        for causal in [Causal::None, Causal::BottomRight, Causal::TopLeft] {
+            assert_eq!(Mask::from(causal).as_causal(), Some(causal));
+        }
+        let windowed = Mask { window: Window { left: Some(3), right: None }, ..Causal::TopLeft.into() };
+        assert_eq!(windowed.as_causal(), None);
     }
 }

@@ -11,7 +11,7 @@ pub(crate) const TWO_LOG2_E: f32 = 2.0 * std::f32::consts::LOG2_E;
 /// Where [`tanh`] is 1 to the last place: `2^40 / (2^40 + 2)` rounds to it.
 pub(crate) const SATURATED: f32 = 40.0;
 
-/// Rule 11: `tanh z = (e^2|z| - 1) / (e^2|z| + 1)` with the sign of `z`, from `e^2|z| - 1 = 2^n q + (2^n - 1)`, so that nothing cancels
+/// Rule 12: `tanh z = (e^2|z| - 1) / (e^2|z| + 1)` with the sign of `z`, from `e^2|z| - 1 = 2^n q + (2^n - 1)`, so that nothing cancels
 /// where `z` is small. Relative error at most 4.2 units roundoff; NaN stays NaN.
 #[cfg(test)]
 pub(crate) fn tanh(z: f32) -> f32 {
@@ -29,7 +29,7 @@ pub(crate) fn tanh(z: f32) -> f32 {
     (less_one / (less_one + 2.0)).copysign(z)
 }
 
-/// Rule 14: `1 / (1 + 2^-s)`, from the power of two that doesn't overflow, and 0 below `2^-126`.
+/// Rule 15: `1 / (1 + 2^-s)`, from the power of two that doesn't overflow, and 0 below `2^-126`.
 #[cfg(test)]
 pub(crate) fn sigmoid(s: f32) -> f32 {
     let x = 0.0 - s.abs();

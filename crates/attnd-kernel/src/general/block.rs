@@ -26,7 +26,7 @@ pub(crate) struct RowTerms<'a> {
 
 /// A block whose rows are more than dot products of what they see.
 pub(crate) struct GeneralBlock<'a> {
-    /// Queries are packed as [`QueryLayout::general`] says, and times the factor of rule 9.
+    /// Queries are packed as [`QueryLayout::general`] says, and times the factor of rule 1 or 11.
     pub(crate) rows: RowBlock<'a>,
     /// Of each row.
     pub(crate) terms: &'a [RowTerms<'a>],

@@ -1,10 +1,10 @@
 //! The functions of `canonical/functions.rs`, sixteen at a time.
 
-use crate::canonical::functions::{SATURATED, TWO_LOG2_E};
 use crate::canonical::EXP2_POLY;
+use crate::canonical::functions::{SATURATED, TWO_LOG2_E};
 use crate::lanes::Lanes;
 
-/// Rule 11.
+/// Rule 12.
 ///
 /// # Safety
 /// The ISA of `L` is enabled.
@@ -26,7 +26,7 @@ pub(crate) unsafe fn tanh<L: Lanes>(z: L::V) -> L::V {
     }
 }
 
-/// Rule 14.
+/// Rule 15.
 ///
 /// # Safety
 /// The ISA of `L` is enabled.

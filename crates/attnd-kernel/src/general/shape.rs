@@ -1,4 +1,4 @@
-//! What happens to the scores of one row over one page between the product and the weights (rules 9, 12 and 13): cap, biases, mask.
+//! What happens to the scores of one row over one page between the product and the weights (rules 11, 13 and 14): cap, biases, mask.
 //!
 //! Each is a pass of its own over 1 KiB in the first-level cache, because that costs next to nothing beside the product, and one
 //! copy of each pass serves all that can be combined.
@@ -10,7 +10,7 @@ use crate::lanes::{LANES, Lanes};
 use crate::mask::PageBits;
 use crate::slot::PAGE_KEYS;
 
-/// Caps scores in place: `s = cap * tanh(s)`, where `s` comes scaled by the inverse of the cap and leaves in log2 units. Returns
+/// Rule 11: caps scores in place, `s = cap * tanh(s)`, where `s` comes scaled by the inverse of the cap and leaves in log2 units. Returns
 /// whether a visible score had left the range of f32 before, of which nothing is left to see afterwards.
 ///
 /// # Safety
@@ -40,7 +40,7 @@ pub(crate) unsafe fn cap_row<L: Lanes>(
     }
 }
 
-/// Adds a bias in natural units to scores in log2 units: `s = fma(b, log2 e, s)`.
+/// Rule 13: adds a bias in natural units to scores in log2 units, `s = fma(b, log2 e, s)`.
 ///
 /// # Safety
 /// The ISA of `L` is enabled.
@@ -64,7 +64,7 @@ pub(crate) unsafe fn add_bias<L: Lanes>(
     }
 }
 
-/// Makes masked scores -inf, whatever they are. Returns whether a visible one has left the range of f32; of NaN it says nothing, as
+/// Rule 14: makes masked scores -inf, whatever they are. Returns whether a visible one has left the range of f32; of NaN it says nothing, as
 /// that shows in the sum of the weights.
 ///
 /// # Safety

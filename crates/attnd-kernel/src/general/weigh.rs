@@ -28,7 +28,7 @@ pub(crate) unsafe fn softmax<L: Lanes>(s: &mut [f32; PAGE_KEYS], vectors: Range<
     (m, l)
 }
 
-/// Rule 14, in place: sigmoids of the scores and of `bias`, which is in natural units. Returns their sum (rule 4).
+/// Rule 15, in place: sigmoids of the scores and of `bias`, which is in natural units. Returns their sum (rule 4).
 ///
 /// # Safety
 /// The ISA of `L` is enabled.
@@ -36,11 +36,7 @@ pub(crate) unsafe fn softmax<L: Lanes>(s: &mut [f32; PAGE_KEYS], vectors: Range<
 /// # Panics
 /// If `vectors` are no multiples of 16 inside a page.
 #[inline(always)]
-pub(crate) unsafe fn sigmoids<L: Lanes>(
-    s: &mut [f32; PAGE_KEYS],
-    vectors: Range<usize>,
-    bias: f32,
-) -> f32 {
+pub(crate) unsafe fn sigmoids<L: Lanes>(s: &mut [f32; PAGE_KEYS], vectors: Range<usize>, bias: f32) -> f32 {
     check(&vectors);
     let s = s.as_mut_ptr();
     // SAFETY: every access is in `vectors`.

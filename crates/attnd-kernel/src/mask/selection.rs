@@ -5,6 +5,13 @@ use std::ops::Range;
 use crate::lanes::LANES;
 use crate::slot::PAGE_KEYS;
 
+/// What masks single keys.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Selection {
+    /// A bit for each query and key, in the planes of `Side::mask`.
+    Dense,
+}
+
 /// Which keys of a page a row sees: bit `j % 16` of word `j / 16`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct PageBits([u16; PAGE_KEYS / LANES]);

@@ -18,7 +18,7 @@ fn check(what: &str, a: &attnd_kernel::FinishedRows, b: &attnd_kernel::FinishedR
 
 /// Small shapes around every edge: tiles of 1 to 6 rows, groups of 16 to 48 lanes, blocks of 96, panels of 64, pages of
 /// 256, odd dimensions.
-fn random_sizes(rng: &mut SmallRng) -> [usize; 5] {
+pub(crate) fn random_sizes(rng: &mut SmallRng) -> [usize; 5] {
     let group = *[1, 1, 1, 2, 3, 8].get(rng.random_range(0..6)).unwrap_or(&1);
     let queries = [1, 2, 5, 6, 7, 16, 31, 32, 33, 47, 48, 64, 80, 95, 96, 97, 150];
     let tq = queries[rng.random_range(0..queries.len())];

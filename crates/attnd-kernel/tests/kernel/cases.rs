@@ -6,8 +6,8 @@ use attnd_kernel::slot::{
     N_SLOTS, Node, PAGE_KEYS, cover, keys_in_page, keys_in_slots, n_pages, slot_of_page,
 };
 use attnd_kernel::{
-    AttnShape, Causal, Compute, Dims, Dtype, FinishedRows, GroupCall, Kernels, KvHead, PartialRows, Storage,
-    attend_node,
+    AttnShape, Causal, Compute, Dims, Dtype, FinishedRows, GroupCall, Kernels, KvHead, Operator, PartialRows,
+    Side, Storage, attend_node,
 };
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
@@ -157,10 +157,11 @@ impl Case {
     ) -> PartialRows {
         let call = GroupCall {
             shape: self.shape,
-            scale: self.scale,
-            causal: self.causal,
+            operator: &Operator::plain(self.scale, self.causal),
+            group: 0,
             q: &self.q,
             kv,
+            side: Side::default(),
             compute: kernels.effective(self.compute, self.storage).unwrap(),
         };
         attend_node(kernels, &call, node, tokens).0
@@ -220,7 +221,7 @@ fn round_row(row: &mut [f32], storage: Storage) {
 }
 
 /// The canonical tree by its definition: a node is its two children, left first.
-fn merge_up(node: Node, parts: &[(Node, PartialRows)], kernels: &Kernels) -> Option<PartialRows> {
+pub(crate) fn merge_up(node: Node, parts: &[(Node, PartialRows)], kernels: &Kernels) -> Option<PartialRows> {
     if let Some((_, part)) = parts.iter().find(|(n, _)| *n == node) {
         return Some(part.clone());
     }

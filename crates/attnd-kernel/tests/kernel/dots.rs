@@ -6,7 +6,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use attnd_kernel::reference::reference_row;
 use attnd_kernel::slot::{N_SLOTS, Node, PAGE_KEYS, keys_in_page, pages_of_slot};
-use attnd_kernel::{Causal, Compute, GroupCall, Isa, KERNEL_ID, Kernels, Storage, attend_node};
+use attnd_kernel::{
+    Causal, Compute, GroupCall, Isa, KERNEL_ID, Kernels, Operator, Side, Storage, attend_node,
+};
 use half::bf16;
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
@@ -477,10 +479,11 @@ fn kernels_refuse_an_arithmetic_that_others_have() {
         assert_eq!((effective.instead_of(), effective.kernel_id()), (None, compute.kernel_id()));
         let call = GroupCall {
             shape: case.shape,
-            scale: 1.0,
-            causal: Causal::None,
+            operator: &Operator::plain(1.0, Causal::None),
+            group: 0,
             q: &case.q,
             kv: &kv,
+            side: Side::default(),
             compute: effective,
         };
         for without in Kernels::available().into_iter().filter(|kernels| kernels.isa() != Isa::Avx512) {

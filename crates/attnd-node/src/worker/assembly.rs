@@ -308,7 +308,7 @@ impl Pages {
 
 #[cfg(test)]
 mod tests {
-    use attnd_kernel::{Causal, Dims, Effective, GroupCall, Kernels, attend_node, slot};
+    use attnd_kernel::{Causal, Dims, Effective, GroupCall, Kernels, Operator, Side, attend_node, slot};
     use rand::rngs::StdRng;
     use rand::{RngExt, SeedableRng};
 
@@ -376,10 +376,11 @@ mod tests {
             let operands = assembly.finish().unwrap();
             let call = GroupCall {
                 shape: layout.shape,
-                scale: 1.0,
-                causal: Causal::None,
+                operator: &Operator::plain(1.0, Causal::None),
+                group: 1,
                 q: &operands.q,
                 kv: &operands.kv,
+                side: Side::default(),
                 compute: Effective::F32,
             };
             let nodes = slot::cover(slots.clone()).into_iter();

@@ -101,7 +101,7 @@ fn earlier(a: Result<(), ScoreOverflow>, b: Result<(), ScoreOverflow>) -> Result
 mod tests {
     use std::cell::Cell;
 
-    use attnd_kernel::{AttnShape, Causal, Dims, Dtype, Effective, KvHead};
+    use attnd_kernel::{AttnShape, Causal, Dims, Dtype, Effective, KvHead, Operator, Side};
     use rand::rngs::StdRng;
     use rand::{RngExt, SeedableRng};
 
@@ -131,10 +131,11 @@ mod tests {
         let (q, kv) = operands(&shape);
         let call = GroupCall {
             shape,
-            scale: 0.5,
-            causal: Causal::BottomRight,
+            operator: &Operator::plain(0.5, Causal::BottomRight),
+            group: 0,
             q: &q,
             kv: &kv,
+            side: Side::default(),
             compute: Effective::F32,
         };
         let kernels = Kernels::from_env().unwrap();
@@ -157,8 +158,16 @@ mod tests {
     fn nothing_more_is_computed_once_nobody_wants_it() {
         let shape = AttnShape::new(DIMS).unwrap();
         let (q, kv) = operands(&shape);
-        let call =
-            GroupCall { shape, scale: 0.5, causal: Causal::None, q: &q, kv: &kv, compute: Effective::F32 };
+        let operator = Operator::plain(0.5, Causal::None);
+        let call = GroupCall {
+            shape,
+            operator: &operator,
+            group: 0,
+            q: &q,
+            kv: &kv,
+            side: Side::default(),
+            compute: Effective::F32,
+        };
         let left = Cell::new(3);
         let go_on = || left.replace(left.get() - 1) > 0;
         let slicer = Slicer { kernels: Kernels::from_env().unwrap(), call, most: 1 << 16, go_on };

@@ -4,7 +4,9 @@ use std::net::SocketAddr;
 use std::ops::Range;
 use std::time::Duration;
 
-use attnd_kernel::{AttnShape, Causal, Dims, Dtype, Effective, GroupCall, KvHead, PartialRows, attend_node};
+use attnd_kernel::{
+    AttnShape, Causal, Dims, Dtype, Effective, GroupCall, KvHead, Operator, PartialRows, Side, attend_node,
+};
 use attnd_plan::{Piece, Tensor, filled_nodes};
 use attnd_wire::proto::cluster_server::Cluster;
 use attnd_wire::{
@@ -220,10 +222,11 @@ impl Case {
             let q = self.q[2 * group..2 * group + 2].concat();
             let call = GroupCall {
                 shape: *shape,
-                scale: *scale,
-                causal: *causal,
+                operator: &Operator::plain(*scale, *causal),
+                group,
                 q: &q,
                 kv: &kv,
+                side: Side::default(),
                 compute: Effective::F32,
             };
             for first_token in (0..7).step_by(*tokens_per_cell) {

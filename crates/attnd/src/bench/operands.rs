@@ -4,7 +4,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::Context as _;
 use attnd_kernel::slot::{N_SLOTS, Node, keys_in_page, n_pages};
-use attnd_kernel::{AttnShape, Dtype, Effective, GroupCall, Kernels, KvHead, Storage, attend_node};
+use attnd_kernel::{
+    AttnShape, Dtype, Effective, GroupCall, Kernels, KvHead, Operator, Side, Storage, attend_node,
+};
 use rand::rngs::SmallRng;
 use rand::{RngExt as _, SeedableRng as _};
 use rayon::ThreadPool;
@@ -56,10 +58,11 @@ impl CaseOperands {
             let scale = (case.head_dim as f32).sqrt().recip();
             let call = GroupCall {
                 shape: self.shape,
-                scale,
-                causal: case.causal,
+                operator: &Operator::plain(scale, case.causal),
+                group: 0,
                 q: &group.q,
                 kv: &group.kv,
+                side: Side::default(),
                 compute,
             };
             let (rows, finite) = attend_node(kernels, &call, Node::ROOT, 0..self.shape.n_queries());
