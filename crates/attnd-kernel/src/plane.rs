@@ -132,6 +132,14 @@ impl DensePlane {
         Ok(())
     }
 
+    /// Fills all values with what must never be used.
+    #[cfg(test)]
+    pub(crate) fn poison(&mut self, word: f32) {
+        if let Some(values) = &mut self.values {
+            values.fill(word);
+        }
+    }
+
     fn at(&self, row: usize, page: usize) -> usize {
         assert!(row < self.n_rows, "row {row} of {}", self.n_rows);
         match self.place.get(page) {

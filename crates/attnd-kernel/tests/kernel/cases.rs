@@ -50,6 +50,7 @@ impl Data {
 }
 
 /// One kv group with its operands.
+#[derive(Clone)]
 pub(crate) struct Case {
     pub(crate) shape: AttnShape,
     pub(crate) causal: Causal,

@@ -6,5 +6,6 @@ mod accuracy;
 mod bits;
 mod cases;
 mod dots;
+mod general;
 mod laws;
 mod machine_code;
