@@ -10,7 +10,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use crate::bias::Bias;
-use crate::block::{BLOCK_ROWS, QueryLayout, RowBlock, RowPartials};
+use crate::block::{BLOCK_ROWS, QueryLayout, RowBlock, RowPartials, Span};
 use crate::buffer::Buffer;
 use crate::compute::{Compute, Effective};
 use crate::dispatch::Kernels;
@@ -22,7 +22,7 @@ use crate::pages::{KvHead, padded_columns};
 use crate::partial::PartialRows;
 use crate::plane::DensePlane;
 use crate::shape::AttnShape;
-use crate::slot::{Node, pages_of_slot};
+use crate::slot::{Node, PAGE_KEYS, pages_of_slot};
 
 /// Blocks per thread below which the keys are split too.
 const BLOCKS_PER_THREAD: usize = 2;
@@ -239,6 +239,11 @@ impl NodeTask<'_> {
         let place = |row: usize| (block.first_head + row % n_heads, block.first_token + row / n_heads);
         let mask = self.call.operator.mask_of_group(self.call.group, shape);
         let visible: Vec<Range<usize>> = (0..n_rows).map(|row| mask.visible(place(row).1)).collect();
+        // The families pass over all pages that they are given, often: where a window leaves few, those alone.
+        let Span { hull, .. } = Span::of(visible.iter().cloned());
+        let first = pages.partition_point(|page| (page + 1) * PAGE_KEYS <= hull.start);
+        let end = pages.partition_point(|page| page * PAGE_KEYS < hull.end);
+        let pages = &pages[first..end];
         let operator = self.call.operator;
         let storage = self.call.kv.storage();
         let (layout, scratch_floats) = match operator.path() {

@@ -18,7 +18,7 @@ use crate::buffer::fence::{Fence, Fenced};
 use crate::compute::Compute;
 use crate::dispatch::{Isa, Kernels};
 use crate::dtype::Dtype;
-use crate::mask::Causal;
+use crate::mask::{Causal, Mask, PerBatch, Positions, Window};
 use crate::pages::{KvHead, padded_columns};
 use crate::queries::Groups;
 use crate::shape::{AttnShape, Dims};
@@ -97,7 +97,7 @@ fn bits(values: &[f32]) -> Vec<u32> {
 #[derive(Debug)]
 struct Case {
     shape: AttnShape,
-    causal: Causal,
+    mask: Mask,
     storage: Storage,
     /// The type in which keys and values are handed over.
     sent_as: Dtype,
@@ -149,12 +149,21 @@ impl Case {
             value_dim: dv as u64,
         })
         .unwrap();
+        // Rows that begin inside of pages, some of which see nothing.
+        let windowed = Mask {
+            positions: Some(Positions::BottomRight),
+            window: Window { left: Some(one_of(&[0, 3, 40, 100])), right: Some(one_of(&[0, 1, 17])) },
+            query_end: Some(PerBatch::Same(one_of(&[1, tokens, tokens]))),
+            ..Mask::default()
+        };
         let mut values = |n: usize| (0..n).map(|_| rng.random_range(-1.0..1.0_f32)).collect::<Vec<_>>();
         Self {
             shape,
-            causal: [Causal::None, Causal::BottomRight, Causal::TopLeft][seed as usize / 5 % 3],
+            mask: [Causal::None.into(), Causal::BottomRight.into(), Causal::TopLeft.into(), windowed]
+                [seed as usize / 5 % 4]
+                .clone(),
             storage,
-            sent_as: [Dtype::F32, narrow][seed as usize / 15 % 2],
+            sent_as: [Dtype::F32, narrow][seed as usize / 20 % 2],
             data: Data { q: values(group * tokens * d), k: values(n_keys * d), v: values(n_keys * dv) },
         }
     }
@@ -208,8 +217,8 @@ impl Case {
         }
 
         let kv = self.resident(memory);
-        let visible: Vec<_> =
-            (0..n_rows).map(|row| self.causal.visible(row / self.shape.group_size(), &self.shape)).collect();
+        let mask = self.mask.of_batch(0, &self.shape);
+        let visible: Vec<_> = (0..n_rows).map(|row| mask.visible(row / self.shape.group_size())).collect();
         let pages: Vec<usize> = (0..n_pages(self.shape.n_keys())).collect();
         let block = RowBlock { q: &q, visible: &visible, kv: &kv, pages: &pages };
         let columns = padded_columns(dv);
@@ -275,9 +284,9 @@ fn blocks_stay_inside_their_operands_and_use_no_padding() {
     for kernels in Kernels::available() {
         let (cases, products) = match kernels.isa() {
             // Each storage type with each mask.
-            _ if cfg!(miri) => (15, 6_144),
+            _ if cfg!(miri) => (20, 6_144),
             // Without the CPU's multiply-add.
-            Isa::Portable => (90, 200_000),
+            Isa::Portable => (120, 200_000),
             _ => (360, 4_000_000),
         };
         check_blocks(kernels, cases, products);

@@ -7,6 +7,8 @@
 //! lse_i = ln sum_j exp(s_ij)
 //! ```
 //!
+//! An [`Operator`] says what the scale is, which keys are seen, what joins the sum, and what a row without keys is.
+//!
 //! **Bits.** [`KERNEL_ID`] names an order of arithmetic (`canonical.rs` has its rules). Every path of f32 follows it: any
 //! ISA, any block of rows, any split of the keys into tree nodes, any number of threads. Results with equal inputs and
 //! equal `KERNEL_ID` have equal bits. The dot products of [`Compute`] have orders and names of their own.
@@ -15,11 +17,11 @@
 //! [`mod@reference`]. Scores are f32 throughout: products that leave
 //! its range are reported, not hidden.
 //!
-//! **Map.** [`slot`] and [`shape`] are the vocabulary; [`KvHead`] holds keys and values as the kernels read them;
-//! [`attend_node`] computes a [`PartialRows`]; partials merge and finish. Inside: `block.rs` (a block of rows, and which
-//! family takes it), `rows.rs` and `queries.rs` (the families: rows broadcast, lanes = queries), `product.rs` (the
-//! register tile of both), `arithmetic.rs` (how it multiplies), `widen.rs` (whole pages in f32), `fold.rs` (the order of
-//! merges), `lanes.rs` and `arch/` (vectors), `dispatch.rs` (which ISA).
+//! **Map.** [`slot`] and [`shape`] are the vocabulary; `mask.rs` makes an interval of keys for each row; [`KvHead`] holds
+//! keys and values as the kernels read them; [`attend_node`] computes a [`PartialRows`]; partials merge and finish. Inside:
+//! `block.rs` (a block of rows, and which family takes it), `rows.rs` and `queries.rs` (the families: rows broadcast, lanes =
+//! queries), `product.rs` (the register tile of both), `arithmetic.rs` (how it multiplies), `widen.rs` (whole pages in f32),
+//! `fold.rs` (the order of merges), `lanes.rs` and `arch/` (vectors), `dispatch.rs` (which ISA).
 //! This is the only crate of the project with unsafe code.
 
 #![allow(unsafe_code)]

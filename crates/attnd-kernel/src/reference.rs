@@ -58,6 +58,22 @@ pub fn reference_row(
     head: usize,
     token: usize,
 ) -> ReferenceRow {
+    let visible: Vec<usize> = causal.visible(token, shape).collect();
+    reference_row_over(shape, scale, &visible, (q, k, v), head, token)
+}
+
+/// The same over the keys in `visible`, whatever the rule is that makes them so; `scale` may be of any sign, or 0.
+///
+/// # Panics
+/// If a slice doesn't have the shape's length, or a key is not one of it.
+pub fn reference_row_over(
+    shape: &AttnShape,
+    scale: f64,
+    visible: &[usize],
+    (q, k, v): (&[f32], &[f32], &[f32]),
+    head: usize,
+    token: usize,
+) -> ReferenceRow {
     assert_eq!(q.len() as u64, shape.q_elements(), "length of q");
     assert_eq!(k.len() as u64, shape.k_elements(), "length of k");
     assert_eq!(v.len() as u64, shape.v_elements(), "length of v");
@@ -66,12 +82,12 @@ pub fn reference_row(
     let q = &q[(head * shape.n_queries() + token) * d..][..d];
     let k = |j: usize| &k[(group * n_keys + j) * d..][..d];
     let v = |j: usize| &v[(group * n_keys + j) * dv..][..dv];
-    let visible = causal.visible(token, shape);
 
     let products = |j: usize| q.iter().zip(k(j)).map(|(q, k)| f64::from(*q) * f64::from(*k));
-    let scores: Vec<f64> = visible.clone().map(|j| scale * products(j).sum::<f64>()).collect();
-    let largest_of = |size: &dyn Fn(usize) -> f64| visible.clone().map(size).fold(0.0, f64::max);
-    let magnitude = largest_of(&|j| scale.abs() * products(j).map(f64::abs).sum::<f64>());
+    let scores: Vec<f64> = visible.iter().map(|j| scale * products(*j).sum::<f64>()).collect();
+    let largest_of = |size: &dyn Fn(usize) -> f64| visible.iter().map(|j| size(*j)).fold(0.0, f64::max);
+    let product_size = largest_of(&|j| products(j).map(f64::abs).sum::<f64>());
+    let magnitude = scale.abs() * product_size;
     let key_size = largest_of(&|j| k(j).iter().map(|k| f64::from(k.abs())).sum::<f64>());
     let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     let sum: f64 = scores.iter().map(|s| (s - max).exp()).sum();
@@ -80,7 +96,7 @@ pub fn reference_row(
     let mut context = vec![0.0; dv];
     let mut amplitude = vec![0.0; dv];
     let mut largest = vec![0.0_f64; dv];
-    for (j, s) in visible.clone().zip(&scores) {
+    for (j, s) in visible.iter().copied().zip(&scores) {
         weights[j] = (s - max).exp() / sum;
         for c in 0..dv {
             let value = f64::from(v(j)[c]);
@@ -94,8 +110,8 @@ pub fn reference_row(
     let u = UNIT_ROUNDOFF;
     let n_visible = visible.len() as f64;
     // q' and the factor it is made with may be subnormal; the products with k are sums of normal size or lose as much.
-    let factor = scale.abs() * std::f64::consts::LOG2_E;
-    let score_underflow = magnitude * (UNDERFLOW / factor) + (key_size + d as f64) * UNDERFLOW;
+    let score_underflow =
+        product_size * (UNDERFLOW / std::f64::consts::LOG2_E) + (key_size + d as f64) * UNDERFLOW;
     let weight = (d as f64 + 3.0) * u * magnitude + 2.0 * u + score_underflow;
     let merges = 6.0 + n_pages(n_keys).div_ceil(N_SLOTS) as f64;
     let proven = ((2.0 * weight).exp() - 1.0) * (1.0 + 512.0 * u) + u * (256.0 + 20.0 + 2.0 * merges + 2.0);

@@ -1,26 +1,18 @@
 //! Against the f64 oracle, inside the bound that `attnd_kernel::reference` states.
 
-use attnd_kernel::reference::reference_row;
 use attnd_kernel::{Causal, Kernels, Storage};
 use proptest::prelude::*;
 
 use crate::cases::{Case, Data};
 
 /// The worst error of all rows over the expected bound, and over the proven one.
-fn worst_ratios(case: &Case) -> (f64, f64) {
+pub(crate) fn worst_ratios(case: &Case) -> (f64, f64) {
     let kernels = Kernels::available()[0];
     let (group, tq, dv) = (case.shape.group_size(), case.shape.n_queries(), case.shape.value_dim());
     let result = case.attend(kernels, 0..tq);
     let (mut expected, mut proven) = (0.0_f64, 0.0_f64);
     for row in 0..group * tq {
-        let want = reference_row(
-            &case.shape,
-            case.scale.into(),
-            case.causal,
-            (&case.q, &case.k, &case.v),
-            row / tq,
-            row % tq,
-        );
+        let want = case.reference(row / tq, row % tq);
         let context = &result.context[row * dv..][..dv];
         expected = expected.max(want.worst_ratio(context, result.lse[row]));
         proven = proven.max(want.worst_proven_ratio(context, result.lse[row]));
@@ -129,8 +121,7 @@ fn error_of_storage(storage: Storage, d: usize) -> f64 {
     let result = case.attend(Kernels::available()[0], 0..2);
     let (mut off, mut size) = (0.0, 0.0);
     for row in 0..8 {
-        let operands = (&case.q[..], &case.k[..], &case.v[..]);
-        let want = reference_row(&case.shape, case.scale.into(), case.causal, operands, row / 2, row % 2);
+        let want = case.reference(row / 2, row % 2);
         for (got, want) in result.context[row * d..].iter().zip(&want.context) {
             off += (f64::from(*got) - want).powi(2);
             size += want.powi(2);

@@ -6,11 +6,11 @@ use rand::{RngExt, SeedableRng};
 
 use crate::cases::{Case, Data, differing_bits};
 
-fn portable() -> &'static Kernels {
+pub(crate) fn portable() -> &'static Kernels {
     Kernels::for_isa(Isa::Portable).unwrap()
 }
 
-fn check(what: &str, a: &attnd_kernel::FinishedRows, b: &attnd_kernel::FinishedRows) {
+pub(crate) fn check(what: &str, a: &attnd_kernel::FinishedRows, b: &attnd_kernel::FinishedRows) {
     if let Some(difference) = differing_bits(a, b) {
         panic!("{what}: {difference}");
     }
@@ -72,7 +72,7 @@ fn stored_values_give_the_bits_of_what_they_stand_for() {
 }
 
 /// Compares a case stored as `storage` with f32 storage of what that holds, on every ISA.
-fn check_storage(mut case: Case, storage: Storage, what: &str) {
+pub(crate) fn check_storage(mut case: Case, storage: Storage, what: &str) {
     let all = 0..case.shape.n_queries();
     case.storage = storage;
     let results: Vec<_> = Kernels::available()
@@ -83,8 +83,8 @@ fn check_storage(mut case: Case, storage: Storage, what: &str) {
     let case = case.rounded_to(storage);
     let expected = case.attend(Kernels::available()[0], all);
     for (kernels, result) in results {
-        let (causal, shape) = (case.causal, case.shape);
-        check(&format!("{what} {causal:?} {shape:?} {storage} {}", kernels.isa()), &expected, &result);
+        let (mask, shape) = (&case.mask, case.shape);
+        check(&format!("{what} {mask:?} {shape:?} {storage} {}", kernels.isa()), &expected, &result);
     }
 }
 
@@ -115,7 +115,8 @@ fn integers_of_any_scale_give_the_bits_of_what_they_stand_for() {
         of_any_scale(&mut case.v, dv, 1e37);
         for storage in [Storage::Int8, Storage::Int4] {
             let (k, v, q) = (case.k.clone(), case.v.clone(), case.q.clone());
-            check_storage(Case { k, v, q, ..case }, storage, &format!("seed {seed}"));
+            let mask = case.mask.clone();
+            check_storage(Case { mask, k, v, q, ..case }, storage, &format!("seed {seed}"));
         }
     }
 }

@@ -2,12 +2,13 @@
 
 use std::ops::Range;
 
+use attnd_kernel::reference::{ReferenceRow, reference_row_over};
 use attnd_kernel::slot::{
     N_SLOTS, Node, PAGE_KEYS, cover, keys_in_page, keys_in_slots, n_pages, slot_of_page,
 };
 use attnd_kernel::{
-    AttnShape, Causal, Compute, Dims, Dtype, FinishedRows, GroupCall, Kernels, KvHead, Operator, PartialRows,
-    Side, Storage, attend_node,
+    AttnShape, Causal, Compute, Dims, Dtype, FinishedRows, GroupCall, Kernels, KvHead, Mask, Operator,
+    OperatorParts, PartialRows, Side, Storage, attend_node,
 };
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
@@ -53,7 +54,7 @@ impl Data {
 #[derive(Clone)]
 pub(crate) struct Case {
     pub(crate) shape: AttnShape,
-    pub(crate) causal: Causal,
+    pub(crate) mask: Mask,
     /// How keys and values are stored.
     pub(crate) storage: Storage,
     /// In what arithmetic, or in f32 with kernels that lack it.
@@ -65,7 +66,12 @@ pub(crate) struct Case {
 }
 
 impl Case {
-    pub(crate) fn new(seed: u64, data: Data, causal: Causal, [group, tq, tk, d, dv]: [usize; 5]) -> Self {
+    pub(crate) fn new(
+        seed: u64,
+        data: Data,
+        mask: impl Into<Mask>,
+        [group, tq, tk, d, dv]: [usize; 5],
+    ) -> Self {
         let shape = AttnShape::new(Dims {
             batch: 1,
             heads: group as u64,
@@ -115,7 +121,7 @@ impl Case {
         let (q, k, v) = (fill(group * tq * d, qk), fill(tk * d, qk), fill(tk * dv, value));
         Self {
             shape,
-            causal,
+            mask: mask.into(),
             storage: Storage::F32,
             compute: Compute::F32,
             scale: (d as f32).sqrt().recip(),
@@ -148,6 +154,19 @@ impl Case {
         kv
     }
 
+    pub(crate) fn operator(&self) -> Operator {
+        let (scale, mask) = (self.scale, self.mask.clone());
+        Operator::new(OperatorParts { scale, mask, ..OperatorParts::plain(1.0, Causal::None) }, &self.shape)
+            .unwrap()
+    }
+
+    /// What a row should be.
+    pub(crate) fn reference(&self, head: usize, token: usize) -> ReferenceRow {
+        let keys: Vec<usize> = self.mask.of_batch(0, &self.shape).visible(token).collect();
+        let operands = (&self.q[..], &self.k[..], &self.v[..]);
+        reference_row_over(&self.shape, self.scale.into(), &keys, operands, head, token)
+    }
+
     /// The partial of some tokens over one node.
     pub(crate) fn partial(
         &self,
@@ -158,7 +177,7 @@ impl Case {
     ) -> PartialRows {
         let call = GroupCall {
             shape: self.shape,
-            operator: &Operator::plain(self.scale, self.causal),
+            operator: &self.operator(),
             group: 0,
             q: &self.q,
             kv,

@@ -7,15 +7,16 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use attnd_kernel::reference::reference_row;
 use attnd_kernel::slot::{N_SLOTS, Node, PAGE_KEYS, keys_in_page, pages_of_slot};
 use attnd_kernel::{
-    Causal, Compute, GroupCall, Isa, KERNEL_ID, Kernels, Operator, Side, Storage, attend_node,
+    Causal, Compute, GroupCall, Isa, KERNEL_ID, Kernels, Mask, Operator, Side, Storage, attend_node,
 };
 use half::bf16;
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 
 use crate::cases::{Case, Data, differing_bits};
+use crate::masks::mask_for;
 
-const MODES: [(Compute, Storage); 2] = [(Compute::Bf16, Storage::Bf16), (Compute::Int8, Storage::Int8)];
+const MODES: [Mode; 2] = [(Compute::Bf16, Storage::Bf16), (Compute::Int8, Storage::Int8)];
 
 /// Kernels that have dot products for a mode on this CPU; where there are none, says so past the test harness's capture.
 fn kernels_with(compute: Compute, storage: Storage) -> Option<&'static Kernels> {
@@ -28,8 +29,10 @@ fn kernels_with(compute: Compute, storage: Storage) -> Option<&'static Kernels> 
     found
 }
 
-fn case_of(seed: u64, data: Data, causal: Causal, sizes: [usize; 5], mode: (Compute, Storage)) -> Case {
-    let mut case = Case::new(seed, data, causal, sizes);
+type Mode = (Compute, Storage);
+
+fn case_of(seed: u64, data: Data, mask: impl Into<Mask>, sizes: [usize; 5], mode: Mode) -> Case {
+    let mut case = Case::new(seed, data, mask, sizes);
     (case.compute, case.storage) = mode;
     case
 }
@@ -222,7 +225,7 @@ impl<'a> Model<'a> {
 
     /// The context, and lse.
     fn row(&self, token: usize) -> (Vec<f32>, f32) {
-        let visible = self.case.causal.visible(token, &self.case.shape);
+        let visible = self.case.mask.of_batch(0, &self.case.shape).visible(token);
         match self.node(Node::ROOT, &visible) {
             Some(Partial { m, l, o }) => {
                 let lse = std::f64::consts::LN_2 * (f64::from(m) + f64::from(l).log2());
@@ -260,18 +263,18 @@ fn sizes(rng: &mut SmallRng) -> [usize; 5] {
 fn dot_products_have_the_bits_of_their_definition() {
     for mode in MODES {
         let Some(kernels) = kernels_with(mode.0, mode.1) else { continue };
-        for seed in 0..90 {
+        for seed in 0..120 {
             let mut rng = SmallRng::seed_from_u64(seed);
             let sizes = sizes(&mut rng);
-            let causal = [Causal::None, Causal::BottomRight, Causal::TopLeft][seed as usize % 3];
+            let [group, tq, tk, ..] = sizes;
             let data = [Data::Normal, Data::Peaked, Data::Flat, Data::Ties, Data::Constant, Data::Tiny]
                 [seed as usize / 3 % 6];
-            let case = case_of(seed, data, causal, sizes, mode);
-            let [group, tq, ..] = sizes;
+            let mut case = case_of(seed, data, mask_for(seed, tq, tk), sizes, mode);
+            case.scale *= [1.0, 1.0, -1.0, 0.0][seed as usize % 4];
             let got = case.attend(kernels, 0..tq);
             for _ in 0..6 {
                 let (head, token) = (rng.random_range(0..group), rng.random_range(0..tq));
-                let what = format!("{} seed {seed} {data:?} {causal:?} {sizes:?}", mode.0);
+                let what = format!("{} seed {seed} {data:?} {:?} {sizes:?}", mode.0, case.mask);
                 check(&what, &case, &got, head, token);
             }
         }
@@ -344,8 +347,7 @@ fn dot_products_leave_no_trace_of_cuts_and_batches() {
             let mut rng = SmallRng::seed_from_u64(seed);
             let [group, tq, _, d, dv] = sizes(&mut rng);
             let tk = rng.random_range(1..6000);
-            let causal = [Causal::None, Causal::BottomRight][seed as usize % 2];
-            let case = case_of(seed, Data::Normal, causal, [group, tq, tk, d, dv], mode);
+            let case = case_of(seed, Data::Normal, mask_for(seed, tq, tk), [group, tq, tk, d, dv], mode);
             let expected = case.attend(kernels, 0..tq);
             let mut cuts: Vec<usize> = (0..1 + seed as usize % 4).map(|_| rng.random_range(0..=64)).collect();
             cuts.sort_unstable();
@@ -413,7 +415,7 @@ fn error_of(mode: (Compute, Storage), d: usize) -> Option<f64> {
     let (mut worst, mut squares) = (0.0_f64, 0.0);
     for token in 0..4 {
         let scale = f64::from(case.scale);
-        let row = reference_row(&case.shape, scale, case.causal, (&case.q, &k, &v), 0, token);
+        let row = reference_row(&case.shape, scale, Causal::None, (&case.q, &k, &v), 0, token);
         for (got, exact) in got.context[token * d..][..d].iter().zip(&row.context) {
             worst = worst.max((f64::from(*got) - exact).abs());
             squares += exact * exact;

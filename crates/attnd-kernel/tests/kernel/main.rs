@@ -9,3 +9,5 @@ mod dots;
 mod general;
 mod laws;
 mod machine_code;
+mod masks;
+mod operators;

@@ -1,6 +1,8 @@
 //! The cases, as data: shapes that say something about the kernels, and how much work each of them is.
 
-use attnd_kernel::{AttnShape, Causal, Compute, Dims, ShapeError, Storage};
+use attnd_kernel::{
+    AttnShape, Causal, Compute, Dims, Mask, Operator, OperatorParts, ShapeError, Storage, Window,
+};
 
 use crate::exit::BadInput;
 
@@ -51,6 +53,8 @@ pub struct Case {
     pub value_dim: u64,
     /// Which keys a query sees.
     pub causal: Causal,
+    /// How many keys before its position a query sees beside the one at it, if not all.
+    pub window: Option<usize>,
     /// How keys and values are stored.
     pub storage: Storage,
     /// In what arithmetic, where the kernels have it.
@@ -67,6 +71,8 @@ pub const CASES: &[Case] = &[
     prefill("prefill T=2048 d=256", 1, 1, 2048, 256, Causal::None, Team::One),
     prefill("causal T=4096 d=128 H=8/2", 8, 2, 4096, 128, Causal::BottomRight, Team::One),
     prefill("causal T=4096 d=128 H=8/2", 8, 2, 4096, 128, Causal::BottomRight, Team::All),
+    prefill("causal T=65536 d=128, window 4096", 1, 1, 65_536, 128, Causal::BottomRight, Team::One)
+        .windowed(4096),
     prefill("prefill T=2048 d=128 H=8", 8, 8, 2048, 128, Causal::None, Team::One),
     prefill("prefill T=2048 d=128 H=8", 8, 8, 2048, 128, Causal::None, Team::All),
     decode("decode T=32768 d=128 H=8", 8, 8, 32_768, 128, Team::One),
@@ -113,6 +119,7 @@ const fn prefill(
         head_dim: dim,
         value_dim: dim,
         causal,
+        window: None,
         storage: Storage::F32,
         compute: Compute::F32,
         team,
@@ -130,6 +137,7 @@ const fn decode(name: &'static str, heads: u64, kv_heads: u64, keys: u64, dim: u
         head_dim: dim,
         value_dim: dim,
         causal,
+        window: None,
         storage: Storage::F32,
         compute: Compute::F32,
         team,
@@ -137,6 +145,11 @@ const fn decode(name: &'static str, heads: u64, kv_heads: u64, keys: u64, dim: u
 }
 
 impl Case {
+    /// The same where a query sees its own key and `keys` before it, at most.
+    const fn windowed(self, keys: usize) -> Self {
+        Self { window: Some(keys), ..self }
+    }
+
     /// The same with keys and values stored otherwise.
     const fn stored(self, storage: Storage) -> Self {
         Self { storage, ..self }
@@ -168,6 +181,21 @@ impl Case {
         })
     }
 
+    /// Which keys a query sees.
+    pub fn mask(&self) -> Mask {
+        Mask { window: Window { left: self.window, right: None }, ..self.causal.into() }
+    }
+
+    /// What the kernels are asked for.
+    ///
+    /// # Errors
+    /// If its dimensions are no attention shape, or its window has no positions.
+    pub fn operator(&self) -> anyhow::Result<Operator> {
+        let scale = (self.head_dim as f32).sqrt().recip();
+        let parts = OperatorParts { mask: self.mask(), ..OperatorParts::plain(scale, Causal::None) };
+        Ok(Operator::new(parts, &self.shape()?)?)
+    }
+
     /// What limits it: one query token reads each key for one group of rows, many compute.
     pub fn bound(&self) -> Bound {
         if self.queries == 1 { Bound::Read } else { Bound::Fma }
@@ -181,8 +209,9 @@ impl Case {
     /// As [`Self::shape`].
     pub fn flops(&self) -> Result<f64, ShapeError> {
         let shape = self.shape()?;
-        let visible: usize =
-            (0..shape.n_queries()).map(|token| self.causal.visible(token, &shape).len()).sum();
+        let mask = self.mask();
+        let mask = mask.of_batch(0, &shape);
+        let visible: usize = (0..shape.n_queries()).map(|token| mask.visible(token).len()).sum();
         Ok(2.0 * self.heads as f64 * visible as f64 * (self.head_dim + self.value_dim) as f64)
     }
 
@@ -206,8 +235,8 @@ impl Case {
 
     /// Whether two cases have the same operands.
     pub fn same_operands(&self, other: &Self) -> bool {
-        let Self { name, team, causal, compute, .. } = *self;
-        Self { name, team, causal, compute, ..*other } == *self
+        let Self { name, team, causal, window, compute, .. } = *self;
+        Self { name, team, causal, window, compute, ..*other } == *self
     }
 }
 
@@ -237,6 +266,7 @@ mod tests {
         assert_eq!(full.flops().unwrap(), f64::from(8 * 16 * 2 * (16 + 16)));
         let causal = Case { causal: Causal::BottomRight, ..full };
         assert_eq!(causal.flops().unwrap(), f64::from(8 * (1 + 2 + 3 + 4) * 2 * (16 + 16)));
+        assert_eq!(causal.windowed(1).flops().unwrap(), f64::from(8 * (1 + 2 + 2 + 2) * 2 * (16 + 16)));
         assert_eq!(full.bound(), Bound::Fma);
         assert_eq!(full.work().unwrap(), full.flops().unwrap());
     }
@@ -257,7 +287,7 @@ mod tests {
     #[test]
     fn the_table_is_sound() {
         for (i, case) in CASES.iter().enumerate() {
-            assert!(case.shape().is_ok(), "{}", case.name);
+            assert!(case.operator().is_ok(), "{}", case.name);
             let needed = case.compute.storage().unwrap_or(case.storage);
             assert_eq!(needed, case.storage, "{}", case.name);
             assert!(case.bound() == Bound::Fma || case.kv_bytes() >= 256 << 20, "{} is too small", case.name);
@@ -268,7 +298,7 @@ mod tests {
                 case.name
             );
             let same = others.iter().filter(|other| other.name == case.name);
-            assert!(same.clone().all(|other| other.same_operands(case) && other.causal == case.causal));
+            assert!(same.clone().all(|other| other.same_operands(case) && other.mask() == case.mask()));
         }
     }
 

@@ -106,7 +106,8 @@ pub fn measure(
     // Where the kernels lack a case's dot products it runs in f32, and is held against that.
     let compute = kernels.effective(case.compute, case.storage).ok()?;
     let before = limits.now(case.bound(), kernels, compute.compute(), case.team);
-    let seconds = times(effort, || operands.attend(case, compute, kernels, pool));
+    let operator = case.operator().ok()?;
+    let seconds = times(effort, || operands.attend(case, &operator, compute, kernels, pool));
     let core_ghz = pool.install(core_ghz);
     let after = limits.now(case.bound(), kernels, compute.compute(), case.team);
     Some(Measured { times: Times::new(seconds)?, limit: [before, after], core_ghz })

@@ -52,13 +52,19 @@ impl CaseOperands {
     }
 
     /// Computes one call, as a worker would: group by group on one thread, on several with two groups in flight, each of
-    /// which the kernel cuts further. `causal` and `team` are those of `case`, `compute` is what the kernels have for it.
-    pub fn attend(&self, case: &Case, compute: Effective, kernels: &Kernels, pool: &ThreadPool) {
+    /// which the kernel cuts further. `operator` and `team` are those of `case`, `compute` is what the kernels have for it.
+    pub fn attend(
+        &self,
+        case: &Case,
+        operator: &Operator,
+        compute: Effective,
+        kernels: &Kernels,
+        pool: &ThreadPool,
+    ) {
         let group = |group: &GroupOperands| {
-            let scale = (case.head_dim as f32).sqrt().recip();
             let call = GroupCall {
                 shape: self.shape,
-                operator: &Operator::plain(scale, case.causal),
+                operator,
                 group: 0,
                 q: &group.q,
                 kv: &group.kv,

@@ -84,9 +84,12 @@ struct Variant {
 }
 
 impl Variant {
-    /// Those that make sense for a case. Folding by hand is what somebody does who knows how torch treats groups; a causal
+    /// Those that make sense for a case: none where there is a window, which torch has only as a mask of all pairs. Folding by hand is what somebody does who knows how torch treats groups; a causal
     /// rule would then count heads as tokens.
     fn of(case: &Case) -> Vec<Self> {
+        if case.window.is_some() {
+            return Vec::new();
+        }
         let foldable = case.heads != case.kv_heads && case.bound() == Bound::Read;
         let folds: &[bool] = if foldable { &[false, true] } else { &[false] };
         let dtype = if case.storage == Storage::Bf16 { "bf16" } else { "f32" };
@@ -151,7 +154,8 @@ fn side_by_side(
     let turn = span / ROUNDS;
     let variants = Variant::of(case);
     let compute = kernels.effective(case.compute, case.storage)?;
-    let call = || operands.attend(case, compute, kernels, pools.of(case.team));
+    let operator = case.operator()?;
+    let call = || operands.attend(case, &operator, compute, kernels, pools.of(case.team));
     let mut by_torch: Vec<Vec<f64>> = vec![Vec::new(); variants.len()];
     let mut by_attnd = Vec::new();
     for _round in 0..ROUNDS {
