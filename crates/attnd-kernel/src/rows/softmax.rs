@@ -121,8 +121,9 @@ pub(crate) unsafe fn weigh_vectors<L: Lanes, A: Arithmetic<L>>(
             }
             sums = L::add(sums, p);
         }
+        let l = L::halving_sum(sums);
         let largest = if A::INTEGERS { L::largest(largest) } else { 0.0 };
-        (m, L::halving_sum(sums), largest)
+        (m, l, largest)
     }
 }
 
