@@ -51,7 +51,8 @@ fn run(case: &Case, seed: u64, kernels: &Kernels, memory: Memory) -> [Vec<u32>; 
     kernels.pack_queries(layout, &rows, 0.3, &mut q);
     let kv = case.resident(memory);
     let [mask, bias] = planes(case, seed, memory);
-    let visible: Vec<_> = (0..n_rows).map(|row| case.causal.visible(row / group, &case.shape)).collect();
+    let intervals = case.mask.of_batch(0, &case.shape);
+    let visible: Vec<_> = (0..n_rows).map(|row| intervals.visible(row / group)).collect();
     let terms: Vec<RowTerms<'_>> = (0..n_rows)
         .map(|row| RowTerms {
             token: row / group,
