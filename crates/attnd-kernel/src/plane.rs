@@ -180,12 +180,14 @@ mod tests {
 
     #[test]
     fn infinite_and_lowest_biases_are_masks_and_others_are_data() {
-        let encoded: [(Dtype, fn(f32) -> Vec<u8>, f32); 3] = [
-            (Dtype::F32, |x| x.to_le_bytes().to_vec(), f32::MIN),
-            (Dtype::F16, |x| half::f16::from_f32(x).to_le_bytes().to_vec(), -65504.0),
-            (Dtype::Bf16, |x| half::bf16::from_f32(x).to_le_bytes().to_vec(), half::bf16::MIN.to_f32()),
-        ];
-        for (dtype, encode, lowest) in encoded {
+        let lowest =
+            [(Dtype::F32, f32::MIN), (Dtype::F16, -65504.0), (Dtype::Bf16, half::bf16::MIN.to_f32())];
+        for (dtype, lowest) in lowest {
+            let encode = |x: f32| match dtype {
+                Dtype::F32 => x.to_le_bytes().to_vec(),
+                Dtype::F16 => half::f16::from_f32(x).to_le_bytes().to_vec(),
+                Dtype::Bf16 => half::bf16::from_f32(x).to_le_bytes().to_vec(),
+            };
             let mut plane = DensePlane::bias(2, 300, &(0..N_SLOTS)).unwrap();
             let values = [0.0, f32::NEG_INFINITY, lowest, -60000.0, 1.5];
             let bytes: Vec<u8> = values.iter().flat_map(|x| encode(*x)).collect();
