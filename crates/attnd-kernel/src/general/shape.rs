@@ -32,8 +32,10 @@ pub(crate) unsafe fn cap_row<L: Lanes>(
         let cap = L::splat(cap);
         let mut size = L::zero();
         for j in vectors.step_by(LANES) {
-            let score = L::load(s.add(j));
-            size = L::max(L::select_bits(visible.of_vector(j), L::abs(score), L::zero()), size);
+            let (score, bits) = (L::load(s.add(j)), visible.of_vector(j));
+            // Expanding bits to lanes takes some instructions on most ISAs, so only where there is something to hide.
+            let shown = if bits == u16::MAX { score } else { L::select_bits(bits, score, L::zero()) };
+            size = L::max(L::abs(shown), size);
             L::store(s.add(j), L::mul(cap, tanh::<L>(score)));
         }
         L::largest(size) == f32::INFINITY
@@ -86,8 +88,12 @@ pub(crate) unsafe fn mask_row<L: Lanes>(
         let mut size = L::zero();
         for j in vectors.step_by(LANES) {
             let (score, bits) = (L::load(s.add(j)), visible.of_vector(j));
-            size = L::max(L::select_bits(bits, L::abs(score), L::zero()), size);
-            L::store(s.add(j), L::select_bits(bits, score, masked));
+            if bits == u16::MAX {
+                size = L::max(L::abs(score), size);
+            } else {
+                size = L::max(L::select_bits(bits, L::abs(score), L::zero()), size);
+                L::store(s.add(j), L::select_bits(bits, score, masked));
+            }
         }
         L::largest(size) == f32::INFINITY
     }

@@ -6,8 +6,8 @@ mod request;
 
 use attnd_kernel::slot::{N_SLOTS, Node};
 use attnd_kernel::{
-    Bias, Causal, Compute, FinishedRows, Kernels, Mask, Normaliser, OperatorError, OperatorParts, Path,
-    Positions, Selection, Storage, Window,
+    AttnShape, Bias, Causal, Compute, Dims, Effective, FinishedRows, GroupCall, Kernels, Mask, Normaliser,
+    Operator, OperatorError, OperatorParts, Path, Positions, Selection, Side, Storage, Window, attend_node,
 };
 use proptest::prelude::*;
 use rand::rngs::SmallRng;
@@ -271,12 +271,36 @@ fn scores_that_leave_f32_are_reported_where_they_are_seen() {
     }
 }
 
+/// Slopes are those of the group's heads, and of its element of the batch where there are as many.
+#[test]
+fn slopes_are_those_of_the_groups_heads() {
+    let dims = Dims { batch: 2, heads: 4, kv_heads: 2, queries: 3, keys: 300, head_dim: 4, value_dim: 5 };
+    let shape = AttnShape::new(dims).unwrap();
+    let case = Case::new(21, Data::Normal, Causal::None, [2, 3, 300, 4, 5]);
+    let (kv, kernels) = (case.resident(0..N_SLOTS), Kernels::available()[0]);
+    let parts = |slopes: &[f32]| {
+        let biases = vec![Bias::Alibi { slopes: slopes.into(), by_key: true }];
+        OperatorParts { biases, ..OperatorParts::plain(0.4, Causal::None) }
+    };
+    let all: Vec<f32> = (1..=8_u8).map(|i| f32::from(i) / 100.0).collect();
+    for group in 0..4 {
+        for slopes in [&all[..4], &all[..]] {
+            let operator = &Operator::new(parts(slopes), &shape).unwrap();
+            let (q, kv, side, compute) = (&case.q[..], &kv, Side::default(), Effective::F32);
+            let call = GroupCall { shape, operator, group, q, kv, side, compute };
+            let got = attend_node(kernels, &call, Node::ROOT, 0..3).0;
+            let alone = Request::new(case.clone(), parts(&slopes[2 * group % slopes.len()..][..2]));
+            assert_eq!(got, alone.partial(kernels, &(0..N_SLOTS), Node::ROOT, 0..3), "{group} {slopes:?}");
+        }
+    }
+}
+
 #[test]
 fn parts_that_make_no_operator_are_refused() {
     let shape = Case::new(1, Data::Normal, Causal::None, [4, 3, 5, 2, 2]).shape;
     let plain = || OperatorParts::plain(1.0, Causal::None);
     let alibi = |slopes: &[f32], by_key| Bias::Alibi { slopes: slopes.into(), by_key };
-    let refused = |parts: OperatorParts| attnd_kernel::Operator::new(parts, &shape).unwrap_err().to_string();
+    let refused = |parts: OperatorParts| Operator::new(parts, &shape).unwrap_err().to_string();
     for cap in [0.0, -1.0, f32::NAN, f32::INFINITY, 3e38, 1e-45] {
         let text = refused(OperatorParts { softcap: Some(cap), ..plain() });
         assert_eq!(text, format!("softcap is {cap}, scale is 1"));
@@ -303,12 +327,12 @@ fn parts_that_make_no_operator_are_refused() {
         (OperatorParts { selection: Some(Selection::Dense), ..plain() }, "mask.dense"),
         (sigmoid(0.0), "normaliser=sigmoid"),
     ] {
-        let operator = attnd_kernel::Operator::new(parts, &shape).unwrap();
+        let operator = Operator::new(parts, &shape).unwrap();
         assert_eq!(operator.kernel_id(Compute::F32), "c1-f32-op1");
         assert_eq!(operator.check_compute(Compute::F32), Ok(()));
         let refused: OperatorError = operator.check_compute(Compute::Bf16).unwrap_err();
         assert_eq!(refused.to_string(), format!("compute=bf16 and {option}"));
     }
-    let plain = attnd_kernel::Operator::new(plain(), &shape).unwrap();
+    let plain = Operator::new(plain(), &shape).unwrap();
     assert_eq!((plain.path(), plain.check_compute(Compute::Int8)), (Path::Plain, Ok(())));
 }
