@@ -44,9 +44,9 @@ fn a_scale_of_zero_is_the_mean() {
 
 /// A case's result with a logit for each head, merged after all keys.
 fn with_sinks(case: &Case, partial: PartialRows, sinks: &[f32], empty_row: EmptyRow) -> FinishedRows {
-    let (scale, mask) = (case.scale, case.mask.clone());
-    let operator = OperatorParts { scale, mask, sinks: Some(sinks.into()), empty_row, ..parts() };
-    let operator = Operator::new(operator, &case.shape).unwrap();
+    let plain = OperatorParts::plain(case.scale, Causal::None);
+    let parts = OperatorParts { mask: case.mask.clone(), sinks: Some(sinks.into()), empty_row, ..plain };
+    let operator = Operator::new(parts, &case.shape).unwrap();
     operator.finish(partial, 0, &case.shape, Kernels::available()[0])
 }
 
