@@ -7,7 +7,7 @@ use attnd_client::{AttendOptions, Attended, Operands, WorkerChoice};
 use attnd_kernel::reference::{ReferenceRow, reference_row};
 use attnd_kernel::slot::{N_SLOTS, Node, PAGE_KEYS, keys_in_page, n_pages};
 use attnd_kernel::{
-    AttnShape, Causal, Dims, Dtype, Effective, FinishedRows, GroupCall, Kernels, KvHead, Operator,
+    AttnShape, Causal, Dims, Dtype, Effective, FinishedRows, GroupCall, Kernels, KvHead, Operator, Side,
     attend_node, widen,
 };
 use bytes::Bytes;
@@ -221,6 +221,7 @@ impl Case {
             group,
             q: &q,
             kv: &kv,
+            side: Side::default(),
             compute: Effective::F32,
         };
         attend_node(kernels, &call, Node::ROOT, tokens).0.finish(kernels)

@@ -18,7 +18,7 @@ use std::time::Instant;
 
 use attnd_kernel::slot::{Node, PAGE_KEYS, n_pages};
 use attnd_kernel::{
-    AttnShape, Causal, Dims, Dtype, Effective, GroupCall, Kernels, KvHead, Operator, attend_node,
+    AttnShape, Causal, Dims, Dtype, Effective, GroupCall, Kernels, KvHead, Operator, Side, attend_node,
 };
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
@@ -89,7 +89,15 @@ fn measure(case: &Case, canonical: &Kernels, free: &Kernels) -> String {
     }
     let scale = 1.0 / (dim as f32).sqrt();
     let operator = Operator::plain(scale, Causal::None);
-    let call = GroupCall { shape, operator: &operator, group: 0, q: &q, kv: &kv, compute: Effective::F32 };
+    let call = GroupCall {
+        shape,
+        operator: &operator,
+        group: 0,
+        q: &q,
+        kv: &kv,
+        side: Side::default(),
+        compute: Effective::F32,
+    };
     let run = |kernels: &Kernels| -> f64 {
         let start = Instant::now();
         let (partial, result) = attend_node(kernels, &call, Node::ROOT, 0..shape.n_queries());

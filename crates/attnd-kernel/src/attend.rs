@@ -9,15 +9,18 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use crate::bias::Bias;
 use crate::block::{BLOCK_ROWS, QueryLayout, RowBlock, RowPartials, Span};
 use crate::buffer::Buffer;
-use crate::canonical::query_factor;
 use crate::compute::{Compute, Effective};
 use crate::dispatch::Kernels;
 use crate::float_env::FloatEnvironment;
-use crate::operator::Operator;
+use crate::general::{self, GeneralBlock, RowTerms};
+use crate::mask::{BatchMask, Selection};
+use crate::operator::{Operator, Path};
 use crate::pages::{KvHead, padded_columns};
 use crate::partial::PartialRows;
+use crate::plane::DensePlane;
 use crate::shape::AttnShape;
 use crate::slot::{Node, PAGE_KEYS, pages_of_slot};
 
@@ -39,9 +42,45 @@ pub struct GroupCall<'a> {
     pub q: &'a [f32],
     /// The group's keys and values.
     pub kv: &'a KvHead,
+    /// What else the operator reads.
+    pub side: Side<'a>,
     /// In what arithmetic. Where kernels lack the one that is wanted, [`Kernels::effective`] says what there is instead, and
     /// whoever calls decides to go on with that: nothing here falls back.
     pub compute: Effective,
+}
+
+/// Dense tensors beside the operands of a kv group. Of each there is a plane for all its heads, or one for each of them; none
+/// where the operator has no such tensor.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Side<'a> {
+    /// For [`crate::Selection::Dense`].
+    pub mask: &'a [&'a DensePlane],
+    /// For [`Bias::Dense`].
+    pub bias: &'a [&'a DensePlane],
+}
+
+impl<'a> Side<'a> {
+    /// # Panics
+    /// If planes aren't those that the operator reads, or not of the call's shape.
+    fn check(&self, call: &GroupCall<'_>) {
+        let (operator, shape) = (call.operator, &call.shape);
+        let has_bias = operator.biases().contains(&Bias::Dense);
+        let has_mask = operator.selection() == Some(Selection::Dense);
+        for (planes, is_there, is_bias) in [(self.mask, has_mask, false), (self.bias, has_bias, true)] {
+            let counts = if is_there { [1, shape.group_size()] } else { [0; 2] };
+            assert!(counts.contains(&planes.len()), "{} planes, bias: {is_bias}", planes.len());
+            for plane in planes {
+                let rows = [1, shape.n_queries()].contains(&plane.n_rows());
+                assert!(rows && plane.n_keys() == shape.n_keys(), "shape of a plane, bias: {is_bias}");
+                assert_eq!(plane.is_bias(), is_bias, "kind of a plane");
+            }
+        }
+    }
+
+    /// The plane of a head of the group.
+    fn of_head(planes: &[&'a DensePlane], head: usize) -> Option<&'a DensePlane> {
+        planes.get(if planes.len() == 1 { 0 } else { head }).copied()
+    }
 }
 
 /// A score left the range of f32.
@@ -63,7 +102,8 @@ pub struct ScoreOverflow {
 ///
 /// # Panics
 /// If `q` or `kv` doesn't have the call's shape, the group isn't one of it, `tokens` reaches past the last query, or a slot of
-/// `node` isn't resident in `kv`, or `compute` isn't for its storage or not what these kernels have.
+/// `node` isn't resident in `kv`, or `compute` isn't for its storage, not what these kernels have or not what the operator's path
+/// has, or planes aren't those that the operator reads.
 pub fn attend_node(
     kernels: &Kernels,
     call: &GroupCall<'_>,
@@ -85,6 +125,8 @@ pub fn attend_node(
         Ok(there) => assert_eq!(there.compute(), compute, "{kernels:?} compute in {there}"),
         Err(mismatch) => panic!("{mismatch}"),
     }
+    assert_eq!(call.operator.check_compute(compute), Ok(()));
+    call.side.check(call);
 
     let n_rows = tokens.len() * group;
     if n_rows == 0 {
@@ -202,14 +244,23 @@ impl NodeTask<'_> {
         let first = pages.partition_point(|page| (page + 1) * PAGE_KEYS <= hull.start);
         let end = pages.partition_point(|page| page * PAGE_KEYS < hull.end);
         let pages = &pages[first..end];
-        let factor = query_factor(self.call.operator.scale());
-        let layout = QueryLayout::new(n_rows, d, self.call.kv.storage(), self.compute, self.kernels.tiles());
+        let operator = self.call.operator;
+        let storage = self.call.kv.storage();
+        let (layout, scratch_floats) = match operator.path() {
+            Path::Plain => {
+                let layout = QueryLayout::new(n_rows, d, storage, self.compute, self.kernels.tiles());
+                (layout, layout.scratch_floats(self.call.kv))
+            }
+            Path::General => {
+                (QueryLayout::general(n_rows, d, self.kernels), general::scratch_floats(n_rows, self.call.kv))
+            }
+        };
         let query_words = layout.words().next_multiple_of(16);
         let sum_floats = n_rows.next_multiple_of(16);
         let floats = query_words + 2 * sum_floats + n_rows * columns;
 
         let _standard = FloatEnvironment::standard();
-        with_scratch(floats + layout.scratch_floats(self.call.kv), |memory| {
+        with_scratch(floats + scratch_floats, |memory| {
             let (q, memory) = memory.split_at_mut(query_words);
             let (m, memory) = memory.split_at_mut(sum_floats);
             let (l, memory) = memory.split_at_mut(sum_floats);
@@ -219,10 +270,20 @@ impl NodeTask<'_> {
                 &self.call.q[(head * shape.n_queries() + token) * d..][..d]
             };
             let q = &mut q[..layout.words()];
-            self.kernels.pack_queries(layout, &(0..n_rows).map(of_row).collect::<Vec<_>>(), factor, q);
+            let of_rows = (0..n_rows).map(of_row).collect::<Vec<_>>();
+            self.kernels.pack_queries(layout, &of_rows, operator.factor(), q);
             let rows = RowBlock { q, visible: &visible, kv: self.call.kv, pages };
             let mut out = RowPartials { m: &mut m[..n_rows], l: &mut l[..n_rows], o };
-            let overflow = self.kernels.attend_block(&rows, layout, scratch, &mut out);
+            let overflow = match operator.path() {
+                Path::Plain => self.kernels.attend_block(&rows, layout, scratch, &mut out),
+                Path::General => {
+                    let terms: Vec<RowTerms<'_>> =
+                        (0..n_rows).map(|row| self.terms(place(row), &mask)).collect();
+                    let (cap, normaliser) = (operator.cap(), operator.normaliser());
+                    let block = GeneralBlock { rows, terms: &terms, cap, normaliser };
+                    general::attend(self.kernels, &block, scratch, &mut out)
+                }
+            };
             for (row, o) in o.chunks_exact(columns).enumerate() {
                 let (head, token) = (row % n_heads, row / n_heads);
                 let to = &mut block.heads[head];
@@ -235,6 +296,19 @@ impl NodeTask<'_> {
                 ScoreOverflow { head_in_group, token }
             })
         })
+    }
+
+    /// What the scores of a row meet.
+    fn terms(&self, (head, token): (usize, usize), mask: &BatchMask<'_>) -> RowTerms<'_> {
+        let GroupCall { shape, operator, group, side, .. } = self.call;
+        let (batch, kv_head) = (group / shape.n_kv_heads(), group % shape.n_kv_heads());
+        let of_batch = batch * shape.n_heads() + kv_head * shape.group_size() + head;
+        RowTerms {
+            token,
+            mask: Side::of_head(side.mask, head),
+            bias: Side::of_head(side.bias, head),
+            ramp: operator.ramp(of_batch, mask.position(token)),
+        }
     }
 }
 

@@ -20,6 +20,13 @@
 //!    `s = fl(x * log2 e)`. It merges by rule 6 once, on the right of all keys.
 //! 10. Where weights are sigmoids, `m = 0` for every row that sees a key and `l` is their sum, so rule 6 adds. The context is
 //!     `o + 0.0`, `lse = ln l`, and -inf where `l = 0`.
+//! 11. Scores capped at `c`: rule 1 multiplies by `fl(scale / c)` instead, and `s = fl(c * log2 e) * tanh(s)`.
+//! 12. `tanh(z)`: see [`functions`], whose scalar code is the definition. Divisions are IEEE's.
+//! 13. Biases, one kind after the other in the order of `bias.rs`: `s = fma(b, log2 e, s)`, `b` in natural units as the file of its kind
+//!     computes it.
+//! 14. A key that a selection masks is invisible to all rules above, like one outside the interval: its score becomes -inf by a select,
+//!     whatever it was.
+//! 15. Weights that are sigmoids: `s = fma(bias, log2 e, s)`, then `t = P(-|s|, 0)` and `p = t / (1 + t)` where `s < 0`, else `1 / (1 + t)`.
 //!
 //! Which keys are visible is said by intervals (`mask.rs`), which touch none of this: a row has the bits it would have if
 //! the keys that it doesn't see were not there, except that pages begin where they begin.
@@ -31,6 +38,8 @@
 //! Rule 6 with a row that saw no key, `(-inf, 0, 0)`, on either side gives the other side back, except that a zero
 //! of `o` may lose its minus sign. Rule 8 drops that sign for every zero. So a row may be merged with its identity or
 //! skipped, as suits the kernel.
+
+pub(crate) mod functions;
 
 /// Names the order of arithmetic; it changes when any bit of any result may change.
 pub const KERNEL_ID: &str = "c1-f32";

@@ -134,7 +134,7 @@ mod tests {
     use rand::{RngExt, SeedableRng};
 
     use super::*;
-    use crate::attend::{GroupCall, attend_node};
+    use crate::attend::{GroupCall, Side, attend_node};
     use crate::compute::Effective;
     use crate::dtype::Dtype;
     use crate::mask::Causal;
@@ -165,8 +165,15 @@ mod tests {
             kv.write_v(page, &rows(&v, dv), Dtype::F32, true).unwrap();
         }
         let operator = Operator::plain(scale, Causal::None);
-        let call =
-            GroupCall { shape, operator: &operator, group: 0, q: &q, kv: &kv, compute: Effective::F32 };
+        let call = GroupCall {
+            shape,
+            operator: &operator,
+            group: 0,
+            q: &q,
+            kv: &kv,
+            side: Side::default(),
+            compute: Effective::F32,
+        };
         let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
         let rows = |kernels: &Kernels| -> FinishedRows {
             let tokens = 0..shape.n_queries();

@@ -6,6 +6,8 @@
 //!
 //! Where pages can't be protected the NaNs remain. Under Miri, which sees every access by itself, cases are few and small.
 
+mod general;
+
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 

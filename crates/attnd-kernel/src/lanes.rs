@@ -51,15 +51,23 @@ pub(crate) unsafe trait Lanes: Copy {
     unsafe fn max(a: Self::V, b: Self::V) -> Self::V;
     /// The smaller of each pair. Where one is NaN, either may come back.
     unsafe fn min(a: Self::V, b: Self::V) -> Self::V;
+    /// The smaller of `most`, which is a number, and `a`; NaN where `a` is.
+    unsafe fn min_keep(most: Self::V, a: Self::V) -> Self::V;
+    /// Without their signs.
+    unsafe fn abs(a: Self::V) -> Self::V;
+    /// `a`, which has no sign, with that of `sign`.
+    unsafe fn copy_sign(a: Self::V, sign: Self::V) -> Self::V;
     /// Nearest integer, ties to even.
     unsafe fn rint(a: Self::V) -> Self::V;
     /// `y * 2^e` for an integer `e <= 0` and normal `y * 2^e`, and 0 where `e <= -126`. NaN where `y` is NaN and `e`
     /// is not <= -126.
     unsafe fn scale_or_flush(y: Self::V, e: Self::V) -> Self::V;
-    /// `y * 2^e` as [`Lanes::scale_or_flush`], for callers that know every `e` to be in -126 < e <= 0.
+    /// `y * 2^e` as [`Lanes::scale_or_flush`], for callers that know every `e` to be in -126 < e < 128, or `y` to be NaN with it.
     unsafe fn scale(y: Self::V, e: Self::V) -> Self::V;
-    /// `yes` where `lo <= at < hi`, else `no`. None of the three positions is NaN.
+    /// `yes` where `lo <= at < hi`, else `no`, which it also is where a position is NaN.
     unsafe fn select_between(at: Self::V, lo: Self::V, hi: Self::V, yes: Self::V, no: Self::V) -> Self::V;
+    /// `yes` where bit `i` of `bits` is set, of lane `i`, else `no`.
+    unsafe fn select_bits(bits: u16, yes: Self::V, no: Self::V) -> Self::V;
     /// Every NaN replaced by [`crate::canonical::CANONICAL_NAN`].
     unsafe fn canonical_nan(a: Self::V) -> Self::V;
     /// Swaps lanes and vectors: lane `i` of vector `j` becomes lane `j` of vector `i`.

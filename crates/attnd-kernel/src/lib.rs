@@ -20,9 +20,10 @@
 //! **Map.** [`slot`] and [`shape`] are the vocabulary; `mask.rs` makes an interval of keys for each row; [`KvHead`] holds
 //! keys and values as the kernels read them; [`attend_node`] computes a [`PartialRows`]; partials merge and finish. Inside:
 //! `block.rs` (a block of rows, and which family takes it), `rows.rs` and `queries.rs` (the families: rows broadcast, lanes =
-//! queries), `product.rs` (the register tile of both), `arithmetic.rs` (how it multiplies), `widen.rs` (whole pages in f32),
-//! `fold.rs` (the order of merges), `lanes.rs` and `arch/` (vectors), `dispatch.rs` (which ISA),
-//! `free_order.rs` (what the canonical order is measured against).
+//! queries), `general.rs` (stages between products and weights: cap, biases of `bias.rs`, masks and other normalisers),
+//! `product.rs` (the register tile), `arithmetic.rs` (how it multiplies), `widen.rs` (whole pages in f32), `fold.rs` (the order
+//! of merges), `lanes.rs` and `arch/` (vectors), `dispatch.rs` (which ISA), `free_order.rs` (what the canonical order is
+//! measured against).
 //! This is the only crate of the project with unsafe code.
 
 #![allow(unsafe_code)]
@@ -32,6 +33,7 @@
 mod arch;
 mod arithmetic;
 mod attend;
+mod bias;
 mod block;
 mod buffer;
 mod cache;
@@ -45,13 +47,16 @@ mod float_env;
 mod fold;
 #[cfg(all(feature = "free-order", target_arch = "x86_64"))]
 mod free_order;
+mod general;
 #[cfg(test)]
 mod hostile_memory;
 mod lanes;
 mod mask;
+mod normaliser;
 mod operator;
 mod pages;
 mod partial;
+mod plane;
 mod product;
 mod quantise;
 mod queries;
@@ -62,16 +67,19 @@ pub mod slot;
 mod storage;
 mod widen;
 
-pub use attend::{GroupCall, ScoreOverflow, attend_node};
+pub use attend::{GroupCall, ScoreOverflow, Side, attend_node};
+pub use bias::Bias;
 pub use buffer::OutOfMemory;
 pub use calibrate::{ReadArea, core_ghz};
 pub use canonical::KERNEL_ID;
 pub use compute::{Compute, Effective, StorageMismatch};
 pub use dispatch::{ISA_VARIABLE, Isa, IsaError, Kernels};
 pub use dtype::{Dtype, first_non_finite, widen};
-pub use mask::{BatchMask, Causal, Documents, Mask, MaskError, PerBatch, Positions, Run, Window};
-pub use operator::{EmptyRow, Operator, OperatorError, OperatorParts};
+pub use mask::{BatchMask, Causal, Documents, Mask, MaskError, PerBatch, Positions, Run, Selection, Window};
+pub use normaliser::Normaliser;
+pub use operator::{EmptyRow, Operator, OperatorError, OperatorParts, Path};
 pub use pages::{KvHead, NonFinite};
 pub use partial::{FinishedRows, PartialRows};
+pub use plane::{BiasValue, DensePlane};
 pub use shape::{AttnShape, Dims, ShapeError};
 pub use storage::Storage;

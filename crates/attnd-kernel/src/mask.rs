@@ -1,14 +1,17 @@
-//! Which keys a query token sees. Every mask of this crate is one interval of keys per row: `interval.rs` has the rules that
+//! Which keys a query token sees. Most masks are one interval of keys per row: `interval.rs` has the rules that
 //! make it, `documents.rs` the runs of sequences that are packed into one. Kernels compute the pages of that interval and
-//! look at no other.
+//! look at no other. `selection.rs` has what masks single keys of the interval besides, which takes the general path.
 
 mod documents;
 mod interval;
+mod selection;
 
 use std::ops::Range;
 
 pub use self::documents::{Documents, Run};
 pub use self::interval::{BatchMask, Mask, MaskError, PerBatch, Positions, Window};
+pub(crate) use self::selection::PageBits;
+pub use self::selection::Selection;
 use crate::shape::AttnShape;
 
 /// The causal rules, short for a [`Mask`] that has no other. With `Tq` queries and `Tk` keys, query `i` sees key `j` when:

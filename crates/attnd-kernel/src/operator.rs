@@ -5,10 +5,12 @@
 
 use std::sync::Arc;
 
+use crate::bias::{Bias, Ramp};
 use crate::canonical::{CANONICAL_NAN, query_factor};
 use crate::compute::Compute;
 use crate::dispatch::Kernels;
-use crate::mask::{BatchMask, Causal, Mask, MaskError};
+use crate::mask::{BatchMask, Causal, Mask, MaskError, Selection};
+use crate::normaliser::Normaliser;
 use crate::partial::{FinishedRows, PartialRows};
 use crate::shape::AttnShape;
 
@@ -17,8 +19,16 @@ use crate::shape::AttnShape;
 pub struct OperatorParts {
     /// What scores are multiplied by: any finite number, of either sign or 0.
     pub scale: f32,
+    /// Scores become `cap * tanh(score / cap)`, before biases and masks; finite and over 0.
+    pub softcap: Option<f32>,
+    /// What is added to scores, at most one of each kind.
+    pub biases: Vec<Bias>,
     /// Which keys a row sees.
     pub mask: Mask,
+    /// Which of these it doesn't see after all.
+    pub selection: Option<Selection>,
+    /// How scores become weights.
+    pub normaliser: Normaliser,
     /// A logit for each query head, `[heads]`, that joins the denominator of each of its rows and has no value; -inf is none.
     pub sinks: Option<Arc<[f32]>>,
     /// What a row is that sees neither a key nor a sink.
@@ -28,8 +38,50 @@ pub struct OperatorParts {
 impl OperatorParts {
     /// A scale and a causal rule, and nothing else.
     pub fn plain(scale: f32, causal: Causal) -> Self {
-        Self { scale, mask: causal.into(), sinks: None, empty_row: EmptyRow::Zero }
+        Self {
+            scale,
+            softcap: None,
+            biases: Vec::new(),
+            mask: causal.into(),
+            selection: None,
+            normaliser: Normaliser::Softmax,
+            sinks: None,
+            empty_row: EmptyRow::Zero,
+        }
     }
+}
+
+impl OperatorParts {
+    /// Checks the biases, and puts them into the order in which they are added.
+    fn check_biases(&mut self, shape: &AttnShape) -> Result<(), OperatorError> {
+        self.biases.sort_by_key(Bias::order);
+        if let Some(pair) = self.biases.windows(2).find(|pair| pair[0].order() == pair[1].order()) {
+            return Err(OperatorError::Twice { bias: pair[0].name() });
+        }
+        for bias in &self.biases {
+            let Bias::Alibi { slopes, by_key } = bias else { continue };
+            let (got, heads, batch) = (slopes.len(), shape.n_heads(), shape.batch());
+            if got != heads && got != heads * batch {
+                return Err(OperatorError::SlopeCount { got, heads, batch });
+            }
+            if let Some(at) = slopes.iter().position(|slope| !slope.is_finite()) {
+                return Err(OperatorError::Slope { at, slope: slopes[at] });
+            }
+            if !by_key {
+                self.mask.check_positions(bias.name(), shape)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Which kernels a call takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Path {
+    /// Products and intervals of keys, and nothing in between.
+    Plain,
+    /// Stages between the products and the weights.
+    General,
 }
 
 /// The context of a row that sees nothing. Its lse is -inf whatever the context is.
@@ -50,6 +102,52 @@ pub enum OperatorError {
     Scale {
         /// As given.
         scale: f32,
+    },
+    /// The cap isn't over 0 or not finite, or too small for the scale or too large in units of the binary logarithm.
+    #[error("softcap is {cap}, scale is {scale}")]
+    Softcap {
+        /// As given.
+        cap: f32,
+        /// What scores are multiplied by.
+        scale: f32,
+    },
+    /// Two biases of a kind.
+    #[error("{bias} twice")]
+    Twice {
+        /// Which kind.
+        bias: &'static str,
+    },
+    /// Another number of slopes than heads.
+    #[error("bias.alibi has {got} slopes, num_heads is {heads}, batch is {batch}")]
+    SlopeCount {
+        /// How many there are.
+        got: usize,
+        /// Heads of a batch element.
+        heads: usize,
+        /// Batch elements.
+        batch: usize,
+    },
+    /// A slope is NaN or infinite.
+    #[error("bias.alibi.slopes[{at}] is {slope}")]
+    Slope {
+        /// Which one.
+        at: usize,
+        /// As given.
+        slope: f32,
+    },
+    /// The sigmoid's bias is NaN or infinite, or becomes infinite in units of the binary logarithm.
+    #[error("normaliser.sigmoid_bias is {bias}")]
+    SigmoidBias {
+        /// As given.
+        bias: f32,
+    },
+    /// Two options that exclude each other.
+    #[error("{one} and {other}")]
+    Together {
+        /// One of them.
+        one: &'static str,
+        /// The other one.
+        other: &'static str,
     },
     /// Another number of sinks than heads.
     #[error("sinks has {got} logits, num_heads is {heads}")]
@@ -83,11 +181,26 @@ impl Operator {
     ///
     /// # Errors
     /// [`OperatorError`] for the first part that makes no sense.
-    pub fn new(parts: OperatorParts, shape: &AttnShape) -> Result<Self, OperatorError> {
+    pub fn new(mut parts: OperatorParts, shape: &AttnShape) -> Result<Self, OperatorError> {
         if !query_factor(parts.scale).is_finite() {
             return Err(OperatorError::Scale { scale: parts.scale });
         }
+        if let Some(cap) = parts.softcap {
+            let (scale, is_over_0) = (parts.scale, cap > 0.0);
+            if !is_over_0 || !query_factor(cap).is_finite() || !(scale / cap).is_finite() {
+                return Err(OperatorError::Softcap { cap, scale });
+            }
+        }
         parts.mask.check(shape)?;
+        parts.check_biases(shape)?;
+        if let Normaliser::Sigmoid { bias } = parts.normaliser {
+            if !query_factor(bias).is_finite() {
+                return Err(OperatorError::SigmoidBias { bias });
+            }
+            if parts.sinks.is_some() {
+                return Err(OperatorError::Together { one: "normaliser=sigmoid", other: "sinks" });
+            }
+        }
         if let Some(sinks) = &parts.sinks {
             if sinks.len() != shape.n_heads() {
                 return Err(OperatorError::SinkCount { got: sinks.len(), heads: shape.n_heads() });
@@ -109,6 +222,81 @@ impl Operator {
     /// What scores are multiplied by.
     pub fn scale(&self) -> f32 {
         self.parts.scale
+    }
+
+    /// Which kernels a call with this operator takes.
+    pub fn path(&self) -> Path {
+        let OperatorParts { softcap, biases, selection, normaliser, .. } = &self.parts;
+        let is_plain = softcap.is_none()
+            && biases.is_empty()
+            && selection.is_none()
+            && *normaliser == Normaliser::Softmax;
+        if is_plain { Path::Plain } else { Path::General }
+    }
+
+    /// Refuses an arithmetic that the operator's kernels don't have.
+    ///
+    /// # Errors
+    /// [`OperatorError::Together`] for dot products of narrow elements on the general path.
+    pub fn check_compute(&self, compute: Compute) -> Result<(), OperatorError> {
+        let OperatorParts { softcap, biases, selection, .. } = &self.parts;
+        let one = match compute {
+            _ if self.path() == Path::Plain => return Ok(()),
+            Compute::F32 => return Ok(()),
+            Compute::Bf16 => "compute=bf16",
+            Compute::Int8 => "compute=int8",
+        };
+        let other = match (softcap, biases.first(), selection) {
+            (Some(_), _, _) => "softcap",
+            (None, Some(bias), _) => bias.name(),
+            (None, None, Some(Selection::Dense)) => "mask.dense",
+            (None, None, None) => "normaliser=sigmoid",
+        };
+        Err(OperatorError::Together { one, other })
+    }
+
+    /// What queries are multiplied by (rules 1 and 11).
+    pub(crate) fn factor(&self) -> f32 {
+        match self.parts.softcap {
+            None => query_factor(self.parts.scale),
+            Some(cap) => self.parts.scale / cap,
+        }
+    }
+
+    /// `fl(cap * log2 e)`, where scores are capped.
+    pub(crate) fn cap(&self) -> Option<f32> {
+        self.parts.softcap.map(query_factor)
+    }
+
+    /// Scores become `cap * tanh(score / cap)`.
+    pub fn softcap(&self) -> Option<f32> {
+        self.parts.softcap
+    }
+
+    /// What is added to scores, in this order.
+    pub fn biases(&self) -> &[Bias] {
+        &self.parts.biases
+    }
+
+    /// Which keys of its interval a row doesn't see.
+    pub fn selection(&self) -> Option<Selection> {
+        self.parts.selection
+    }
+
+    /// How scores become weights.
+    pub fn normaliser(&self) -> Normaliser {
+        self.parts.normaliser
+    }
+
+    /// The linear bias of a row of query head `head`, flattened over the batch.
+    pub(crate) fn ramp(&self, head: usize, position: i64) -> Option<Ramp> {
+        self.parts.biases.iter().find_map(|bias| match bias {
+            Bias::Alibi { slopes, by_key } => {
+                let slope = slopes[head % slopes.len()];
+                Some(Ramp { slope, position: position as f32, by_key: *by_key })
+            }
+            Bias::Dense => None,
+        })
     }
 
     /// Which keys a row sees.
@@ -134,9 +322,12 @@ impl Operator {
     /// Names the order of arithmetic of a call with this operator. What could be asked for before there were operators keeps
     /// the name it had; all else has a name that nodes of that time refuse.
     pub fn kernel_id(&self, compute: Compute) -> &'static str {
-        let OperatorParts { scale, mask, sinks, empty_row } = &self.parts;
-        let plain =
-            *scale > 0.0 && mask.as_causal().is_some() && sinks.is_none() && *empty_row == EmptyRow::Zero;
+        let OperatorParts { scale, mask, sinks, empty_row, .. } = &self.parts;
+        let plain = self.path() == Path::Plain
+            && *scale > 0.0
+            && mask.as_causal().is_some()
+            && sinks.is_none()
+            && *empty_row == EmptyRow::Zero;
         match compute {
             _ if plain => compute.kernel_id(),
             Compute::F32 => "c1-f32-op1",
@@ -162,14 +353,15 @@ impl Operator {
             Some(sinks) => rows.with_sinks(&sinks[first_head..][..shape.group_size()], kernels),
             None => rows,
         };
-        match self.parts.empty_row {
-            EmptyRow::Zero => rows.finish(kernels),
-            EmptyRow::Nan => {
-                let unseen = rows.unseen();
-                let mut finished = rows.finish(kernels);
-                finished.fill(&unseen, CANONICAL_NAN);
-                finished
-            }
-        }
+        let unseen = match self.parts.empty_row {
+            EmptyRow::Zero => Vec::new(),
+            EmptyRow::Nan => rows.unseen(),
+        };
+        let mut finished = match self.parts.normaliser {
+            Normaliser::Softmax => rows.finish(kernels),
+            Normaliser::Sigmoid { .. } => rows.finish_sigmoid(kernels),
+        };
+        finished.fill(&unseen, CANONICAL_NAN);
+        finished
     }
 }

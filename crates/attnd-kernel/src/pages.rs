@@ -28,7 +28,7 @@ pub(crate) const PANEL_COLUMNS: usize = 64;
 /// Values are padded to a multiple of this many columns.
 pub(crate) const COLUMN_STEP: usize = 16;
 
-const ABSENT: u32 = u32::MAX;
+pub(crate) const ABSENT: u32 = u32::MAX;
 
 /// Keys and values of one kv head in the pages of a range of slots.
 #[derive(Debug)]
@@ -97,7 +97,7 @@ impl PageWords {
     }
 }
 
-fn owned_pages(n_keys: usize, slots: &Range<usize>) -> impl Iterator<Item = usize> {
+pub(crate) fn owned_pages(n_keys: usize, slots: &Range<usize>) -> impl Iterator<Item = usize> {
     (0..n_pages(n_keys)).filter(move |page| slots.contains(&slot_of_page(*page)))
 }
 

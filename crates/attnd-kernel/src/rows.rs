@@ -16,8 +16,8 @@
 
 #[cfg(all(feature = "free-order", target_arch = "x86_64"))]
 pub(crate) mod free_order;
-mod softmax;
-mod tile;
+pub(crate) mod softmax;
+pub(crate) mod tile;
 
 use std::ops::Range;
 

@@ -122,6 +122,18 @@ unsafe fn select_between_eight(at: __m256, lo: __m256, hi: __m256, yes: __m256, 
 }
 
 /// # Safety
+/// The CPU must have AVX2.
+#[inline(always)]
+unsafe fn select_bits_of_eight(bits: i32, yes: __m256, no: __m256) -> __m256 {
+    // SAFETY: the caller vouches for AVX2.
+    unsafe {
+        let of_lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+        let set = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(bits), of_lane), of_lane);
+        _mm256_blendv_ps(no, yes, _mm256_castsi256_ps(set))
+    }
+}
+
+/// # Safety
 /// The CPU must have AVX.
 #[inline(always)]
 unsafe fn canonical_nan_of_eight(a: __m256) -> __m256 {
@@ -245,6 +257,26 @@ unsafe impl Lanes for Avx2 {
         unsafe { [_mm256_min_ps(a[0], b[0]), _mm256_min_ps(a[1], b[1])] }
     }
     #[inline(always)]
+    unsafe fn min_keep(most: Self::V, a: Self::V) -> Self::V {
+        // The instruction gives its second operand where one is NaN.
+        unsafe { [_mm256_min_ps(most[0], a[0]), _mm256_min_ps(most[1], a[1])] }
+    }
+    #[inline(always)]
+    unsafe fn abs(a: Self::V) -> Self::V {
+        unsafe {
+            let sign = _mm256_set1_ps(-0.0);
+            [_mm256_andnot_ps(sign, a[0]), _mm256_andnot_ps(sign, a[1])]
+        }
+    }
+    #[inline(always)]
+    unsafe fn copy_sign(a: Self::V, sign: Self::V) -> Self::V {
+        unsafe {
+            let bit = _mm256_set1_ps(-0.0);
+            let signs = [_mm256_and_ps(sign[0], bit), _mm256_and_ps(sign[1], bit)];
+            [_mm256_or_ps(a[0], signs[0]), _mm256_or_ps(a[1], signs[1])]
+        }
+    }
+    #[inline(always)]
     unsafe fn rint(a: Self::V) -> Self::V {
         unsafe {
             const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
@@ -284,6 +316,15 @@ unsafe impl Lanes for Avx2 {
             [
                 select_between_eight(at[0], lo[0], hi[0], yes[0], no[0]),
                 select_between_eight(at[1], lo[1], hi[1], yes[1], no[1]),
+            ]
+        }
+    }
+    #[inline(always)]
+    unsafe fn select_bits(bits: u16, yes: Self::V, no: Self::V) -> Self::V {
+        unsafe {
+            [
+                select_bits_of_eight(bits.into(), yes[0], no[0]),
+                select_bits_of_eight((bits >> 8).into(), yes[1], no[1]),
             ]
         }
     }

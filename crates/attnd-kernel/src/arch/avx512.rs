@@ -96,6 +96,19 @@ unsafe impl Lanes for Avx512 {
         unsafe { _mm512_min_ps(a, b) }
     }
     #[inline(always)]
+    unsafe fn min_keep(most: Self::V, a: Self::V) -> Self::V {
+        // The instruction gives its second operand where one is NaN.
+        unsafe { _mm512_min_ps(most, a) }
+    }
+    #[inline(always)]
+    unsafe fn abs(a: Self::V) -> Self::V {
+        unsafe { _mm512_andnot_ps(_mm512_set1_ps(-0.0), a) }
+    }
+    #[inline(always)]
+    unsafe fn copy_sign(a: Self::V, sign: Self::V) -> Self::V {
+        unsafe { _mm512_or_ps(a, _mm512_and_ps(sign, _mm512_set1_ps(-0.0))) }
+    }
+    #[inline(always)]
     unsafe fn rint(a: Self::V) -> Self::V {
         unsafe { _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a) }
     }
@@ -150,6 +163,10 @@ unsafe impl Lanes for Avx512 {
             let between = _mm512_mask_cmp_ps_mask::<_CMP_LT_OQ>(from, at, hi);
             _mm512_mask_blend_ps(between, no, yes)
         }
+    }
+    #[inline(always)]
+    unsafe fn select_bits(bits: u16, yes: Self::V, no: Self::V) -> Self::V {
+        unsafe { _mm512_mask_blend_ps(bits, no, yes) }
     }
     #[inline(always)]
     unsafe fn canonical_nan(a: Self::V) -> Self::V {

@@ -146,6 +146,19 @@ unsafe impl Lanes for Neon {
         zip(a, b, |a, b| unsafe { vminq_f32(a, b) })
     }
     #[inline(always)]
+    unsafe fn min_keep(most: V, a: V) -> V {
+        // NaN wherever one is.
+        zip(most, a, |most, a| unsafe { vminq_f32(most, a) })
+    }
+    #[inline(always)]
+    unsafe fn abs(a: V) -> V {
+        a.map(|a| unsafe { vabsq_f32(a) })
+    }
+    #[inline(always)]
+    unsafe fn copy_sign(a: V, sign: V) -> V {
+        zip(a, sign, |a, sign| unsafe { vbslq_f32(vdupq_n_u32(1 << 31), sign, a) })
+    }
+    #[inline(always)]
     unsafe fn rint(a: V) -> V {
         a.map(|a| unsafe { vrndnq_f32(a) })
     }
@@ -184,6 +197,14 @@ unsafe impl Lanes for Neon {
         std::array::from_fn(|i| unsafe {
             let between = vandq_u32(vcleq_f32(lo[i], at[i]), vcltq_f32(at[i], hi[i]));
             vbslq_f32(between, yes[i], no[i])
+        })
+    }
+    #[inline(always)]
+    unsafe fn select_bits(bits: u16, yes: V, no: V) -> V {
+        std::array::from_fn(|i| unsafe {
+            let of_lane = [1_u32, 2, 4, 8];
+            let set = vtstq_u32(vdupq_n_u32(u32::from(bits) >> (4 * i)), vld1q_u32(of_lane.as_ptr()));
+            vbslq_f32(set, yes[i], no[i])
         })
     }
     #[inline(always)]

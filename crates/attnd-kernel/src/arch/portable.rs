@@ -90,6 +90,18 @@ unsafe impl Lanes for Portable {
         zip(a, b, |a, b| if a < b { a } else { b })
     }
     #[inline(always)]
+    unsafe fn min_keep(most: V, a: V) -> V {
+        zip(most, a, |most, a| if a > most { most } else { a })
+    }
+    #[inline(always)]
+    unsafe fn abs(a: V) -> V {
+        a.map(f32::abs)
+    }
+    #[inline(always)]
+    unsafe fn copy_sign(a: V, sign: V) -> V {
+        zip(a, sign, f32::copysign)
+    }
+    #[inline(always)]
     unsafe fn rint(a: V) -> V {
         a.map(f32::round_ties_even)
     }
@@ -111,6 +123,10 @@ unsafe impl Lanes for Portable {
     #[inline(always)]
     unsafe fn select_between(at: V, lo: V, hi: V, yes: V, no: V) -> V {
         std::array::from_fn(|i| if lo[i] <= at[i] && at[i] < hi[i] { yes[i] } else { no[i] })
+    }
+    #[inline(always)]
+    unsafe fn select_bits(bits: u16, yes: V, no: V) -> V {
+        std::array::from_fn(|i| if bits >> i & 1 == 1 { yes[i] } else { no[i] })
     }
     #[inline(always)]
     unsafe fn canonical_nan(a: V) -> V {

@@ -254,15 +254,19 @@ impl Mask {
 
     /// Refuses rules about positions where nobody said which and it matters.
     fn check_alignment(&self, shape: &AttnShape) -> Result<(), MaskError> {
-        let option = if self.causal {
-            "causal"
+        if self.causal {
+            self.check_positions("causal", shape)
         } else if self.window != Window::default() {
-            "mask.window"
+            self.check_positions("mask.window", shape)
         } else if self.chunk.is_some() {
-            "mask.chunk"
+            self.check_positions("mask.chunk", shape)
         } else {
-            return Ok(());
-        };
+            Ok(())
+        }
+    }
+
+    /// Refuses `option`, which is about positions, where nobody said which and it matters.
+    pub(crate) fn check_positions(&self, option: &'static str, shape: &AttnShape) -> Result<(), MaskError> {
         if self.positions.is_some() {
             return Ok(());
         }

@@ -75,6 +75,28 @@ unsafe fn weigh_row<L: Lanes, A: Arithmetic<L>>(
         for j in (first..visible.start).chain(visible.end..last) {
             *s.add(j) = f32::NEG_INFINITY;
         }
+        let (m, l, largest) = weigh_vectors::<L, A>(s, first, last, value_scales);
+        let overflow = lowest == f32::NEG_INFINITY || m == f32::INFINITY || l.is_nan();
+        let largest = if A::INTEGERS { L::largest(largest) } else { 0.0 };
+        (RowSum { m, l, overflow, weight_scale: 1.0 }, largest)
+    }
+}
+
+/// Turns the scores of whole vectors `first..last` of a row into weights as [`Arithmetic::weight`] leaves them, where invisible
+/// ones are -inf by now. Returns their integer maximum, the sum of the weights, and the largest of each lane if `A` is of integers.
+///
+/// # Safety
+/// The ISA of `L`, and what `A` needs, is enabled; `s` is valid for reading and writing `first..last`, which are multiples of 16
+/// and `first < last`; `value_scales` for reading `last` if values have scales.
+#[inline(always)]
+pub(crate) unsafe fn weigh_vectors<L: Lanes, A: Arithmetic<L>>(
+    s: *mut f32,
+    first: usize,
+    last: usize,
+    value_scales: *const f32,
+) -> (f32, f32, L::V) {
+    // SAFETY: every access is in first..last.
+    unsafe {
         let mut max = L::load(s.add(first));
         for j in (first + 16..last).step_by(16) {
             max = L::max(max, L::load(s.add(j)));
@@ -100,10 +122,7 @@ unsafe fn weigh_row<L: Lanes, A: Arithmetic<L>>(
             }
             sums = L::add(sums, p);
         }
-        let l = L::halving_sum(sums);
-        let overflow = lowest == f32::NEG_INFINITY || m == f32::INFINITY || l.is_nan();
-        let largest = if A::INTEGERS { L::largest(largest) } else { 0.0 };
-        (RowSum { m, l, overflow, weight_scale: 1.0 }, largest)
+        (m, L::halving_sum(sums), largest)
     }
 }
 

@@ -26,7 +26,7 @@ macro_rules! with_rows {
 }
 
 /// Rows of the largest tile.
-pub(super) const MAX_ROWS: usize = 6;
+pub(crate) const MAX_ROWS: usize = 6;
 
 /// How far ahead of its use a tile of `rows` rows asks for a line of a panel, in words, where the CPU wants it asked for
 /// `ahead` words before.
@@ -40,21 +40,21 @@ const fn ahead_of(rows: usize, ahead: usize) -> usize {
 
 /// The queries of some rows.
 #[derive(Clone, Copy)]
-pub(super) struct Queries {
+pub(crate) struct Queries {
     /// Laid out in tiles of `MR` rows, as `QueryLayout::Tiles` says.
-    pub(super) at: *const f32,
-    pub(super) n_rows: usize,
-    pub(super) d: usize,
+    pub(crate) at: *const f32,
+    pub(crate) n_rows: usize,
+    pub(crate) d: usize,
     /// Where queries are integers, what those of each row are multiplied by.
-    pub(super) scales: *const f32,
+    pub(crate) scales: *const f32,
 }
 
 /// The K panels or the V panels of a page.
 #[derive(Clone, Copy)]
-pub(super) struct Panels {
-    pub(super) at: *const f32,
+pub(crate) struct Panels {
+    pub(crate) at: *const f32,
     /// Where elements are integers, what those of each of the 256 keys or values are multiplied by.
-    pub(super) scales: *const f32,
+    pub(crate) scales: *const f32,
 }
 
 /// Scores of some rows against panels `panels` of one page: `s[row * 256 + key]`.
@@ -63,7 +63,7 @@ pub(super) struct Panels {
 /// The ISA of `L`, and what `A` needs, is enabled. `q` is valid for the words of its rows, `k` for those of a page's keys, `s` for
 /// `n_rows * 256` writes.
 #[inline(always)]
-pub(super) unsafe fn scores<
+pub(crate) unsafe fn scores<
     L: Lanes,
     A: Arithmetic<L>,
     const MR: usize,
@@ -137,7 +137,7 @@ unsafe fn score_tile<L: Lanes, A: Arithmetic<L>, const MR: usize, const NR: usiz
 
 /// Where the accumulators of a context tile start.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Start {
+pub(crate) enum Start {
     /// From +0: the first keys of a page.
     Zero,
     /// From what is in the output: further keys of the same page.
@@ -146,21 +146,21 @@ pub(super) enum Start {
 
 /// The weights of some rows over a page.
 #[derive(Clone, Copy)]
-pub(super) struct Weights {
+pub(crate) struct Weights {
     /// `[n_rows][256]`; of packed ones the words come first.
-    pub(super) at: *const f32,
-    pub(super) n_rows: usize,
+    pub(crate) at: *const f32,
+    pub(crate) n_rows: usize,
     /// Where weights are integers, what those of each row are multiplied by.
-    pub(super) scales: *const f32,
+    pub(crate) scales: *const f32,
 }
 
 /// Where a context goes: `[n_rows][columns]`.
 #[derive(Clone, Copy)]
-pub(super) struct Output {
-    pub(super) at: *mut f32,
+pub(crate) struct Output {
+    pub(crate) at: *mut f32,
     /// A multiple of 16.
-    pub(super) columns: usize,
-    pub(super) start: Start,
+    pub(crate) columns: usize,
+    pub(crate) start: Start,
 }
 
 /// Adds keys `keys` of one page to the context of some rows: `o[row * columns + c] += p[row * 256 + j] * v[j][c]`.
@@ -169,7 +169,7 @@ pub(super) struct Output {
 /// The ISA of `L`, and what `A` needs, is enabled. `p` is valid for the words of its rows, `v` for those of a page's values,
 /// `o` for reading and writing its rows; `keys.end <= 256`. Integers start from zero.
 #[inline(always)]
-pub(super) unsafe fn context<
+pub(crate) unsafe fn context<
     L: Lanes,
     A: Arithmetic<L>,
     const MR: usize,

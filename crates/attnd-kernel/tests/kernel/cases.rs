@@ -8,7 +8,7 @@ use attnd_kernel::slot::{
 };
 use attnd_kernel::{
     AttnShape, Causal, Compute, Dims, Dtype, FinishedRows, GroupCall, Kernels, KvHead, Mask, Operator,
-    OperatorParts, PartialRows, Storage, attend_node,
+    OperatorParts, PartialRows, Side, Storage, attend_node,
 };
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
@@ -51,6 +51,7 @@ impl Data {
 }
 
 /// One kv group with its operands.
+#[derive(Clone)]
 pub(crate) struct Case {
     pub(crate) shape: AttnShape,
     pub(crate) mask: Mask,
@@ -180,6 +181,7 @@ impl Case {
             group: 0,
             q: &self.q,
             kv,
+            side: Side::default(),
             compute: kernels.effective(self.compute, self.storage).unwrap(),
         };
         attend_node(kernels, &call, node, tokens).0
@@ -239,7 +241,7 @@ fn round_row(row: &mut [f32], storage: Storage) {
 }
 
 /// The canonical tree by its definition: a node is its two children, left first.
-fn merge_up(node: Node, parts: &[(Node, PartialRows)], kernels: &Kernels) -> Option<PartialRows> {
+pub(crate) fn merge_up(node: Node, parts: &[(Node, PartialRows)], kernels: &Kernels) -> Option<PartialRows> {
     if let Some((_, part)) = parts.iter().find(|(n, _)| *n == node) {
         return Some(part.clone());
     }

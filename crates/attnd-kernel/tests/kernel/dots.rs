@@ -7,7 +7,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use attnd_kernel::reference::reference_row;
 use attnd_kernel::slot::{N_SLOTS, Node, PAGE_KEYS, keys_in_page, pages_of_slot};
 use attnd_kernel::{
-    Causal, Compute, GroupCall, Isa, KERNEL_ID, Kernels, Mask, Operator, Storage, attend_node,
+    Causal, Compute, GroupCall, Isa, KERNEL_ID, Kernels, Mask, Operator, Side, Storage, attend_node,
 };
 use half::bf16;
 use rand::rngs::SmallRng;
@@ -501,6 +501,7 @@ fn kernels_refuse_an_arithmetic_that_others_have() {
             group: 0,
             q: &case.q,
             kv: &kv,
+            side: Side::default(),
             compute: effective,
         };
         for without in Kernels::available().into_iter().filter(|kernels| kernels.isa() != Isa::Avx512) {

@@ -169,7 +169,7 @@ fn extreme_logits_pick_their_key_and_no_sentinel_leaks() {
 #[test]
 fn scores_that_leave_f32_are_reported() {
     use attnd_kernel::slot::Node;
-    use attnd_kernel::{Compute, GroupCall, Operator, Storage, attend_node};
+    use attnd_kernel::{Compute, GroupCall, Operator, Side, Storage, attend_node};
     for compute in Compute::ALL {
         for sign in [1.0, -1.0] {
             let mut case = Case::new(14, Data::Normal, Causal::None, [2, 20, 600, 4, 4]);
@@ -184,6 +184,7 @@ fn scores_that_leave_f32_are_reported() {
                     group: 0,
                     q: &case.q,
                     kv: &kv,
+                    side: Side::default(),
                     compute: kernels.effective(compute, case.storage).unwrap(),
                 };
                 let overflow = attend_node(kernels, &call, Node::ROOT, 0..20).1.unwrap_err();

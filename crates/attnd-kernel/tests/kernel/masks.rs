@@ -6,7 +6,7 @@ use std::sync::Arc;
 use attnd_kernel::slot::{Node, slot_of_page};
 use attnd_kernel::{
     AttnShape, Causal, Dims, Documents, Effective, GroupCall, Isa, Kernels, KvHead, Mask, Operator,
-    OperatorParts, PartialRows, PerBatch, Positions, Run, ScoreOverflow, Storage, Window, attend_node,
+    OperatorParts, PartialRows, PerBatch, Positions, Run, ScoreOverflow, Side, Storage, Window, attend_node,
 };
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
@@ -433,6 +433,7 @@ fn attend_call(case: &Case, kernels: &Kernels, kv: &KvHead) -> Outcome {
         group: 0,
         q: &case.q,
         kv,
+        side: Side::default(),
         compute: Effective::F32,
     };
     attend_node(kernels, &call, Node::ROOT, 0..case.shape.n_queries())
@@ -486,6 +487,7 @@ fn a_group_has_the_mask_of_its_batch_element() {
             group,
             q: &case.q,
             kv: &kv,
+            side: Side::default(),
             compute: Effective::F32,
         };
         let of_batch = attend_node(kernels, &call, Node::ROOT, 0..tq);

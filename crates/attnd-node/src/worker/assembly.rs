@@ -195,7 +195,7 @@ impl GroupAssembly {
 #[cfg(test)]
 mod tests {
     use attnd_kernel::slot::{PAGE_KEYS, n_pages, slot_of_page};
-    use attnd_kernel::{Causal, Dims, Effective, GroupCall, Kernels, Operator, attend_node, slot};
+    use attnd_kernel::{Causal, Dims, Effective, GroupCall, Kernels, Operator, Side, attend_node, slot};
     use rand::rngs::StdRng;
     use rand::{RngExt, SeedableRng};
 
@@ -267,6 +267,7 @@ mod tests {
                 group: 1,
                 q: &operands.q,
                 kv: &operands.kv,
+                side: Side::default(),
                 compute: Effective::F32,
             };
             let nodes = slot::cover(slots.clone()).into_iter();

@@ -7,7 +7,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use attnd_kernel::{Effective, GroupCall, Kernels, Operator};
+use attnd_kernel::{Effective, GroupCall, Kernels, Operator, Side};
 use attnd_plan::{CellId, filled_nodes};
 use attnd_wire::{ComputeBegin, ComputeReply, Error, Partial, Reason, proto, refusal};
 use futures::StreamExt;
@@ -117,7 +117,15 @@ fn kernel(call: &Call, ready: &ReadyGroup, cell: CellId) -> Option<Result<proto:
     let ComputeBegin { shape, scale, causal, allow_non_finite, .. } = call.begin;
     let Operands { q, kv } = &ready.operands;
     let operator = Operator::plain(scale, causal);
-    let group = GroupCall { shape, operator: &operator, group: cell.group, q, kv, compute: Effective::F32 };
+    let group = GroupCall {
+        shape,
+        operator: &operator,
+        group: cell.group,
+        q,
+        kv,
+        side: Side::default(),
+        compute: Effective::F32,
+    };
     let wanted = || !call.cancelled.load(Ordering::Relaxed);
     let tokens = cell.first_token..cell.first_token + cell.tokens;
     let (rows, finite) = Slicer::new(call.kernels, group, wanted).attend(cell.node, tokens)?;

@@ -101,7 +101,7 @@ fn earlier(a: Result<(), ScoreOverflow>, b: Result<(), ScoreOverflow>) -> Result
 mod tests {
     use std::cell::Cell;
 
-    use attnd_kernel::{AttnShape, Causal, Dims, Dtype, Effective, KvHead, Operator};
+    use attnd_kernel::{AttnShape, Causal, Dims, Dtype, Effective, KvHead, Operator, Side};
     use rand::rngs::StdRng;
     use rand::{RngExt, SeedableRng};
 
@@ -135,6 +135,7 @@ mod tests {
             group: 0,
             q: &q,
             kv: &kv,
+            side: Side::default(),
             compute: Effective::F32,
         };
         let kernels = Kernels::from_env().unwrap();
@@ -158,8 +159,15 @@ mod tests {
         let shape = AttnShape::new(DIMS).unwrap();
         let (q, kv) = operands(&shape);
         let operator = Operator::plain(0.5, Causal::None);
-        let call =
-            GroupCall { shape, operator: &operator, group: 0, q: &q, kv: &kv, compute: Effective::F32 };
+        let call = GroupCall {
+            shape,
+            operator: &operator,
+            group: 0,
+            q: &q,
+            kv: &kv,
+            side: Side::default(),
+            compute: Effective::F32,
+        };
         let left = Cell::new(3);
         let go_on = || left.replace(left.get() - 1) > 0;
         let slicer = Slicer { kernels: Kernels::from_env().unwrap(), call, most: 1 << 16, go_on };

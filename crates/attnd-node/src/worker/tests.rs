@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::time::Duration;
 
 use attnd_kernel::{
-    AttnShape, Causal, Dims, Dtype, Effective, GroupCall, KvHead, Operator, PartialRows, attend_node,
+    AttnShape, Causal, Dims, Dtype, Effective, GroupCall, KvHead, Operator, PartialRows, Side, attend_node,
 };
 use attnd_plan::{Piece, Tensor, filled_nodes};
 use attnd_wire::proto::cluster_server::Cluster;
@@ -226,6 +226,7 @@ impl Case {
                 group,
                 q: &q,
                 kv: &kv,
+                side: Side::default(),
                 compute: Effective::F32,
             };
             for first_token in (0..7).step_by(*tokens_per_cell) {

@@ -4,7 +4,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::Context as _;
 use attnd_kernel::slot::{N_SLOTS, Node, keys_in_page, n_pages};
-use attnd_kernel::{AttnShape, Dtype, Effective, GroupCall, Kernels, KvHead, Operator, Storage, attend_node};
+use attnd_kernel::{
+    AttnShape, Dtype, Effective, GroupCall, Kernels, KvHead, Operator, Side, Storage, attend_node,
+};
 use rand::rngs::SmallRng;
 use rand::{RngExt as _, SeedableRng as _};
 use rayon::ThreadPool;
@@ -60,8 +62,15 @@ impl CaseOperands {
         pool: &ThreadPool,
     ) {
         let group = |group: &GroupOperands| {
-            let call =
-                GroupCall { shape: self.shape, operator, group: 0, q: &group.q, kv: &group.kv, compute };
+            let call = GroupCall {
+                shape: self.shape,
+                operator,
+                group: 0,
+                q: &group.q,
+                kv: &group.kv,
+                side: Side::default(),
+                compute,
+            };
             let (rows, finite) = attend_node(kernels, &call, Node::ROOT, 0..self.shape.n_queries());
             // Numbers below 2 give no score that overflows.
             std::hint::black_box((rows, finite.is_ok()));
