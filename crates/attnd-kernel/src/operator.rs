@@ -187,7 +187,10 @@ impl Operator {
         }
         if let Some(cap) = parts.softcap {
             let (scale, is_over_0) = (parts.scale, cap > 0.0);
-            if !is_over_0 || !query_factor(cap).is_finite() || !(scale / cap).is_finite() {
+            // A subnormal quotient would lose what is multiplied by the cap again.
+            let quotient = scale / cap;
+            let keeps_digits = quotient.is_normal() || scale == 0.0;
+            if !is_over_0 || !query_factor(cap).is_finite() || !keeps_digits {
                 return Err(OperatorError::Softcap { cap, scale });
             }
         }

@@ -37,6 +37,9 @@ pub struct BiasValue {
     pub value: f32,
 }
 
+/// 2^127: of what is stored, the largest magnitude.
+const LARGEST_BIAS: f32 = (1_u128 << 127) as f32;
+
 impl DensePlane {
     /// Memory that a plane of `n_rows` rows takes in the pages of `slots`, in bytes.
     pub fn bytes_needed(n_rows: usize, n_keys: usize, slots: &Range<usize>, is_bias: bool) -> u64 {
@@ -45,15 +48,24 @@ impl DensePlane {
     }
 
     /// Reserves a mask over a sequence of `n_keys` keys.
-    pub fn mask(n_rows: usize, n_keys: usize, slots: &Range<usize>) -> Self {
+    ///
+    /// # Errors
+    /// If the system has no such memory.
+    pub fn mask(n_rows: usize, n_keys: usize, slots: &Range<usize>) -> Result<Self, OutOfMemory> {
         let mut place = vec![ABSENT; n_pages(n_keys)];
         let mut pages_per_row = 0;
         for page in owned_pages(n_keys, slots) {
             place[page] = pages_per_row as u32;
             pages_per_row += 1;
         }
-        let visible = vec![PageBits::default(); n_rows * pages_per_row];
-        Self { n_rows, n_keys, place, pages_per_row, visible, values: None }
+        let n_pages = n_rows.saturating_mul(pages_per_row);
+        let mut visible = Vec::new();
+        if visible.try_reserve_exact(n_pages).is_err() {
+            let bytes = (n_pages as u64).saturating_mul(size_of::<PageBits>() as u64);
+            return Err(OutOfMemory { bytes });
+        }
+        visible.resize(n_pages, PageBits::default());
+        Ok(Self { n_rows, n_keys, place, pages_per_row, visible, values: None })
     }
 
     /// Reserves a bias over a sequence of `n_keys` keys.
@@ -61,7 +73,7 @@ impl DensePlane {
     /// # Errors
     /// If the system has no such memory.
     pub fn bias(n_rows: usize, n_keys: usize, slots: &Range<usize>) -> Result<Self, OutOfMemory> {
-        let mask = Self::mask(n_rows, n_keys, slots);
+        let mask = Self::mask(n_rows, n_keys, slots)?;
         let values = Buffer::zeroed(n_rows * mask.pages_per_row * PAGE_KEYS)?;
         Ok(Self { values: Some(values), ..mask })
     }
@@ -96,7 +108,8 @@ impl DensePlane {
     }
 
     /// Stores the first keys of a row's page in a bias. A key is masked where its bias is -inf or the lowest finite value of
-    /// `dtype`; any other value, however low, is added to scores.
+    /// `dtype`; any other value, however low, is added to scores. Values beyond 2^127, as masks of some frameworks have, count as
+    /// 2^127, which no score is felt beside and which stays finite in units of the binary logarithm.
     ///
     /// # Errors
     /// The first NaN or +inf; the page is then only partly written.
@@ -123,6 +136,7 @@ impl DensePlane {
                 return Err(BiasValue { row, key: page * PAGE_KEYS + key, value: *value });
             }
             if *value > lowest {
+                *value = value.clamp(-LARGEST_BIAS, LARGEST_BIAS);
                 bits.insert(key);
             } else {
                 *value = 0.0;
@@ -214,7 +228,7 @@ mod tests {
             let plane = if is_bias {
                 DensePlane::bias(7, 9000, &slots).unwrap()
             } else {
-                DensePlane::mask(7, 9000, &slots)
+                DensePlane::mask(7, 9000, &slots).unwrap()
             };
             let values = plane.values.as_ref().map_or(0, |values| values.len() * 4);
             let bytes = plane.visible.len() * size_of::<PageBits>() + values;

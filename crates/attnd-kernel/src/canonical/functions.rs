@@ -8,7 +8,7 @@ use super::{EXP2_POLY, FLUSH_EXPONENT};
 /// `fl(2 log2 e)`.
 pub(crate) const TWO_LOG2_E: f32 = 2.0 * std::f32::consts::LOG2_E;
 
-/// Where [`tanh`] is 1 to the last place: `2^40 / (2^40 + 2)` rounds to it.
+/// Where tanh is 1 to the last place: `2^40 / (2^40 + 2)` rounds to it.
 pub(crate) const SATURATED: f32 = 40.0;
 
 /// Rule 12: `tanh z = (e^2|z| - 1) / (e^2|z| + 1)` with the sign of `z`, from `e^2|z| - 1 = 2^n q + (2^n - 1)`, so that nothing cancels

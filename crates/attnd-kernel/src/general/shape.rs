@@ -1,7 +1,7 @@
 //! What happens to the scores of one row over one page between the product and the weights (rules 11, 13 and 14): cap, biases, mask.
 //!
-//! Each is a pass of its own over 1 KiB in the first-level cache, because that costs next to nothing beside the product, and one
-//! copy of each pass serves all that can be combined.
+//! Each is a pass of its own over 1 KiB in the first-level cache, so that one copy of each serves all that can be combined; the crate's
+//! performance log says what they cost.
 
 use std::ops::Range;
 

@@ -20,7 +20,7 @@ use crate::storage::Storage;
 fn planes(case: &Case, seed: u64, memory: Memory) -> [Option<DensePlane>; 2] {
     let mut rng = SmallRng::seed_from_u64(seed);
     let (n_keys, tokens) = (case.shape.n_keys(), case.shape.n_queries());
-    let mut mask = DensePlane::mask(tokens, n_keys, &(0..N_SLOTS));
+    let mut mask = DensePlane::mask(tokens, n_keys, &(0..N_SLOTS)).unwrap();
     let mut bias = memory.allocate(|| DensePlane::bias(tokens, n_keys, &(0..N_SLOTS))).unwrap();
     if memory != Memory::Plain {
         bias.poison(poison(Storage::F32));

@@ -28,7 +28,7 @@ pub struct Mask {
     pub window: Window,
     /// Keys of a chunk.
     pub chunk: Option<NonZeroUsize>,
-    /// Leading keys that the causal rule doesn't hide: those of a prefix that sees itself whole.
+    /// Leading keys, padding on the left included, that the causal rule doesn't hide: those of a prefix that sees itself whole.
     pub prefix: Option<PerBatch<usize>>,
     /// First key that is none of the padding on the left.
     pub key_begin: Option<PerBatch<usize>>,
@@ -36,7 +36,8 @@ pub struct Mask {
     pub key_end: Option<PerBatch<usize>>,
     /// Queries before the padding on the right; those behind see nothing.
     pub query_end: Option<PerBatch<usize>>,
-    /// Sequences packed into one.
+    /// Sequences packed into one. They go with none of `chunk`, `prefix`, `key_end`, `query_end` and offsets: padding is a document,
+    /// too.
     pub documents: Option<Arc<Documents>>,
 }
 
@@ -202,8 +203,8 @@ impl Mask {
             causal: self.causal,
             offset,
             from_the_end: matches!(self.positions, Some(Positions::BottomRight)),
-            left: self.window.left.map(signed),
-            right: self.window.right.map(signed),
+            left: self.window.left.and_then(|keys| i64::try_from(keys).ok()),
+            right: self.window.right.and_then(|keys| i64::try_from(keys).ok()),
             chunk: self.chunk.map(|keys| signed(keys.get())),
             prefix: self.prefix.as_ref().map_or(0, |prefix| signed(prefix.of(batch))),
             key_begin: self.key_begin.as_ref().map_or(0, |begin| signed(begin.of(batch))),
@@ -242,8 +243,15 @@ impl Mask {
         }
         if let Some(documents) = &self.documents {
             documents.check(shape)?;
-            if self.chunk.is_some() {
-                return Err(MaskError::Together { one: "mask.chunk", other: "mask.documents" });
+            // Padding is a document like any other; whose prefix it would be, or which tokens of a document count, nobody said.
+            let others = [
+                (self.chunk.is_some(), "mask.chunk"),
+                (self.prefix.is_some(), "mask.prefix"),
+                (self.key_end.is_some(), "mask.key_end"),
+                (self.query_end.is_some(), "mask.query_end"),
+            ];
+            if let Some((_, one)) = others.into_iter().find(|(is_there, _)| *is_there) {
+                return Err(MaskError::Together { one, other: "mask.documents" });
             }
             if matches!(self.positions, Some(Positions::Offset(_))) {
                 return Err(MaskError::Together { one: "mask.documents", other: "mask.offsets" });

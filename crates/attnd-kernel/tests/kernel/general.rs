@@ -50,19 +50,20 @@ fn a_neutral_pipeline_has_the_bits_of_the_plain_path() {
     for seed in 0..140_u64 {
         let mut rng = SmallRng::seed_from_u64(4000 + seed);
         let sizes = random_sizes(&mut rng);
-        let storage = storages[seed as usize % storages.len()];
-        let data = match Data::ALL[seed as usize / 3 % Data::ALL.len()] {
+        // Drawn, not counted, so that each meets each.
+        let storage = storages[rng.random_range(0..storages.len())];
+        let data = match Data::ALL[rng.random_range(0..Data::ALL.len())] {
             // No integer stands for NaN.
             Data::Poisoned if storage.has_scales() => Data::Normal,
             data => data,
         };
         let mut case = Case::new(seed, data, Causal::None, sizes);
         case.storage = storage;
-        let mask = masks()[seed as usize % 7].clone();
+        let mask = masks()[rng.random_range(0..7)].clone();
         let plain = Request::new(case, OperatorParts { mask, ..OperatorParts::plain(0.3, Causal::None) });
         let mut general = plain.clone();
         general.parts.selection = Some(Selection::Dense);
-        match seed % 3 {
+        match rng.random_range(0..3) {
             // All true, for all queries and heads at once or for each.
             0 => general.mask = vec![vec![true; general.n_keys()]],
             1 => general.mask = vec![vec![true; general.n_keys() * general.n_queries()]; general.group()],
@@ -217,8 +218,13 @@ fn lowest_and_infinite_biases_mask_and_any_other_is_data() {
     let case = Case::new(4, Data::Normal, Causal::None, [1, 3, 700, 5, 1]);
     let mean = case.v.iter().map(|v| f64::from(*v)).sum::<f64>() / 700.0;
     for kernels in Kernels::available() {
-        for (bias, is_masked) in [(f32::NEG_INFINITY, true), (f32::MIN, true), (-1e30, false), (-3e37, false)]
-        {
+        for (bias, is_masked) in [
+            (f32::NEG_INFINITY, true),
+            (f32::MIN, true),
+            (-1e30, false),
+            (-3e37, false),
+            (-0.7 * f32::MAX, false),
+        ] {
             let parts =
                 OperatorParts { biases: vec![Bias::Dense], ..OperatorParts::plain(0.3, Causal::None) };
             let mut request = Request::new(case.clone(), parts);
@@ -263,11 +269,12 @@ fn scores_that_leave_f32_are_reported_where_they_are_seen() {
         }
     }
     // A bias that leaves it in units of the binary logarithm.
-    let parts = OperatorParts { biases: vec![Bias::Dense], ..OperatorParts::plain(1.0, Causal::None) };
-    let mut request = Request::new(Case::new(15, Data::Normal, Causal::None, [1, 9, 300, 4, 4]), parts);
-    request.bias = vec![(0..9 * 300).map(|at| if at == 4 * 300 + 299 { -3.4e38 } else { 0.0 }).collect()];
+    let biases = vec![Bias::Alibi { slopes: [2.5e36].into(), by_key: true }];
+    let parts = OperatorParts { biases, ..OperatorParts::plain(1.0, Causal::TopLeft) };
+    let request = Request::new(Case::new(15, Data::Normal, Causal::None, [1, 200, 300, 4, 4]), parts);
     for kernels in Kernels::available() {
-        assert_eq!(request.overflow(kernels), Some((0, 4)));
+        // log2 e * 2.5e36 * 95 is the first that is too much.
+        assert_eq!(request.overflow(kernels), Some((0, 95)));
     }
 }
 

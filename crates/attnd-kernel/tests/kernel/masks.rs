@@ -93,10 +93,11 @@ impl Rules {
         let reach = |rng: &mut SmallRng| one_in(rng, 3).then(|| rng.random_range(0..=most.min(700)));
         let (left, right) = (reach(rng), reach(rng));
         let chunk = (documents.is_none() && one_in(rng, 4)).then(|| rng.random_range(1..=most));
-        let prefix = (causal && one_in(rng, 4)).then(|| lengths(rng, 0, most));
+        let is_whole = documents.is_none();
+        let prefix = (is_whole && causal && one_in(rng, 4)).then(|| lengths(rng, 0, most));
         let key_begin = one_in(rng, 4).then(|| lengths(rng, 0, most / 2));
-        let key_end = one_in(rng, 3).then(|| lengths(rng, most / 2, most));
-        let query_end = one_in(rng, 4).then(|| lengths(rng, 0, queries as i64));
+        let key_end = (is_whole && one_in(rng, 3)).then(|| lengths(rng, most / 2, most));
+        let query_end = (is_whole && one_in(rng, 4)).then(|| lengths(rng, 0, queries as i64));
         Self {
             queries,
             keys,
@@ -307,7 +308,7 @@ fn numbers_beyond_every_token_are_as_good_as_no_limit() {
         let rule = Mask { chunk: NonZeroUsize::new(usize::MAX), positions: at(offset), ..Mask::default() };
         assert_eq!(rule.of_batch(0, &shape).visible(3), chunked, "{offset}");
         let window = Window { left: Some(usize::MAX), right: Some(usize::MAX) };
-        let rule = Mask { window, positions: at(offset.clamp(-9, 9)), ..Mask::default() };
+        let rule = Mask { window, positions: at(offset), ..Mask::default() };
         assert_eq!(rule.of_batch(0, &shape).visible(3), 0..9, "{offset}");
     }
 }
@@ -409,10 +410,12 @@ fn keys_that_a_row_does_not_see_may_hold_anything() {
             let (rows, overflow) = attend_call(&case, kernels, &kv);
             let first = (0..tq).find(|i| sees[*i].iter().any(|j| bad.contains(j)));
             let reported = overflow.map_err(|at| at.token);
-            assert!(
-                reported.is_ok() || reported.err() >= first,
-                "seed {seed}: {reported:?} before {first:?}"
-            );
+            match (first, reported) {
+                (None, reported) => assert_eq!(reported, Ok(()), "seed {seed}"),
+                (Some(first), Err(at)) => assert!(at >= first, "seed {seed}: {at} before {first}"),
+                // A key may be bad in a way that a score isn't.
+                (Some(_), Ok(())) => {}
+            }
             let got = rows.finish(kernels);
             for (row, (got, clean)) in got.context.chunks(dv).zip(clean.context.chunks(dv)).enumerate() {
                 if !sees[row % tq].iter().any(|j| bad.contains(j)) {

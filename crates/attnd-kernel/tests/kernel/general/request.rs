@@ -127,7 +127,7 @@ impl Request {
             (0..n_pages(n_keys)).filter(|page| slots.contains(&slot_of_page(*page))).collect();
         let keys = |page: usize| page * PAGE_KEYS..page * PAGE_KEYS + keys_in_page(page, n_keys);
         let mask = self.mask.iter().map(|elements| {
-            let mut plane = DensePlane::mask(elements.len() / n_keys, n_keys, slots);
+            let mut plane = DensePlane::mask(elements.len() / n_keys, n_keys, slots).unwrap();
             for (row, elements) in elements.chunks(n_keys).enumerate() {
                 for page in &pages {
                     let bytes: Vec<u8> = elements[keys(*page)].iter().map(|seen| u8::from(*seen)).collect();
