@@ -1,7 +1,8 @@
 //! One attempt at a call: sends the operands and puts the answer together, both at once.
 
 use attnd_wire::proto::attention_client::AttentionClient;
-use attnd_wire::{AttendReply, Begin, Deadline, Done, Error, PlanSummary, Reason, proto};
+use attnd_kernel::{Compute, KERNEL_ID};
+use attnd_wire::{AttendReply, Begin, Deadline, Done, Error, PlanSummary, Reason, proto, refusal};
 use tokio::sync::watch;
 use tokio::time::Instant;
 use tonic::Request;
@@ -49,7 +50,7 @@ async fn exchange(
 ) -> Result<Answer, Error> {
     let total = operands.total_bytes();
     let (report, mut sent) = watch::channel(0);
-    let mut upload = Upload::new(operands.clone(), begin);
+    let mut upload = Upload::new(operands.clone(), begin.clone());
     let frames = std::iter::from_fn(move || {
         let frame = upload.next();
         report.send_replace(upload.bytes_sent());
@@ -99,6 +100,9 @@ impl Receipt {
         match AttendReply::decode(reply, &self.begin.shape)? {
             AttendReply::Planned(_) if self.plan.is_some() => Err(invalid("two plans")),
             AttendReply::Planned(plan) => {
+                // Coordinators that said nothing here knew one name.
+                let said = if plan.kernel_id.is_empty() { KERNEL_ID } else { &plan.kernel_id };
+                self.check_kernel(said)?;
                 progress(Progress::Planned(plan.clone()));
                 self.plan = Some(plan);
                 Ok(None)
@@ -111,8 +115,17 @@ impl Receipt {
                 });
                 Ok(None)
             }
-            AttendReply::Done(done) => Ok(Some(done)),
+            AttendReply::Done(done) => {
+                self.check_kernel(&done.kernel_id)?;
+                Ok(Some(done))
+            }
         }
+    }
+
+    /// An old coordinator ignores what it doesn't know of an operator, and computes something else.
+    fn check_kernel(&self, said: &str) -> Result<(), Error> {
+        let asked = self.begin.operator.kernel_id(Compute::F32);
+        if said == asked { Ok(()) } else { Err(refusal::older_coordinator(said, asked)) }
     }
 
     fn finish(self, done: Done) -> Result<Answer, Error> {

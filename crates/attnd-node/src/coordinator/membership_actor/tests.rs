@@ -1,6 +1,6 @@
 //! The actor alone: workers are channels that nobody answers.
 
-use attnd_kernel::{AttnShape, Causal, Dims, Dtype};
+use attnd_kernel::{AttnShape, Causal, Dims, Dtype, Operator};
 use attnd_plan::Piece;
 use attnd_plan::membership::MAX_FLAPS;
 use attnd_wire::{ComputeBegin, Deadline, Link, limits};
@@ -15,8 +15,7 @@ fn compute_begin() -> ComputeBegin {
         call_id: 1,
         shape: AttnShape::new(dims).unwrap(),
         dtype: Dtype::F32,
-        scale: 1.0,
-        causal: Causal::None,
+        operator: Arc::new(Operator::plain(1.0, Causal::None)),
         allow_non_finite: false,
         pieces: vec![Piece { groups: 0..1, slots: 0..64 }],
         tokens_per_cell: 1,
@@ -50,7 +49,7 @@ fn join_as(worker: &str, incarnation: u64) -> Join {
 }
 
 async fn candidates(cluster: &ActorRef<MembershipActor>) -> Candidates {
-    cluster.ask(Capacities).send().await.unwrap()
+    cluster.ask(Capacities { least_version: 1 }).send().await.unwrap()
 }
 
 /// What a panic of the actor of a worker does, without the panic: the worker is dead.
@@ -143,7 +142,7 @@ async fn there_is_an_end_to_joining() {
 
 #[test]
 fn only_reasons_that_there_are_are_named() {
-    let unused = Unused { suspect: 2, quarantined: 0, draining: 1, not_connected: 3 };
+    let unused = Unused { suspect: 2, quarantined: 0, draining: 1, not_connected: 3, too_old: 0 };
     assert_eq!(unused.to_string(), "2 suspect, 1 draining, 3 not connected");
     assert_eq!(Unused::default().to_string(), "");
 }
