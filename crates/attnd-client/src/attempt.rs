@@ -1,7 +1,7 @@
 //! One attempt at a call: sends the operands and puts the answer together, both at once.
 
-use attnd_wire::proto::attention_client::AttentionClient;
 use attnd_kernel::{Compute, KERNEL_ID};
+use attnd_wire::proto::attention_client::AttentionClient;
 use attnd_wire::{AttendReply, Begin, Deadline, Done, Error, PlanSummary, Reason, proto, refusal};
 use tokio::sync::watch;
 use tokio::time::Instant;

@@ -92,7 +92,8 @@ async fn what_is_wrong_with_a_call_is_named() {
     short.pop();
     short.push(AttendRequest::Commit(Commit { chunks: chunks - 1, bytes: bytes - 4 }));
     let truncated = all()[..4].to_vec();
-    let blind = attnd_wire::Begin { operator: bottom_right(&shape), forbid_empty_rows: true, ..begin(&shape) };
+    let blind =
+        attnd_wire::Begin { operator: bottom_right(&shape), forbid_empty_rows: true, ..begin(&shape) };
     let poisoned = {
         let mut operands = operands.clone();
         operands.k[20] = f32::NAN;

@@ -153,8 +153,7 @@ impl TryFrom<proto::ComputeBegin> for ComputeBegin {
     fn try_from(message: proto::ComputeBegin) -> Result<Self, Error> {
         let shape = convert::shape(message.shape)?;
         let dtype = convert::dtype(message.dtype)?;
-        let encoded =
-            Encoded { scale: message.scale, causal: message.causal, operator: message.operator };
+        let encoded = Encoded { scale: message.scale, causal: message.causal, operator: message.operator };
         let operator = encoded.decode(&shape)?;
         // What a newer coordinator says beyond that is lost here, but not in the name.
         let kernel_id = operator.kernel_id(Compute::F32);

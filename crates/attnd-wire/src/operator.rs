@@ -182,9 +182,8 @@ fn decode_mask(
 ) -> Result<Mask, Error> {
     let proto::Mask { positions, offsets, window, chunk, prefix, key_begin, key_end, query_end, documents } =
         message;
-    let typed = proto::Positions::try_from(positions).map_err(|_unknown| {
-        Error::new(Reason::Operator, format!("mask.positions {positions}"))
-    })?;
+    let typed = proto::Positions::try_from(positions)
+        .map_err(|_unknown| Error::new(Reason::Operator, format!("mask.positions {positions}")))?;
     let unspecified = proto::Positions::Unspecified;
     let positions = match (aligned, typed) {
         (aligned, typed) if aligned == unspecified => typed,

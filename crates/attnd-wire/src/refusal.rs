@@ -126,7 +126,10 @@ pub fn kernel_mix(theirs: &str, ours: &str) -> Error {
 
 /// A coordinator computes another operator than it was asked for: it ignores what it doesn't know.
 pub fn older_coordinator(computes: &str, asked: &str) -> Error {
-    Error::new(Reason::ReplyInvalid, format!("the coordinator is older: it computes {computes}, asked {asked}"))
+    Error::new(
+        Reason::ReplyInvalid,
+        format!("the coordinator is older: it computes {computes}, asked {asked}"),
+    )
 }
 
 impl From<ShapeError> for Error {

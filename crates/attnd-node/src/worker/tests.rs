@@ -219,14 +219,7 @@ impl Case {
                 kv.write_v(page, &bytes(rows), Dtype::F32, true).unwrap();
             }
             let q = self.q[2 * group..2 * group + 2].concat();
-            let call = GroupCall {
-                shape: *shape,
-                operator,
-                group,
-                q: &q,
-                kv: &kv,
-                compute: Effective::F32,
-            };
+            let call = GroupCall { shape: *shape, operator, group, q: &q, kv: &kv, compute: Effective::F32 };
             for first_token in (0..7).step_by(*tokens_per_cell) {
                 let tokens = first_token..(first_token + tokens_per_cell).min(7);
                 for (node, keys) in filled_nodes(pieces[0].slots.clone(), shape.n_keys()) {

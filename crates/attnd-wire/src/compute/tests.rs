@@ -1,7 +1,7 @@
 //! Every value returns from its message; nothing a peer sends panics or passes unchecked.
 
-use proptest::prelude::*;
 use attnd_kernel::Causal;
+use proptest::prelude::*;
 use prost::Message as _;
 
 use super::*;
@@ -90,12 +90,13 @@ fn an_operator_and_its_name_travel_together() {
         refused_begin(|b| b.kernel_id = "c1-f32-op1".into()),
         "KERNEL_MIX: c1-f32-op1, this node computes c1-f32"
     );
-    assert_eq!(
-        refused_begin(|b| b.scale = -1.0),
-        "KERNEL_MIX: c1-f32, this node computes c1-f32-op1"
-    );
+    assert_eq!(refused_begin(|b| b.scale = -1.0), "KERNEL_MIX: c1-f32, this node computes c1-f32-op1");
     let message = proto::ComputeBegin::from(begin());
-    assert_eq!((message.kernel_id.as_str(), message.operator), ("c1-f32", None), "as it was before operators");
+    assert_eq!(
+        (message.kernel_id.as_str(), message.operator),
+        ("c1-f32", None),
+        "as it was before operators"
+    );
 }
 
 #[test]

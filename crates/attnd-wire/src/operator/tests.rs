@@ -51,19 +51,25 @@ fn masks(shape: &AttnShape) -> impl Strategy<Value = Mask> + use<> {
         (lengths(batch, keys), lengths(batch, keys), lengths(batch, keys), lengths(batch, queries)),
         proptest::option::weighted(0.2, documents(shape)),
     )
-        .prop_map(|((causal, positions, left, right, chunk), (prefix, key_begin, key_end, query_end), documents)| {
-            Mask {
-                causal,
-                positions,
-                window: Window { left, right },
-                chunk: chunk.and_then(NonZeroUsize::new),
-                prefix,
-                key_begin,
-                key_end,
-                query_end,
-                documents: documents.map(Arc::new),
-            }
-        })
+        .prop_map(
+            |(
+                (causal, positions, left, right, chunk),
+                (prefix, key_begin, key_end, query_end),
+                documents,
+            )| {
+                Mask {
+                    causal,
+                    positions,
+                    window: Window { left, right },
+                    chunk: chunk.and_then(NonZeroUsize::new),
+                    prefix,
+                    key_begin,
+                    key_end,
+                    query_end,
+                    documents: documents.map(Arc::new),
+                }
+            },
+        )
 }
 
 /// Shapes and operators that make sense for them, every third of them as calls were before there were operators.
@@ -92,8 +98,15 @@ pub(crate) fn operators() -> impl Strategy<Value = (AttnShape, Arc<Operator>)> {
 
 /// Two elements of two heads, 3 queries, 5 keys.
 fn shape() -> AttnShape {
-    let dims =
-        attnd_kernel::Dims { batch: 2, heads: 2, kv_heads: 1, queries: 3, keys: 5, head_dim: 1, value_dim: 1 };
+    let dims = attnd_kernel::Dims {
+        batch: 2,
+        heads: 2,
+        kv_heads: 1,
+        queries: 3,
+        keys: 5,
+        head_dim: 1,
+        value_dim: 1,
+    };
     AttnShape::new(dims).unwrap()
 }
 
@@ -187,10 +200,7 @@ fn what_does_not_fit_the_shape_is_named_with_numbers() {
         refused_mask(none, |m| m.key_end = vec![1; 3]),
         "OPERATOR: mask.key_end has 3 entries, batch is 2"
     );
-    assert_eq!(
-        refused_mask(none, |m| m.key_end = vec![5, 6]),
-        "OPERATOR: mask.key_end[1] is 6, kv_len is 5"
-    );
+    assert_eq!(refused_mask(none, |m| m.key_end = vec![5, 6]), "OPERATOR: mask.key_end[1] is 6, kv_len is 5");
     assert_eq!(refused_mask(none, |m| m.query_end = vec![4]), "OPERATOR: mask.query_end[0] is 4, q_len is 3");
     assert_eq!(
         refused_mask(proto::Causal::Offset, |m| m.offsets = vec![1; 5]),
@@ -222,24 +232,15 @@ fn runs_are_counted_and_bounded() {
         "OPERATOR: mask.documents.queries has 65537 runs, at most 65536"
     );
     assert_eq!(refused(runs(3, 2, vec![3])), "OPERATOR: mask.documents.queries has 3 ends, 2 ids");
-    assert_eq!(
-        refused(runs(3, 3, vec![1; 3])),
-        "OPERATOR: mask.documents.queries has 3 entries, batch is 2"
-    );
+    assert_eq!(refused(runs(3, 3, vec![1; 3])), "OPERATOR: mask.documents.queries has 3 entries, batch is 2");
     assert_eq!(
         refused(runs(3, 3, vec![u32::MAX, 4])),
         "OPERATOR: mask.documents.queries has 3 runs, counts for 4294967299"
     );
     assert_eq!(refused(runs(2, 2, vec![2])), "OPERATOR: mask.documents.queries[0] ends at 2, q_len is 3");
-    assert_eq!(
-        refused(runs(3, 3, vec![1, 2])),
-        "OPERATOR: mask.documents.keys has 1 entries, batch is 2"
-    );
+    assert_eq!(refused(runs(3, 3, vec![1, 2])), "OPERATOR: mask.documents.keys has 1 entries, batch is 2");
     let empty = proto::Runs { end: vec![3, 3], id: vec![0, 1], count: vec![2] };
-    assert_eq!(
-        refused(empty),
-        "OPERATOR: mask.documents.queries[0]: run 1 ends at 3, the one before at 3"
-    );
+    assert_eq!(refused(empty), "OPERATOR: mask.documents.queries[0]: run 1 ends at 3, the one before at 3");
     let keys = proto::Runs { end: vec![2, 4, 5], id: vec![0, 1, 0], count: vec![3] };
     let documents = proto::Documents { queries: Some(runs(3, 3, vec![3])), keys: Some(keys) };
     assert_eq!(

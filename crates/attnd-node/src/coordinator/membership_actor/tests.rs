@@ -3,6 +3,7 @@
 use attnd_kernel::{AttnShape, Causal, Dims, Dtype, Operator};
 use attnd_plan::Piece;
 use attnd_plan::membership::MAX_FLAPS;
+use attnd_wire::join::OPERATORS;
 use attnd_wire::{ComputeBegin, Deadline, Link, limits};
 use kameo::error::SendError;
 
@@ -124,6 +125,22 @@ async fn a_worker_that_a_share_cannot_connect_to_gets_nothing_for_a_while() {
     assert_eq!(error.message(), "TRANSPORT: connect failed");
     let Candidates { usable, unused } = candidates(&cluster).await;
     assert_eq!((usable.len(), unused.to_string()), (0, "1 not connected".into()));
+}
+
+#[tokio::test]
+async fn a_worker_of_the_first_version_gets_no_call_that_it_cannot_compute() {
+    let cluster = MembershipActor::spawn(());
+    let old = join(1);
+    let old = Join { hello: Hello { wire_version: 1, ..old.hello }, ..old };
+    cluster.ask(old).send().await.unwrap();
+    assert_eq!(candidates(&cluster).await.usable.len(), 1);
+    let Candidates { usable, unused } =
+        cluster.ask(Capacities { least_version: OPERATORS }).send().await.unwrap();
+    assert_eq!((usable.len(), unused.to_string()), (0, "1 too old for such a call".into()));
+    cluster.ask(join_as("w2", 1)).send().await.unwrap();
+    let Candidates { usable, .. } =
+        cluster.ask(Capacities { least_version: OPERATORS }).send().await.unwrap();
+    assert_eq!((usable.len(), usable[0].capacity.id.to_string()), (1, "w2".into()));
 }
 
 #[tokio::test]
