@@ -138,3 +138,38 @@ impl Receipt {
 fn invalid(detail: &str) -> Error {
     Error::new(Reason::ReplyInvalid, detail)
 }
+
+#[cfg(test)]
+mod tests {
+    use attnd_kernel::{Dims, Dtype};
+
+    use super::*;
+    use crate::operands::AttendOptions;
+    use crate::operands::tests::operands;
+
+    /// What becomes of a plan and a Done with these names in the answer to a call of that scale.
+    fn take(scale: f32, planned: &str, done: &str) -> Result<(), String> {
+        let dims = Dims { batch: 1, heads: 1, kv_heads: 1, queries: 1, keys: 1, head_dim: 1, value_dim: 1 };
+        let options = AttendOptions { scale: Some(scale), ..AttendOptions::default() };
+        let begin = operands(dims, Dtype::F32).begin(&options).unwrap();
+        let assembly = ContextAssembly::new(begin.shape).unwrap();
+        let mut receipt = Receipt { begin, assembly, plan: None };
+        let plan = PlanSummary { kernel_id: planned.to_owned(), ..PlanSummary::default() };
+        let done = Done { kernel_id: done.to_owned(), ..Done::default() };
+        for reply in [AttendReply::Planned(plan), AttendReply::Done(done)] {
+            receipt.take(reply.into(), &mut |_| {}).map_err(|error| error.message())?;
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_coordinator_that_ignores_the_operator_is_not_believed() {
+        let refused = "REPLY_INVALID: the coordinator is older: it computes c1-f32, asked c1-f32-op1";
+        assert_eq!(take(1.0, "", "c1-f32"), Ok(()));
+        assert_eq!(take(1.0, "c1-f32", "c1-f32"), Ok(()));
+        assert_eq!(take(-1.0, "c1-f32-op1", "c1-f32-op1"), Ok(()));
+        for (planned, done) in [("", "c1-f32"), ("c1-f32", "c1-f32-op1"), ("c1-f32-op1", "c1-f32")] {
+            assert_eq!(take(-1.0, planned, done), Err(refused.to_owned()), "{planned:?}, {done:?}");
+        }
+    }
+}

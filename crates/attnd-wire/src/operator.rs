@@ -47,8 +47,8 @@ impl From<&Operator> for Encoded {
             sinks: operator.sinks().unwrap_or_default().to_vec(),
             empty_row: empty_row.into(),
         };
-        let operator_is_more = more != proto::Operator::default();
-        Self { scale: operator.scale(), causal: causal.into(), operator: operator_is_more.then_some(more) }
+        let is_there = more != proto::Operator::default();
+        Self { scale: operator.scale(), causal: causal.into(), operator: is_there.then_some(more) }
     }
 }
 
