@@ -132,7 +132,7 @@ async fn random_operators_have_the_same_bits_on_any_number_of_workers() {
     }
     for (what, met) in [("empty rows", empty), ("NaN rows", filled), ("sinks", sunk), ("four shares", shared)]
     {
-        assert!(met >= 20, "{what}: only {met} calls");
+        assert!(met >= 8, "{what}: only {met} calls");
     }
 }
 
