@@ -1,10 +1,12 @@
 //! The same bits on 1, 2, 3, 5 and 8 workers, of any instruction set, as in this process: over real processes.
 
+mod operators;
+
 use std::collections::BTreeSet;
 
 use attnd_client::{Client, WorkerChoice};
 use attnd_kernel::slot::{N_SLOTS, n_pages};
-use attnd_kernel::{Causal, Dims, Dtype, Isa, KERNEL_ID, Kernels};
+use attnd_kernel::{Causal, Compute, Dims, Dtype, Isa, Kernels};
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 
@@ -252,7 +254,7 @@ async fn check(what: &str, client: &Client, case: &Case, seen: &mut Seen) {
         }
         assert_eq!(
             (attended.kernel_id.as_str(), attended.attempts),
-            (KERNEL_ID, 1),
+            (case.operator().kernel_id(Compute::F32), 1),
             "{what}, {count} workers"
         );
 

@@ -45,7 +45,7 @@ async fn real_layers_match_the_encoders_own_results() {
         };
         let shape = AttnShape::new(dims).expect("a shape");
         let operands = Operands { shape, dtype: Dtype::F32, q: bytes("q"), k: bytes("k"), v: bytes("v") };
-        let case = Case { data: Data::Normal, causal: Causal::None, scale, operands };
+        let case = Case::of(Data::Normal, Causal::None, scale, operands);
 
         let stored = Answer { context: floats(tensor("context").data()), lse: floats(tensor("lse").data()) };
         let rows: Vec<(usize, usize)> =

@@ -90,7 +90,7 @@ async fn payloads_that_do_not_belong_to_the_shape() {
     let cut = |which: usize, len: usize| tensor(which, honest.tensors[which][..len].to_vec());
     let uneven = |len: usize| {
         let bytes = vec![0; len];
-        vec![begin(honest.begin), chunk(0, proto::Tensor::K, &bytes), commit(1, len as u64)]
+        vec![begin(honest.begin.clone()), chunk(0, proto::Tensor::K, &bytes), commit(1, len as u64)]
     };
     let rows: Vec<(&str, Vec<Frame>, &str)> = vec![
         ("16 bytes of k", cut(1, 16), "PAYLOAD_LENGTH: shape needs 2560, payload 16 (k)"),
@@ -120,7 +120,7 @@ async fn payloads_that_do_not_belong_to_the_shape() {
         ("3 bytes of f32", uneven(3), "PAYLOAD_LENGTH: 3 not a multiple of 4"),
         (
             "nothing at all",
-            vec![begin(honest.begin), commit(0, 0)],
+            vec![begin(honest.begin.clone()), commit(0, 0)],
             "PAYLOAD_LENGTH: shape needs 192, payload 0 (q)",
         ),
     ];
@@ -144,12 +144,12 @@ async fn numbers_that_mean_nothing() {
         let frames = small().with(|begin| begin.dtype = dtype).frames();
         scene.refuses("dtype", frames, &Refusal::invalid(format!("DTYPE: {dtype}"))).await;
     }
-    for scale in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 0.0, -0.0, -1.0] {
+    for scale in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, f32::MAX, -2.4e38] {
         let frames = small().with(|begin| begin.scale = Some(scale)).frames();
-        let refusal = Refusal::invalid("SCALE: must be finite and > 0");
+        let refusal = Refusal::invalid("SCALE: must be finite and at most 2.35e38 in size");
         scene.refuses(&format!("scale {scale}"), frames, &refusal).await;
     }
-    for causal in [3, -1] {
+    for causal in [5, -1] {
         let frames = small().with(|begin| begin.causal = causal).frames();
         scene.refuses("causal", frames, &Refusal::invalid(format!("CAUSAL: {causal}"))).await;
     }
@@ -166,5 +166,92 @@ async fn numbers_that_mean_nothing() {
     let frames = small().on_workers(u32::MAX).frames();
     let refusal = Refusal::new(Code::Unavailable, "NO_WORKERS: 4294967295 workers asked for, 2 alive");
     scene.refuses("very many workers", frames, &refusal).await;
+    scene.close().await;
+}
+
+/// Operators that make no sense, by themselves or for 3 queries and 40 keys of 2 heads: refused at Begin.
+#[tokio::test]
+async fn operators_that_make_no_sense() {
+    use proto::{Causal, Positions, Window};
+    type Change = fn(&mut proto::Operator, &mut proto::Mask);
+    let runs = |end: Vec<u32>| {
+        let id = (0..end.len() as u32).collect();
+        Some(proto::Runs { count: vec![end.len() as u32], end, id })
+    };
+    let rows: &[(Causal, Change, &str)] = &[
+        (Causal::Offset, |_, _| {}, "COMBINATION: causal=offset and no mask.offsets"),
+        (Causal::TopLeft, |_, m| m.offsets = vec![0], "COMBINATION: mask.offsets and causal=top_left"),
+        (
+            Causal::TopLeft,
+            |_, m| m.set_positions(Positions::BottomRight),
+            "COMBINATION: causal=top_left and mask.positions=bottom_right",
+        ),
+        (
+            Causal::Aligned,
+            |_, _| {},
+            "COMBINATION: causal and no mask.positions: q_len 3, kv_len 40 can be aligned two ways",
+        ),
+        (
+            Causal::None,
+            |_, m| m.window = Some(Window { left: 4, right: 0 }),
+            "COMBINATION: mask.window and no mask.positions: q_len 3, kv_len 40 can be aligned two ways",
+        ),
+        (
+            Causal::None,
+            |_, m| m.chunk = 8,
+            "COMBINATION: mask.chunk and no mask.positions: q_len 3, kv_len 40 can be aligned two ways",
+        ),
+        (Causal::None, |_, m| m.prefix = vec![8], "COMBINATION: mask.prefix and causal=none"),
+        (
+            Causal::None,
+            |_, m| (m.key_begin, m.key_end) = (vec![9], vec![8]),
+            "COMBINATION: mask.key_begin[0] is 9, mask.key_end[0] is 8",
+        ),
+        (Causal::None, |_, m| m.positions = 4, "OPERATOR: mask.positions 4"),
+        (
+            Causal::None,
+            |_, m| m.window = Some(Window { left: -2, right: 0 }),
+            "OPERATOR: mask.window.left is -2",
+        ),
+        (Causal::None, |_, m| m.key_end = vec![1; 3], "OPERATOR: mask.key_end has 3 entries, batch is 1"),
+        (Causal::None, |_, m| m.key_end = vec![41], "OPERATOR: mask.key_end[0] is 41, kv_len is 40"),
+        (Causal::None, |_, m| m.query_end = vec![4], "OPERATOR: mask.query_end[0] is 4, q_len is 3"),
+        (Causal::None, |o, _| o.sinks = vec![0.0], "OPERATOR: sinks has 1 logits, num_heads is 2"),
+        (Causal::None, |o, _| o.sinks = vec![0.0, f32::NAN], "OPERATOR: sinks[1] is NaN"),
+        (Causal::None, |o, _| o.empty_row = 2, "OPERATOR: empty_row 2"),
+    ];
+    let mut scene = Scene::open().await;
+    let with = |causal: Causal, operator: proto::Operator| {
+        small().with(|begin| {
+            begin.set_causal(causal);
+            begin.operator = Some(operator);
+        })
+    };
+    for (causal, change, text) in rows {
+        let (mut operator, mut mask) = Default::default();
+        change(&mut operator, &mut mask);
+        operator.mask = Some(mask);
+        scene.refuses(text, with(*causal, operator).frames(), &Refusal::invalid(*text)).await;
+    }
+    for (queries, keys, text) in [
+        (vec![2], vec![40], "OPERATOR: mask.documents.queries[0] ends at 2, q_len is 3"),
+        (vec![3], vec![9, 9, 40], "OPERATOR: mask.documents.keys[0]: run 1 ends at 9, the one before at 9"),
+        (vec![1; 65_537], vec![40], "OPERATOR: mask.documents.queries has 65537 runs, at most 65536"),
+    ] {
+        let documents = Some(proto::Documents { queries: runs(queries), keys: runs(keys) });
+        let mask = Some(proto::Mask { documents, ..Default::default() });
+        let draft = with(Causal::None, proto::Operator { mask, ..Default::default() });
+        scene.refuses(text, draft.frames(), &Refusal::invalid(text)).await;
+    }
+    let nan = with(Causal::None, proto::Operator { empty_row: 1, ..Default::default() });
+    let frames = nan.with(|begin| begin.forbid_empty_rows = true).frames();
+    let refusal = Refusal::invalid("COMBINATION: forbid_empty_rows and empty_row=nan");
+    scene.refuses("forbidden rows that are filled", frames, &refusal).await;
+    // The padding of the queries sees nothing: 1 token of 2 heads.
+    let mask = Some(proto::Mask { query_end: vec![2], ..Default::default() });
+    let padded = with(Causal::None, proto::Operator { mask, ..Default::default() });
+    let frames = padded.with(|begin| begin.forbid_empty_rows = true).frames();
+    let refusal = Refusal::invalid("EMPTY_ROW: rows without a key: 2");
+    scene.refuses("rows that a mask empties", frames, &refusal).await;
     scene.close().await;
 }

@@ -118,7 +118,7 @@ impl Draft {
 
     /// Begin, the chunks of Q, K and V one after the other, Commit.
     pub(crate) fn frames(&self) -> Vec<Frame> {
-        let mut frames = vec![begin(self.begin)];
+        let mut frames = vec![begin(self.begin.clone())];
         for (tensor, bytes) in
             [proto::Tensor::Q, proto::Tensor::K, proto::Tensor::V].iter().zip(&self.tensors)
         {
@@ -134,10 +134,12 @@ impl Draft {
     /// Panics unless every row of `answer` is within its bound of the f64 reference.
     pub(crate) fn check(&self, answer: &Answer) {
         let shape = self.shape();
+        assert_eq!(self.begin.operator, None, "operators are not drafted");
         let causal = match self.begin.causal() {
             proto::Causal::None => Causal::None,
             proto::Causal::BottomRight => Causal::BottomRight,
             proto::Causal::TopLeft => Causal::TopLeft,
+            rule @ (proto::Causal::Offset | proto::Causal::Aligned) => panic!("{rule:?} is not drafted"),
         };
         let scale = self.begin.scale.unwrap_or((1.0 / (shape.head_dim() as f64).sqrt()) as f32);
         let [q, k, v] = self.tensors.each_ref().map(|bytes| {

@@ -208,7 +208,8 @@ impl Scene {
     pub(crate) async fn too_large(&self) -> Status {
         let vast = self.good.with_shape(|shape| *shape = dims([1024, 1024, 65_536, 1 << 20, 512, 512]));
         let vast = vast.with(|begin| (begin.max_workers, begin.force_workers) = (0, false));
-        let call = attend(self.channel(), tokio_stream::iter(vec![super::call::begin(vast.begin)]), None);
+        let call =
+            attend(self.channel(), tokio_stream::iter(vec![super::call::begin(vast.begin.clone())]), None);
         within("a call of 4 TiB", call).await.unwrap_err()
     }
 

@@ -205,7 +205,7 @@ async fn orders_that_are_allowed() {
     let single = scene.accepts("one element at a time", &smallest).await;
     assert!(single == whole, "the cut of the chunks shows in the bits");
     let mut index = 0..;
-    let mut reversed = vec![begin(draft.begin)];
+    let mut reversed = vec![begin(draft.begin.clone())];
     for (tensor, bytes) in
         [proto::Tensor::V, proto::Tensor::K, proto::Tensor::Q].into_iter().zip(draft.tensors.iter().rev())
     {

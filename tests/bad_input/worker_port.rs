@@ -144,7 +144,31 @@ async fn shares_that_nobody_can_compute() {
             invalid("SHAPE_LIMIT: head_dim 513 > 512"),
         ),
         ("no dtype", begun(|begin| begin.dtype = 0), invalid("DTYPE: 0")),
-        ("no scale", begun(|begin| begin.scale = 0.0), invalid("SCALE: must be finite and > 0")),
+        (
+            "no scale",
+            begun(|begin| begin.scale = f32::NAN),
+            invalid("SCALE: must be finite and at most 2.35e38 in size"),
+        ),
+        (
+            "an operator under the name of calls without one",
+            begun(|begin| {
+                begin.operator = Some(proto::Operator { sinks: vec![0.0; 2], ..Default::default() })
+            }),
+            Refusal::new(Code::FailedPrecondition, "KERNEL_MIX: c1-f32, this node computes c1-f32-op1"),
+        ),
+        (
+            "the name of an operator without it",
+            begun(|begin| begin.kernel_id = "c1-f32-op1".into()),
+            Refusal::new(Code::FailedPrecondition, "KERNEL_MIX: c1-f32-op1, this node computes c1-f32"),
+        ),
+        (
+            "a mask for another shape",
+            begun(|begin| {
+                let mask = proto::Mask { key_end: vec![41], ..Default::default() };
+                begin.operator = Some(proto::Operator { mask: Some(mask), ..Default::default() });
+            }),
+            invalid("OPERATOR: mask.key_end[0] is 41, kv_len is 40"),
+        ),
         ("no such mask", begun(|begin| begin.causal = 9), invalid("CAUSAL: 9")),
         ("no pieces", pieces(vec![]), invalid("PIECES: none")),
         (

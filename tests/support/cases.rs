@@ -1,14 +1,15 @@
 //! Seeded calls, and their answers as the kernels of this process give them.
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::Duration;
 
 use attnd_client::{AttendOptions, Attended, Operands, WorkerChoice};
 use attnd_kernel::reference::{ReferenceRow, reference_row};
 use attnd_kernel::slot::{N_SLOTS, Node, PAGE_KEYS, keys_in_page, n_pages};
 use attnd_kernel::{
-    AttnShape, Causal, Dims, Dtype, Effective, FinishedRows, GroupCall, Kernels, KvHead, Operator, Side,
-    attend_node, widen,
+    AttnShape, Causal, Dims, Dtype, Effective, EmptyRow, FinishedRows, GroupCall, Kernels, KvHead, Mask,
+    Operator, OperatorParts, Side, attend_node, widen,
 };
 use bytes::Bytes;
 use half::{bf16, f16};
@@ -48,6 +49,10 @@ pub(crate) struct Case {
     pub(crate) data: Data,
     pub(crate) causal: Causal,
     pub(crate) scale: f32,
+    /// Beside the causal rule.
+    pub(crate) mask: Mask,
+    pub(crate) sinks: Option<Arc<[f32]>>,
+    pub(crate) empty_row: EmptyRow,
     pub(crate) operands: Operands,
 }
 
@@ -100,7 +105,21 @@ impl Case {
         let v = fill(&mut rng, shape.v_elements(), value, data, dtype);
         // Not always the default, and never a power of two by accident.
         let scale = (dims.head_dim as f32).sqrt().recip() * if seed.is_multiple_of(2) { 1.0 } else { 0.7 };
-        Self { data, causal, scale, operands: Operands { shape, dtype, q, k, v } }
+        Self::of(data, causal, scale, Operands { shape, dtype, q, k, v })
+    }
+
+    /// A case of these operands, with a scale and a causal rule and nothing else.
+    pub(crate) fn of(data: Data, causal: Causal, scale: f32, operands: Operands) -> Self {
+        let (mask, empty_row) = (Mask::default(), EmptyRow::Zero);
+        Self { data, causal, scale, mask, sinks: None, empty_row, operands }
+    }
+
+    /// What is computed.
+    pub(crate) fn operator(&self) -> Operator {
+        let mask = attnd_wire::operator::with_causal(self.causal, self.mask.clone()).expect("one position");
+        let (scale, sinks, empty_row) = (self.scale, self.sinks.clone(), self.empty_row);
+        let parts = OperatorParts { mask, sinks, empty_row, ..OperatorParts::plain(scale, Causal::None) };
+        Operator::new(parts, self.shape()).unwrap_or_else(|error| panic!("{error}"))
     }
 
     /// A case of ordinary numbers, f32, without a mask.
@@ -117,7 +136,8 @@ impl Case {
             attnd_wire::floats::into_bytes(floats)
         };
         let operands = Operands { shape, dtype: Dtype::F32, q: widened(q), k: widened(k), v: widened(v) };
-        Self { operands, ..*self }
+        let (mask, sinks) = (self.mask.clone(), self.sinks.clone());
+        Self { operands, mask, sinks, ..*self }
     }
 
     pub(crate) fn shape(&self) -> &AttnShape {
@@ -129,6 +149,9 @@ impl Case {
         AttendOptions {
             scale: Some(self.scale),
             causal: self.causal,
+            mask: self.mask.clone(),
+            sinks: self.sinks.clone(),
+            empty_row: self.empty_row,
             allow_non_finite: self.data == Data::Poisoned,
             forbid_empty_rows: false,
             workers,
@@ -151,9 +174,12 @@ impl Case {
     /// Rows that see no key.
     pub(crate) fn empty_rows(&self) -> u64 {
         let shape = self.shape();
-        let empty =
-            (0..shape.n_queries()).filter(|token| self.causal.visible(*token, shape).is_empty()).count();
-        (empty * shape.batch() * shape.n_heads()) as u64
+        let operator = self.operator();
+        let of_group = |group: usize| {
+            let mask = operator.mask_of_group(group, shape);
+            (0..shape.n_queries()).filter(|token| mask.visible(*token).is_empty()).count()
+        };
+        (0..shape.n_groups()).map(|group| of_group(group) * shape.group_size()).sum::<usize>() as u64
     }
 
     /// Some rows: the first, the last and random ones.
@@ -215,16 +241,18 @@ impl Case {
         let mut q = vec![0.0; shape.group_size() * shape.n_queries() * shape.head_dim()];
         let bytes = q.len() * self.operands.dtype.size();
         widen(&self.operands.q[group * bytes..][..bytes], self.operands.dtype, &mut q);
+        let operator = &self.operator();
         let call = GroupCall {
             shape,
-            operator: &Operator::plain(self.scale, self.causal),
+            operator,
             group,
             q: &q,
             kv: &kv,
             side: Side::default(),
             compute: Effective::F32,
         };
-        attend_node(kernels, &call, Node::ROOT, tokens).0.finish(kernels)
+        let (partial, _overflow) = attend_node(kernels, &call, Node::ROOT, tokens);
+        operator.finish(partial, group, &shape, kernels)
     }
 
     /// Some rows by the f64 oracle.

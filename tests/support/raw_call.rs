@@ -1,5 +1,6 @@
 //! A call made with the generated client, frame by frame: what the client library would never send.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use attnd_client::WorkerChoice;
@@ -25,8 +26,7 @@ pub(crate) fn begin(case: &Case, workers: WorkerChoice) -> Begin {
     Begin {
         shape: *case.shape(),
         dtype: case.operands.dtype,
-        scale: case.scale,
-        causal: case.causal,
+        operator: Arc::new(case.operator()),
         allow_non_finite: options.allow_non_finite,
         forbid_empty_rows: options.forbid_empty_rows,
         workers,

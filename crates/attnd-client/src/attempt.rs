@@ -1,7 +1,8 @@
 //! One attempt at a call: sends the operands and puts the answer together, both at once.
 
+use attnd_kernel::{Compute, KERNEL_ID};
 use attnd_wire::proto::attention_client::AttentionClient;
-use attnd_wire::{AttendReply, Begin, Deadline, Done, Error, PlanSummary, Reason, proto};
+use attnd_wire::{AttendReply, Begin, Deadline, Done, Error, PlanSummary, Reason, proto, refusal};
 use tokio::sync::watch;
 use tokio::time::Instant;
 use tonic::Request;
@@ -49,7 +50,7 @@ async fn exchange(
 ) -> Result<Answer, Error> {
     let total = operands.total_bytes();
     let (report, mut sent) = watch::channel(0);
-    let mut upload = Upload::new(operands.clone(), begin);
+    let mut upload = Upload::new(operands.clone(), begin.clone());
     let frames = std::iter::from_fn(move || {
         let frame = upload.next();
         report.send_replace(upload.bytes_sent());
@@ -99,6 +100,9 @@ impl Receipt {
         match AttendReply::decode(reply, &self.begin.shape)? {
             AttendReply::Planned(_) if self.plan.is_some() => Err(invalid("two plans")),
             AttendReply::Planned(plan) => {
+                // Coordinators that said nothing here knew one name.
+                let said = if plan.kernel_id.is_empty() { KERNEL_ID } else { &plan.kernel_id };
+                self.check_kernel(said)?;
                 progress(Progress::Planned(plan.clone()));
                 self.plan = Some(plan);
                 Ok(None)
@@ -111,8 +115,17 @@ impl Receipt {
                 });
                 Ok(None)
             }
-            AttendReply::Done(done) => Ok(Some(done)),
+            AttendReply::Done(done) => {
+                self.check_kernel(&done.kernel_id)?;
+                Ok(Some(done))
+            }
         }
+    }
+
+    /// An old coordinator ignores what it doesn't know of an operator, and computes something else.
+    fn check_kernel(&self, said: &str) -> Result<(), Error> {
+        let asked = self.begin.operator.kernel_id(Compute::F32);
+        if said == asked { Ok(()) } else { Err(refusal::older_coordinator(said, asked)) }
     }
 
     fn finish(self, done: Done) -> Result<Answer, Error> {
@@ -124,4 +137,39 @@ impl Receipt {
 
 fn invalid(detail: &str) -> Error {
     Error::new(Reason::ReplyInvalid, detail)
+}
+
+#[cfg(test)]
+mod tests {
+    use attnd_kernel::{Dims, Dtype};
+
+    use super::*;
+    use crate::operands::AttendOptions;
+    use crate::operands::tests::operands;
+
+    /// What becomes of a plan and a Done with these names in the answer to a call of that scale.
+    fn take(scale: f32, planned: &str, done: &str) -> Result<(), String> {
+        let dims = Dims { batch: 1, heads: 1, kv_heads: 1, queries: 1, keys: 1, head_dim: 1, value_dim: 1 };
+        let options = AttendOptions { scale: Some(scale), ..AttendOptions::default() };
+        let begin = operands(dims, Dtype::F32).begin(&options).unwrap();
+        let assembly = ContextAssembly::new(begin.shape).unwrap();
+        let mut receipt = Receipt { begin, assembly, plan: None };
+        let plan = PlanSummary { kernel_id: planned.to_owned(), ..PlanSummary::default() };
+        let done = Done { kernel_id: done.to_owned(), ..Done::default() };
+        for reply in [AttendReply::Planned(plan), AttendReply::Done(done)] {
+            receipt.take(reply.into(), &mut |_| {}).map_err(|error| error.message())?;
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_coordinator_that_ignores_the_operator_is_not_believed() {
+        let refused = "REPLY_INVALID: the coordinator is older: it computes c1-f32, asked c1-f32-op1";
+        assert_eq!(take(1.0, "", "c1-f32"), Ok(()));
+        assert_eq!(take(1.0, "c1-f32", "c1-f32"), Ok(()));
+        assert_eq!(take(-1.0, "c1-f32-op1", "c1-f32-op1"), Ok(()));
+        for (planned, done) in [("", "c1-f32"), ("c1-f32", "c1-f32-op1"), ("c1-f32-op1", "c1-f32")] {
+            assert_eq!(take(-1.0, planned, done), Err(refused.to_owned()), "{planned:?}, {done:?}");
+        }
+    }
 }

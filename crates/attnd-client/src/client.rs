@@ -51,9 +51,11 @@ pub enum Progress {
 /// The answer to a call.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Attended {
-    /// `[batch, heads, queries, value_dim]`; 0 where a row sees no key.
+    /// `[batch, heads, queries, value_dim]`; 0, or what was asked for, where a row sees neither a key nor
+    /// a sink.
     pub context: Vec<f32>,
-    /// `[batch, heads, queries]`, natural logarithm of the sum of exponentials; -inf where a row sees no key.
+    /// `[batch, heads, queries]`, natural logarithm of the sum of exponentials; -inf where a row
+    /// sees neither a key nor a sink.
     pub lse: Vec<f32>,
     /// Who computed what.
     pub plan: PlanSummary,
@@ -104,7 +106,7 @@ impl Client {
                 ContextAssembly::new(begin.shape).map_err(|error| ClientError::after(attempts, &error))?;
             attempts += 1;
             let stub = limits::attention_client(self.channel());
-            let error = match attempt(stub, operands, begin, assembly, deadline, progress).await {
+            let error = match attempt(stub, operands, begin.clone(), assembly, deadline, progress).await {
                 Ok(answer) => {
                     return Ok(Attended {
                         context: answer.context,

@@ -26,7 +26,9 @@ mod operands;
 mod retry;
 mod upload;
 
-pub use attnd_kernel::{AttnShape, Causal, Dims, Dtype, ShapeError};
+pub use attnd_kernel::{
+    AttnShape, Causal, Dims, Documents, Dtype, EmptyRow, Mask, PerBatch, Positions, Run, ShapeError, Window,
+};
 pub use attnd_plan::WorkerChoice;
 pub use attnd_wire::deadline::MAX_TIMEOUT;
 pub use attnd_wire::{ClusterStatus, Outcome, PlanSummary, Reason, ShareSummary, Timings, WorkerStatus};

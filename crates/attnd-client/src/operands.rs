@@ -1,10 +1,11 @@
 //! What a caller hands over: operands and options, checked before anything is sent.
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use attnd_kernel::{AttnShape, Causal, Dtype};
+use attnd_kernel::{AttnShape, Causal, Dtype, EmptyRow, Mask, Operator, OperatorParts};
 use attnd_plan::{Tensor, WorkerChoice};
-use attnd_wire::{Begin, Error, Reason, convert};
+use attnd_wire::{Begin, Error, Reason, convert, operator};
 use bytes::Bytes;
 
 /// Q, K and V of one call, little-endian elements in C order. Cloning copies no tensor.
@@ -26,13 +27,20 @@ pub struct Operands {
 /// off, and the coordinator's own time limit.
 #[derive(Clone, Debug, Default)]
 pub struct AttendOptions {
-    /// What scores are multiplied by: finite and positive.
+    /// What scores are multiplied by: any finite number, of either sign or 0.
     pub scale: Option<f32>,
-    /// Which keys a query sees.
+    /// The causal rule; short for one in `mask`.
     pub causal: Causal,
+    /// Which keys a query sees, of those that `causal` lets through. Where it has no positions of its own, those of
+    /// `causal` are its.
+    pub mask: Mask,
+    /// A logit for each query head of one batch element, `[heads]`, that joins the denominator of its rows.
+    pub sinks: Option<Arc<[f32]>>,
+    /// The context of rows that see neither a key nor a sink.
+    pub empty_row: EmptyRow,
     /// Lets NaN and infinities through; they follow IEEE 754 into the rows that see them.
     pub allow_non_finite: bool,
-    /// Refuses rows that see no key instead of answering 0 and lse -inf.
+    /// Refuses rows that see no key instead of answering; not together with another `empty_row` than 0.
     pub forbid_empty_rows: bool,
     /// How many workers may take part.
     pub workers: WorkerChoice,
@@ -59,7 +67,8 @@ impl Operands {
     /// The first frame of a call with these options.
     ///
     /// # Errors
-    /// [`Reason::PayloadLength`] where an operand doesn't have the bytes that the shape needs, [`Reason::Scale`].
+    /// [`Reason::PayloadLength`] where an operand doesn't have the bytes that the shape needs, [`Reason::Scale`],
+    /// [`Reason::Operator`] and [`Reason::Combination`] where the options make no sense for it.
     pub(crate) fn begin(&self, options: &AttendOptions) -> Result<Begin, Error> {
         for tensor in Tensor::ALL {
             let need = tensor.bytes(&self.shape, self.dtype.size());
@@ -69,15 +78,19 @@ impl Operands {
                 return Err(Error::new(Reason::PayloadLength, detail));
             }
         }
-        let scale = match options.scale {
-            Some(scale) => convert::scale(scale)?,
-            None => convert::default_scale(&self.shape),
+        let scale = options.scale.unwrap_or_else(|| convert::default_scale(&self.shape));
+        let parts = OperatorParts {
+            mask: operator::with_causal(options.causal, options.mask.clone())?,
+            sinks: options.sinks.clone(),
+            empty_row: options.empty_row,
+            ..OperatorParts::plain(scale, Causal::None)
         };
+        let operator = Operator::new(parts, &self.shape)?;
+        operator::check_empty_rows(&operator, options.forbid_empty_rows)?;
         Ok(Begin {
             shape: self.shape,
             dtype: self.dtype,
-            scale,
-            causal: options.causal,
+            operator: Arc::new(operator),
             allow_non_finite: options.allow_non_finite,
             forbid_empty_rows: options.forbid_empty_rows,
             workers: options.workers,
@@ -105,11 +118,11 @@ pub(crate) mod tests {
     fn a_wrong_length_and_a_wrong_scale_are_refused_before_anything_is_sent() {
         let dims = Dims { batch: 1, heads: 2, kv_heads: 1, queries: 3, keys: 4, head_dim: 5, value_dim: 6 };
         let good = operands(dims, Dtype::F16);
-        assert_eq!(good.begin(&AttendOptions::default()).unwrap().scale, 1.0 / 5.0_f32.sqrt());
+        assert_eq!(good.begin(&AttendOptions::default()).unwrap().operator.scale(), 1.0 / 5.0_f32.sqrt());
         let short = Operands { v: good.v.slice(1..), ..good.clone() };
         let error = short.begin(&AttendOptions::default()).unwrap_err();
         assert_eq!(error.message(), "PAYLOAD_LENGTH: v: shape needs 48, payload 47");
-        for scale in [0.0, -1.0, f32::NAN, f32::INFINITY] {
+        for scale in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 3e38] {
             let options = AttendOptions { scale: Some(scale), ..Default::default() };
             assert_eq!(good.begin(&options).unwrap_err().reason, Reason::Scale);
         }

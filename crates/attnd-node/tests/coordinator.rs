@@ -2,10 +2,11 @@
 
 mod cluster;
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use attnd_kernel::reference::reference_row;
-use attnd_kernel::{AttnShape, Causal, Dims};
+use attnd_kernel::{AttnShape, Causal, Dims, Operator};
 use attnd_node::NodeError;
 use attnd_node::coordinator::CoordinatorConfig;
 use attnd_plan::WorkerChoice;
@@ -23,6 +24,11 @@ fn is_lost(error: &Error) -> bool {
     error.reason == Reason::WorkerLost && error.is_retryable()
 }
 
+/// The default scale and the causal rule of caches.
+fn bottom_right(shape: &AttnShape) -> Arc<Operator> {
+    Arc::new(Operator::plain(begin(shape).operator.scale(), Causal::BottomRight))
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn answers_are_exact_and_have_the_same_bits_on_one_and_two_workers() {
     let cluster = Cluster::start(CoordinatorConfig::default(), 2).await;
@@ -30,7 +36,7 @@ async fn answers_are_exact_and_have_the_same_bits_on_one_and_two_workers() {
     let operands = Operands::random(&shape, SEED);
     let mut answers = Vec::new();
     for workers in [WorkerChoice::Exactly(1), WorkerChoice::Exactly(2), WorkerChoice::Auto] {
-        let begin = attnd_wire::Begin { workers, causal: Causal::BottomRight, ..begin(&shape) };
+        let begin = attnd_wire::Begin { workers, operator: bottom_right(&shape), ..begin(&shape) };
         let replies = cluster.attend(operands.requests(begin, 100_000), None).await.unwrap();
         let answer = collect(replies, &shape).await.unwrap();
         if let WorkerChoice::Exactly(n) = workers {
@@ -50,7 +56,7 @@ async fn answers_are_exact_and_have_the_same_bits_on_one_and_two_workers() {
             bits(&answers[0].context) == bits(&other.context) && bits(&answers[0].lse) == bits(&other.lse)
         );
     }
-    let scale = f64::from(begin(&shape).scale);
+    let scale = f64::from(begin(&shape).operator.scale());
     let (q, k, v) = (&operands.q[..], &operands.k[..], &operands.v[..]);
     for head in 0..8 {
         for token in [0, 198, 199, 200, 1000, 1699] {
@@ -86,7 +92,8 @@ async fn what_is_wrong_with_a_call_is_named() {
     short.pop();
     short.push(AttendRequest::Commit(Commit { chunks: chunks - 1, bytes: bytes - 4 }));
     let truncated = all()[..4].to_vec();
-    let blind = attnd_wire::Begin { causal: Causal::BottomRight, forbid_empty_rows: true, ..begin(&shape) };
+    let blind =
+        attnd_wire::Begin { operator: bottom_right(&shape), forbid_empty_rows: true, ..begin(&shape) };
     let poisoned = {
         let mut operands = operands.clone();
         operands.k[20] = f32::NAN;
@@ -185,7 +192,7 @@ async fn whenever_a_worker_dies_the_answer_is_right_or_none() {
     let operands = Operands::random(&shape, SEED);
     let one = attnd_wire::Begin { workers: WorkerChoice::Exactly(1), ..begin(&shape) };
     let begun = Instant::now();
-    let replies = cluster.attend(operands.requests(one, 1 << 20), None).await.unwrap();
+    let replies = cluster.attend(operands.requests(one.clone(), 1 << 20), None).await.unwrap();
     let right = collect(replies, &shape).await.unwrap();
     let whole = begun.elapsed();
     let two = attnd_wire::Begin { workers: WorkerChoice::Exactly(2), ..one };
@@ -193,7 +200,7 @@ async fn whenever_a_worker_dies_the_answer_is_right_or_none() {
     for round in 1..=ROUNDS {
         cluster.start_worker().await;
         cluster.wait_for_workers(2).await;
-        let replies = cluster.attend(operands.requests(two, 1 << 20), None).await.unwrap();
+        let replies = cluster.attend(operands.requests(two.clone(), 1 << 20), None).await.unwrap();
         let answer = tokio::spawn(async move { (collect(replies, &shape).await, Instant::now()) });
         tokio::time::sleep(whole * round as u32 / ROUNDS as u32).await;
         let killed = Instant::now();

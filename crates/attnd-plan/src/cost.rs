@@ -6,10 +6,14 @@
 //! It adds up what may overlap: a worker computes a kv group as soon as it has all of it, and how early that is depends
 //! on the order in which the client sends.
 
-use attnd_kernel::{AttnShape, Causal, Dtype};
+use attnd_kernel::{AttnShape, Causal, Dtype, Mask};
 
 /// Bytes that one message carries when a large tensor streams.
 const CHUNK_BYTES: f64 = (1 << 20) as f64;
+
+/// Query tokens of one element of the batch, and elements, whose visible keys are counted; of more a sample is.
+const COUNTED_TOKENS: usize = 4096;
+const COUNTED_ELEMENTS: usize = 16;
 
 /// Measured or assumed speeds of everything around the kernels.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -76,13 +80,13 @@ impl CallCosts {
     pub(crate) fn new(
         model: &CostModel,
         shape: &AttnShape,
-        causal: Causal,
+        mask: &Mask,
         dtype: Dtype,
         tokens_per_cell: usize,
     ) -> Self {
         let (d, dv, bytes) = (shape.head_dim() as f64, shape.value_dim() as f64, dtype.size() as f64);
         let group_rows = (shape.group_size() * shape.n_queries()) as f64;
-        let pairs = visible_pairs(causal, shape) as f64 * shape.group_size() as f64;
+        let pairs = visible_pairs(mask, shape) * shape.group_size() as f64;
         Self {
             model: *model,
             flops_per_key: (2.0 * (d + dv) * pairs / shape.n_keys() as f64)
@@ -136,8 +140,29 @@ impl CallCosts {
     }
 }
 
-/// (query, key) pairs that one head computes.
-fn visible_pairs(causal: Causal, shape: &AttnShape) -> u64 {
+/// (query, key) pairs that one head computes, on average over the batch.
+fn visible_pairs(mask: &Mask, shape: &AttnShape) -> f64 {
+    match mask.as_causal() {
+        Some(causal) => causal_pairs(causal, shape) as f64,
+        None => counted_pairs(mask, shape),
+    }
+}
+
+/// The same by counting, of many tokens and elements of the batch only some.
+fn counted_pairs(mask: &Mask, shape: &AttnShape) -> f64 {
+    let (batch, queries) = (shape.batch(), shape.n_queries());
+    let (elements, tokens) = (batch.min(COUNTED_ELEMENTS), queries.min(COUNTED_TOKENS));
+    let mut keys = 0_u64;
+    for element in 0..elements {
+        let mask = mask.of_batch(element * batch / elements, shape);
+        let of = |token: usize| mask.visible(token * queries / tokens).len() as u64;
+        keys += (0..tokens).map(of).sum::<u64>();
+    }
+    keys as f64 * (queries as f64 / tokens as f64) / elements as f64
+}
+
+/// The same of a causal rule alone, exactly.
+fn causal_pairs(causal: Causal, shape: &AttnShape) -> u64 {
     let (queries, keys) = (shape.n_queries() as u64, shape.n_keys() as u64);
     // Row i sees min(keys, i + shift), or none where that is negative: a staircase, then a plateau.
     let (blind, first) = match causal {
@@ -153,7 +178,7 @@ fn visible_pairs(causal: Causal, shape: &AttnShape) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use attnd_kernel::Dims;
+    use attnd_kernel::{Dims, PerBatch, Window};
     use proptest::prelude::*;
 
     use super::*;
@@ -165,8 +190,26 @@ mod tests {
             let shape = AttnShape::new(dims).unwrap();
             for causal in [Causal::None, Causal::BottomRight, Causal::TopLeft] {
                 let counted: usize = (0..shape.n_queries()).map(|i| causal.visible(i, &shape).len()).sum();
-                prop_assert_eq!(visible_pairs(causal, &shape), counted as u64, "{:?}", causal);
+                prop_assert_eq!(visible_pairs(&causal.into(), &shape), counted as f64, "{:?}", causal);
+                prop_assert_eq!(counted_pairs(&causal.into(), &shape), counted as f64, "{:?}", causal);
             }
         }
+    }
+
+    #[test]
+    fn a_sample_of_many_tokens_is_near_the_count() {
+        let (queries, keys) = (10_000, 50_000);
+        let dims = Dims { batch: 20, heads: 1, kv_heads: 1, queries, keys, head_dim: 1, value_dim: 1 };
+        let shape = AttnShape::new(dims).unwrap();
+        let ends = PerBatch::Each((0..20).map(|element| 50_000 - element * 100).collect());
+        let window = Window { left: Some(700), right: None };
+        let mask = Mask { window, key_end: Some(ends), ..Causal::BottomRight.into() };
+        let of_element = |element: usize| -> usize {
+            let mask = mask.of_batch(element, &shape);
+            (0..shape.n_queries()).map(|token| mask.visible(token).len()).sum()
+        };
+        let counted = (0..20).map(of_element).sum::<usize>() as f64 / 20.0;
+        let sampled = visible_pairs(&mask, &shape);
+        assert!((sampled / counted - 1.0).abs() < 1e-3, "{sampled} of {counted}");
     }
 }

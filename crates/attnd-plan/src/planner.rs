@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use attnd_kernel::slot::N_SLOTS;
-use attnd_kernel::{AttnShape, Causal, Dtype};
+use attnd_kernel::{AttnShape, Dtype, Mask};
 
 use crate::cost::{CallCosts, CostModel, Load};
 use crate::line::{Hand, Line};
@@ -27,12 +27,12 @@ pub enum WorkerChoice {
 }
 
 /// The call to plan.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PlanRequest {
     /// Its dimensions.
     pub shape: AttnShape,
-    /// Its mask.
-    pub causal: Causal,
+    /// Which keys its rows see; made for that shape.
+    pub mask: Mask,
     /// The type of Q, K and V on the wire, and of K and V on the workers.
     pub dtype: Dtype,
     /// How many workers it may use.
@@ -160,7 +160,7 @@ impl<'a> Planner<'a> {
             shape: req.shape,
             dtype: req.dtype,
             line: Line::new(&req.shape, req.dtype, tokens_per_cell),
-            costs: CallCosts::new(costs, &req.shape, req.causal, req.dtype, tokens_per_cell),
+            costs: CallCosts::new(costs, &req.shape, &req.mask, req.dtype, tokens_per_cell),
             tokens_per_cell,
             alive: alive.len(),
             by_speed,

@@ -26,7 +26,7 @@ use std::fmt::Write as _;
 use std::path::Path;
 use std::time::Duration;
 
-use attnd_kernel::{AttnShape, Causal, Dims, Dtype};
+use attnd_kernel::{AttnShape, Dims, Dtype, Mask};
 use attnd_plan::membership::HEARTBEAT;
 use attnd_plan::{
     Call, CallAction, CallEvent, Capacity, CellId, CostModel, Facts, MemberAction, MemberEvent, Membership,
@@ -256,7 +256,7 @@ impl World {
             (_, Some(exactly)) => WorkerChoice::Exactly(exactly as usize),
             _ => WorkerChoice::Auto,
         };
-        let req = PlanRequest { shape, causal: Causal::None, dtype: Dtype::F32, workers };
+        let req = PlanRequest { shape, mask: Mask::default(), dtype: Dtype::F32, workers };
         let plan = match plan(&req, &self.workers, &CostModel::default()) {
             Ok(plan) => plan,
             Err(error) => return vec![format!("refused: {error}")],

@@ -1,9 +1,10 @@
 //! The values between coordinator and worker: one share of one call.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use attnd_kernel::slot::{Node, PAGE_KEYS, keys_in_slots, n_pages, slot_of_page};
-use attnd_kernel::{AttnShape, Causal, Dtype, KERNEL_ID, PartialRows};
+use attnd_kernel::{AttnShape, Compute, Dtype, Operator, PartialRows};
 use attnd_plan::{CellId, Piece, Tensor};
 use bytes::Bytes;
 
@@ -12,6 +13,7 @@ use crate::convert::{self, quantity, small};
 use crate::error::{Error, Reason};
 use crate::floats::{self, checksum};
 use crate::limits::MESSAGE_BYTES;
+use crate::operator::Encoded;
 use crate::{proto, refusal};
 
 /// One frame to a worker.
@@ -25,7 +27,8 @@ pub enum ComputeRequest {
     Commit(Commit),
 }
 
-/// What one worker shall compute. Decoded only where this binary's [`KERNEL_ID`] is the one asked for.
+/// What one worker shall compute. Decoded only where the order of arithmetic that this binary has for such an operator is
+/// the one asked for.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ComputeBegin {
     /// Names the call in logs.
@@ -34,10 +37,8 @@ pub struct ComputeBegin {
     pub shape: AttnShape,
     /// Element type of Q, K and V on the wire.
     pub dtype: Dtype,
-    /// What scores are multiplied by: finite and positive.
-    pub scale: f32,
-    /// Which keys a query sees.
-    pub causal: Causal,
+    /// What is computed, made for that shape.
+    pub operator: Arc<Operator>,
     /// NaN and infinities pass unexamined.
     pub allow_non_finite: bool,
     /// Kv groups times slots: at least one, all inside the call, disjoint.
@@ -89,25 +90,27 @@ pub struct Finished {
 }
 
 /// What a partial must fit.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct CallShape {
     /// Dimensions of the call.
     pub shape: AttnShape,
-    /// Which keys a query sees.
-    pub causal: Causal,
+    /// Which keys a query sees is in there.
+    pub operator: Arc<Operator>,
     /// NaN and infinities were allowed in, so they may come out.
     pub allow_non_finite: bool,
 }
 
 impl From<&Begin> for CallShape {
     fn from(begin: &Begin) -> Self {
-        Self { shape: begin.shape, causal: begin.causal, allow_non_finite: begin.allow_non_finite }
+        let operator = Arc::clone(&begin.operator);
+        Self { shape: begin.shape, operator, allow_non_finite: begin.allow_non_finite }
     }
 }
 
 impl From<&ComputeBegin> for CallShape {
     fn from(begin: &ComputeBegin) -> Self {
-        Self { shape: begin.shape, causal: begin.causal, allow_non_finite: begin.allow_non_finite }
+        let operator = Arc::clone(&begin.operator);
+        Self { shape: begin.shape, operator, allow_non_finite: begin.allow_non_finite }
     }
 }
 
@@ -148,16 +151,20 @@ impl TryFrom<proto::ComputeBegin> for ComputeBegin {
     type Error = Error;
 
     fn try_from(message: proto::ComputeBegin) -> Result<Self, Error> {
-        if message.kernel_id != KERNEL_ID {
-            return Err(refusal::kernel_mix(&message.kernel_id));
-        }
         let shape = convert::shape(message.shape)?;
+        let dtype = convert::dtype(message.dtype)?;
+        let encoded = Encoded { scale: message.scale, causal: message.causal, operator: message.operator };
+        let operator = encoded.decode(&shape)?;
+        // What a newer coordinator says beyond that is lost here, but not in the name.
+        let kernel_id = operator.kernel_id(Compute::F32);
+        if message.kernel_id != kernel_id {
+            return Err(refusal::kernel_mix(&message.kernel_id, kernel_id));
+        }
         Ok(Self {
             call_id: message.call_id,
             shape,
-            dtype: convert::dtype(message.dtype)?,
-            scale: convert::scale(message.scale)?,
-            causal: convert::causal(message.causal)?,
+            dtype,
+            operator,
             allow_non_finite: message.allow_non_finite,
             pieces: convert::pieces(message.pieces, shape.n_groups())?,
             tokens_per_cell: cell_tokens(message.tokens_per_cell, &shape)?,
@@ -178,16 +185,18 @@ fn cell_tokens(tokens: u32, shape: &AttnShape) -> Result<usize, Error> {
 
 impl From<ComputeBegin> for proto::ComputeBegin {
     fn from(begin: ComputeBegin) -> Self {
+        let Encoded { scale, causal, operator } = Encoded::from(&*begin.operator);
         Self {
             call_id: begin.call_id,
             shape: Some((&begin.shape).into()),
             dtype: proto::Dtype::from(begin.dtype).into(),
-            scale: begin.scale,
-            causal: proto::Causal::from(begin.causal).into(),
+            scale,
+            causal,
             allow_non_finite: begin.allow_non_finite,
             pieces: begin.pieces.iter().map(Into::into).collect(),
             tokens_per_cell: small(begin.tokens_per_cell),
-            kernel_id: KERNEL_ID.to_owned(),
+            kernel_id: begin.operator.kernel_id(Compute::F32).to_owned(),
+            operator,
         }
     }
 }
@@ -327,19 +336,27 @@ fn cell_of(message: &proto::Partial, shape: &AttnShape) -> Result<CellId, String
     Ok(CellId { group, node, first_token: tokens.start, tokens: tokens.len(), keys })
 }
 
-/// How many keys of the node each token of a cell sees. One pass over tokens and pages: later tokens see no less.
+/// How many keys of the node each token of a cell sees. One pass over pages and one over tokens.
 fn keys_seen(cell: &CellId, call: &CallShape) -> Vec<usize> {
     let slots = cell.node.slots();
-    let mut pages =
-        (0..n_pages(call.shape.n_keys())).filter(|page| slots.contains(&slot_of_page(*page))).peekable();
-    let mut whole = 0;
+    let n_pages = n_pages(call.shape.n_keys());
+    let is_of_node = |page: usize| slots.contains(&slot_of_page(page));
+    // Keys of the node before each page, all pages being whole: no mask reaches behind the last key.
+    let mut before = Vec::with_capacity(n_pages + 1);
+    let mut keys = 0;
+    for page in 0..=n_pages {
+        before.push(keys);
+        keys += if is_of_node(page) { PAGE_KEYS } else { 0 };
+    }
+    let before_key = |key: usize| {
+        let page = key / PAGE_KEYS;
+        before[page] + if is_of_node(page) { key % PAGE_KEYS } else { 0 }
+    };
+    let mask = call.operator.mask_of_group(cell.group, &call.shape);
     let tokens = cell.first_token..cell.first_token + cell.tokens;
     let seen = tokens.map(|token| {
-        let end = call.causal.visible(token, &call.shape).end;
-        while pages.next_if(|page| (page + 1) * PAGE_KEYS <= end).is_some() {
-            whole += PAGE_KEYS;
-        }
-        whole + pages.peek().map_or(0, |page| end.saturating_sub(page * PAGE_KEYS))
+        let visible = mask.visible(token);
+        before_key(visible.end) - before_key(visible.start)
     });
     seen.collect()
 }

@@ -5,7 +5,7 @@
 use std::ops::Range;
 
 use attnd_kernel::slot::N_SLOTS;
-use attnd_kernel::{AttnShape, Causal, Dims, Dtype};
+use attnd_kernel::{AttnShape, Dims, Dtype};
 use attnd_plan::{Piece, Tensor};
 use bytes::Bytes;
 
@@ -85,29 +85,6 @@ pub fn dtype(number: i32) -> Result<Dtype, Error> {
     }
 }
 
-impl From<Causal> for proto::Causal {
-    fn from(causal: Causal) -> Self {
-        match causal {
-            Causal::None => Self::None,
-            Causal::BottomRight => Self::BottomRight,
-            Causal::TopLeft => Self::TopLeft,
-        }
-    }
-}
-
-/// Decodes a causal rule; absent means that every query sees every key.
-///
-/// # Errors
-/// [`Reason::Causal`] with the number.
-pub fn causal(number: i32) -> Result<Causal, Error> {
-    match proto::Causal::try_from(number) {
-        Ok(proto::Causal::None) => Ok(Causal::None),
-        Ok(proto::Causal::BottomRight) => Ok(Causal::BottomRight),
-        Ok(proto::Causal::TopLeft) => Ok(Causal::TopLeft),
-        Err(_) => Err(Error::new(Reason::Causal, number.to_string())),
-    }
-}
-
 impl From<Tensor> for proto::Tensor {
     fn from(tensor: Tensor) -> Self {
         match tensor {
@@ -134,14 +111,6 @@ pub fn tensor(number: i32) -> Result<Tensor, Error> {
 /// What scores are multiplied by where the caller says nothing: `1 / sqrt(head_dim)`, rounded once.
 pub fn default_scale(shape: &AttnShape) -> f32 {
     (1.0 / (shape.head_dim() as f64).sqrt()) as f32
-}
-
-/// Checks a scale.
-///
-/// # Errors
-/// [`Reason::Scale`] unless it is finite and positive.
-pub fn scale(scale: f32) -> Result<f32, Error> {
-    if scale.is_finite() && scale > 0.0 { Ok(scale) } else { Err(refusal::scale()) }
 }
 
 impl From<&Piece> for proto::Piece {
@@ -250,7 +219,6 @@ mod tests {
     fn unknown_enum_values_are_named() {
         assert_eq!(dtype(0).unwrap_err().message(), "DTYPE: 0");
         assert_eq!(dtype(99).unwrap_err().message(), "DTYPE: 99");
-        assert_eq!(causal(3).unwrap_err().message(), "CAUSAL: 3");
         assert_eq!(tensor(0).unwrap_err().message(), "TENSOR: 0");
         assert_eq!(tensor(-1).unwrap_err().message(), "TENSOR: -1");
     }
@@ -260,20 +228,9 @@ mod tests {
         for value in [Dtype::F32, Dtype::F16, Dtype::Bf16] {
             assert_eq!(dtype(proto::Dtype::from(value).into()), Ok(value));
         }
-        for value in [Causal::None, Causal::BottomRight, Causal::TopLeft] {
-            assert_eq!(causal(proto::Causal::from(value).into()), Ok(value));
-        }
         for value in Tensor::ALL {
             assert_eq!(tensor(proto::Tensor::from(value).into()), Ok(value));
         }
-    }
-
-    #[test]
-    fn scales_must_be_finite_and_positive() {
-        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 0.0, -0.0, -1.0] {
-            assert_eq!(scale(bad).unwrap_err().message(), "SCALE: must be finite and > 0");
-        }
-        assert_eq!(scale(1e-40), Ok(1e-40));
     }
 
     #[test]

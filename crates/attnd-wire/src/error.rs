@@ -117,7 +117,9 @@ reasons! {
     Dtype "DTYPE" InvalidArgument "An unknown element type.";
     Tensor "TENSOR" InvalidArgument "An unknown tensor.";
     Causal "CAUSAL" InvalidArgument "An unknown causal rule.";
-    Scale "SCALE" InvalidArgument "A scale that isn't finite and positive.";
+    Scale "SCALE" InvalidArgument "A scale that isn't finite.";
+    Operator "OPERATOR" InvalidArgument "A part of the operator that makes no sense, or none for the shape.";
+    Combination "COMBINATION" InvalidArgument "Two options that contradict each other, or one that needs another.";
     Workers "WORKERS" InvalidArgument "A number of workers that can't be had.";
     NonFinite "NON_FINITE" InvalidArgument "NaN or an infinity in Q, K or V.";
     ScoreOverflow "SCORE_OVERFLOW" InvalidArgument "A score of finite operands overflows f32.";

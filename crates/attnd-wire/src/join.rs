@@ -10,8 +10,11 @@ use crate::error::{Error, Reason};
 use crate::limits::{self, Link};
 use crate::{proto, refusal};
 
-/// Versions of the protocol between nodes that this binary speaks.
-pub const WIRE_VERSIONS: RangeInclusive<u32> = 1..=1;
+/// Versions of the protocol between nodes that this binary speaks. A worker of version 1 computes a scale and a causal
+/// rule, and refuses calls with more than that.
+pub const WIRE_VERSIONS: RangeInclusive<u32> = 1..=OPERATORS;
+/// The first version with whole operators.
+pub const OPERATORS: u32 = 2;
 /// Longest time between two beats.
 pub const MAX_HEARTBEAT: Duration = Duration::from_secs(60);
 
@@ -253,7 +256,7 @@ mod tests {
 
     #[test]
     fn each_field_of_a_hello_is_checked() {
-        assert_eq!(refused(|h| h.wire_version = 3), "WIRE: 3 not in 1..1");
+        assert_eq!(refused(|h| h.wire_version = 3), "WIRE: 3 not in 1..2");
         for id in ["", "a\u{1b}", &"x".repeat(65)] {
             assert_eq!(refused(|h| h.worker_id = id.into()), "HELLO: worker_id: 1..64 of [A-Za-z0-9._-]");
         }

@@ -15,8 +15,8 @@
 //!   into it; [`refusal`] holds the wording.
 //! * [`limits`]: every limit, and servers, channels and stubs that have them set. [`deadline`] and [`layer`]: what a
 //!   server checks before a handler runs.
-//! * [`attend`], [`compute`], [`join`], [`status`]: the values of the four calls; [`convert`]: the small pieces they
-//!   share; [`floats`]: f32 slices as bytes.
+//! * [`attend`], [`compute`], [`join`], [`status`]: the values of the four calls; [`operator`]: what they compute;
+//!   [`convert`]: the small pieces they share; [`floats`]: f32 slices as bytes.
 //!
 //! # The seam to the gRPC library
 //!
@@ -34,6 +34,7 @@ pub mod join;
 pub mod layer;
 pub mod limits;
 pub mod normalise;
+pub mod operator;
 pub mod proto;
 pub mod refusal;
 pub mod status;

@@ -38,6 +38,8 @@ pub const LOCAL_RESETS: usize = 1024;
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// Largest number of entries of a repeated field.
 pub const MAX_ENTRIES: usize = 1024;
+/// Largest number of runs of documents, over all of a batch: those of queries, and those of keys.
+pub const MAX_RUNS: usize = 65_536;
 /// Longest text that a peer may give for one field, in bytes.
 pub const MAX_TEXT: usize = 256;
 

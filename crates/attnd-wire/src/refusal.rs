@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use attnd_kernel::{AttnShape, Dims, KERNEL_ID, NonFinite, OutOfMemory, ScoreOverflow, ShapeError};
+use attnd_kernel::{AttnShape, Dims, NonFinite, OutOfMemory, ScoreOverflow, ShapeError};
 use attnd_plan::{CallError, GatherError, Misplaced, PlanError, Rejection, Tensor, WorkerId};
 
 use crate::error::{Error, Reason};
@@ -68,9 +68,9 @@ pub fn shape_mismatch(left: &str, left_size: u64, right: &str, right_size: u64) 
     Error::new(Reason::ShapeMismatch, format!("{left} {left_size}, {right} {right_size}"))
 }
 
-/// The scale is NaN, infinite, zero or negative.
+/// The scale is NaN or infinite, or becomes infinite where scores are logarithms to base 2.
 pub fn scale() -> Error {
-    Error::new(Reason::Scale, "must be finite and > 0")
+    Error::new(Reason::Scale, "must be finite and at most 2.35e38 in size")
 }
 
 /// A NaN or an infinity in an operand; `head` is flattened over the batch.
@@ -119,9 +119,17 @@ pub fn wire(theirs: u32) -> Error {
     Error::new(Reason::Wire, format!("{theirs} not in {}..{}", WIRE_VERSIONS.start(), WIRE_VERSIONS.end()))
 }
 
-/// A peer wants another order of arithmetic than this binary has.
-pub fn kernel_mix(theirs: &str) -> Error {
-    Error::new(Reason::KernelMix, format!("{theirs}, this node computes {KERNEL_ID}"))
+/// A peer wants another order of arithmetic than this binary has for such a call.
+pub fn kernel_mix(theirs: &str, ours: &str) -> Error {
+    Error::new(Reason::KernelMix, format!("{theirs}, this node computes {ours}"))
+}
+
+/// A coordinator computes another operator than it was asked for: it ignores what it doesn't know.
+pub fn older_coordinator(computes: &str, asked: &str) -> Error {
+    Error::new(
+        Reason::ReplyInvalid,
+        format!("the coordinator is older: it computes {computes}, asked {asked}"),
+    )
 }
 
 impl From<ShapeError> for Error {

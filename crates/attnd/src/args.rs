@@ -11,12 +11,13 @@ use std::path::PathBuf;
 
 use clap::{Args, CommandFactory as _, Parser, Subcommand, ValueEnum};
 
-pub use self::attend::AttendArgs;
+pub use self::attend::{AttendArgs, EmptyRowArg};
 pub use self::bench::{Bench, BenchArgs, BenchKernelArgs, BenchPeersArgs};
 use self::values::{parse_count, parse_size, parse_workers};
 
 mod attend;
 mod bench;
+mod mask;
 mod values;
 
 /// Environment variable that stands in for `--endpoint`.

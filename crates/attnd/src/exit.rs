@@ -80,6 +80,8 @@ fn is_about_the_input(reason: Reason) -> bool {
             | GqaRatio
             | PayloadLength
             | Scale
+            | Operator
+            | Combination
             | NonFinite
             | ScoreOverflow
             | OutputOverflow

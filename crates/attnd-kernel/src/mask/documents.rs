@@ -20,8 +20,9 @@ pub struct Run {
 pub struct Documents {
     /// For all of the batch, or for each of its elements: the runs of the queries.
     batches: Vec<Vec<DocumentRun>>,
-    /// Where the keys of each end.
-    key_ends: Vec<usize>,
+    /// The runs that they were made of.
+    queries: Vec<Vec<Run>>,
+    keys: Vec<Vec<Run>>,
 }
 
 /// A run of queries, and the keys of its document.
@@ -52,8 +53,17 @@ impl Documents {
         for (batch, (queries, keys)) in queries.iter().zip(keys).enumerate() {
             batches.push(runs_of_batch(batch, queries, keys)?);
         }
-        let key_ends = keys.iter().map(|runs| runs.last().map_or(0, |run| run.end)).collect();
-        Ok(Self { batches, key_ends })
+        Ok(Self { batches, queries: queries.to_vec(), keys: keys.to_vec() })
+    }
+
+    /// The runs of queries that [`Self::new`] was given.
+    pub fn queries(&self) -> &[Vec<Run>] {
+        &self.queries
+    }
+
+    /// The runs of keys that [`Self::new`] was given.
+    pub fn keys(&self) -> &[Vec<Run>] {
+        &self.keys
     }
 
     pub(super) fn of_batch(&self, batch: usize) -> &[DocumentRun] {
@@ -66,11 +76,11 @@ impl Documents {
             let (got, batch) = (self.batches.len(), shape.batch());
             return Err(MaskError::Entries { option: "mask.documents", got, batch });
         }
-        for (batch, (runs, key_end)) in self.batches.iter().zip(&self.key_ends).enumerate() {
-            let got = runs.last().map_or(0, |run| run.queries.end);
+        let end_of = |runs: &[Run]| runs.last().map_or(0, |run| run.end);
+        for (batch, (queries, keys)) in self.queries.iter().zip(&self.keys).enumerate() {
             for (option, got, dimension, limit) in [
-                ("mask.documents.queries", got, "q_len", shape.n_queries()),
-                ("mask.documents.keys", *key_end, "kv_len", shape.n_keys()),
+                ("mask.documents.queries", end_of(queries), "q_len", shape.n_queries()),
+                ("mask.documents.keys", end_of(keys), "kv_len", shape.n_keys()),
             ] {
                 if got != limit {
                     return Err(MaskError::Runs { option, batch, got, dimension, limit });

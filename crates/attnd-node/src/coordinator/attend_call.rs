@@ -16,9 +16,10 @@
 
 use std::collections::VecDeque;
 use std::future::poll_fn;
+use std::sync::Arc;
 use std::time::Instant;
 
-use attnd_kernel::{KERNEL_ID, PartialRows};
+use attnd_kernel::{AttnShape, Compute, Mask, PartialRows};
 use attnd_plan::call::STREAM_IDLE;
 use attnd_plan::{Call, CallAction, CallEvent, Plan, Ready, Run, Tensor};
 use attnd_wire::limits::STALL;
@@ -68,12 +69,12 @@ pub(crate) async fn attend(
     deadline: Deadline,
 ) -> Result<(), Error> {
     let answer = async {
-        let begin = read_begin(&mut requests).await?;
+        let (begin, empty_rows) = read_begin(hub, &mut requests).await?;
         // Not before: a stream that says nothing is no call yet.
         let _place = places.take()?;
         let begun = Instant::now();
         let placement = place(hub, &begin, call_id, deadline).await?;
-        Flow::new(hub, begin, begun, placement, requests, replies).run().await
+        Flow::new(hub, begin, begun, empty_rows, placement, requests, replies).run().await
     };
     tokio::select! {
         answered = answer => answered,
@@ -87,7 +88,11 @@ fn gone() -> Error {
     Error::new(Reason::Cancelled, "the client is gone")
 }
 
-async fn read_begin(requests: &mut Streaming<proto::AttendRequest>) -> Result<Begin, Error> {
+/// What is asked for, and how many of its rows see no key.
+async fn read_begin(
+    hub: &Hub,
+    requests: &mut Streaming<proto::AttendRequest>,
+) -> Result<(Begin, u64), Error> {
     let first = tokio::time::timeout(STREAM_IDLE, requests.message())
         .await
         .map_err(|_elapsed| refusal::stream_idle(STREAM_IDLE))??;
@@ -95,17 +100,24 @@ async fn read_begin(requests: &mut Streaming<proto::AttendRequest>) -> Result<Be
     let AttendRequest::Begin(begin) = AttendRequest::decode(first, None)? else {
         return Err(refusal::expected_begin());
     };
-    let empty_rows = empty_rows(&begin);
+    let (shape, operator) = (begin.shape, Arc::clone(&begin.operator));
+    // Each element of the batch may have a mask of its own: millions of rows are too many for this thread.
+    let counted = hub.pool.run(move || empty_rows(operator.mask(), &shape)).await;
+    let empty_rows = counted.map_err(|error| Error::new(Reason::Internal, format!("counting {error}")))?;
     if begin.forbid_empty_rows && empty_rows > 0 {
         return Err(refusal::empty_row(empty_rows));
     }
-    Ok(begin)
+    Ok((begin, empty_rows))
 }
 
 /// Rows that see no key. The mask alone says so: a call that must not have any is refused before it costs a byte.
-fn empty_rows(Begin { shape, causal, .. }: &Begin) -> u64 {
-    let blind = (0..shape.n_queries()).filter(|token| causal.visible(*token, shape).is_empty()).count();
-    (blind * shape.batch() * shape.n_heads()) as u64
+fn empty_rows(mask: &Mask, shape: &AttnShape) -> u64 {
+    let of_element = |element: usize| {
+        let mask = mask.of_batch(element, shape);
+        (0..shape.n_queries()).filter(|token| mask.visible(*token).is_empty()).count()
+    };
+    let blind: usize = (0..shape.batch()).map(of_element).sum();
+    (blind * shape.n_heads()) as u64
 }
 
 type Merging = BoxFuture<'static, (RowKey, Result<Result<Finish, Error>, WorkError>)>;
@@ -141,14 +153,15 @@ impl<'a> Flow<'a> {
         hub: &'a Hub,
         begin: Begin,
         begun: Instant,
+        empty_rows: u64,
         placement: Placement,
         requests: Streaming<proto::AttendRequest>,
         replies: &'a mpsc::Sender<proto::AttendReply>,
     ) -> Self {
         let Placement { plan, shares } = placement;
         let mut clock = Clock::new(begun);
-        let mut done =
-            Done { kernel_id: KERNEL_ID.to_owned(), empty_rows: empty_rows(&begin), ..Done::default() };
+        let kernel_id = begin.operator.kernel_id(Compute::F32);
+        let mut done = Done { kernel_id: kernel_id.to_owned(), empty_rows, ..Done::default() };
         done.timings.plan = clock.begun.elapsed().as_secs_f64();
         let mut incoming = Vec::with_capacity(shares.len());
         let mut outgoing = Vec::with_capacity(shares.len());
@@ -172,7 +185,7 @@ impl<'a> Flow<'a> {
             backlog,
             ready: VecDeque::new(),
             merging: FuturesUnordered::new(),
-            outbox: VecDeque::from([planned(&plan)]),
+            outbox: VecDeque::from([planned(&plan, kernel_id)]),
             outbox_stall: Stall::default(),
             replies,
             gathered: false,
@@ -303,8 +316,9 @@ impl<'a> Flow<'a> {
         {
             let (pool, kernels) = (self.hub.pool.clone(), self.hub.kernels);
             let Begin { shape, allow_non_finite, .. } = self.begin;
+            let operator = Arc::clone(&self.begin.operator);
             let row = (ready.group, ready.tokens.start);
-            let work = move || finish(ready, &shape, allow_non_finite, kernels);
+            let work = move || finish(ready, &shape, &operator, allow_non_finite, kernels);
             self.merging.push(Box::pin(async move { (row, pool.run(work).await) }));
         }
     }
@@ -351,8 +365,8 @@ impl<'a> Flow<'a> {
     }
 }
 
-fn planned(plan: &Plan) -> proto::AttendReply {
-    AttendReply::Planned(PlanSummary::from(plan)).into()
+fn planned(plan: &Plan, kernel_id: &str) -> proto::AttendReply {
+    AttendReply::Planned(PlanSummary::new(plan, kernel_id)).into()
 }
 
 async fn until(instant: Option<Instant>) {

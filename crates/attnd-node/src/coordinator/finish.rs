@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use attnd_kernel::{AttnShape, FinishedRows, Kernels, PartialRows};
+use attnd_kernel::{AttnShape, FinishedRows, Kernels, Operator, PartialRows};
 use attnd_plan::Ready;
 use attnd_wire::{AttendReply, ContextChunk, Error, limits, proto, refusal};
 
@@ -15,13 +15,14 @@ pub(crate) struct Finish {
     pub(crate) spent: Duration,
 }
 
-/// Merges the partials along the canonical tree and divides, once.
+/// Merges the partials along the canonical tree, adds sinks, divides, once, and fills rows that saw nothing.
 ///
 /// # Errors
 /// [`attnd_wire::Reason::OutputOverflow`] for the first row that isn't finite, unless that is allowed.
 pub(crate) fn finish(
     ready: Ready<PartialRows>,
     shape: &AttnShape,
+    operator: &Operator,
     allow_non_finite: bool,
     kernels: &Kernels,
 ) -> Result<Finish, Error> {
@@ -30,7 +31,7 @@ pub(crate) fn finish(
     let rows = shape.group_size() * tokens.len();
     let merged = attnd_plan::fold(parts, |left, right| left.merge(&right, kernels))
         .unwrap_or_else(|| PartialRows::empty(rows, shape.value_dim()));
-    let finished = merged.finish(kernels);
+    let finished = operator.finish(merged, group, shape, kernels);
     let first_head = group * shape.group_size();
     if let Some(row) = finished.non_finite_row.filter(|_| !allow_non_finite) {
         let (head, token) = (row / tokens.len(), row % tokens.len());
@@ -75,7 +76,7 @@ fn chunks(
 #[cfg(test)]
 mod tests {
     use attnd_kernel::slot::Node;
-    use attnd_kernel::{Dims, Isa};
+    use attnd_kernel::{Causal, Dims, Isa};
 
     use super::*;
 
@@ -101,7 +102,8 @@ mod tests {
         allow: bool,
     ) -> Result<Finish, Error> {
         let ready = Ready { group: 1, tokens, parts: vec![(Node::ROOT, part)] };
-        finish(ready, shape, allow, Kernels::for_isa(Isa::Portable).unwrap())
+        let operator = Operator::plain(1.0, Causal::None);
+        finish(ready, shape, &operator, allow, Kernels::for_isa(Isa::Portable).unwrap())
     }
 
     #[test]

@@ -106,17 +106,19 @@ pub(crate) struct Unused {
     quarantined: usize,
     draining: usize,
     not_connected: usize,
+    too_old: usize,
 }
 
 impl fmt::Display for Unused {
     /// `1 suspect, 2 draining`: those that there are.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { suspect, quarantined, draining, not_connected } = *self;
+        let Self { suspect, quarantined, draining, not_connected, too_old } = *self;
         let counts = [
             (suspect, "suspect"),
             (quarantined, "quarantined"),
             (draining, "draining"),
             (not_connected, "not connected"),
+            (too_old, "too old for such a call"),
         ];
         let mut separator = "";
         for (n, what) in counts.into_iter().filter(|(n, _)| *n > 0) {
@@ -151,7 +153,10 @@ pub(crate) struct Closed {
 
 /// Who may get new work?
 #[derive(Debug)]
-pub(crate) struct Capacities;
+pub(crate) struct Capacities {
+    /// Of the protocol, that the work needs.
+    pub(crate) least_version: u32,
+}
 
 /// How is everybody, ascending by id?
 #[derive(Debug)]
@@ -299,7 +304,7 @@ impl Message<Closed> for MembershipActor {
 impl Message<Capacities> for MembershipActor {
     type Reply = Candidates;
 
-    async fn handle(&mut self, _: Capacities, _: &mut Context<Self, Candidates>) -> Candidates {
+    async fn handle(&mut self, ask: Capacities, _: &mut Context<Self, Candidates>) -> Candidates {
         let now = self.now();
         let mut quarantined = Vec::new();
         let Candidates { mut usable, mut unused } = Candidates::default();
@@ -308,6 +313,7 @@ impl Message<Capacities> for MembershipActor {
                 None => {}
                 Some((MemberState::Suspect, _)) => unused.suspect += 1,
                 Some((MemberState::Draining, _)) => unused.draining += 1,
+                Some(_beats) if member.hello.wire_version < ask.least_version => unused.too_old += 1,
                 Some(_beats) if !member.can_connect() => unused.not_connected += 1,
                 Some((MemberState::Quarantined, _)) => quarantined.push(member.candidate()),
                 Some((MemberState::Active, _)) => usable.push(member.candidate()),

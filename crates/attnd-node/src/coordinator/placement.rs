@@ -1,6 +1,10 @@
 //! Finds workers for a call: plans it, reserves their memory, opens the shares.
 
+use std::sync::Arc;
+
+use attnd_kernel::{Compute, KERNEL_ID};
 use attnd_plan::{Capacity, Plan, PlanError, PlanRequest, VerifiedPlan};
+use attnd_wire::join::{OPERATORS, WIRE_VERSIONS};
 use attnd_wire::{Begin, ComputeBegin, Deadline, Error, Reason};
 
 use super::Hub;
@@ -31,8 +35,8 @@ pub(crate) async fn place(
 ) -> Result<Placement, Error> {
     for _attempt in 0..ATTEMPTS {
         let gone = |_| Error::new(Reason::Internal, "the membership actor is gone");
-        let Candidates { usable: workers, unused } =
-            hub.cluster.ask(Capacities).send().await.map_err(gone)?;
+        let ask = Capacities { least_version: least_version(begin) };
+        let Candidates { usable: workers, unused } = hub.cluster.ask(ask).send().await.map_err(gone)?;
         // What workers that get no new work just now have may come back.
         let hopeless_over = (unused == Unused::default()).then(|| total_memory(&workers));
         let plan = plan(hub, begin, &workers, hopeless_over).await;
@@ -45,6 +49,14 @@ pub(crate) async fn place(
         Reason::Overloaded,
         format!("workers or their memory went away {ATTEMPTS} times while planning"),
     ))
+}
+
+/// The first version of workers that can compute the call.
+fn least_version(begin: &Begin) -> u32 {
+    match begin.operator.kernel_id(Compute::F32) {
+        KERNEL_ID => *WIRE_VERSIONS.start(),
+        _newer => OPERATORS,
+    }
 }
 
 /// The same refusal; where workers were missing, it says who is there and may not be used.
@@ -78,8 +90,8 @@ async fn plan(
     hopeless_over: Option<u64>,
 ) -> Result<VerifiedPlan, Error> {
     let capacities: Vec<Capacity> = workers.iter().map(|worker| worker.capacity.clone()).collect();
-    let Begin { shape, dtype, causal, workers, .. } = *begin;
-    let request = PlanRequest { shape, causal, dtype, workers };
+    let &Begin { shape, dtype, workers, ref operator, .. } = begin;
+    let request = PlanRequest { shape, mask: operator.mask().clone(), dtype, workers };
     let costs = hub.costs;
     let planned = hub.pool.run(move || {
         let plan = attnd_plan::plan(&request, &capacities, &costs);
@@ -109,8 +121,7 @@ async fn open(
             call_id,
             shape: begin.shape,
             dtype: begin.dtype,
-            scale: begin.scale,
-            causal: begin.causal,
+            operator: Arc::clone(&begin.operator),
             allow_non_finite: begin.allow_non_finite,
             pieces: share.pieces.clone(),
             tokens_per_cell: plan.tokens_per_cell,

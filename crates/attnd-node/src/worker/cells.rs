@@ -7,7 +7,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use attnd_kernel::{Effective, GroupCall, Kernels, Operator, Side};
+use attnd_kernel::{Effective, GroupCall, Kernels, Side};
 use attnd_plan::{CellId, filled_nodes};
 use attnd_wire::{ComputeBegin, ComputeReply, Error, Partial, Reason, proto, refusal};
 use futures::StreamExt;
@@ -114,12 +114,11 @@ async fn one_cell(
 /// Runs on the compute pool, checksum and all; `None` if nobody wants the answer any more.
 fn kernel(call: &Call, ready: &ReadyGroup, cell: CellId) -> Option<Result<proto::ComputeReply, Error>> {
     let _busy = call.busy.enter();
-    let ComputeBegin { shape, scale, causal, allow_non_finite, .. } = call.begin;
+    let &ComputeBegin { shape, ref operator, allow_non_finite, .. } = &call.begin;
     let Operands { q, kv } = &ready.operands;
-    let operator = Operator::plain(scale, causal);
     let group = GroupCall {
         shape,
-        operator: &operator,
+        operator,
         group: cell.group,
         q,
         kv,

@@ -108,7 +108,7 @@ impl worker_server::Worker for WorkerService {
 
 #[cfg(test)]
 mod tests {
-    use attnd_kernel::{AttnShape, Causal, Dims, Dtype};
+    use attnd_kernel::{AttnShape, Causal, Dims, Dtype, Mask, Operator};
     use attnd_plan::{Capacity, CostModel, PlanRequest, WorkerChoice, WorkerId, plan};
 
     use super::*;
@@ -125,15 +125,14 @@ mod tests {
         for dtype in [Dtype::F32, Dtype::F16, Dtype::Bf16] {
             for n in 1..=3 {
                 let workers_asked = WorkerChoice::Exactly(n);
-                let req = PlanRequest { shape, causal: Causal::None, dtype, workers: workers_asked };
+                let req = PlanRequest { shape, mask: Mask::default(), dtype, workers: workers_asked };
                 let plan = plan(&req, &workers, &CostModel::default()).unwrap();
                 for share in plan.shares {
                     let begin = ComputeBegin {
                         call_id: 1,
                         shape,
                         dtype,
-                        scale: 1.0,
-                        causal: Causal::None,
+                        operator: Arc::new(Operator::plain(1.0, Causal::None)),
                         allow_non_finite: false,
                         pieces: share.pieces,
                         tokens_per_cell: plan.tokens_per_cell,

@@ -221,7 +221,7 @@ impl Drop for Replies {
 mod tests {
     use std::sync::atomic::AtomicBool;
 
-    use attnd_kernel::{AttnShape, Causal, Dims, Dtype, Kernels};
+    use attnd_kernel::{AttnShape, Causal, Dims, Dtype, Kernels, Operator};
     use attnd_wire::ComputeBegin;
     use futures::StreamExt;
     use kameo::actor::Spawn;
@@ -238,8 +238,7 @@ mod tests {
             call_id: 1,
             shape: AttnShape::new(dims).unwrap(),
             dtype: Dtype::F32,
-            scale: 1.0,
-            causal: Causal::None,
+            operator: Arc::new(Operator::plain(1.0, Causal::None)),
             allow_non_finite: false,
             pieces: Vec::new(),
             tokens_per_cell: 1,

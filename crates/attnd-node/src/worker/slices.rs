@@ -37,12 +37,17 @@ impl<'a, G: Fn() -> bool> Slicer<'a, G> {
     pub(crate) fn attend(&self, node: Node, tokens: Range<usize>) -> Option<Outcome> {
         let shape = &self.call.shape;
         let keys = keys_in_slots(node.slots(), shape.n_keys());
-        let per_token = (shape.group_size() * keys) as u64 * (shape.head_dim() + shape.value_dim()) as u64;
-        if per_token.saturating_mul(tokens.len() as u64) <= self.most {
+        // Not more than the mask shows: kernels look at no other pages.
+        let mask = self.call.operator.mask_of_group(self.call.group, shape);
+        let seen: u64 = tokens.clone().map(|token| mask.visible(token).len().min(keys) as u64).sum();
+        let per_key = (shape.group_size() * (shape.head_dim() + shape.value_dim())) as u64;
+        let work = seen.saturating_mul(per_key);
+        if work <= self.most {
             return (self.go_on)().then(|| attend_node(self.kernels, &self.call, node, tokens));
         }
         if tokens.len() > TOKENS {
-            let affordable = usize::try_from(self.most / per_token.max(1)).unwrap_or(TOKENS);
+            let per_token = (work / tokens.len() as u64).max(1);
+            let affordable = usize::try_from(self.most / per_token).unwrap_or(TOKENS);
             return self.by_tokens(node, tokens, (affordable / TOKENS).max(1) * TOKENS);
         }
         match node.children() {

@@ -163,8 +163,7 @@ impl Case {
             call_id: 7,
             shape,
             dtype: Dtype::F32,
-            scale: 0.5,
-            causal: Causal::BottomRight,
+            operator: Arc::new(Operator::plain(0.5, Causal::BottomRight)),
             allow_non_finite: false,
             pieces: vec![Piece { groups: 0..2, slots }],
             tokens_per_cell: 3,
@@ -207,7 +206,7 @@ impl Case {
 
     /// The partials that the kernels make of it, by group, first token and node.
     fn expected(&self) -> Vec<Partial> {
-        let ComputeBegin { shape, scale, causal, pieces, tokens_per_cell, .. } = &self.begin;
+        let ComputeBegin { shape, operator, pieces, tokens_per_cell, .. } = &self.begin;
         let kernels = Kernels::from_env().unwrap();
         let bytes = |values: &[f32]| -> Vec<u8> { values.iter().flat_map(|v| v.to_le_bytes()).collect() };
         let mut partials = Vec::new();
@@ -222,7 +221,7 @@ impl Case {
             let q = self.q[2 * group..2 * group + 2].concat();
             let call = GroupCall {
                 shape: *shape,
-                operator: &Operator::plain(*scale, *causal),
+                operator,
                 group,
                 q: &q,
                 kv: &kv,

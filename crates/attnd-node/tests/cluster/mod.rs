@@ -3,9 +3,10 @@
 // Clippy sees tests here only inside of test functions.
 #![allow(clippy::unwrap_used)]
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use attnd_kernel::{AttnShape, Causal, Dtype};
+use attnd_kernel::{AttnShape, Causal, Dtype, Operator};
 use attnd_node::NodeError;
 use attnd_node::coordinator::{self, CoordinatorConfig};
 use attnd_node::worker::{self, WorkerConfig};
@@ -324,8 +325,7 @@ pub(crate) fn begin(shape: &AttnShape) -> Begin {
     Begin {
         shape: *shape,
         dtype: Dtype::F32,
-        scale: convert::default_scale(shape),
-        causal: Causal::None,
+        operator: Arc::new(Operator::plain(convert::default_scale(shape), Causal::None)),
         allow_non_finite: false,
         forbid_empty_rows: false,
         workers: WorkerChoice::Auto,

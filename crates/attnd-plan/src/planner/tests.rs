@@ -33,7 +33,7 @@ pub(crate) fn planned(call: &AnyCall, most_keys: u64) -> Option<(AttnShape, Plan
 }
 
 fn request(shape: AttnShape, workers: WorkerChoice) -> PlanRequest {
-    PlanRequest { shape, causal: Causal::None, dtype: Dtype::F32, workers }
+    PlanRequest { shape, mask: Mask::default(), dtype: Dtype::F32, workers }
 }
 
 /// Workers whose memory is their fraction of `need` bytes; all of it for an infinite need.

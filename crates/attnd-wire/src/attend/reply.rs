@@ -31,6 +31,8 @@ pub struct PlanSummary {
     pub reason: String,
     /// Predicted duration of the whole call.
     pub predicted_seconds: f64,
+    /// Names the order of arithmetic of the call; empty where the coordinator is too old to say.
+    pub kernel_id: String,
 }
 
 /// What one worker computes.
@@ -113,8 +115,9 @@ impl From<AttendReply> for proto::AttendReply {
     }
 }
 
-impl From<&Plan> for PlanSummary {
-    fn from(plan: &Plan) -> Self {
+impl PlanSummary {
+    /// The summary of the plan of a call with that order of arithmetic.
+    pub fn new(plan: &Plan, kernel_id: &str) -> Self {
         let shares = plan.shares.iter().map(|share| ShareSummary {
             worker: share.worker.clone(),
             pieces: share.pieces.clone(),
@@ -124,11 +127,10 @@ impl From<&Plan> for PlanSummary {
             shares: shares.collect(),
             reason: plan.reason.clone(),
             predicted_seconds: plan.predicted_seconds,
+            kernel_id: kernel_id.to_owned(),
         }
     }
-}
 
-impl PlanSummary {
     /// Decodes the plan of a call of `shape`.
     ///
     /// # Errors
@@ -151,6 +153,7 @@ impl PlanSummary {
                 "predicted_seconds",
                 message.predicted_seconds,
             )?,
+            kernel_id: text(Reason::ReplyInvalid, "kernel_id", message.kernel_id)?,
         })
     }
 }
@@ -166,6 +169,7 @@ impl From<PlanSummary> for proto::Planned {
             shares: summary.shares.into_iter().map(share).collect(),
             reason: printable(&summary.reason, MAX_TEXT).into_owned(),
             predicted_seconds: summary.predicted_seconds,
+            kernel_id: summary.kernel_id,
         }
     }
 }

@@ -1,12 +1,15 @@
 //! What a client sends: Begin, chunks of tensors, Commit.
 
-use attnd_kernel::{AttnShape, Causal, Dtype};
+use std::sync::Arc;
+
+use attnd_kernel::{AttnShape, Dtype, Operator};
 use attnd_plan::{Tensor, WorkerChoice};
 use bytes::Bytes;
 
 use crate::convert::{self, small};
 use crate::error::{Error, Reason};
 use crate::floats::checksum;
+use crate::operator::{self, Encoded};
 use crate::{proto, refusal};
 
 /// One frame from the client.
@@ -21,16 +24,14 @@ pub enum AttendRequest {
 }
 
 /// What to compute.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Begin {
     /// Dimensions.
     pub shape: AttnShape,
     /// Element type of Q, K and V on the wire.
     pub dtype: Dtype,
-    /// What scores are multiplied by: finite and positive. A request without one gets [`convert::default_scale`].
-    pub scale: f32,
-    /// Which keys a query sees.
-    pub causal: Causal,
+    /// What is computed, made for that shape. A request without a scale gets [`convert::default_scale`].
+    pub operator: Arc<Operator>,
     /// NaN and infinities pass unexamined.
     pub allow_non_finite: bool,
     /// A row that sees no key is an error.
@@ -106,11 +107,15 @@ impl TryFrom<proto::AttendBegin> for Begin {
             (most, false) => WorkerChoice::AtMost(convert::size(most)),
             (asked, true) => WorkerChoice::Exactly(convert::size(asked)),
         };
+        let dtype = convert::dtype(message.dtype)?;
+        let scale = message.scale.unwrap_or_else(|| convert::default_scale(&shape));
+        let encoded = Encoded { scale, causal: message.causal, operator: message.operator };
+        let operator = encoded.decode(&shape)?;
+        operator::check_empty_rows(&operator, message.forbid_empty_rows)?;
         Ok(Self {
             shape,
-            dtype: convert::dtype(message.dtype)?,
-            scale: message.scale.map_or(Ok(convert::default_scale(&shape)), convert::scale)?,
-            causal: convert::causal(message.causal)?,
+            dtype,
+            operator,
             allow_non_finite: message.allow_non_finite,
             forbid_empty_rows: message.forbid_empty_rows,
             workers,
@@ -126,15 +131,17 @@ impl From<Begin> for proto::AttendBegin {
             WorkerChoice::AtMost(most) => (small(most), most == 0),
             WorkerChoice::Exactly(asked) => (small(asked), true),
         };
+        let Encoded { scale, causal, operator } = Encoded::from(&*begin.operator);
         Self {
             shape: Some((&begin.shape).into()),
             dtype: proto::Dtype::from(begin.dtype).into(),
-            scale: Some(begin.scale),
-            causal: proto::Causal::from(begin.causal).into(),
+            scale: Some(scale),
+            causal,
             allow_non_finite: begin.allow_non_finite,
             forbid_empty_rows: begin.forbid_empty_rows,
             max_workers,
             force_workers,
+            operator,
         }
     }
 }

@@ -1,12 +1,15 @@
 //! Every value returns from its message; nothing a peer sends panics or passes unchecked.
 
-use attnd_kernel::{AttnShape, Causal, Dtype};
+use std::sync::Arc;
+
+use attnd_kernel::{AttnShape, Causal, Dtype, EmptyRow, Operator};
 use attnd_plan::{Piece, Plan, Tensor, WorkerChoice, WorkerId};
 use proptest::prelude::*;
 use prost::Message as _;
 
 use super::*;
 use crate::error::Reason;
+use crate::operator::tests::operators;
 use crate::proto;
 
 pub(crate) fn shapes() -> impl Strategy<Value = AttnShape> {
@@ -23,10 +26,6 @@ pub(crate) fn dtypes() -> impl Strategy<Value = Dtype> {
     proptest::sample::select(&[Dtype::F32, Dtype::F16, Dtype::Bf16][..])
 }
 
-pub(crate) fn causals() -> impl Strategy<Value = Causal> {
-    proptest::sample::select(&[Causal::None, Causal::BottomRight, Causal::TopLeft][..])
-}
-
 pub(crate) fn tensors() -> impl Strategy<Value = Tensor> {
     proptest::sample::select(&Tensor::ALL[..])
 }
@@ -37,14 +36,13 @@ fn begins() -> impl Strategy<Value = Begin> {
         (1..5_usize).prop_map(WorkerChoice::AtMost),
         (1..5_usize).prop_map(WorkerChoice::Exactly)
     ];
-    (shapes(), dtypes(), 1e-30_f32..1e30, causals(), any::<[bool; 2]>(), workers).prop_map(
-        |(shape, dtype, scale, causal, [allow_non_finite, forbid_empty_rows], workers)| Begin {
+    (operators(), dtypes(), any::<[bool; 2]>(), workers).prop_map(
+        |((shape, operator), dtype, [allow_non_finite, forbid], workers)| Begin {
             shape,
             dtype,
-            scale,
-            causal,
+            forbid_empty_rows: forbid && operator.empty_row() == EmptyRow::Zero,
+            operator,
             allow_non_finite,
-            forbid_empty_rows,
             workers,
         },
     )
@@ -72,8 +70,7 @@ fn begin() -> Begin {
     Begin {
         shape: shape(),
         dtype: Dtype::F32,
-        scale: 0.5,
-        causal: Causal::None,
+        operator: Arc::new(Operator::plain(0.5, Causal::None)),
         allow_non_finite: false,
         forbid_empty_rows: false,
         workers: WorkerChoice::Auto,
@@ -97,7 +94,10 @@ fn each_field_of_a_begin_is_checked() {
     assert_eq!(refused_begin(|b| b.shape = None), "SHAPE_ZERO: batch");
     assert_eq!(refused_begin(|b| b.shape.as_mut().unwrap().heads = 7), "GQA_RATIO: 7 % 3 != 0");
     assert_eq!(refused_begin(|b| b.dtype = 99), "DTYPE: 99");
-    assert_eq!(refused_begin(|b| b.scale = Some(f32::NAN)), "SCALE: must be finite and > 0");
+    assert_eq!(
+        refused_begin(|b| b.scale = Some(f32::NAN)),
+        "SCALE: must be finite and at most 2.35e38 in size"
+    );
     assert_eq!(refused_begin(|b| b.causal = 9), "CAUSAL: 9");
     assert_eq!(refused_begin(|b| b.force_workers = true), "WORKERS: 0 workers asked for");
 }
@@ -106,7 +106,7 @@ fn each_field_of_a_begin_is_checked() {
 fn an_absent_scale_is_one_over_the_root_of_the_dimension() {
     let mut message = proto::AttendBegin::from(begin());
     message.scale = None;
-    assert_eq!(Begin::try_from(message).unwrap().scale, 0.5);
+    assert_eq!(Begin::try_from(message).unwrap().operator.scale(), 0.5);
 }
 
 #[test]
@@ -204,9 +204,9 @@ fn a_plan_is_summarised() {
     };
     let plan =
         Plan { shares: vec![share], tokens_per_cell: 5, reason: "one\nline".into(), predicted_seconds: 0.25 };
-    let summary = PlanSummary::from(&plan);
+    let summary = PlanSummary::new(&plan, "c1-f32-op1");
     let decoded = PlanSummary::decode(summary.into(), &shape()).unwrap();
-    assert_eq!(decoded.reason, "one\\nline");
+    assert_eq!((decoded.reason.as_str(), decoded.kernel_id.as_str()), ("one\\nline", "c1-f32-op1"));
     assert_eq!(
         decoded.shares,
         [ShareSummary { worker: WorkerId::new("w1").unwrap(), pieces: vec![piece], kv_bytes: 9 }]
@@ -238,7 +238,7 @@ proptest! {
         let rows = heads.len();
         let context = ContextChunk { heads, tokens, lse: vec![1.5; rows], context: vec![-0.0; rows * shape.value_dim()] };
         for reply in [
-            AttendReply::Planned(PlanSummary { shares: vec![share], reason: words.clone(), predicted_seconds }),
+            AttendReply::Planned(PlanSummary { shares: vec![share], reason: words.clone(), predicted_seconds, kernel_id: words.clone() }),
             AttendReply::Context(context),
             AttendReply::Done(Done { empty_rows, timings, kernel_id: words }),
         ] {

@@ -1,10 +1,12 @@
 //! Every value returns from its message; nothing a peer sends panics or passes unchecked.
 
+use attnd_kernel::Causal;
 use proptest::prelude::*;
 use prost::Message as _;
 
 use super::*;
-use crate::attend::tests::{causals, dtypes, shapes, tensors};
+use crate::attend::tests::{dtypes, shapes, tensors};
+use crate::operator::tests::operators;
 
 /// 4 groups of 2 heads, 5 tokens, 300 keys, d = 4, dv = 2.
 fn begin() -> ComputeBegin {
@@ -21,8 +23,7 @@ fn begin() -> ComputeBegin {
         call_id: 7,
         shape: AttnShape::new(dims).unwrap(),
         dtype: Dtype::F32,
-        scale: 0.5,
-        causal: Causal::None,
+        operator: Arc::new(Operator::plain(0.5, Causal::None)),
         allow_non_finite: false,
         pieces: vec![Piece { groups: 1..3, slots: 0..64 }],
         tokens_per_cell: 5,
@@ -72,11 +73,30 @@ fn each_field_of_a_begin_is_checked() {
     assert_eq!(refused_begin(|b| b.kernel_id = "c2".into()), "KERNEL_MIX: c2, this node computes c1-f32");
     assert_eq!(refused_begin(|b| b.shape = None), "SHAPE_ZERO: batch");
     assert_eq!(refused_begin(|b| b.dtype = 0), "DTYPE: 0");
-    assert_eq!(refused_begin(|b| b.scale = 0.0), "SCALE: must be finite and > 0");
+    assert_eq!(
+        refused_begin(|b| b.scale = f32::INFINITY),
+        "SCALE: must be finite and at most 2.35e38 in size"
+    );
     assert_eq!(refused_begin(|b| b.causal = -1), "CAUSAL: -1");
     assert_eq!(refused_begin(|b| b.pieces.clear()), "PIECES: none");
     assert_eq!(refused_begin(|b| b.tokens_per_cell = 0), "PIECES: tokens_per_cell 0 not in 1..5");
     assert_eq!(refused_begin(|b| b.tokens_per_cell = 6), "PIECES: tokens_per_cell 6 not in 1..5");
+}
+
+#[test]
+fn an_operator_and_its_name_travel_together() {
+    // As a newer coordinator would say it to a worker that drops what it doesn't know, and as a broken one would.
+    assert_eq!(
+        refused_begin(|b| b.kernel_id = "c1-f32-op1".into()),
+        "KERNEL_MIX: c1-f32-op1, this node computes c1-f32"
+    );
+    assert_eq!(refused_begin(|b| b.scale = -1.0), "KERNEL_MIX: c1-f32, this node computes c1-f32-op1");
+    let message = proto::ComputeBegin::from(begin());
+    assert_eq!(
+        (message.kernel_id.as_str(), message.operator),
+        ("c1-f32", None),
+        "as it was before operators"
+    );
 }
 
 #[test]
@@ -215,7 +235,7 @@ fn impossible_rows_are_refused() {
 #[test]
 fn a_row_is_empty_if_and_only_if_it_sees_no_key() {
     // Five tokens, 300 keys: with TopLeft token t sees t + 1 keys, all of them in page 0, which is in slot 0.
-    let call = CallShape { causal: Causal::TopLeft, ..call() };
+    let call = CallShape { operator: Arc::new(Operator::plain(0.5, Causal::TopLeft)), ..call() };
     let decode = |change: fn(&mut Partial)| {
         let mut partial = partial();
         partial.rows.l = vec![2.0, 3.0, 4.0, 2.0, 3.0, 4.0];
@@ -271,12 +291,12 @@ fn what_kernels_make_is_possible() {
 proptest! {
     #[test]
     fn requests_return(
-        shape in shapes(), dtype in dtypes(), causal in causals(), scale in 1e-30_f32..1e30,
+        (shape, operator) in operators(), dtype in dtypes(),
         call_id in any::<u64>(), allow_non_finite in any::<bool>(), slots in 0..64_usize,
     ) {
         let pieces = vec![Piece { groups: 0..shape.n_groups(), slots: slots..64 }];
         let tokens_per_cell = shape.n_queries();
-        let begin = ComputeBegin { call_id, shape, dtype, scale, causal, allow_non_finite, pieces, tokens_per_cell };
+        let begin = ComputeBegin { call_id, shape, dtype, operator, allow_non_finite, pieces, tokens_per_cell };
         let request = ComputeRequest::Begin(begin);
         prop_assert_eq!(ComputeRequest::decode(request.clone().into(), None), Ok(request));
     }
@@ -298,7 +318,8 @@ proptest! {
         let value_dim = shape.value_dim();
         let o = if o.is_nan() { 0.0 } else { o };
         let rows = PartialRows { value_dim, m: vec![m.into(); rows], l: vec![l; rows], o: vec![o; rows * value_dim] };
-        let call = CallShape { shape, causal: Causal::None, allow_non_finite: false };
+        let operator = Arc::new(Operator::plain(1.0, Causal::None));
+        let call = CallShape { shape, operator, allow_non_finite: false };
         for reply in [
             ComputeReply::Partial(Partial { cell, rows }),
             ComputeReply::Finished(Finished { compute_seconds: seconds.into(), partials: seconds }),
@@ -309,18 +330,19 @@ proptest! {
 
     #[test]
     fn keys_seen_are_those_of_the_node_that_the_mask_shows(
-        causal in causals(), queries in 1..700_u64, keys in 1..40_000_u64, level in 0..7_u32, index in any::<u32>(), first in any::<usize>(),
+        (shape, operator) in operators(), group in any::<usize>(), level in 0..7_u32, index in any::<u32>(), first in any::<usize>(),
     ) {
-        let dims = attnd_kernel::Dims { batch: 1, heads: 1, kv_heads: 1, queries, keys, head_dim: 1, value_dim: 1 };
-        let shape = AttnShape::new(dims).unwrap();
         let node = Node::new(level, index % (64 >> level)).unwrap();
         let first_token = first % shape.n_queries();
         let tokens = shape.n_queries() - first_token;
-        let cell = CellId { group: 0, node, first_token, tokens, keys: keys_in_slots(node.slots(), shape.n_keys()) };
-        let seen = keys_seen(&cell, &CallShape { shape, causal, allow_non_finite: false });
+        let group = group % shape.n_groups();
+        let cell = CellId { group, node, first_token, tokens, keys: keys_in_slots(node.slots(), shape.n_keys()) };
+        let seen = keys_seen(&cell, &CallShape { shape, operator: Arc::clone(&operator), allow_non_finite: false });
         prop_assert_eq!(seen.len(), tokens);
         for (token, seen) in (first_token..).zip(seen) {
-            prop_assert_eq!(seen, keys_in_slots(node.slots(), causal.visible(token, &shape).end), "token {}", token);
+            let visible = operator.mask_of_group(group, &shape).visible(token);
+            let up_to = |end: usize| keys_in_slots(node.slots(), end);
+            prop_assert_eq!(seen, up_to(visible.end) - up_to(visible.start), "token {}", token);
         }
     }
 

@@ -59,7 +59,7 @@ fn refusals_have_their_exact_text_and_code() {
         ),
         (checksum(2), Code::Aborted, "CHECKSUM: chunk 2, nothing applied"),
         (shape_mismatch("q.d", 64, "k.d", 128), Code::InvalidArgument, "SHAPE_MISMATCH: q.d 64, k.d 128"),
-        (scale(), Code::InvalidArgument, "SCALE: must be finite and > 0"),
+        (scale(), Code::InvalidArgument, "SCALE: must be finite and at most 2.35e38 in size"),
         (
             non_finite(Tensor::K, 2, 17, 5, f32::NAN),
             Code::InvalidArgument,
@@ -86,8 +86,13 @@ fn refusals_have_their_exact_text_and_code() {
         (OutOfMemory { bytes: 7 }.into(), Code::ResourceExhausted, "KV_BUDGET: no memory for 7 bytes"),
         (overloaded(256), Code::ResourceExhausted, "OVERLOADED: 256 running"),
         (worker_lost(&worker(), "silent for 2 s"), Code::Unavailable, "WORKER_LOST: w1: silent for 2 s"),
-        (kernel_mix("c2"), Code::FailedPrecondition, "KERNEL_MIX: c2, this node computes c1-f32"),
-        (wire(3), Code::FailedPrecondition, "WIRE: 3 not in 1..1"),
+        (
+            older_coordinator("c1-f32", "c1-f32-op1"),
+            Code::Internal,
+            "REPLY_INVALID: the coordinator is older: it computes c1-f32, asked c1-f32-op1",
+        ),
+        (kernel_mix("c2", "c1-f32"), Code::FailedPrecondition, "KERNEL_MIX: c2, this node computes c1-f32"),
+        (wire(3), Code::FailedPrecondition, "WIRE: 3 not in 1..2"),
     ] {
         assert_eq!((error.message().as_str(), error.reason.code()), (text, code));
     }

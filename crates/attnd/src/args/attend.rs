@@ -3,9 +3,10 @@
 use std::num::NonZeroUsize;
 use std::time::Duration;
 
-use attnd_kernel::Causal;
+use attnd_client::{Causal, EmptyRow, Mask};
 use clap::{Args, ValueEnum};
 
+use super::mask::MaskArgs;
 use super::values::{parse_count, parse_scale, parse_seconds, parse_workers};
 use crate::tensor_file::{OutputPath, Source};
 
@@ -21,6 +22,7 @@ Examples:
   attnd attend --workers 2 --q x.npz:q --k x.npz:k --v x.npz:v --causal -o out.safetensors
   attnd attend --endpoint http://10.0.0.1:7400 --q a.safetensors:layer0.q --k a.safetensors:layer0.k \\
                --v a.safetensors:layer0.v --scale 0.125 --json
+  attnd attend --workers 2 --q x.npz:q --k x.npz:k --v x.npz:v --causal --window 4096,0 --sinks x.npz:sinks
   ATTND_ENDPOINT=http://10.0.0.1:7400 attnd attend --q q.npy --k k.npy --v v.npy")]
 pub struct AttendArgs {
     /// Queries
@@ -32,13 +34,22 @@ pub struct AttendArgs {
     /// Values
     #[arg(long, value_name = "SRC")]
     pub v: Source,
-    /// Hide later keys: with bottom-right the last query sees every key, with top-left query i sees keys 0 to i
-    /// [without a value: bottom-right]
+    /// Hide later keys: with bottom-right the last query sees every key, with top-left query i sees keys 0 to i,
+    /// with offset as --offset says [without a value: bottom-right]
     #[arg(long, value_enum, value_name = "ALIGN", num_args = 0..=1, require_equals = true, default_missing_value = "bottom-right")]
     pub causal: Option<CausalAlign>,
-    /// Factor on the scores [default: 1 / sqrt(dim)]
-    #[arg(long, value_name = "X", value_parser = parse_scale)]
+    /// Factor on the scores, of either sign [default: 1 / sqrt(dim)]
+    #[arg(long, value_name = "X", value_parser = parse_scale, allow_hyphen_values = true)]
     pub scale: Option<f32>,
+    /// Which keys a query sees beside that.
+    #[command(flatten)]
+    pub mask: MaskArgs,
+    /// A logit for each query head, [heads], that joins the sum of exponentials of each of its rows
+    #[arg(long, value_name = "SRC")]
+    pub sinks: Option<Source>,
+    /// Context of rows that see neither a key nor a sink
+    #[arg(long, value_enum, value_name = "WHAT", default_value = "zero")]
+    pub empty_row: EmptyRowArg,
     /// Where the result goes: .npy (context) or .safetensors (context and lse)
     #[arg(short, long, value_name = "FILE")]
     pub output: Option<OutputPath>,
@@ -73,13 +84,39 @@ pub enum CausalAlign {
     BottomRight,
     /// Query i sees keys j <= i, as torch's is_causal
     TopLeft,
+    /// Query i sees keys j <= i + N of --offset
+    Offset,
 }
 
-impl From<CausalAlign> for Causal {
-    fn from(align: CausalAlign) -> Self {
-        match align {
-            CausalAlign::BottomRight => Self::BottomRight,
-            CausalAlign::TopLeft => Self::TopLeft,
+/// What rows are that see nothing, as typed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum EmptyRowArg {
+    /// Zeros
+    Zero,
+    /// NaN
+    Nan,
+}
+
+impl From<EmptyRowArg> for EmptyRow {
+    fn from(typed: EmptyRowArg) -> Self {
+        match typed {
+            EmptyRowArg::Zero => Self::Zero,
+            EmptyRowArg::Nan => Self::Nan,
+        }
+    }
+}
+
+impl AttendArgs {
+    /// The causal rule, and the mask beside it; `None` if a rule needs an offset and none was typed.
+    pub fn causal_and_mask(&self) -> Option<(Causal, Mask)> {
+        let mask = self.mask.mask();
+        match self.causal {
+            None => Some((Causal::None, mask)),
+            Some(CausalAlign::BottomRight) => Some((Causal::BottomRight, mask)),
+            Some(CausalAlign::TopLeft) => Some((Causal::TopLeft, mask)),
+            Some(CausalAlign::Offset) => {
+                mask.positions.is_some().then_some((Causal::None, Mask { causal: true, ..mask }))
+            }
         }
     }
 }
@@ -108,10 +145,26 @@ mod tests {
     }
 
     #[test]
+    fn masks_compose_with_the_causal_rule() {
+        let typed = |extra: &[&str]| attend(extra).unwrap().causal_and_mask();
+        assert_eq!(typed(&[]), Some((Causal::None, Mask::default())));
+        let (causal, mask) = typed(&["--causal=top-left", "--window", "-1,0", "--key-end", "3,4"]).unwrap();
+        assert_eq!((causal, mask.window.right, mask.causal), (Causal::TopLeft, Some(0), false));
+        let (causal, mask) = typed(&["--causal=offset", "--offset", "-2"]).unwrap();
+        assert_eq!((causal, mask.causal), (Causal::None, true));
+        assert_eq!(typed(&["--causal=offset"]), None);
+        assert_eq!(attend(&["--scale", "-0.5"]).unwrap().scale, Some(-0.5));
+    }
+
+    #[test]
     fn wrong_values_are_refused_with_exit_code_2() {
         for wrong in [
-            &["--scale", "0"][..],
+            &["--scale", "inf"][..],
             &["--scale", "nan"],
+            &["--window", "5"],
+            &["--chunk", "0"],
+            &["--key-end", "-1"],
+            &["--empty-row", "one"],
             &["--timeout=-1"],
             &["--timeout", "0"],
             &["--timeout", "1e12"],

@@ -22,12 +22,9 @@ pub(super) fn parse_count(text: &str) -> Result<NonZeroUsize, String> {
     text.trim().parse().map_err(|_error| "expected a number, at least 1".into())
 }
 
-/// A factor on scores: finite and > 0.
+/// A factor on scores: finite.
 pub(super) fn parse_scale(text: &str) -> Result<f32, String> {
-    match text.parse::<f32>() {
-        Ok(scale) if scale.is_finite() && scale > 0.0 => Ok(scale),
-        _ => Err("must be finite and > 0".into()),
-    }
+    text.parse().ok().filter(|scale: &f32| scale.is_finite()).ok_or_else(|| "must be finite".into())
 }
 
 /// A time in seconds, > 0 and at most [`MAX_TIMEOUT`].

@@ -42,9 +42,9 @@ pub(super) fn declared_bytes(shape: &[usize], element: Element) -> u128 {
     shape.iter().fold(element.size() as u128, |bytes, dim| bytes.saturating_mul(*dim as u128))
 }
 
-/// Refuses shapes that are no attention operand.
+/// Refuses shapes that are neither an attention operand nor a list of one number a head.
 pub(super) fn check_shape(shape: &[usize]) -> Result<(), Fault> {
-    if !matches!(shape.len(), 3 | 4) {
+    if !matches!(shape.len(), 1 | 3 | 4) {
         return Err(Fault::Rank(shape.to_vec()));
     }
     if shape.contains(&0) {
@@ -55,7 +55,7 @@ pub(super) fn check_shape(shape: &[usize]) -> Result<(), Fault> {
 
 impl Stored {
     /// Brings the elements into C order, little-endian, of a type that travels.
-    pub(super) fn into_tensor(mut self) -> Result<Tensor, Fault> {
+    fn into_c_order(mut self) -> Result<(Dtype, Vec<u8>), Fault> {
         check_shape(&self.shape)?;
         let size = self.element.size();
         if self.big_endian {
@@ -68,24 +68,39 @@ impl Stored {
                 _ => c_order::<8>(&self.bytes, &self.shape)?,
             };
         }
-        let (dtype, bytes) = match self.element {
+        Ok(match self.element {
             Element::F16 => (Dtype::F16, self.bytes),
             Element::Bf16 => (Dtype::Bf16, self.bytes),
             Element::F32 => (Dtype::F32, self.bytes),
             Element::F64 => (Dtype::F32, round_to_f32(&self.bytes, &self.shape)?),
-        };
+        })
+    }
+
+    /// An operand of attention.
+    pub(super) fn into_tensor(self) -> Result<Tensor, Fault> {
         let (batch, rest) = match *self.shape {
             [batch, heads, tokens, dim] => (batch, [heads, tokens, dim]),
             [heads, tokens, dim] => (1, [heads, tokens, dim]),
             _ => return Err(Fault::Rank(self.shape)),
         };
+        let (batched, rounded_from_f64) = (self.shape.len() == 4, self.element == Element::F64);
+        let (dtype, bytes) = self.into_c_order()?;
         Ok(Tensor {
             shape: [batch, rest[0], rest[1], rest[2]],
-            batched: self.shape.len() == 4,
+            batched,
             dtype,
-            rounded_from_f64: self.element == Element::F64,
+            rounded_from_f64,
             bytes: bytes.into(),
         })
+    }
+
+    /// One number a head.
+    pub(super) fn into_vector(self) -> Result<Vec<f32>, Fault> {
+        let [heads] = *self.shape else { return Err(Fault::NoVector(self.shape)) };
+        let (dtype, bytes) = self.into_c_order()?;
+        let mut numbers = vec![0.0; heads];
+        attnd_kernel::widen(&bytes, dtype, &mut numbers);
+        Ok(numbers)
     }
 }
 

@@ -105,6 +105,9 @@ pub enum Fault {
     /// Neither 3 nor 4 dimensions.
     #[error("shape {0:?}, expected [heads, tokens, dim] or [batch, heads, tokens, dim]")]
     Rank(Vec<usize>),
+    /// Not 1 dimension.
+    #[error("shape {0:?}, expected [heads]")]
+    NoVector(Vec<usize>),
     /// A dimension is zero.
     #[error("shape {0:?} has no elements")]
     Empty(Vec<usize>),
@@ -130,14 +133,24 @@ pub enum Fault {
 /// If it can't be opened, is not what its extension says, is cut short, holds no floats or one over the range of f32,
 /// or is no 3- or 4-dimensional tensor.
 pub fn read(source: &Source) -> Result<Tensor, ReadError> {
+    read_as(source, decode::Stored::into_tensor)
+}
+
+/// Reads one number a head, `[heads]`, from where `source` says.
+///
+/// # Errors
+/// As [`read`], for a tensor that hasn't 1 dimension.
+pub fn read_vector(source: &Source) -> Result<Vec<f32>, ReadError> {
+    read_as(source, decode::Stored::into_vector)
+}
+
+fn read_as<T>(source: &Source, decode: fn(decode::Stored) -> Result<T, Fault>) -> Result<T, ReadError> {
     let stored = open(source.path()).and_then(|(file, len)| match source {
         Source::Npy(_) => npy::read(file, len),
         Source::Npz { name, .. } => npz::read(file, len, name),
         Source::Safetensors { name, .. } => safetensors::read(file, len, name),
     });
-    stored
-        .and_then(decode::Stored::into_tensor)
-        .map_err(|fault| ReadError { origin: source.to_string(), fault })
+    stored.and_then(decode).map_err(|fault| ReadError { origin: source.to_string(), fault })
 }
 
 /// Opens a regular file and tells its length. Looks before it opens: opening a pipe would wait for a writer.

@@ -4,10 +4,9 @@ use std::time::Instant;
 
 use anyhow::Context as _;
 use attnd_client::{AttendOptions, Attended, WorkerChoice};
-use attnd_kernel::Causal;
 use serde::Serialize;
 
-use crate::args::{AttendArgs, ENDPOINT_ENV, endpoint_or_env};
+use crate::args::{AttendArgs, ENDPOINT_ENV, EmptyRowArg, endpoint_or_env};
 use crate::call_report::{PlanReport, TimingsReport, plan_table, timing_table};
 use crate::embedded::{LocalCluster, LocalOptions};
 use crate::exit::{BadInput, connect};
@@ -24,7 +23,10 @@ pub async fn run(args: &AttendArgs) -> anyhow::Result<()> {
     let site = Site::of(args, |key| std::env::var(key).ok())?;
     if let Some(output) = &args.output {
         output.check().map_err(|error| BadInput::new(error.to_string()))?;
-        for (option, source) in [("--q", &args.q), ("--k", &args.k), ("--v", &args.v)] {
+        let sinks = args.sinks.iter().map(|source| ("--sinks", source));
+        for (option, source) in
+            [("--q", &args.q), ("--k", &args.k), ("--v", &args.v)].into_iter().chain(sinks)
+        {
             if output.is_file_of(source) {
                 let path = output.path().display();
                 let text =
@@ -33,15 +35,16 @@ pub async fn run(args: &AttendArgs) -> anyhow::Result<()> {
             }
         }
     }
+    let options = options(args)?;
     let [q, k, v] = [tensor_file::read(&args.q)?, tensor_file::read(&args.k)?, tensor_file::read(&args.v)?];
     let inputs = tensor_file::assemble(q, k, v)?;
     inputs.notes.iter().for_each(|note| output::note(note));
 
     let (attended, seconds) = match site {
-        Site::Remote(endpoint) => call(&endpoint, args, &inputs).await.with_context(|| endpoint)?,
-        Site::Local(options) => {
-            let cluster = LocalCluster::start(options).await?;
-            let outcome = call(cluster.endpoint(), args, &inputs).await;
+        Site::Remote(endpoint) => call(&endpoint, &options, &inputs).await.with_context(|| endpoint)?,
+        Site::Local(local) => {
+            let cluster = LocalCluster::start(local).await?;
+            let outcome = call(cluster.endpoint(), &options, &inputs).await;
             cluster.stop().await;
             outcome?
         }
@@ -85,19 +88,29 @@ impl Site {
     }
 }
 
-async fn call(endpoint: &str, args: &AttendArgs, inputs: &Inputs) -> anyhow::Result<(Attended, f64)> {
-    let options = AttendOptions {
+/// What is asked for, as the client takes it.
+fn options(args: &AttendArgs) -> anyhow::Result<AttendOptions> {
+    let missing = || BadInput::new("--causal=offset needs --offset");
+    let (causal, mask) = args.causal_and_mask().ok_or_else(missing)?;
+    let sinks = args.sinks.as_ref().map(tensor_file::read_vector).transpose()?;
+    Ok(AttendOptions {
         scale: args.scale,
-        causal: args.causal.map_or(Causal::None, Into::into),
+        causal,
+        mask,
+        sinks: sinks.map(Into::into),
+        empty_row: args.empty_row.into(),
         allow_non_finite: args.allow_non_finite,
         workers: args.use_workers.map_or(WorkerChoice::Auto, |n| WorkerChoice::Exactly(n.into())),
         timeout: Some(args.timeout),
         ..AttendOptions::default()
-    };
+    })
+}
+
+async fn call(endpoint: &str, options: &AttendOptions, inputs: &Inputs) -> anyhow::Result<(Attended, f64)> {
     let client = connect(endpoint)?;
     let progress = CallProgress::new();
     let begin = Instant::now();
-    let attended = client.attend(&inputs.operands, &options, &mut |event| progress.update(&event)).await?;
+    let attended = client.attend(&inputs.operands, options, &mut |event| progress.update(&event)).await?;
     Ok((attended, begin.elapsed().as_secs_f64()))
 }
 
@@ -156,10 +169,12 @@ fn report(
     output::line(&plan_table(&report.plan).to_string())?;
     output::line(&timing_table(&report.timings, seconds).to_string())?;
     if report.empty_rows > 0 {
-        output::line(&format!(
-            "{} rows see no key: their context is 0 and their lse -inf",
-            report.empty_rows
-        ))?;
+        let filled = match (&args.sinks, args.empty_row) {
+            (Some(_), _) => "",
+            (None, EmptyRowArg::Zero) => ": their context is 0 and their lse -inf",
+            (None, EmptyRowArg::Nan) => ": their context is NaN and their lse -inf",
+        };
+        output::line(&format!("{} rows see no key{filled}", report.empty_rows))?;
     }
     if report.attempts > 1 {
         output::line(&format!(

@@ -1,8 +1,9 @@
 //! The actor alone: workers are channels that nobody answers.
 
-use attnd_kernel::{AttnShape, Causal, Dims, Dtype};
+use attnd_kernel::{AttnShape, Causal, Dims, Dtype, Operator};
 use attnd_plan::Piece;
 use attnd_plan::membership::MAX_FLAPS;
+use attnd_wire::join::OPERATORS;
 use attnd_wire::{ComputeBegin, Deadline, Link, limits};
 use kameo::error::SendError;
 
@@ -15,8 +16,7 @@ fn compute_begin() -> ComputeBegin {
         call_id: 1,
         shape: AttnShape::new(dims).unwrap(),
         dtype: Dtype::F32,
-        scale: 1.0,
-        causal: Causal::None,
+        operator: Arc::new(Operator::plain(1.0, Causal::None)),
         allow_non_finite: false,
         pieces: vec![Piece { groups: 0..1, slots: 0..64 }],
         tokens_per_cell: 1,
@@ -50,7 +50,7 @@ fn join_as(worker: &str, incarnation: u64) -> Join {
 }
 
 async fn candidates(cluster: &ActorRef<MembershipActor>) -> Candidates {
-    cluster.ask(Capacities).send().await.unwrap()
+    cluster.ask(Capacities { least_version: 1 }).send().await.unwrap()
 }
 
 /// What a panic of the actor of a worker does, without the panic: the worker is dead.
@@ -128,6 +128,22 @@ async fn a_worker_that_a_share_cannot_connect_to_gets_nothing_for_a_while() {
 }
 
 #[tokio::test]
+async fn a_worker_of_the_first_version_gets_no_call_that_it_cannot_compute() {
+    let cluster = MembershipActor::spawn(());
+    let old = join(1);
+    let old = Join { hello: Hello { wire_version: 1, ..old.hello }, ..old };
+    cluster.ask(old).send().await.unwrap();
+    assert_eq!(candidates(&cluster).await.usable.len(), 1);
+    let Candidates { usable, unused } =
+        cluster.ask(Capacities { least_version: OPERATORS }).send().await.unwrap();
+    assert_eq!((usable.len(), unused.to_string()), (0, "1 too old for such a call".into()));
+    cluster.ask(join_as("w2", 1)).send().await.unwrap();
+    let Candidates { usable, .. } =
+        cluster.ask(Capacities { least_version: OPERATORS }).send().await.unwrap();
+    assert_eq!((usable.len(), usable[0].capacity.id.to_string()), (1, "w2".into()));
+}
+
+#[tokio::test]
 async fn there_is_an_end_to_joining() {
     let cluster = MembershipActor::spawn(());
     for n in 0..MAX_MEMBERS {
@@ -143,7 +159,7 @@ async fn there_is_an_end_to_joining() {
 
 #[test]
 fn only_reasons_that_there_are_are_named() {
-    let unused = Unused { suspect: 2, quarantined: 0, draining: 1, not_connected: 3 };
+    let unused = Unused { suspect: 2, quarantined: 0, draining: 1, not_connected: 3, too_old: 0 };
     assert_eq!(unused.to_string(), "2 suspect, 1 draining, 3 not connected");
     assert_eq!(Unused::default().to_string(), "");
 }

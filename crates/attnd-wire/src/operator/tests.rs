@@ -1,0 +1,305 @@
+//! Every operator returns from its messages, and every way to be none has its text.
+
+use attnd_kernel::{Causal, Compute, Documents, Run};
+use proptest::prelude::*;
+
+use super::*;
+use crate::attend::tests::shapes;
+
+/// Numbers for all of the batch or for each element; of a batch of one both are the same on the wire.
+fn per_batch_of<T: Clone + std::fmt::Debug + 'static>(
+    batch: usize,
+    number: impl Strategy<Value = T> + 'static,
+) -> impl Strategy<Value = PerBatch<T>> {
+    (any::<bool>(), proptest::collection::vec(number, batch)).prop_map(|(same, each)| match each.as_slice() {
+        [first, ..] if same || each.len() == 1 => PerBatch::Same(first.clone()),
+        _ => PerBatch::Each(each.into()),
+    })
+}
+
+fn lengths(batch: usize, most: usize) -> impl Strategy<Value = Option<PerBatch<usize>>> {
+    proptest::option::weighted(0.3, per_batch_of(batch, 0..=most))
+}
+
+/// Two documents in each element, cut anywhere.
+fn documents(shape: &AttnShape) -> impl Strategy<Value = Documents> + use<> {
+    let (queries, keys) = (shape.n_queries(), shape.n_keys());
+    proptest::collection::vec((1..=queries, 1..=keys), shape.batch()).prop_map(move |cuts| {
+        let runs = |cut: usize, end: usize| {
+            let mut runs = vec![Run { end: cut, id: 7 }, Run { end, id: 3 }];
+            runs.dedup_by_key(|run| run.end);
+            runs
+        };
+        let of = |which: fn(&(usize, usize)) -> usize, end| -> Vec<Vec<Run>> {
+            cuts.iter().map(|cut| runs(which(cut), end)).collect()
+        };
+        Documents::new(&of(|cut| cut.0, queries), &of(|cut| cut.1, keys)).unwrap()
+    })
+}
+
+fn masks(shape: &AttnShape) -> impl Strategy<Value = Mask> + use<> {
+    let (batch, queries, keys) = (shape.batch(), shape.n_queries(), shape.n_keys());
+    let positions = prop_oneof![
+        Just(None),
+        Just(Some(Positions::TopLeft)),
+        Just(Some(Positions::BottomRight)),
+        per_batch_of(batch, -3000_i64..3000).prop_map(|offsets| Some(Positions::Offset(offsets))),
+    ];
+    let side = || proptest::option::weighted(0.3, 0..2000_usize);
+    (
+        (any::<bool>(), positions, side(), side(), proptest::option::weighted(0.2, 1..3000_usize)),
+        (lengths(batch, keys), lengths(batch, keys), lengths(batch, keys), lengths(batch, queries)),
+        proptest::option::weighted(0.2, documents(shape)),
+    )
+        .prop_map(
+            |(
+                (causal, positions, left, right, chunk),
+                (prefix, key_begin, key_end, query_end),
+                documents,
+            )| {
+                Mask {
+                    causal,
+                    positions,
+                    window: Window { left, right },
+                    chunk: chunk.and_then(NonZeroUsize::new),
+                    prefix,
+                    key_begin,
+                    key_end,
+                    query_end,
+                    documents: documents.map(Arc::new),
+                }
+            },
+        )
+}
+
+/// Shapes and operators that make sense for them, every third of them as calls were before there were operators.
+pub(crate) fn operators() -> impl Strategy<Value = (AttnShape, Arc<Operator>)> {
+    let parts = |shape: AttnShape| {
+        let causal = proptest::sample::select(&[Causal::None, Causal::BottomRight, Causal::TopLeft][..]);
+        let mask = prop_oneof![1 => causal.prop_map(Mask::from), 2 => masks(&shape)];
+        let logit = prop_oneof![9 => -50_f32..50.0, 1 => Just(f32::NEG_INFINITY)];
+        let sinks = proptest::option::of(proptest::collection::vec(logit, shape.n_heads()));
+        let empty_row = proptest::sample::select(&[EmptyRow::Zero, EmptyRow::Nan][..]);
+        let scale = prop_oneof![1e-30_f32..1e30, -10_f32..10.0, Just(0.0)];
+        (Just(shape), scale, mask, sinks, empty_row, any::<bool>())
+    };
+    shapes().prop_flat_map(parts).prop_filter_map(
+        "the parts make no sense together",
+        |(shape, scale, mask, sinks, empty_row, old)| {
+            let sinks = sinks.map(Arc::from);
+            let parts = match mask.as_causal() {
+                Some(causal) if old => OperatorParts::plain(scale, causal),
+                _ => OperatorParts { mask, sinks, empty_row, ..OperatorParts::plain(scale, Causal::None) },
+            };
+            Some((shape, Arc::new(Operator::new(parts, &shape).ok()?)))
+        },
+    )
+}
+
+/// Two elements of two heads, 3 queries, 5 keys.
+fn shape() -> AttnShape {
+    let dims = attnd_kernel::Dims {
+        batch: 2,
+        heads: 2,
+        kv_heads: 1,
+        queries: 3,
+        keys: 5,
+        head_dim: 1,
+        value_dim: 1,
+    };
+    AttnShape::new(dims).unwrap()
+}
+
+fn refused(causal: proto::Causal, operator: proto::Operator) -> String {
+    let encoded = Encoded { scale: 1.0, causal: causal.into(), operator: Some(operator) };
+    encoded.decode(&shape()).unwrap_err().message()
+}
+
+fn refused_mask(causal: proto::Causal, change: impl FnOnce(&mut proto::Mask)) -> String {
+    let mut mask = proto::Mask::default();
+    change(&mut mask);
+    refused(causal, proto::Operator { mask: Some(mask), ..Default::default() })
+}
+
+#[test]
+fn options_that_contradict_each_other_are_named() {
+    use proto::{Causal, Positions};
+    assert_eq!(refused_mask(Causal::Offset, |_| {}), "COMBINATION: causal=offset and no mask.offsets");
+    assert_eq!(
+        refused_mask(Causal::None, |m| m.set_positions(Positions::Offset)),
+        "COMBINATION: mask.positions=offset and no mask.offsets"
+    );
+    assert_eq!(
+        refused_mask(Causal::TopLeft, |m| m.offsets = vec![1]),
+        "COMBINATION: mask.offsets and causal=top_left"
+    );
+    assert_eq!(
+        refused_mask(Causal::None, |m| m.offsets = vec![1]),
+        "COMBINATION: mask.offsets and no mask.positions"
+    );
+    assert_eq!(
+        refused_mask(Causal::TopLeft, |m| m.set_positions(Positions::BottomRight)),
+        "COMBINATION: causal=top_left and mask.positions=bottom_right"
+    );
+    assert_eq!(
+        refused_mask(Causal::BottomRight, |m| (m.positions, m.offsets) = (3, vec![1])),
+        "COMBINATION: causal=bottom_right and mask.positions=offset"
+    );
+    assert_eq!(
+        refused_mask(Causal::None, |m| m.prefix = vec![2]),
+        "COMBINATION: mask.prefix and causal=none"
+    );
+    assert_eq!(
+        refused_mask(Causal::None, |m| m.window = Some(proto::Window { left: 1, right: -1 })),
+        "COMBINATION: mask.window and no mask.positions: q_len 3, kv_len 5 can be aligned two ways"
+    );
+    assert_eq!(
+        refused_mask(Causal::None, |m| m.chunk = 2),
+        "COMBINATION: mask.chunk and no mask.positions: q_len 3, kv_len 5 can be aligned two ways"
+    );
+    assert_eq!(
+        refused_mask(Causal::Aligned, |_| {}),
+        "COMBINATION: causal and no mask.positions: q_len 3, kv_len 5 can be aligned two ways"
+    );
+    assert_eq!(
+        refused_mask(Causal::None, |m| (m.key_begin, m.key_end) = (vec![4], vec![5, 3])),
+        "COMBINATION: mask.key_begin[1] is 4, mask.key_end[1] is 3"
+    );
+    let one = || proto::Documents {
+        queries: Some(proto::Runs { end: vec![3], id: vec![0], count: vec![1] }),
+        keys: Some(proto::Runs { end: vec![5], id: vec![0], count: vec![1] }),
+    };
+    assert_eq!(
+        refused_mask(Causal::TopLeft, |m| (m.chunk, m.documents) = (2, Some(one()))),
+        "COMBINATION: mask.chunk and mask.documents"
+    );
+    assert_eq!(
+        refused_mask(Causal::Offset, |m| (m.offsets, m.documents) = (vec![2], Some(one()))),
+        "COMBINATION: mask.documents and mask.offsets"
+    );
+}
+
+#[test]
+fn what_does_not_fit_the_shape_is_named_with_numbers() {
+    let none = proto::Causal::None;
+    let operator = |change: fn(&mut proto::Operator)| {
+        let mut operator = proto::Operator::default();
+        change(&mut operator);
+        refused(none, operator)
+    };
+    assert_eq!(operator(|o| o.empty_row = 9), "OPERATOR: empty_row 9");
+    assert_eq!(operator(|o| o.sinks = vec![0.0; 3]), "OPERATOR: sinks has 3 logits, num_heads is 2");
+    assert_eq!(operator(|o| o.sinks = vec![0.0, f32::NAN]), "OPERATOR: sinks[1] is NaN");
+    assert_eq!(operator(|o| o.sinks = vec![f32::INFINITY, 0.0]), "OPERATOR: sinks[0] is inf");
+    assert_eq!(refused_mask(none, |m| m.positions = 9), "OPERATOR: mask.positions 9");
+    assert_eq!(
+        refused_mask(none, |m| m.window = Some(proto::Window { left: -1, right: -2 })),
+        "OPERATOR: mask.window.right is -2"
+    );
+    assert_eq!(
+        refused_mask(none, |m| m.key_end = vec![1; 3]),
+        "OPERATOR: mask.key_end has 3 entries, batch is 2"
+    );
+    assert_eq!(refused_mask(none, |m| m.key_end = vec![5, 6]), "OPERATOR: mask.key_end[1] is 6, kv_len is 5");
+    assert_eq!(refused_mask(none, |m| m.query_end = vec![4]), "OPERATOR: mask.query_end[0] is 4, q_len is 3");
+    assert_eq!(
+        refused_mask(proto::Causal::Offset, |m| m.offsets = vec![1; 5]),
+        "OPERATOR: mask.offsets has 5 entries, batch is 2"
+    );
+    let encoded = Encoded { scale: 1.0, causal: 5, operator: None };
+    assert_eq!(encoded.decode(&shape()).unwrap_err().message(), "CAUSAL: 5");
+    for scale in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 2.4e38] {
+        let encoded = Encoded { scale, causal: 0, operator: None };
+        let text = "SCALE: must be finite and at most 2.35e38 in size";
+        assert_eq!(encoded.decode(&shape()).unwrap_err().message(), text, "{scale}");
+    }
+    assert!(Encoded { scale: -2.35e38, causal: 0, operator: None }.decode(&shape()).is_ok());
+}
+
+#[test]
+fn runs_are_counted_and_bounded() {
+    let runs = |ends: usize, ids: usize, count: Vec<u32>| proto::Runs {
+        end: (1..=ends as u32).collect(),
+        id: (0..ids as u32).collect(),
+        count,
+    };
+    let refused = |queries: proto::Runs| {
+        let documents = proto::Documents { queries: Some(queries), keys: Some(runs(5, 5, vec![5])) };
+        refused_mask(proto::Causal::None, |m| m.documents = Some(documents))
+    };
+    assert_eq!(
+        refused(runs(65_537, 65_537, vec![1])),
+        "OPERATOR: mask.documents.queries has 65537 runs, at most 65536"
+    );
+    assert_eq!(refused(runs(3, 2, vec![3])), "OPERATOR: mask.documents.queries has 3 ends, 2 ids");
+    assert_eq!(refused(runs(3, 3, vec![1; 3])), "OPERATOR: mask.documents.queries has 3 entries, batch is 2");
+    assert_eq!(
+        refused(runs(3, 3, vec![u32::MAX, 4])),
+        "OPERATOR: mask.documents.queries has 3 runs, counts for 4294967299"
+    );
+    assert_eq!(refused(runs(2, 2, vec![2])), "OPERATOR: mask.documents.queries[0] ends at 2, q_len is 3");
+    assert_eq!(refused(runs(3, 3, vec![1, 2])), "OPERATOR: mask.documents.keys has 1 entries, batch is 2");
+    let empty = proto::Runs { end: vec![3, 3], id: vec![0, 1], count: vec![2] };
+    assert_eq!(refused(empty), "OPERATOR: mask.documents.queries[0]: run 1 ends at 3, the one before at 3");
+    let keys = proto::Runs { end: vec![2, 4, 5], id: vec![0, 1, 0], count: vec![3] };
+    let documents = proto::Documents { queries: Some(runs(3, 3, vec![3])), keys: Some(keys) };
+    assert_eq!(
+        refused_mask(proto::Causal::None, |m| m.documents = Some(documents)),
+        "OPERATOR: mask.documents.keys[0]: document 0 ends at 2 and again at 5"
+    );
+}
+
+#[test]
+fn rows_that_are_forbidden_are_not_filled() {
+    let nan = OperatorParts { empty_row: EmptyRow::Nan, ..OperatorParts::plain(1.0, Causal::None) };
+    let nan = Operator::new(nan, &shape()).unwrap();
+    assert_eq!(
+        check_empty_rows(&nan, true).unwrap_err().message(),
+        "COMBINATION: forbid_empty_rows and empty_row=nan"
+    );
+    assert_eq!(check_empty_rows(&nan, false), Ok(()));
+    assert_eq!(check_empty_rows(&Operator::plain(1.0, Causal::None), true), Ok(()));
+}
+
+#[test]
+fn a_causal_rule_beside_a_mask_gives_it_positions() {
+    let window = || Mask { window: Window { left: Some(2), right: None }, ..Mask::default() };
+    let joined = with_causal(Causal::BottomRight, window()).unwrap();
+    assert_eq!((joined.causal, joined.positions), (true, Some(Positions::BottomRight)));
+    assert_eq!(with_causal(Causal::None, window()), Ok(window()));
+    let typed = Mask { positions: Some(Positions::TopLeft), ..window() };
+    assert_eq!(with_causal(Causal::TopLeft, typed.clone()).map(|mask| mask.causal), Ok(true));
+    assert_eq!(
+        with_causal(Causal::BottomRight, typed).unwrap_err().message(),
+        "COMBINATION: causal=bottom_right and mask.positions=top_left"
+    );
+}
+
+proptest! {
+    #[test]
+    fn operators_return((shape, operator) in operators()) {
+        let encoded = Encoded::from(&*operator);
+        let is_old = operator.kernel_id(Compute::F32) == "c1-f32";
+        if is_old {
+            prop_assert!(encoded.operator.is_none(), "a call that could always be made is made as it always was");
+        }
+        prop_assert_eq!(encoded.decode(&shape), Ok(operator));
+    }
+
+    #[test]
+    fn no_operator_panics(
+        causal in -1..6_i32, positions in -1..5_i32, offsets in proptest::collection::vec(any::<i64>(), 0..4),
+        sides in any::<Option<[i32; 2]>>(), chunk in any::<u32>(), ends in proptest::collection::vec(0..9_u32, 0..3), scale in any::<f32>(),
+    ) {
+        let window = sides.map(|[left, right]| proto::Window { left: left.max(-3), right: right.max(-3) });
+        let mask = proto::Mask {
+            positions, offsets, window, chunk, key_end: ends.clone(), query_end: ends, ..Default::default()
+        };
+        let operator = Some(proto::Operator { mask: Some(mask), ..Default::default() });
+        if let Ok(operator) = (Encoded { scale, causal, operator }).decode(&shape()) {
+            for (group, token) in [(0, 0), (0, 2), (1, 0), (1, 2)] {
+                prop_assert!(operator.mask_of_group(group, &shape()).visible(token).end <= 5);
+            }
+        }
+    }
+}
