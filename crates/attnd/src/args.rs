@@ -89,7 +89,7 @@ pub enum Verb {
     /// Show exact distributed attention on real data, checked, in under a minute
     Demo(DemoArgs),
     /// Compute attention over tensors from files
-    Attend(AttendArgs),
+    Attend(Box<AttendArgs>),
     /// Run a coordinator and N worker processes on this machine
     Local(LocalArgs),
     /// Show the workers of a cluster: instruction set, memory, load

@@ -131,7 +131,7 @@ mod tests {
     fn attend(extra: &[&str]) -> Result<AttendArgs, clap::Error> {
         let base = ["attnd", "attend", "--q", "q.npy", "--k", "x.npz:k", "--v", "a:b.safetensors:l.v"];
         match Cli::try_parse_from(base.iter().chain(extra))?.verb {
-            Verb::Attend(args) => Ok(args),
+            Verb::Attend(args) => Ok(*args),
             other => panic!("parsed as {other:?}"),
         }
     }
