@@ -44,7 +44,7 @@ pub struct AttendArgs {
     /// Which keys a query sees beside that.
     #[command(flatten)]
     pub mask: MaskArgs,
-    /// A logit for each query head, [heads], that joins the sum of exponentials of each of its rows
+    /// A logit for each query head, `[heads]`, that joins the sum of exponentials of each of its rows
     #[arg(long, value_name = "SRC")]
     pub sinks: Option<Source>,
     /// Context of rows that see neither a key nor a sink
