@@ -62,10 +62,15 @@ fn mask(dims: &Dims, rng: &mut SmallRng) -> Mask {
     let window = Window { left: side(rng), right: side(rng) };
     let chunk =
         (documents.is_none() && maybe(rng)).then(|| rng.random_range(1..=keys)).and_then(NonZeroUsize::new);
-    let prefix = (causal && maybe(rng)).then(|| per_batch(batch, rng, |rng| rng.random_range(0..=keys)));
+    // Padding is a document like any other, and a prefix would be nobody's.
+    let is_whole = documents.is_none();
+    let prefix =
+        (is_whole && causal && maybe(rng)).then(|| per_batch(batch, rng, |rng| rng.random_range(0..=keys)));
     let key_begin = maybe(rng).then(|| per_batch(batch, rng, |rng| rng.random_range(0..=keys / 2)));
-    let key_end = maybe(rng).then(|| per_batch(batch, rng, |rng| rng.random_range(keys / 2..=keys)));
-    let query_end = maybe(rng).then(|| per_batch(batch, rng, |rng| rng.random_range(0..=queries)));
+    let key_end =
+        (is_whole && maybe(rng)).then(|| per_batch(batch, rng, |rng| rng.random_range(keys / 2..=keys)));
+    let query_end =
+        (is_whole && maybe(rng)).then(|| per_batch(batch, rng, |rng| rng.random_range(0..=queries)));
     Mask {
         causal,
         positions: Some(positions),
