@@ -39,7 +39,8 @@ pub(crate) fn scratch_floats(n_rows: usize, value_dim: usize) -> usize {
     n_rows * PAGE_KEYS + partials_alive(n_rows) * n_rows * (padded_columns(value_dim) + 2)
 }
 
-fn partials_alive(n_rows: usize) -> usize {
+/// Partials of a block that may be alive at a time.
+pub(crate) fn partials_alive(n_rows: usize) -> usize {
     if n_rows <= FEW_ROWS { N_SLOTS + 1 } else { STACK }
 }
 

@@ -1,6 +1,6 @@
 //! A block of rows on the general path: what of each page its rows see, and the stages over it.
 
-use super::walk::{Walk, partials_alive};
+use super::walk::Walk;
 use crate::bias::Ramp;
 use crate::block::{Place, QueryLayout, RowBlock, RowPartials, Seen, Visible};
 use crate::compute::Compute;
@@ -9,6 +9,7 @@ use crate::mask::PageBits;
 use crate::normaliser::Normaliser;
 use crate::pages::{KvHead, PANEL_KEYS, padded_columns};
 use crate::plane::DensePlane;
+use crate::rows::partials_alive;
 use crate::rows::tile::Start;
 use crate::slot::PAGE_KEYS;
 use crate::widen::widened_floats;

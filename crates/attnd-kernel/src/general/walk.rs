@@ -9,18 +9,13 @@ use crate::fold::{STACK, Stack};
 use crate::rows::FEW_ROWS;
 use crate::slot::{N_SLOTS, slot_of_page};
 
-/// Partials of a block that may be alive at a time.
-pub(super) fn partials_alive(n_rows: usize) -> usize {
-    if n_rows <= FEW_ROWS { N_SLOTS + 1 } else { STACK }
-}
-
 /// Memory for the partials of a walk.
 pub(super) struct Walk<'a> {
     pub(super) kernels: &'a Kernels,
     pub(super) n_rows: usize,
     /// Padded.
     pub(super) columns: usize,
-    /// [`partials_alive`] times those of a block.
+    /// [`crate::rows::partials_alive`] times those of a block.
     pub(super) partials: &'a mut [f32],
 }
 

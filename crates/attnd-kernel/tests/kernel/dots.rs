@@ -2,13 +2,10 @@
 //! errors as stated.
 
 use std::ops::Range;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use attnd_kernel::reference::reference_row;
-use attnd_kernel::slot::{N_SLOTS, Node, PAGE_KEYS, keys_in_page, pages_of_slot};
-use attnd_kernel::{
-    Causal, Compute, GroupCall, Isa, KERNEL_ID, Kernels, Mask, Operator, Side, Storage, attend_node,
-};
+use attnd_kernel::slot::{Node, PAGE_KEYS, keys_in_page, pages_of_slot};
+use attnd_kernel::{Causal, Compute, Kernels, Mask, Storage};
 use half::bf16;
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
@@ -16,10 +13,10 @@ use rand::{RngExt, SeedableRng};
 use crate::cases::{Case, Data, differing_bits};
 use crate::masks::mask_for;
 
-const MODES: [Mode; 2] = [(Compute::Bf16, Storage::Bf16), (Compute::Int8, Storage::Int8)];
+pub(crate) const MODES: [Mode; 2] = [(Compute::Bf16, Storage::Bf16), (Compute::Int8, Storage::Int8)];
 
 /// Kernels that have dot products for a mode on this CPU; where there are none, says so past the test harness's capture.
-fn kernels_with(compute: Compute, storage: Storage) -> Option<&'static Kernels> {
+pub(crate) fn kernels_with(compute: Compute, storage: Storage) -> Option<&'static Kernels> {
     let has_it = |kernels: &&Kernels| kernels.effective(compute, storage).unwrap().instead_of().is_none();
     let found = Kernels::available().into_iter().find(has_it);
     if found.is_none() {
@@ -29,9 +26,9 @@ fn kernels_with(compute: Compute, storage: Storage) -> Option<&'static Kernels> 
     found
 }
 
-type Mode = (Compute, Storage);
+pub(crate) type Mode = (Compute, Storage);
 
-fn case_of(seed: u64, data: Data, mask: impl Into<Mask>, sizes: [usize; 5], mode: Mode) -> Case {
+pub(crate) fn case_of(seed: u64, data: Data, mask: impl Into<Mask>, sizes: [usize; 5], mode: Mode) -> Case {
     let mut case = Case::new(seed, data, mask, sizes);
     (case.compute, case.storage) = mode;
     case
@@ -456,59 +453,6 @@ fn errors_of_dot_products_are_as_stated() {
                 "{} d={d}: {found:e}, stated {stated:e}",
                 mode.0
             );
-        }
-    }
-}
-
-#[test]
-fn kernels_without_dot_products_compute_in_f32_and_say_so() {
-    for (compute, storage) in MODES {
-        let case = case_of(1, Data::Normal, Causal::BottomRight, [2, 5, 700, 40, 24], (compute, storage));
-        let in_f32 = Case {
-            compute: Compute::F32,
-            ..case_of(1, Data::Normal, Causal::BottomRight, [2, 5, 700, 40, 24], (compute, storage))
-        };
-        for kernels in Kernels::available().into_iter().filter(|kernels| kernels.isa() != Isa::Avx512) {
-            let effective = kernels.effective(compute, storage).unwrap();
-            assert_eq!((effective.compute(), effective.instead_of()), (Compute::F32, Some(compute)));
-            assert_eq!(effective.to_string(), format!("f32 (no {compute} dot products here)"));
-            assert_eq!(effective.kernel_id(), KERNEL_ID, "partials of both orders have different names");
-            assert_eq!(differing_bits(&in_f32.attend(kernels, 0..5), &case.attend(kernels, 0..5)), None);
-        }
-        for other in [Storage::F32, Storage::F16] {
-            let error = Kernels::available()[0].effective(compute, other).unwrap_err().to_string();
-            assert!(
-                error.contains(&format!("compute={compute} needs")) && error.contains(&other.to_string()),
-                "{error}"
-            );
-        }
-    }
-    let ids = Compute::ALL.map(Compute::kernel_id);
-    assert_eq!(ids, ["c1-f32", "c1-bf16", "c1-int8"]);
-}
-
-#[test]
-fn kernels_refuse_an_arithmetic_that_others_have() {
-    for (compute, storage) in MODES {
-        let Some(with) = kernels_with(compute, storage) else { continue };
-        let case = case_of(1, Data::Normal, Causal::None, [1, 1, 10, 4, 4], (compute, storage));
-        let kv = case.resident(0..N_SLOTS);
-        let effective = with.effective(compute, storage).unwrap();
-        assert_eq!((effective.instead_of(), effective.kernel_id()), (None, compute.kernel_id()));
-        let call = GroupCall {
-            shape: case.shape,
-            operator: &Operator::plain(1.0, Causal::None),
-            group: 0,
-            q: &case.q,
-            kv: &kv,
-            side: Side::default(),
-            compute: effective,
-        };
-        for without in Kernels::available().into_iter().filter(|kernels| kernels.isa() != Isa::Avx512) {
-            let attend = AssertUnwindSafe(|| attend_node(without, &call, Node::ROOT, 0..1));
-            let panic = catch_unwind(attend).unwrap_err();
-            let text = panic.downcast_ref::<String>().unwrap();
-            assert!(text.contains(&format!("f32 (no {compute} dot products here)")), "{text}");
         }
     }
 }

@@ -6,6 +6,7 @@ mod accuracy;
 mod bits;
 mod cases;
 mod dots;
+mod fallback;
 mod general;
 mod laws;
 mod machine_code;
