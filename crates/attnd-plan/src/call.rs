@@ -10,6 +10,8 @@
 //! A worker computes a kv group as soon as it has all of it, so partials arrive, and rows leave, in both states. What
 //! makes an answer whole is Complete, which no call reaches without Commit.
 //!
+//! Where more is wanted than the context, shares report on rows that have merged, and owe these reports beside their partials.
+//!
 //! Exactly one terminal action comes out of a call, always the last one; events after it change nothing.
 
 use std::time::Duration;
@@ -19,6 +21,7 @@ use crate::Tensor;
 use crate::arrival::{Arrival, Arrivals, Misplaced};
 use crate::cover::VerifiedPlan;
 use crate::gather::{CellId, Gather, Ready};
+use crate::report::{ReportId, Reports, ScoreBlock};
 use crate::route::{Router, Run};
 use crate::topology::WorkerId;
 
@@ -61,6 +64,22 @@ pub enum CallEvent<P, E = String> {
         /// The rows.
         part: P,
     },
+    /// Elements of the score matrix arrived, checksum verified.
+    Elements {
+        /// From whom.
+        share: usize,
+        /// Of which rows.
+        id: ReportId,
+        /// How many.
+        elements: u64,
+    },
+    /// A report arrived, checksum verified.
+    Report {
+        /// From whom.
+        share: usize,
+        /// On which rows.
+        id: ReportId,
+    },
     /// A worker says that it sent everything.
     Finished {
         /// Who.
@@ -71,7 +90,7 @@ pub enum CallEvent<P, E = String> {
         /// Who.
         share: usize,
     },
-    /// A worker refused its share or failed at it. After its last partial, this changes nothing.
+    /// A worker refused its share or failed at it. After its last partial and report, this changes nothing.
     ShareFailed {
         /// Who.
         share: usize,
@@ -96,8 +115,11 @@ pub enum CallAction<P, E = String> {
     },
     /// Send Commit to every share.
     CommitShares,
-    /// Merge these partials and send the rows to the client.
+    /// Merge these partials and send the rows to the client; where reports are wanted, tell the shares of the group how
+    /// the rows ended.
     Emit(Ready<P>),
+    /// Every share has reported on these rows: send what their reports say together to the client.
+    EmitReport(ReportId),
     /// End the streams of every share: nobody needs their work.
     CancelShares,
     /// The end: answer with this error.
@@ -119,6 +141,8 @@ pub struct Call<P> {
     phase: Phase,
     router: Router,
     gather: Gather<P>,
+    /// Where more is wanted than the context.
+    reports: Option<Reports>,
     arrivals: Arrivals,
     chunks: u64,
     last_frame: Duration,
@@ -127,13 +151,20 @@ pub struct Call<P> {
 }
 
 impl<P> Call<P> {
-    /// A call whose Begin arrived at `now`, a time since any epoch that the caller keeps to.
-    pub fn new(plan: &VerifiedPlan, dtype_bytes: usize, now: Duration) -> Self {
+    /// A call whose Begin arrived at `now`, a time since any epoch that the caller keeps to. With `reported`, every share
+    /// reports on the rows that have merged, after elements of these blocks, of which there may be none.
+    pub fn new(
+        plan: &VerifiedPlan,
+        dtype_bytes: usize,
+        reported: Option<Vec<ScoreBlock>>,
+        now: Duration,
+    ) -> Self {
         let shape = plan.shape();
         Self {
             phase: Phase::Receiving,
             router: Router::new(plan, shape, dtype_bytes),
             gather: Gather::new(plan),
+            reports: reported.map(|blocks| Reports::new(plan, blocks)),
             arrivals: Arrivals::new(shape, dtype_bytes),
             chunks: 0,
             last_frame: now,
@@ -189,6 +220,8 @@ impl<P> Call<P> {
                 Err(CallError::StreamTruncated { chunks: self.chunks, bytes: self.received(), need })
             }
             CallEvent::Partial { share, cell, part } => self.take_partial(share, cell, part),
+            CallEvent::Elements { share, id, elements } => self.take_elements(share, id, elements),
+            CallEvent::Report { share, id } => self.take_report(share, id),
             CallEvent::Finished { share } => self.finish_share(share),
             CallEvent::WorkerLost { share } => {
                 self.end_share(share, |worker| CallError::WorkerLost { worker })
@@ -267,8 +300,39 @@ impl<P> Call<P> {
         }
     }
 
+    fn take_elements<E>(
+        &mut self,
+        share: usize,
+        id: ReportId,
+        elements: u64,
+    ) -> Result<Vec<CallAction<P, E>>, CallError<E>> {
+        let Some((worker, _)) = self.shares.get(share) else { return Ok(Vec::new()) };
+        let worker = worker.clone();
+        let Some(reports) = &mut self.reports else { return Err(CallError::ReportUnasked { worker }) };
+        match reports.count(share, id, elements) {
+            Ok(()) => Ok(Vec::new()),
+            Err(why) => Err(CallError::ReportRefused { worker, why }),
+        }
+    }
+
+    fn take_report<E>(&mut self, share: usize, id: ReportId) -> Result<Vec<CallAction<P, E>>, CallError<E>> {
+        let Some((worker, _)) = self.shares.get(share) else { return Ok(Vec::new()) };
+        let worker = worker.clone();
+        let Some(reports) = &mut self.reports else { return Err(CallError::ReportUnasked { worker }) };
+        match reports.accept(share, id, self.gather.has_left(id.group, id.first_token)) {
+            Ok(is_last) => Ok(is_last.then_some(CallAction::EmitReport(id)).into_iter().collect()),
+            Err(why) => Err(CallError::ReportRefused { worker, why }),
+        }
+    }
+
+    /// Partials and reports that a share still owes.
+    fn missing_of(&self, share: usize) -> usize {
+        let reports = self.reports.as_ref().map_or(0, |reports| reports.missing_of(share));
+        self.gather.missing_of(share) + reports
+    }
+
     fn finish_share<E>(&mut self, share: usize) -> Result<Vec<CallAction<P, E>>, CallError<E>> {
-        let missing = self.gather.missing_of(share);
+        let missing = self.missing_of(share);
         match self.shares.get_mut(share) {
             Some((worker, _)) if missing > 0 => {
                 return Err(CallError::ShareIncomplete { worker: worker.clone(), missing });
@@ -279,23 +343,24 @@ impl<P> Call<P> {
         Ok(self.complete().into_iter().collect())
     }
 
-    /// Ends the call when nobody owes anything: the client its Commit, a share its partials.
+    /// Ends the call when nobody owes anything: the client its Commit, a share its partials and reports.
     fn complete<E>(&mut self) -> Option<CallAction<P, E>> {
-        let all = self.shares.iter().all(|(_, finished)| *finished) && self.gather.is_complete();
+        let reported = self.reports.as_ref().is_none_or(Reports::is_complete);
+        let all = self.shares.iter().all(|(_, finished)| *finished) && self.gather.is_complete() && reported;
         (all && self.phase == Phase::Computing).then(|| {
             self.phase = Phase::Ended;
             CallAction::Complete
         })
     }
 
-    /// A worker whose partials are all here is not missed, however it ends.
+    /// A worker whose partials and reports are all here is not missed, however it ends.
     fn end_share<E>(
         &mut self,
         share: usize,
         error: impl FnOnce(WorkerId) -> CallError<E>,
     ) -> Result<Vec<CallAction<P, E>>, CallError<E>> {
         match self.shares.get(share) {
-            Some((worker, _)) if self.gather.missing_of(share) > 0 => Err(error(worker.clone())),
+            Some((worker, _)) if self.missing_of(share) > 0 => Err(error(worker.clone())),
             _ => self.finish_share(share),
         }
     }

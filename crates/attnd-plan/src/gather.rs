@@ -143,18 +143,18 @@ struct Asked {
 
 /// One bit for each (kv group, token range).
 #[derive(Debug)]
-struct Bits(Vec<u64>);
+pub(crate) struct Bits(Vec<u64>);
 
 impl Bits {
-    fn new(n: usize) -> Self {
+    pub(crate) fn new(n: usize) -> Self {
         Self(vec![0; n.div_ceil(64)])
     }
 
-    fn is_set(&self, at: usize) -> bool {
+    pub(crate) fn is_set(&self, at: usize) -> bool {
         self.0.get(at / 64).is_some_and(|word| word >> (at % 64) & 1 == 1)
     }
 
-    fn set(&mut self, at: usize) {
+    pub(crate) fn set(&mut self, at: usize) {
         if let Some(word) = self.0.get_mut(at / 64) {
             *word |= 1 << (at % 64);
         }
@@ -241,6 +241,11 @@ impl<P> Gather<P> {
         self.emitted.set(row);
         let parts = nodes.iter().map(|asked| asked.node).zip(parts.into_iter().map(|(_, part)| part));
         Ok(Some(Ready { group, tokens: first_token..first_token + tokens, parts: parts.collect() }))
+    }
+
+    /// Whether the row with this token left.
+    pub(crate) fn has_left(&self, group: usize, token: usize) -> bool {
+        token < self.n_queries && self.emitted.is_set(group * self.n_ranges + token / self.tokens_per_cell)
     }
 
     /// Whether every cell was filled.

@@ -19,6 +19,7 @@ pub mod gather;
 mod line;
 pub mod membership;
 pub mod planner;
+mod report;
 pub mod route;
 pub mod topology;
 
@@ -32,6 +33,7 @@ pub use membership::{
     Death, Facts, MemberAction, MemberChange, MemberEvent, MemberState, Membership, Rejection, Rules,
 };
 pub use planner::{Piece, Plan, PlanError, PlanRequest, Share, WorkerChoice, plan};
+pub use report::{ReportError, ReportId, ScoreBlock};
 pub use route::{Router, Run};
 pub use topology::{Capacity, WorkerId, WorkerIdError};
 

@@ -285,7 +285,7 @@ impl World {
 
     fn begin(&mut self) {
         let (plan, shape) = (self.plan.as_ref().unwrap(), self.shape.unwrap());
-        self.call = Some(Call::new(plan, 4, self.now));
+        self.call = Some(Call::new(plan, 4, None, self.now));
         for share in &plan.shares {
             let mut cells = cells(&share.pieces, &shape, plan.tokens_per_cell);
             cells.reverse();
@@ -331,6 +331,9 @@ impl World {
                     .map(|(node, ())| format!("{}/{}", node.level(), node.index()))
                     .collect();
                 format!("emit group {} tokens {:?} from {}", ready.group, ready.tokens, parts.join(" "))
+            }
+            CallAction::EmitReport(id) => {
+                format!("report on group {} tokens from {}", id.group, id.first_token)
             }
             CallAction::CancelShares => "cancel shares".to_owned(),
             CallAction::Fail(error) if error.is_retryable() => format!("fail, retryable: {error}"),

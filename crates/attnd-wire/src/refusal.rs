@@ -206,8 +206,14 @@ impl From<CallError<Error>> for Error {
             CallError::PartialRefused { worker, why } => {
                 return worker_lost(worker, &Self::from(*why).message());
             }
+            CallError::ReportRefused { worker, why } => {
+                return worker_lost(worker, &Self::new(Reason::Coverage, why.to_string()).message());
+            }
+            CallError::ReportUnasked { worker } => {
+                return worker_lost(worker, "sent a report, the call has no outputs");
+            }
             CallError::ShareIncomplete { worker, missing } => {
-                return worker_lost(worker, &format!("finished with {missing} partials missing"));
+                return worker_lost(worker, &format!("finished with {missing} partials and reports missing"));
             }
         };
         Self::new(reason, error.to_string())

@@ -169,7 +169,7 @@ impl<'a> Flow<'a> {
             incoming.push(replies);
             outgoing.push(Outgoing::new(share.worker.clone(), requests));
         }
-        let call = Call::new(&plan, begin.dtype.size(), clock.client_time());
+        let call = Call::new(&plan, begin.dtype.size(), None, clock.client_time());
         let backlog = Backlog::new(&plan, &begin.shape);
         Self {
             hub,

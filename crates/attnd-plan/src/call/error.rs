@@ -3,6 +3,7 @@
 use crate::Tensor;
 use crate::arrival::Misplaced;
 use crate::gather::GatherError;
+use crate::report::ReportError;
 use crate::topology::WorkerId;
 
 /// Why a call failed.
@@ -105,12 +106,26 @@ pub enum CallError<E = String> {
         /// What is wrong with it.
         why: GatherError,
     },
+    /// A worker sent a report that it wasn't asked for, or one that its keys can't have.
+    #[error("worker {worker}: {why}")]
+    ReportRefused {
+        /// Who.
+        worker: WorkerId,
+        /// What is wrong with it.
+        why: ReportError,
+    },
+    /// A worker sent a report, and nobody asked for any.
+    #[error("worker {worker} sent a report, the call has no outputs")]
+    ReportUnasked {
+        /// Who.
+        worker: WorkerId,
+    },
     /// A worker says that it finished, and did not.
-    #[error("worker {worker} finished with {missing} partials missing")]
+    #[error("worker {worker} finished with {missing} partials and reports missing")]
     ShareIncomplete {
         /// Who.
         worker: WorkerId,
-        /// Cells that it still owes.
+        /// Cells and reports that it still owes.
         missing: usize,
     },
 }
@@ -128,6 +143,8 @@ impl<E> CallError<E> {
             Self::WorkerLost { worker }
             | Self::ShareFailed { worker, .. }
             | Self::PartialRefused { worker, .. }
+            | Self::ReportRefused { worker, .. }
+            | Self::ReportUnasked { worker }
             | Self::ShareIncomplete { worker, .. } => Some(worker),
             Self::ExpectedBegin
             | Self::DuplicateBegin

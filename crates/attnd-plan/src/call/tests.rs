@@ -5,6 +5,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::gather::cells;
 use crate::planner::tests::{any_call, planned};
+use crate::report::tests::{all_reports, elements_of};
 
 #[derive(Clone, Copy, Debug)]
 enum Step {
@@ -44,7 +45,9 @@ proptest! {
 
     /// An honest run with mistakes and losses thrown in ends once, and is complete only when everything was sent.
     #[test]
-    fn a_call_ends_once(call in any_call(), steps in proptest::collection::vec(any_step(), 0..300)) {
+    fn a_call_ends_once(
+        call in any_call(), reported in any::<bool>(), steps in proptest::collection::vec(any_step(), 0..300),
+    ) {
         let Some((shape, plan)) = planned(&call, 1 << 13) else { return Ok(()) };
         let plan = plan.verify(&shape).unwrap();
         let n_shares = plan.shares.len();
@@ -60,13 +63,25 @@ proptest! {
             for cell in cells(&of_worker.pieces, &shape, plan.tokens_per_cell) {
                 honest.push_back(CallEvent::Partial { share, cell, part: () });
             }
-            honest.push_back(CallEvent::Finished { share });
+            if !reported {
+                honest.push_back(CallEvent::Finished { share });
+            }
+        }
+        let heads = shape.batch() * shape.n_heads();
+        let block = ScoreBlock { heads: 0..heads, tokens: 0..1, keys: 0..shape.n_keys() };
+        if reported {
+            for (share, id) in all_reports(&plan) {
+                let elements = elements_of(&plan, share, &block, id);
+                honest.push_back(CallEvent::Elements { share, id, elements });
+                honest.push_back(CallEvent::Report { share, id });
+            }
+            honest.extend((0..n_shares).map(|share| CallEvent::Finished { share }));
         }
         let steps = steps.into_iter().chain(vec![Step::Honest; honest.len()]);
 
-        let mut call = Call::new(&plan, 4, Duration::ZERO);
+        let mut call = Call::new(&plan, 4, reported.then(|| vec![block]), Duration::ZERO);
         let mut now = Duration::ZERO;
-        let (mut ends, mut emitted, mut last) = (0, 0, CallEvent::Tick);
+        let (mut ends, mut emitted, mut told, mut last) = (0, 0, 0, CallEvent::Tick);
         for step in steps {
             let event: CallEvent<(), String> = match step {
                 Step::Honest => match honest.pop_front() {
@@ -96,9 +111,11 @@ proptest! {
             for (i, action) in actions.iter().enumerate() {
                 match action {
                     CallAction::Emit(ready) => emitted += ready.tokens.len(),
+                    CallAction::EmitReport(id) => told += id.tokens,
                     CallAction::Complete => {
                         ends += 1;
                         prop_assert_eq!(emitted, shape.n_groups() * shape.n_queries());
+                        prop_assert_eq!(told, if reported { emitted } else { 0 });
                     }
                     CallAction::Fail(error) => {
                         ends += 1;
@@ -107,7 +124,7 @@ proptest! {
                     }
                     _ => continue,
                 }
-                let is_end = !matches!(action, CallAction::Emit(_));
+                let is_end = !matches!(action, CallAction::Emit(_) | CallAction::EmitReport(_));
                 prop_assert!(!is_end || (call.has_ended() && i == actions.len() - 1));
             }
         }

@@ -199,11 +199,22 @@ fn a_failing_worker_is_lost_unless_the_data_are_to_blame() {
         (CallError::WorkerLost { worker: worker() }, "WORKER_LOST: w1: lost"),
         (
             CallError::ShareIncomplete { worker: worker(), missing: 2 },
-            "WORKER_LOST: w1: finished with 2 partials missing",
+            "WORKER_LOST: w1: finished with 2 partials and reports missing",
         ),
         (
             CallError::PartialRefused { worker: worker(), why },
             "WORKER_LOST: w1: COVERAGE: group 1 node 6/0 tokens from 16 came twice",
+        ),
+        (
+            CallError::ReportRefused {
+                worker: worker(),
+                why: ReportError::Early { group: 1, first_token: 16 },
+            },
+            "WORKER_LOST: w1: COVERAGE: group 1 tokens from 16 have not merged yet",
+        ),
+        (
+            CallError::ReportUnasked { worker: worker() },
+            "WORKER_LOST: w1: sent a report, the call has no outputs",
         ),
         (
             CallError::ShareFailed { worker: worker(), what: Error::new(Reason::Draining, "") },
