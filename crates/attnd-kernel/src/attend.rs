@@ -25,7 +25,7 @@ use crate::shape::AttnShape;
 use crate::slot::{Node, PAGE_KEYS, pages_of_slot};
 
 /// Blocks per thread below which the keys are split too.
-const BLOCKS_PER_THREAD: usize = 2;
+pub(crate) const BLOCKS_PER_THREAD: usize = 2;
 /// Pages that a task is worth.
 const MIN_PAGES: usize = 4;
 
@@ -83,6 +83,33 @@ impl<'a> Side<'a> {
     }
 }
 
+impl GroupCall<'_> {
+    /// Checks that the parts fit together, that these kernels compute as it says, and that it has these query tokens.
+    ///
+    /// # Panics
+    /// If not.
+    pub(crate) fn check(&self, kernels: &Kernels, tokens: &Range<usize>) {
+        let call = self;
+        let shape = &call.shape;
+        let group = shape.group_size();
+        assert_eq!(call.q.len(), group * shape.n_queries() * shape.head_dim(), "length of q");
+        assert_eq!(
+            (call.kv.n_keys(), call.kv.head_dim(), call.kv.value_dim()),
+            (shape.n_keys(), shape.head_dim(), shape.value_dim()),
+            "shape of kv"
+        );
+        assert!(call.group < shape.n_groups(), "group {} of {}", call.group, shape.n_groups());
+        assert!(tokens.end <= shape.n_queries(), "tokens {tokens:?} of {}", shape.n_queries());
+        let compute = call.compute.compute();
+        match kernels.effective(compute, call.kv.storage()) {
+            Ok(there) => assert_eq!(there.compute(), compute, "{kernels:?} compute in {there}"),
+            Err(mismatch) => panic!("{mismatch}"),
+        }
+        assert_eq!(call.operator.check_compute(compute), Ok(()));
+        call.side.check(call);
+    }
+}
+
 /// A score left the range of f32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the score of head {head_in_group} of the group, token {token}, leaves the range of f32")]
@@ -110,24 +137,9 @@ pub fn attend_node(
     node: Node,
     tokens: Range<usize>,
 ) -> (PartialRows, Result<(), ScoreOverflow>) {
-    let shape = &call.shape;
+    call.check(kernels, &tokens);
+    let (shape, compute) = (&call.shape, call.compute.compute());
     let group = shape.group_size();
-    assert_eq!(call.q.len(), group * shape.n_queries() * shape.head_dim(), "length of q");
-    assert_eq!(
-        (call.kv.n_keys(), call.kv.head_dim(), call.kv.value_dim()),
-        (shape.n_keys(), shape.head_dim(), shape.value_dim()),
-        "shape of kv"
-    );
-    assert!(call.group < shape.n_groups(), "group {} of {}", call.group, shape.n_groups());
-    assert!(tokens.end <= shape.n_queries(), "tokens {tokens:?} of {}", shape.n_queries());
-    let compute = call.compute.compute();
-    match kernels.effective(compute, call.kv.storage()) {
-        Ok(there) => assert_eq!(there.compute(), compute, "{kernels:?} compute in {there}"),
-        Err(mismatch) => panic!("{mismatch}"),
-    }
-    assert_eq!(call.operator.check_compute(compute), Ok(()));
-    call.side.check(call);
-
     let n_rows = tokens.len() * group;
     if n_rows == 0 {
         return (PartialRows::empty(0, shape.value_dim()), Ok(()));
@@ -142,7 +154,7 @@ pub fn attend_node(
 }
 
 /// Splits a node into about `parts` nodes that tile it, in order; absent children are left out.
-fn split(node: Node, n_keys: usize, parts: usize) -> Tree {
+pub(crate) fn split(node: Node, n_keys: usize, parts: usize) -> Tree {
     let pages: usize = node.slots().map(|slot| pages_of_slot(slot, n_keys).count()).sum();
     match node.children() {
         _ if pages == 0 => Tree::Absent,
@@ -154,7 +166,7 @@ fn split(node: Node, n_keys: usize, parts: usize) -> Tree {
     }
 }
 
-enum Tree {
+pub(crate) enum Tree {
     Absent,
     Whole(Node),
     Split(Box<(Tree, Tree)>),
@@ -278,7 +290,7 @@ impl NodeTask<'_> {
                 Path::Plain => self.kernels.attend_block(&rows, layout, scratch, &mut out),
                 Path::General => {
                     let terms: Vec<RowTerms<'_>> =
-                        (0..n_rows).map(|row| self.terms(place(row), &mask)).collect();
+                        (0..n_rows).map(|row| self.call.terms(place(row), &mask)).collect();
                     let (cap, normaliser) = (operator.cap(), operator.normaliser());
                     let block = GeneralBlock { rows, terms: &terms, cap, normaliser };
                     general::attend(self.kernels, &block, scratch, &mut out)
@@ -297,10 +309,12 @@ impl NodeTask<'_> {
             })
         })
     }
+}
 
+impl GroupCall<'_> {
     /// What the scores of a row meet.
-    fn terms(&self, (head, token): (usize, usize), mask: &BatchMask<'_>) -> RowTerms<'_> {
-        let GroupCall { shape, operator, group, side, .. } = self.call;
+    pub(crate) fn terms(&self, (head, token): (usize, usize), mask: &BatchMask<'_>) -> RowTerms<'_> {
+        let GroupCall { shape, operator, group, side, .. } = self;
         let (batch, kv_head) = (group / shape.n_kv_heads(), group % shape.n_kv_heads());
         let of_batch = batch * shape.n_heads() + kv_head * shape.group_size() + head;
         RowTerms {
@@ -340,7 +354,7 @@ struct HeadRows<'p> {
 const SCRATCH_FLOATS: usize = (2 << 20) / 4;
 
 /// Lends memory that a thread keeps between blocks, so that kernels don't allocate.
-fn with_scratch<T>(floats: usize, work: impl FnOnce(&mut [f32]) -> T) -> T {
+pub(crate) fn with_scratch<T>(floats: usize, work: impl FnOnce(&mut [f32]) -> T) -> T {
     thread_local! {
         static SCRATCH: RefCell<Option<Buffer>> = const { RefCell::new(None) };
     }

@@ -6,12 +6,14 @@
 #[cfg(target_arch = "x86_64")]
 mod dots;
 mod general;
+mod inspect;
 mod isa;
 mod loops;
 
 use std::sync::OnceLock;
 
 pub(crate) use self::general::GeneralEntries;
+pub(crate) use self::inspect::InspectEntries;
 pub use self::isa::{ISA_VARIABLE, Isa, IsaError};
 pub(crate) use self::loops::FLOP_PER_ROUND;
 use self::loops::{chains, read_chains};

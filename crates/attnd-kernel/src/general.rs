@@ -25,4 +25,4 @@ pub(crate) mod shape;
 mod walk;
 pub(crate) mod weigh;
 
-pub(crate) use self::block::{GeneralBlock, RowTerms, attend, scratch_floats};
+pub(crate) use self::block::{GeneralBlock, RowTerms, add_and_mask, attend, row_of, scratch_floats};

@@ -68,6 +68,8 @@ pub(crate) unsafe trait Lanes: Copy {
     unsafe fn select_between(at: Self::V, lo: Self::V, hi: Self::V, yes: Self::V, no: Self::V) -> Self::V;
     /// `yes` where bit `i` of `bits` is set, of lane `i`, else `no`.
     unsafe fn select_bits(bits: u16, yes: Self::V, no: Self::V) -> Self::V;
+    /// Bit `i` is set where lane `i` of `a` is `least` or more; not where it is NaN.
+    unsafe fn at_least(a: Self::V, least: Self::V) -> u16;
     /// Every NaN replaced by [`crate::canonical::CANONICAL_NAN`].
     unsafe fn canonical_nan(a: Self::V) -> Self::V;
     /// Swaps lanes and vectors: lane `i` of vector `j` becomes lane `j` of vector `i`.

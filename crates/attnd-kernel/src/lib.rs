@@ -50,6 +50,7 @@ mod free_order;
 mod general;
 #[cfg(test)]
 mod hostile_memory;
+mod inspect;
 mod lanes;
 mod mask;
 mod normaliser;
@@ -75,6 +76,10 @@ pub use canonical::KERNEL_ID;
 pub use compute::{Compute, Effective, StorageMismatch};
 pub use dispatch::{ISA_VARIABLE, Isa, IsaError, Kernels};
 pub use dtype::{Dtype, first_non_finite, widen};
+pub use inspect::{
+    ElementTile, FinishedReport, Heat, NodeReport, Outputs, OutputsError, OutputsParts, Ranked, Rectangle,
+    ReportError, RowSums, Stage, inspect_node,
+};
 pub use mask::{BatchMask, Causal, Documents, Mask, MaskError, PerBatch, Positions, Run, Selection, Window};
 pub use normaliser::Normaliser;
 pub use operator::{EmptyRow, Operator, OperatorError, OperatorParts, Path};

@@ -351,11 +351,34 @@ impl Operator {
         shape: &AttnShape,
         kernels: &Kernels,
     ) -> FinishedRows {
+        self.divide(self.join_sinks(rows, group, shape, kernels), kernels)
+    }
+
+    /// The first half of [`Self::finish`]: sinks join. What it leaves in `m` and `l` is what a second pass over the rows
+    /// divides by, see [`crate::RowSums`].
+    ///
+    /// # Panics
+    /// As [`Self::finish`].
+    #[must_use]
+    pub fn join_sinks(
+        &self,
+        rows: PartialRows,
+        group: usize,
+        shape: &AttnShape,
+        kernels: &Kernels,
+    ) -> PartialRows {
         let first_head = group % shape.n_kv_heads() * shape.group_size();
-        let rows = match self.sinks() {
+        match self.sinks() {
             Some(sinks) => rows.with_sinks(&sinks[first_head..][..shape.group_size()], kernels),
             None => rows,
-        };
+        }
+    }
+
+    /// The second half of [`Self::finish`], for rows that sinks have joined.
+    ///
+    /// # Panics
+    /// If the lengths of the partial don't agree with each other.
+    pub fn divide(&self, rows: PartialRows, kernels: &Kernels) -> FinishedRows {
         let unseen = match self.parts.empty_row {
             EmptyRow::Zero => Vec::new(),
             EmptyRow::Nan => rows.unseen(),

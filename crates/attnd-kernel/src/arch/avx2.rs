@@ -329,6 +329,13 @@ unsafe impl Lanes for Avx2 {
         }
     }
     #[inline(always)]
+    unsafe fn at_least(a: Self::V, least: Self::V) -> u16 {
+        unsafe {
+            let bits = |i: usize| _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_GE_OQ>(a[i], least[i]));
+            (bits(0) | bits(1) << 8) as u16
+        }
+    }
+    #[inline(always)]
     unsafe fn canonical_nan(a: Self::V) -> Self::V {
         unsafe { [canonical_nan_of_eight(a[0]), canonical_nan_of_eight(a[1])] }
     }

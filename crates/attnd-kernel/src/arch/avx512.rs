@@ -169,6 +169,10 @@ unsafe impl Lanes for Avx512 {
         unsafe { _mm512_mask_blend_ps(bits, no, yes) }
     }
     #[inline(always)]
+    unsafe fn at_least(a: Self::V, least: Self::V) -> u16 {
+        unsafe { _mm512_cmp_ps_mask::<_CMP_GE_OQ>(a, least) }
+    }
+    #[inline(always)]
     unsafe fn canonical_nan(a: Self::V) -> Self::V {
         unsafe {
             let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(a, a);

@@ -208,6 +208,15 @@ unsafe impl Lanes for Neon {
         })
     }
     #[inline(always)]
+    unsafe fn at_least(a: V, least: V) -> u16 {
+        let of_four = |i: usize| unsafe {
+            let of_lane = [1_u32, 2, 4, 8];
+            let set = vcgeq_f32(a[i], least[i]);
+            vaddvq_u32(vandq_u32(set, vld1q_u32(of_lane.as_ptr()))) << (4 * i)
+        };
+        (0..4).fold(0, |bits, i| bits | of_four(i)) as u16
+    }
+    #[inline(always)]
     unsafe fn canonical_nan(a: V) -> V {
         a.map(|a| unsafe { vbslq_f32(vceqq_f32(a, a), a, vdupq_n_f32(CANONICAL_NAN)) })
     }

@@ -129,6 +129,10 @@ unsafe impl Lanes for Portable {
         std::array::from_fn(|i| if bits >> i & 1 == 1 { yes[i] } else { no[i] })
     }
     #[inline(always)]
+    unsafe fn at_least(a: V, least: V) -> u16 {
+        (0..16).fold(0, |bits, i| bits | u16::from(a[i] >= least[i]) << i)
+    }
+    #[inline(always)]
     unsafe fn canonical_nan(a: V) -> V {
         a.map(|x| if x.is_nan() { CANONICAL_NAN } else { x })
     }

@@ -2,7 +2,6 @@
 //!
 //! No libm has a part in them, because its results differ between platforms.
 
-#[cfg(test)]
 use super::{EXP2_POLY, FLUSH_EXPONENT};
 
 /// `fl(2 log2 e)`.
@@ -30,7 +29,6 @@ pub(crate) fn tanh(z: f32) -> f32 {
 }
 
 /// Rule 15: `1 / (1 + 2^-s)`, from the power of two that doesn't overflow, and 0 below `2^-126`.
-#[cfg(test)]
 pub(crate) fn sigmoid(s: f32) -> f32 {
     let x = 0.0 - s.abs();
     let n = x.round_ties_even();

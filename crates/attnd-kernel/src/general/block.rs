@@ -1,5 +1,7 @@
 //! A block of rows on the general path: what of each page its rows see, and the stages over it.
 
+use std::ops::Range;
+
 use super::walk::Walk;
 use crate::bias::Ramp;
 use crate::block::{Place, QueryLayout, RowBlock, RowPartials, Seen, Visible};
@@ -96,8 +98,21 @@ pub(crate) fn attend(
 }
 
 impl GeneralBlock<'_> {
+    /// Products of all rows with whole panels of a page around `vectors`.
+    pub(crate) fn products(
+        &self,
+        entries: &GeneralEntries,
+        k: &[f32],
+        vectors: &Range<usize>,
+        scores: &mut [f32],
+    ) {
+        let (n_rows, d) = (self.rows.visible.len(), self.rows.kv.head_dim());
+        let panels = vectors.start / PANEL_KEYS..vectors.end.div_ceil(PANEL_KEYS);
+        entries.scores(self.rows.q, n_rows, d, k, panels, scores);
+    }
+
     /// The keys of a page that a row sees.
-    fn seen(&self, intervals: &Visible<'_>, row: usize, page: usize) -> PageBits {
+    pub(crate) fn seen(&self, intervals: &Visible<'_>, row: usize, page: usize) -> PageBits {
         let terms = &self.terms[row];
         let planes = [terms.mask, terms.bias].into_iter().flatten();
         let interval = PageBits::of(intervals.of_row(row, page));
@@ -124,8 +139,7 @@ impl Stages<'_> {
         let seen: Vec<PageBits> = (0..n_rows).map(|row| block.seen(&self.intervals, row, page)).collect();
         let vectors = seen.iter().fold(PageBits::default(), |hull, row| hull.or(row)).vectors();
 
-        let panels = vectors.start / PANEL_KEYS..vectors.end.div_ceil(PANEL_KEYS);
-        self.entries.scores(block.rows.q, n_rows, kv.head_dim(), k, panels, self.scores);
+        block.products(self.entries, k, &vectors, self.scores);
         let mut overflow = None;
         for (row, seen) in seen.iter().enumerate() {
             let s = row_of(self.scores, row);
@@ -166,14 +180,24 @@ fn shape(
     row: usize,
     page: usize,
     seen: &PageBits,
-    vectors: std::ops::Range<usize>,
+    vectors: Range<usize>,
+    s: &mut [f32; PAGE_KEYS],
+) -> bool {
+    let left_range = block.cap.is_some_and(|cap| entries.cap(s, vectors.clone(), cap, seen));
+    left_range | add_and_mask(entries, block, row, page, seen, vectors, s)
+}
+
+/// The stages behind the cap: turns capped scores into those that are weighed. Returns what [`shape`] does.
+pub(crate) fn add_and_mask(
+    entries: &GeneralEntries,
+    block: &GeneralBlock<'_>,
+    row: usize,
+    page: usize,
+    seen: &PageBits,
+    vectors: Range<usize>,
     s: &mut [f32; PAGE_KEYS],
 ) -> bool {
     let terms = &block.terms[row];
-    let mut left_range = false;
-    if let Some(cap) = block.cap {
-        left_range |= entries.cap(s, vectors.clone(), cap, seen);
-    }
     if let Some(bias) = terms.bias.and_then(|plane| plane.values(terms.token, page)) {
         entries.add_bias(s, vectors.clone(), bias);
     }
@@ -182,10 +206,11 @@ fn shape(
         entries.fill_ramp(ramp, page, &mut bias);
         entries.add_bias(s, vectors.clone(), &bias);
     }
-    left_range | entries.mask(s, vectors, seen)
+    entries.mask(s, vectors, seen)
 }
 
-fn row_of(scores: &mut [f32], row: usize) -> &mut [f32; PAGE_KEYS] {
+/// The scores of a row over a page.
+pub(crate) fn row_of(scores: &mut [f32], row: usize) -> &mut [f32; PAGE_KEYS] {
     let Some(row) = scores[row * PAGE_KEYS..].first_chunk_mut() else { panic!("no scores of row {row}") };
     row
 }

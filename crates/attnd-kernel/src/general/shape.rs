@@ -102,7 +102,7 @@ pub(crate) unsafe fn mask_row<L: Lanes>(
 /// # Panics
 /// If `vectors` are no multiples of 16 inside a page.
 #[inline(always)]
-pub(super) fn check(vectors: &Range<usize>) {
+pub(crate) fn check(vectors: &Range<usize>) {
     let whole = vectors.start.is_multiple_of(LANES) && vectors.end.is_multiple_of(LANES);
     assert!(whole && vectors.start < vectors.end && vectors.end <= PAGE_KEYS, "{vectors:?}");
 }

@@ -34,6 +34,12 @@ impl PageBits {
         self.0[key / LANES]
     }
 
+    /// Puts the bits of the 16 keys from `key` on.
+    #[inline(always)]
+    pub(crate) fn put_vector(&mut self, key: usize, bits: u16) {
+        self.0[key / LANES] = bits;
+    }
+
     /// Adds one key.
     pub(crate) fn insert(&mut self, key: usize) {
         self.0[key / LANES] |= 1 << (key % LANES);
@@ -62,6 +68,19 @@ impl PageBits {
         let first = self.0.iter().position(|word| *word != 0).unwrap_or(0);
         let end = self.0.iter().rposition(|word| *word != 0).map_or(0, |last| last + 1);
         first * LANES..end * LANES
+    }
+
+    /// The keys, ascending.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = usize> {
+        self.0.iter().enumerate().flat_map(|(vector, bits)| {
+            let mut left = *bits;
+            std::iter::from_fn(move || {
+                let lane = left.trailing_zeros() as usize;
+                // Clears the lowest bit that is set.
+                left &= left.checked_sub(1)?;
+                Some(vector * LANES + lane)
+            })
+        })
     }
 
     /// Runs of neighbouring keys, ascending.
@@ -101,6 +120,7 @@ mod tests {
         }
         assert_eq!(bits.runs().collect::<Vec<_>>(), [33..35, 40..41, 47..50, 255..256]);
         assert_eq!(bits.vectors(), 32..256);
+        assert_eq!(bits.iter().collect::<Vec<_>>(), [33, 34, 40, 47, 48, 49, 255]);
         assert_eq!(bits.and(&PageBits::of(34..48)).vectors(), 32..48);
         assert!(bits.and(&PageBits::of(0..33)).is_empty());
         assert_eq!(PageBits::default().vectors(), 0..0);
