@@ -3,7 +3,12 @@
 use std::error::Error;
 use std::path::Path;
 
-const FILES: [&str; 3] = ["attnd/v1/attention.proto", "attnd/v1/cluster.proto", "attnd/v1/operator.proto"];
+const FILES: [&str; 4] = [
+    "attnd/v1/attention.proto",
+    "attnd/v1/cluster.proto",
+    "attnd/v1/operator.proto",
+    "attnd/v1/outputs.proto",
+];
 
 fn main() -> Result<(), Box<dyn Error>> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../proto");

@@ -209,8 +209,11 @@ pub(crate) async fn attend(
             assert!(!done, "a call that must fail was answered");
             continue;
         };
-        match AttendReply::decode(reply, shape).unwrap() {
+        match AttendReply::decode(reply, shape, None).unwrap() {
             AttendReply::Planned(_) => {}
+            unasked @ (AttendReply::Elements(_) | AttendReply::Report(_) | AttendReply::Heat(_)) => {
+                panic!("nobody asked for {unasked:?}")
+            }
             AttendReply::Context(rows) => {
                 let (tokens, value_dim) = (rows.tokens.len(), shape.value_dim());
                 for (at, head) in rows.heads.enumerate() {

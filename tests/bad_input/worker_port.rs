@@ -85,6 +85,9 @@ async fn compute(channel: Channel, frames: Vec<Frame>) -> Result<u32, Status> {
                 assert_eq!(finished.partials, partials, "partials that arrived");
                 return Ok(partials);
             }
+            Some(compute_reply::Part::Report(_) | compute_reply::Part::Elements(_)) => {
+                panic!("a second pass that nobody wants")
+            }
             None => panic!("an empty reply"),
         }
     }

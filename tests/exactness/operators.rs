@@ -84,7 +84,8 @@ fn mask(dims: &Dims, rng: &mut SmallRng) -> Mask {
     }
 }
 
-fn case(seed: u64) -> Case {
+/// A random call.
+pub(super) fn case(seed: u64) -> Case {
     let mut rng = SmallRng::seed_from_u64(5000 + seed);
     let kv_heads = rng.random_range(1..=3);
     let dims = Dims {

@@ -4,12 +4,13 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-use attnd_client::{AttendOptions, Attended, Operands, WorkerChoice};
+use attnd_client::{AttendOptions, Attended, Inspected, Operands, Rectangle, WorkerChoice};
 use attnd_kernel::reference::{ReferenceRow, reference_row};
 use attnd_kernel::slot::{N_SLOTS, Node, PAGE_KEYS, keys_in_page, n_pages};
 use attnd_kernel::{
-    AttnShape, Causal, Dims, Dtype, Effective, EmptyRow, FinishedRows, GroupCall, Kernels, KvHead, Mask,
-    Operator, OperatorParts, Side, attend_node, widen,
+    AttnShape, Causal, Dims, Dtype, Effective, ElementTile, EmptyRow, FinishedRows, GroupCall, Kernels,
+    KvHead, Mask, NodeReport, Operator, OperatorParts, Outputs, OutputsParts, RowSums, Side, attend_node,
+    inspect_node, widen,
 };
 use bytes::Bytes;
 use half::{bf16, f16};
@@ -152,6 +153,7 @@ impl Case {
             mask: self.mask.clone(),
             sinks: self.sinks.clone(),
             empty_row: self.empty_row,
+            outputs: OutputsParts::default(),
             allow_non_finite: self.data == Data::Poisoned,
             forbid_empty_rows: false,
             workers,
@@ -234,13 +236,63 @@ impl Case {
         rows.iter().map(|at| (*at, row(*at))).collect()
     }
 
-    /// Some tokens of one kv group, all heads of the group.
-    fn compute_group(&self, kernels: &Kernels, group: usize, tokens: Range<usize>) -> FinishedRows {
-        let shape = *self.shape();
-        let kv = self.resident(group);
+    /// The queries of one kv group.
+    fn queries(&self, group: usize) -> Vec<f32> {
+        let shape = self.shape();
         let mut q = vec![0.0; shape.group_size() * shape.n_queries() * shape.head_dim()];
         let bytes = q.len() * self.operands.dtype.size();
         widen(&self.operands.q[group * bytes..][..bytes], self.operands.dtype, &mut q);
+        q
+    }
+
+    /// What is wanted beside the context, computed in this process, each group in one piece.
+    pub(crate) fn inspect(&self, kernels: &Kernels, outputs: &Outputs) -> Inspected {
+        let shape = *self.shape();
+        let operator = &self.operator();
+        let size = |rectangle: &Rectangle| {
+            shape.batch() * rectangle.heads.len() * rectangle.tokens.len() * rectangle.keys.len()
+        };
+        let elements = outputs.rectangles().iter().map(|rectangle| vec![f32::NAN; size(rectangle)]).collect();
+        let mut all = Inspected { heads: outputs.heads(), elements, ..Inspected::default() };
+        for group in 0..shape.n_groups() {
+            let (q, kv) = (self.queries(group), self.resident(group));
+            let side = Side::default();
+            let call = GroupCall { shape, operator, group, q: &q, kv: &kv, side, compute: Effective::F32 };
+            let tokens = 0..shape.n_queries();
+            let (partial, _overflow) = attend_node(kernels, &call, Node::ROOT, tokens.clone());
+            let partial = operator.join_sinks(partial, group, &shape, kernels);
+            let sums = RowSums { m: &partial.m, l: &partial.l };
+            let first_head = group * shape.group_size();
+            let mut place = |tile: ElementTile<'_>| {
+                let wanted = &outputs.rectangles()[tile.rectangle];
+                let head = first_head + tile.head_in_group;
+                let (batch, head) = (head / shape.n_heads(), head % shape.n_heads() - wanted.heads.start);
+                for (token, values) in tile.tokens.clone().zip(tile.values.chunks(tile.keys.len())) {
+                    let row = (batch * wanted.heads.len() + head) * wanted.tokens.len() + token
+                        - wanted.tokens.start;
+                    let at = row * wanted.keys.len() + tile.keys.start - wanted.keys.start;
+                    all.elements[tile.rectangle][at..at + values.len()].copy_from_slice(values);
+                }
+            };
+            let report: NodeReport =
+                inspect_node(kernels, &call, sums, outputs, Node::ROOT, tokens, &mut place);
+            let numbers = report.finish(sums, outputs, operator);
+            all.top_keys.extend(numbers.top_keys);
+            all.top_weights.extend(numbers.top_weights);
+            all.top_scores.extend(numbers.top_scores);
+            all.mass.extend(numbers.mass);
+            all.entropy.extend(numbers.entropy);
+            all.distance.extend(numbers.distance);
+            all.max_score.extend(numbers.max_score);
+            all.heat.extend(report.heat.means(outputs));
+        }
+        all
+    }
+
+    /// Some tokens of one kv group, all heads of the group.
+    fn compute_group(&self, kernels: &Kernels, group: usize, tokens: Range<usize>) -> FinishedRows {
+        let shape = *self.shape();
+        let (q, kv) = (self.queries(group), self.resident(group));
         let operator = &self.operator();
         let call = GroupCall {
             shape,

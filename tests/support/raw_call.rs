@@ -27,6 +27,7 @@ pub(crate) fn begin(case: &Case, workers: WorkerChoice) -> Begin {
         shape: *case.shape(),
         dtype: case.operands.dtype,
         operator: Arc::new(case.operator()),
+        outputs: None,
         allow_non_finite: options.allow_non_finite,
         forbid_empty_rows: options.forbid_empty_rows,
         workers,
@@ -95,8 +96,11 @@ pub(crate) async fn send(channel: Channel, case: &Case, frames: Vec<AttendReques
         let mut answer = Answer { context: vec![f32::NAN; rows * dim], lse: vec![f32::NAN; rows] };
         let (mut planned, mut seen) = (0, 0);
         while let Some(reply) = replies.message().await? {
-            match AttendReply::decode(reply, shape)? {
+            match AttendReply::decode(reply, shape, None)? {
                 AttendReply::Planned(_) => planned += 1,
+                unasked @ (AttendReply::Elements(_) | AttendReply::Report(_) | AttendReply::Heat(_)) => {
+                    panic!("nobody asked for {unasked:?}")
+                }
                 AttendReply::Context(chunk) => {
                     let n = chunk.tokens.len();
                     for (i, head) in chunk.heads.clone().enumerate() {

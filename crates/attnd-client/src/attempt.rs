@@ -10,6 +10,7 @@ use tonic::transport::Channel;
 
 use crate::client::Progress;
 use crate::context::ContextAssembly;
+use crate::inspected::{Inspected, OutputsAssembly};
 use crate::operands::Operands;
 use crate::upload::Upload;
 
@@ -18,8 +19,31 @@ use crate::upload::Upload;
 pub(crate) struct Answer {
     pub(crate) context: Vec<f32>,
     pub(crate) lse: Vec<f32>,
+    pub(crate) inspected: Inspected,
     pub(crate) plan: PlanSummary,
     pub(crate) done: Done,
+}
+
+/// Room for the whole answer.
+#[derive(Debug)]
+pub(crate) struct Assembly {
+    context: ContextAssembly,
+    /// `None` where nothing is wanted beside the context.
+    outputs: Option<OutputsAssembly>,
+}
+
+impl Assembly {
+    /// # Errors
+    /// [`Reason::ShapeLimit`] and [`Reason::Outputs`] if this process can't get the memory; worth knowing before anything
+    /// is sent.
+    pub(crate) fn new(begin: &Begin) -> Result<Self, Error> {
+        let outputs = begin.outputs.clone().map(|outputs| OutputsAssembly::new(begin.shape, outputs));
+        Ok(Self { context: ContextAssembly::new(begin.shape)?, outputs: outputs.transpose()? })
+    }
+
+    fn outputs(&mut self) -> Result<&mut OutputsAssembly, Error> {
+        self.outputs.as_mut().ok_or_else(|| invalid("no outputs are wanted"))
+    }
 }
 
 /// Sends the call once; the answer goes into `assembly`. The deadline travels with it and is kept here too.
@@ -27,7 +51,7 @@ pub(crate) async fn attempt(
     stub: AttentionClient<Channel>,
     operands: &Operands,
     begin: Begin,
-    assembly: ContextAssembly,
+    assembly: Assembly,
     deadline: Option<Instant>,
     progress: &mut (dyn FnMut(Progress) + Send),
 ) -> Result<Answer, Error> {
@@ -44,7 +68,7 @@ async fn exchange(
     mut stub: AttentionClient<Channel>,
     operands: &Operands,
     begin: Begin,
-    assembly: ContextAssembly,
+    assembly: Assembly,
     deadline: Option<Instant>,
     progress: &mut (dyn FnMut(Progress) + Send),
 ) -> Result<Answer, Error> {
@@ -86,7 +110,7 @@ async fn exchange(
 #[derive(Debug)]
 struct Receipt {
     begin: Begin,
-    assembly: ContextAssembly,
+    assembly: Assembly,
     plan: Option<PlanSummary>,
 }
 
@@ -97,7 +121,7 @@ impl Receipt {
         reply: proto::AttendReply,
         progress: &mut (dyn FnMut(Progress) + Send),
     ) -> Result<Option<Done>, Error> {
-        match AttendReply::decode(reply, &self.begin.shape)? {
+        match AttendReply::decode(reply, &self.begin.shape, self.begin.outputs.as_deref())? {
             AttendReply::Planned(_) if self.plan.is_some() => Err(invalid("two plans")),
             AttendReply::Planned(plan) => {
                 // Coordinators that said nothing here knew one name.
@@ -108,13 +132,16 @@ impl Receipt {
                 Ok(None)
             }
             AttendReply::Context(chunk) => {
-                self.assembly.accept(&chunk)?;
-                progress(Progress::Received {
-                    rows: self.assembly.rows(),
-                    total: self.assembly.total_rows(),
-                });
+                let context = &mut self.assembly.context;
+                context.accept(&chunk)?;
+                progress(Progress::Received { rows: context.rows(), total: context.total_rows() });
                 Ok(None)
             }
+            AttendReply::Elements(elements) => {
+                self.assembly.outputs()?.accept_elements(&elements).map(|()| None)
+            }
+            AttendReply::Report(report) => self.assembly.outputs()?.accept_report(&report).map(|()| None),
+            AttendReply::Heat(rows) => self.assembly.outputs()?.accept_heat(&rows).map(|()| None),
             AttendReply::Done(done) => {
                 self.check_kernel(&done.kernel_id)?;
                 Ok(Some(done))
@@ -130,8 +157,10 @@ impl Receipt {
 
     fn finish(self, done: Done) -> Result<Answer, Error> {
         let plan = self.plan.ok_or_else(|| invalid("an answer without a plan"))?;
-        let (context, lse) = self.assembly.finish()?;
-        Ok(Answer { context, lse, plan, done })
+        let Assembly { context, outputs } = self.assembly;
+        let (context, lse) = context.finish()?;
+        let inspected = outputs.map(OutputsAssembly::finish).transpose()?.unwrap_or_default();
+        Ok(Answer { context, lse, inspected, plan, done })
     }
 }
 
@@ -152,7 +181,7 @@ mod tests {
         let dims = Dims { batch: 1, heads: 1, kv_heads: 1, queries: 1, keys: 1, head_dim: 1, value_dim: 1 };
         let options = AttendOptions { scale: Some(scale), ..AttendOptions::default() };
         let begin = operands(dims, Dtype::F32).begin(&options).unwrap();
-        let assembly = ContextAssembly::new(begin.shape).unwrap();
+        let assembly = Assembly::new(&begin).unwrap();
         let mut receipt = Receipt { begin, assembly, plan: None };
         let plan = PlanSummary { kernel_id: planned.to_owned(), ..PlanSummary::default() };
         let done = Done { kernel_id: done.to_owned(), ..Done::default() };

@@ -10,9 +10,9 @@ use tokio::time::Instant;
 use tonic::Request;
 use tonic::transport::{Channel, Endpoint};
 
-use crate::attempt::attempt;
-use crate::context::ContextAssembly;
+use crate::attempt::{Assembly, attempt};
 use crate::error::ClientError;
+use crate::inspected::Inspected;
 use crate::operands::{AttendOptions, Operands};
 use crate::retry::pause_before_next;
 
@@ -57,6 +57,8 @@ pub struct Attended {
     /// `[batch, heads, queries]`, natural logarithm of the sum of exponentials; -inf where a row
     /// sees neither a key nor a sink.
     pub lse: Vec<f32>,
+    /// What was asked for beside the context.
+    pub inspected: Inspected,
     /// Who computed what.
     pub plan: PlanSummary,
     /// Rows that see no key.
@@ -102,8 +104,7 @@ impl Client {
         let mut attempts = 0;
         let mut retried_after = Vec::new();
         loop {
-            let assembly =
-                ContextAssembly::new(begin.shape).map_err(|error| ClientError::after(attempts, &error))?;
+            let assembly = Assembly::new(&begin).map_err(|error| ClientError::after(attempts, &error))?;
             attempts += 1;
             let stub = limits::attention_client(self.channel());
             let error = match attempt(stub, operands, begin.clone(), assembly, deadline, progress).await {
@@ -111,6 +112,7 @@ impl Client {
                     return Ok(Attended {
                         context: answer.context,
                         lse: answer.lse,
+                        inspected: answer.inspected,
                         plan: answer.plan,
                         empty_rows: answer.done.empty_rows,
                         timings: answer.done.timings,

@@ -101,7 +101,7 @@ impl ContextAssembly {
 }
 
 /// `len` zeros, or `None` where `vec!` would abort the process.
-fn zeros<T: Clone + Default>(len: usize) -> Option<Vec<T>> {
+pub(crate) fn zeros<T: Clone + Default>(len: usize) -> Option<Vec<T>> {
     let mut zeros = Vec::new();
     zeros.try_reserve_exact(len).ok()?;
     zeros.resize(len, T::default());

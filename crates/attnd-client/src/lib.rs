@@ -22,17 +22,20 @@ mod attempt;
 mod client;
 mod context;
 mod error;
+mod inspected;
 mod operands;
 mod retry;
 mod upload;
 
 pub use attnd_kernel::{
-    AttnShape, Causal, Dims, Documents, Dtype, EmptyRow, Mask, PerBatch, Positions, Run, ShapeError, Window,
+    AttnShape, Causal, Dims, Documents, Dtype, EmptyRow, Mask, OutputsParts, PerBatch, Positions, Rectangle,
+    Run, ShapeError, Stage, Window,
 };
 pub use attnd_plan::WorkerChoice;
 pub use attnd_wire::deadline::MAX_TIMEOUT;
 pub use attnd_wire::{ClusterStatus, Outcome, PlanSummary, Reason, ShareSummary, Timings, WorkerStatus};
 pub use client::{Attended, Client, Progress};
 pub use error::ClientError;
+pub use inspected::Inspected;
 pub use operands::{AttendOptions, Operands};
 pub use retry::MAX_ATTEMPTS;

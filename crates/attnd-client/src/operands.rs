@@ -3,9 +3,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use attnd_kernel::{AttnShape, Causal, Dtype, EmptyRow, Mask, Operator, OperatorParts};
+use attnd_kernel::{AttnShape, Causal, Dtype, EmptyRow, Mask, Operator, OperatorParts, OutputsParts};
 use attnd_plan::{Tensor, WorkerChoice};
-use attnd_wire::{Begin, Error, Reason, convert, operator};
+use attnd_wire::{Begin, Error, Reason, convert, operator, outputs};
 use bytes::Bytes;
 
 /// Q, K and V of one call, little-endian elements in C order. Cloning copies no tensor.
@@ -38,6 +38,8 @@ pub struct AttendOptions {
     pub sinks: Option<Arc<[f32]>>,
     /// The context of rows that see neither a key nor a sink.
     pub empty_row: EmptyRow,
+    /// What is wanted beside the context. It costs a second pass over the scores.
+    pub outputs: OutputsParts,
     /// Lets NaN and infinities through; they follow IEEE 754 into the rows that see them.
     pub allow_non_finite: bool,
     /// Refuses rows that see no key instead of answering; not together with another `empty_row` than 0.
@@ -68,7 +70,7 @@ impl Operands {
     ///
     /// # Errors
     /// [`Reason::PayloadLength`] where an operand doesn't have the bytes that the shape needs, [`Reason::Scale`],
-    /// [`Reason::Operator`] and [`Reason::Combination`] where the options make no sense for it.
+    /// [`Reason::Operator`], [`Reason::Outputs`] and [`Reason::Combination`] where the options make no sense for it.
     pub(crate) fn begin(&self, options: &AttendOptions) -> Result<Begin, Error> {
         for tensor in Tensor::ALL {
             let need = tensor.bytes(&self.shape, self.dtype.size());
@@ -87,10 +89,12 @@ impl Operands {
         };
         let operator = Operator::new(parts, &self.shape)?;
         operator::check_empty_rows(&operator, options.forbid_empty_rows)?;
+        let outputs = outputs::checked(options.outputs.clone(), &self.shape, &operator)?;
         Ok(Begin {
             shape: self.shape,
             dtype: self.dtype,
             operator: Arc::new(operator),
+            outputs,
             allow_non_finite: options.allow_non_finite,
             forbid_empty_rows: options.forbid_empty_rows,
             workers: options.workers,

@@ -169,7 +169,7 @@ async fn a_worker_that_dies_ends_its_calls_at_once_and_the_others_go_on() {
     let (requests, mut replies) = cluster.begin_attend(two).await;
     let planned = replies.message().await.unwrap().unwrap();
     assert!(
-        matches!(AttendReply::decode(planned, &shape), Ok(AttendReply::Planned(plan)) if plan.shares.len() == 2)
+        matches!(AttendReply::decode(planned, &shape, None), Ok(AttendReply::Planned(plan)) if plan.shares.len() == 2)
     );
     let killed = Instant::now();
     cluster.kill_worker(1);

@@ -14,14 +14,17 @@
 //!
 //! Exactly one terminal action comes out of a call, always the last one; events after it change nothing.
 
+use std::sync::Arc;
 use std::time::Duration;
+
+use attnd_kernel::Outputs;
 
 pub use self::error::CallError;
 use crate::Tensor;
 use crate::arrival::{Arrival, Arrivals, Misplaced};
 use crate::cover::VerifiedPlan;
 use crate::gather::{CellId, Gather, Ready};
-use crate::report::{ReportId, Reports, ScoreBlock};
+use crate::report::{ReportId, Reports};
 use crate::route::{Router, Run};
 use crate::topology::WorkerId;
 
@@ -151,12 +154,12 @@ pub struct Call<P> {
 }
 
 impl<P> Call<P> {
-    /// A call whose Begin arrived at `now`, a time since any epoch that the caller keeps to. With `reported`, every share
-    /// reports on the rows that have merged, after elements of these blocks, of which there may be none.
+    /// A call whose Begin arrived at `now`, a time since any epoch that the caller keeps to. With `outputs`, every share
+    /// reports on the rows that have merged.
     pub fn new(
         plan: &VerifiedPlan,
         dtype_bytes: usize,
-        reported: Option<Vec<ScoreBlock>>,
+        outputs: Option<Arc<Outputs>>,
         now: Duration,
     ) -> Self {
         let shape = plan.shape();
@@ -164,7 +167,7 @@ impl<P> Call<P> {
             phase: Phase::Receiving,
             router: Router::new(plan, shape, dtype_bytes),
             gather: Gather::new(plan),
-            reports: reported.map(|blocks| Reports::new(plan, blocks)),
+            reports: outputs.map(|outputs| Reports::new(plan, outputs)),
             arrivals: Arrivals::new(shape, dtype_bytes),
             chunks: 0,
             last_frame: now,

@@ -6,7 +6,9 @@
 //! It adds up what may overlap: a worker computes a kv group as soon as it has all of it, and how early that is depends
 //! on the order in which the client sends.
 
-use attnd_kernel::{AttnShape, Causal, Dtype, Mask};
+use attnd_kernel::{AttnShape, Causal, Mask};
+
+use crate::planner::PlanRequest;
 
 /// Bytes that one message carries when a large tensor streams.
 const CHUNK_BYTES: f64 = (1 << 20) as f64;
@@ -59,6 +61,10 @@ pub(crate) struct Load {
     pub(crate) gflops: f64,
 }
 
+/// Time of a second pass over the scores, as a fraction of the first one's: it has no product with values. Measured, see the
+/// kernels' performance log.
+const SECOND_PASS: f64 = 0.6;
+
 /// The costs of one call.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct CallCosts {
@@ -77,19 +83,15 @@ pub(crate) struct CallCosts {
 }
 
 impl CallCosts {
-    pub(crate) fn new(
-        model: &CostModel,
-        shape: &AttnShape,
-        mask: &Mask,
-        dtype: Dtype,
-        tokens_per_cell: usize,
-    ) -> Self {
+    pub(crate) fn new(model: &CostModel, req: &PlanRequest, tokens_per_cell: usize) -> Self {
+        let PlanRequest { shape, mask, outputs, dtype, .. } = req;
         let (d, dv, bytes) = (shape.head_dim() as f64, shape.value_dim() as f64, dtype.size() as f64);
         let group_rows = (shape.group_size() * shape.n_queries()) as f64;
         let pairs = visible_pairs(mask, shape) * shape.group_size() as f64;
+        let passes = if outputs.is_some() { 1.0 + SECOND_PASS } else { 1.0 };
         Self {
             model: *model,
-            flops_per_key: (2.0 * (d + dv) * pairs / shape.n_keys() as f64)
+            flops_per_key: (passes * 2.0 * (d + dv) * pairs / shape.n_keys() as f64)
                 .max((d + dv) * bytes * model.flops_per_byte),
             bytes_per_key: (d + dv) * bytes,
             query_bytes: group_rows * d * bytes,

@@ -16,6 +16,7 @@ pub mod cost;
 pub mod cover;
 pub mod fold;
 pub mod gather;
+pub mod inspection;
 mod line;
 pub mod membership;
 pub mod planner;
@@ -29,11 +30,12 @@ pub use cost::CostModel;
 pub use cover::{CoverError, VerifiedPlan, filled_nodes};
 pub use fold::fold;
 pub use gather::{CellId, Gather, GatherError, Ready, cells};
+pub use inspection::{ELEMENT_BYTES, InspectionBytes, most_report_bytes};
 pub use membership::{
     Death, Facts, MemberAction, MemberChange, MemberEvent, MemberState, Membership, Rejection, Rules,
 };
 pub use planner::{Piece, Plan, PlanError, PlanRequest, Share, WorkerChoice, plan};
-pub use report::{ReportError, ReportId, ScoreBlock};
+pub use report::{ReportError, ReportId};
 pub use route::{Router, Run};
 pub use topology::{Capacity, WorkerId, WorkerIdError};
 

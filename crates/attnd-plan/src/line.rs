@@ -10,6 +10,7 @@ use attnd_kernel::slot::{self, N_SLOTS, PAGE_KEYS};
 use attnd_kernel::{AttnShape, Dtype, KvHead};
 
 use crate::cost::CallCosts;
+use crate::inspection::InspectionBytes;
 use crate::planner::Piece;
 
 /// A cut may move this fraction of a share away from the even point for nothing, to where fewer partials merge. Both
@@ -35,10 +36,16 @@ pub(crate) struct Line {
     page_bytes: u64,
     query_bytes: u64,
     cell_bytes: u64,
+    inspection: InspectionBytes,
 }
 
 impl Line {
-    pub(crate) fn new(shape: &AttnShape, dtype: Dtype, tokens_per_cell: usize) -> Self {
+    pub(crate) fn new(
+        shape: &AttnShape,
+        dtype: Dtype,
+        tokens_per_cell: usize,
+        inspection: InspectionBytes,
+    ) -> Self {
         let (mut keys_before, mut pages_before) = ([0; N_SLOTS + 1], [0; N_SLOTS + 1]);
         let (mut keys, mut pages) = (0, 0);
         for slot in 0..N_SLOTS {
@@ -62,6 +69,7 @@ impl Line {
             ),
             query_bytes: f32_bytes(shape.group_size() * shape.n_queries() * shape.head_dim()),
             cell_bytes: f32_bytes(shape.group_size() * tokens_per_cell * (shape.value_dim() + 2)),
+            inspection,
         }
     }
 
@@ -104,14 +112,15 @@ impl Line {
     }
 
     /// Bytes that a worker must reserve for an interval: K and V in whole pages, in their type, Q in f32, and two cells of
-    /// partials, one being computed and one being sent.
+    /// partials, one being computed and one being sent, and what a second pass needs.
     pub(crate) fn resident_bytes(&self, places: &Range<usize>) -> u64 {
         if places.is_empty() {
             return 0;
         }
         self.pages(places) * self.page_bytes
-            + self.groups(places) as u64 * self.query_bytes
+            + self.groups(places) as u64 * (self.query_bytes + self.inspection.of_group)
             + 2 * self.cell_bytes
+            + self.inspection.of_share
     }
 
     /// An interval as rectangles of groups and slots.

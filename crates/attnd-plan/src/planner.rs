@@ -1,11 +1,13 @@
 //! Which worker computes what: kv groups first, slots of the key axis second, as many workers as are worth it.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use attnd_kernel::slot::N_SLOTS;
-use attnd_kernel::{AttnShape, Dtype, Mask};
+use attnd_kernel::{AttnShape, Dtype, Mask, Outputs};
 
 use crate::cost::{CallCosts, CostModel, Load};
+use crate::inspection::{InspectionBytes, tokens_per_report};
 use crate::line::{Hand, Line};
 use crate::topology::{Capacity, WorkerId};
 
@@ -33,6 +35,8 @@ pub struct PlanRequest {
     pub shape: AttnShape,
     /// Which keys its rows see; made for that shape.
     pub mask: Mask,
+    /// What is wanted beside the context; `None` if nothing is.
+    pub outputs: Option<Arc<Outputs>>,
     /// The type of Q, K and V on the wire, and of K and V on the workers.
     pub dtype: Dtype,
     /// How many workers it may use.
@@ -61,7 +65,8 @@ pub struct Share {
     pub pieces: Vec<Piece>,
     /// Bytes of K and V that it receives.
     pub kv_bytes: u64,
-    /// Bytes that it must reserve: K and V in whole pages as they were sent, Q and two cells of partials in f32.
+    /// Bytes that it must reserve: K and V in whole pages as they were sent, Q and two cells of partials in f32, and what a
+    /// second pass needs.
     pub resident_bytes: u64,
 }
 
@@ -123,11 +128,12 @@ pub fn plan(req: &PlanRequest, workers: &[Capacity], costs: &CostModel) -> Resul
 }
 
 /// Query tokens in one partial message, so that it is about 512 KiB. One token of the largest group has 2 MiB.
-fn tokens_per_cell(shape: &AttnShape) -> usize {
+fn tokens_per_cell(shape: &AttnShape, outputs: Option<&Outputs>) -> usize {
     let row_bytes = shape.group_size() * (shape.value_dim() + 2) * 4;
     let tokens = (CELL_BYTES / row_bytes).max(1);
     let stepped = if tokens > TOKEN_STEP { tokens / TOKEN_STEP * TOKEN_STEP } else { tokens };
-    stepped.min(shape.n_queries())
+    let of_context = stepped.min(shape.n_queries());
+    outputs.map_or(of_context, |outputs| tokens_per_report(outputs, of_context))
 }
 
 struct Planner<'a> {
@@ -151,7 +157,8 @@ struct Draft {
 
 impl<'a> Planner<'a> {
     fn new(req: &PlanRequest, alive: &[&'a Capacity], costs: &CostModel) -> Self {
-        let tokens_per_cell = tokens_per_cell(&req.shape);
+        let tokens_per_cell = tokens_per_cell(&req.shape, req.outputs.as_deref());
+        let inspection = InspectionBytes::new(req.outputs.as_deref(), &req.shape, tokens_per_cell);
         let (mut by_speed, mut by_memory) = (alive.to_vec(), alive.to_vec());
         // Stable sorts: equal workers stay in the order of their ids.
         by_speed.sort_by(|a, b| b.speed().total_cmp(&a.speed()));
@@ -159,8 +166,8 @@ impl<'a> Planner<'a> {
         Self {
             shape: req.shape,
             dtype: req.dtype,
-            line: Line::new(&req.shape, req.dtype, tokens_per_cell),
-            costs: CallCosts::new(costs, &req.shape, &req.mask, req.dtype, tokens_per_cell),
+            line: Line::new(&req.shape, req.dtype, tokens_per_cell, inspection),
+            costs: CallCosts::new(costs, req, tokens_per_cell),
             tokens_per_cell,
             alive: alive.len(),
             by_speed,

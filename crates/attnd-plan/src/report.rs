@@ -7,23 +7,13 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::sync::Arc;
 
-use attnd_kernel::AttnShape;
 use attnd_kernel::slot::{PAGE_KEYS, n_pages, slot_of_page};
+use attnd_kernel::{AttnShape, Outputs, Rectangle};
 
 use crate::cover::VerifiedPlan;
 use crate::gather::Bits;
-
-/// A part of the score matrix whose elements are wanted.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ScoreBlock {
-    /// Query heads, flattened over the batch.
-    pub heads: Range<usize>,
-    /// Query tokens.
-    pub tokens: Range<usize>,
-    /// Keys.
-    pub keys: Range<usize>,
-}
 
 /// What a report is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -93,18 +83,17 @@ pub enum ReportError {
 #[derive(Debug)]
 struct Asked {
     groups: Vec<Range<usize>>,
-    /// Of each range of groups: how many keys of each block it holds.
+    /// Of each range of groups: how many keys of each rectangle it holds.
     keys: Vec<Vec<usize>>,
 }
 
 /// Who still owes what of the second pass.
 #[derive(Debug)]
 pub(crate) struct Reports {
-    n_queries: usize,
+    shape: AttnShape,
     tokens_per_cell: usize,
     n_ranges: usize,
-    group_size: usize,
-    blocks: Vec<ScoreBlock>,
+    outputs: Arc<Outputs>,
     asked: Vec<Asked>,
     /// Of each group: shares that hold some of its keys.
     owners: Vec<u32>,
@@ -123,8 +112,8 @@ struct Progress {
 }
 
 impl Reports {
-    /// Reports of everybody who holds keys, and the elements of `blocks` before them.
-    pub(crate) fn new(plan: &VerifiedPlan, blocks: Vec<ScoreBlock>) -> Self {
+    /// Reports of everybody who holds keys, and before them the elements that `outputs` want.
+    pub(crate) fn new(plan: &VerifiedPlan, outputs: Arc<Outputs>) -> Self {
         let shape = plan.shape();
         let tokens_per_cell = plan.tokens_per_cell.max(1);
         let n_ranges = shape.n_queries().div_ceil(tokens_per_cell);
@@ -134,7 +123,7 @@ impl Reports {
         for share in &plan.shares {
             let (mut groups, mut keys, mut owed) = (Vec::new(), Vec::new(), 0);
             for piece in &share.pieces {
-                let held = |block: &ScoreBlock| keys_of(&piece.slots, &block.keys, shape);
+                let held = |rectangle: &Rectangle| keys_of(&piece.slots, &rectangle.keys, shape);
                 if keys_of(&piece.slots, &(0..shape.n_keys()), shape) == 0 {
                     continue;
                 }
@@ -142,7 +131,7 @@ impl Reports {
                     *owners += 1;
                 }
                 groups.push(piece.groups.clone());
-                keys.push(blocks.iter().map(held).collect());
+                keys.push(outputs.rectangles().iter().map(held).collect());
                 owed += piece.groups.len() * n_ranges;
             }
             asked.push(Asked { groups, keys });
@@ -150,11 +139,10 @@ impl Reports {
         }
         let whole = Bits::new(shape.n_groups() * n_ranges);
         Self {
-            n_queries: shape.n_queries(),
+            shape: *shape,
             tokens_per_cell,
             n_ranges,
-            group_size: shape.group_size(),
-            blocks,
+            outputs,
             asked,
             owners,
             open: BTreeMap::new(),
@@ -225,7 +213,7 @@ impl Reports {
         let asked = self.asked.get(share).ok_or(not_asked)?;
         let found = asked.groups.iter().zip(&asked.keys).find(|(groups, _)| groups.contains(&group));
         let (_, keys) = found.ok_or(not_asked)?;
-        let (tokens_per_cell, n_queries) = (self.tokens_per_cell, self.n_queries);
+        let (tokens_per_cell, n_queries) = (self.tokens_per_cell, self.shape.n_queries());
         let agreed = tokens_per_cell.min(n_queries.saturating_sub(first_token));
         if first_token >= n_queries || first_token % tokens_per_cell != 0 || tokens != agreed {
             return Err(ReportError::TokenRange { first_token, tokens, tokens_per_cell, n_queries });
@@ -234,12 +222,14 @@ impl Reports {
         if self.whole.is_set(row) {
             return Err(ReportError::Duplicate { group, first_token });
         }
-        let heads = group * self.group_size..(group + 1) * self.group_size;
+        let first_head = group % self.shape.n_kv_heads() * self.shape.group_size();
+        let heads = first_head..first_head + self.shape.group_size();
         let tokens = first_token..first_token + tokens;
-        let of_blocks = self.blocks.iter().zip(keys).map(|(block, keys)| {
-            (overlap(&block.heads, &heads) * overlap(&block.tokens, &tokens)) as u64 * *keys as u64
+        let of_rectangles = self.outputs.rectangles().iter().zip(keys).map(|(rectangle, keys)| {
+            let rows = overlap(&rectangle.heads, &heads) * overlap(&rectangle.tokens, &tokens);
+            rows as u64 * *keys as u64
         });
-        Ok((row, of_blocks.sum()))
+        Ok((row, of_rectangles.sum()))
     }
 }
 
@@ -256,14 +246,40 @@ fn keys_of(slots: &Range<usize>, keys: &Range<usize>, shape: &AttnShape) -> usiz
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use attnd_kernel::{Causal, Operator, OutputsParts, Stage};
     use proptest::prelude::*;
 
     use super::*;
+    use crate::cover::filled_nodes;
+    use crate::planner::Piece;
     use crate::planner::tests::{any_call, planned};
 
-    /// Elements of a block that a share sends before a report.
-    pub(crate) fn elements_of(plan: &VerifiedPlan, share: usize, block: &ScoreBlock, id: ReportId) -> u64 {
-        Reports::new(plan, vec![block.clone()]).place(share, id).map_or(0, |(_, elements)| elements)
+    /// All weights of all heads, and a corner of raw scores.
+    pub(crate) fn any_outputs(shape: &AttnShape) -> Arc<Outputs> {
+        let heads = shape.n_heads();
+        let corner = Rectangle {
+            stage: Stage::Raw,
+            heads: heads - 1..heads,
+            tokens: 0..1,
+            keys: shape.n_keys() / 2..shape.n_keys(),
+        };
+        let parts = OutputsParts {
+            stages: vec![Stage::Weights],
+            rectangles: vec![corner],
+            ..OutputsParts::default()
+        };
+        Arc::new(Outputs::new(parts, shape, &Operator::plain(1.0, Causal::None)).unwrap())
+    }
+
+    /// Elements that a share sends before a report.
+    pub(crate) fn elements_of(plan: &VerifiedPlan, share: usize, id: ReportId) -> u64 {
+        let outputs = any_outputs(plan.shape());
+        let of_piece = |piece: &Piece| -> u64 {
+            let nodes = filled_nodes(piece.slots.clone(), plan.shape().n_keys());
+            let tokens = id.first_token..id.first_token + id.tokens;
+            nodes.iter().map(|(node, _)| outputs.elements_of(id.group, *node, &tokens)).sum()
+        };
+        plan.shares[share].pieces.iter().filter(|piece| piece.groups.contains(&id.group)).map(of_piece).sum()
     }
 
     /// Every report of a plan, and who owes it.
@@ -294,16 +310,12 @@ pub(crate) mod tests {
         fn each_report_is_taken_once(call in any_call(), seed in any::<u64>()) {
             let Some((shape, plan)) = planned(&call, 1 << 13) else { return Ok(()) };
             let plan = plan.verify(&shape).unwrap();
-            let heads = shape.batch() * shape.n_heads();
-            let blocks = vec![
-                ScoreBlock { heads: 0..heads, tokens: 0..shape.n_queries(), keys: 0..shape.n_keys() },
-                ScoreBlock { heads: heads - 1..heads, tokens: 0..1, keys: shape.n_keys() / 2..shape.n_keys() },
-            ];
-            let all: u64 = blocks
-                .iter()
-                .map(|block| (block.heads.len() * block.tokens.len() * block.keys.len()) as u64)
-                .sum();
-            let mut reports = Reports::new(&plan, blocks);
+            let outputs = any_outputs(&shape);
+            let of_rectangle = |rectangle: &Rectangle| {
+                (shape.batch() * rectangle.heads.len() * rectangle.tokens.len() * rectangle.keys.len()) as u64
+            };
+            let all: u64 = outputs.rectangles().iter().map(of_rectangle).sum();
+            let mut reports = Reports::new(&plan, outputs);
             let mut order = all_reports(&plan);
             let n = order.len();
             for at in 0..n {
@@ -315,7 +327,7 @@ pub(crate) mod tests {
                 let ReportId { group, first_token, .. } = id;
                 let early = ReportError::Early { group, first_token };
                 prop_assert_eq!(reports.accept(share, id, false), Err(early));
-                let (_, expected) = reports.place(share, id).unwrap();
+                let expected = elements_of(&plan, share, id);
                 if expected > 0 {
                     let short = ReportError::Elements { group, first_token, expected, got: expected - 1 };
                     reports.count(share, id, expected - 1).unwrap();
@@ -341,8 +353,10 @@ pub(crate) mod tests {
             let Some((shape, plan)) = planned(&call, 1 << 13) else { return Ok(()) };
             let plan = plan.verify(&shape).unwrap();
             let id = ReportId { group, first_token: from, tokens: n };
+            let plain = Operator::plain(1.0, Causal::None);
+            let none = Arc::new(Outputs::new(OutputsParts::default(), &shape, &plain).unwrap());
             let is_asked = all_reports(&plan).contains(&(share, id));
-            let mut reports = Reports::new(&plan, Vec::new());
+            let mut reports = Reports::new(&plan, none);
             let owed = reports.missing_of(share);
             prop_assert_eq!(reports.accept(share, id, true).is_ok(), is_asked);
             prop_assert_eq!(owed - reports.missing_of(share), usize::from(is_asked));

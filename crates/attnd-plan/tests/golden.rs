@@ -256,7 +256,7 @@ impl World {
             (_, Some(exactly)) => WorkerChoice::Exactly(exactly as usize),
             _ => WorkerChoice::Auto,
         };
-        let req = PlanRequest { shape, mask: Mask::default(), dtype: Dtype::F32, workers };
+        let req = PlanRequest { shape, mask: Mask::default(), outputs: None, dtype: Dtype::F32, workers };
         let plan = match plan(&req, &self.workers, &CostModel::default()) {
             Ok(plan) => plan,
             Err(error) => return vec![format!("refused: {error}")],

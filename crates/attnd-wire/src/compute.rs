@@ -4,8 +4,8 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use attnd_kernel::slot::{Node, PAGE_KEYS, keys_in_slots, n_pages, slot_of_page};
-use attnd_kernel::{AttnShape, Compute, Dtype, Operator, PartialRows};
-use attnd_plan::{CellId, Piece, Tensor};
+use attnd_kernel::{AttnShape, Compute, Dtype, Operator, Outputs, PartialRows};
+use attnd_plan::{CellId, Piece, Tensor, most_report_bytes};
 use bytes::Bytes;
 
 use crate::attend::{Begin, Commit};
@@ -14,7 +14,9 @@ use crate::error::{Error, Reason};
 use crate::floats::{self, checksum};
 use crate::limits::MESSAGE_BYTES;
 use crate::operator::Encoded;
-use crate::{proto, refusal};
+use crate::outputs::elements::Elements;
+use crate::outputs::share::{MergedSums, ShareReport};
+use crate::{outputs, proto, refusal};
 
 /// One frame to a worker.
 #[derive(Clone, Debug, PartialEq)]
@@ -23,8 +25,10 @@ pub enum ComputeRequest {
     Begin(ComputeBegin),
     /// Bytes of one head.
     Chunk(SliceChunk),
-    /// The last one.
+    /// All bytes were sent.
     Commit(Commit),
+    /// How rows ended, for the second pass.
+    Sums(MergedSums),
 }
 
 /// What one worker shall compute. Decoded only where the order of arithmetic that this binary has for such an operator is
@@ -39,6 +43,8 @@ pub struct ComputeBegin {
     pub dtype: Dtype,
     /// What is computed, made for that shape.
     pub operator: Arc<Operator>,
+    /// What the second pass gives; `None` if there is none.
+    pub outputs: Option<Arc<Outputs>>,
     /// NaN and infinities pass unexamined.
     pub allow_non_finite: bool,
     /// Kv groups times slots: at least one, all inside the call, disjoint.
@@ -67,6 +73,10 @@ pub struct SliceChunk {
 pub enum ComputeReply {
     /// The partial of one cell.
     Partial(Partial),
+    /// Elements of the score matrix, of rows of one cell.
+    Elements(Elements),
+    /// What is known of the rows of one cell.
+    Report(ShareReport),
     /// The last one.
     Finished(Finished),
 }
@@ -96,21 +106,23 @@ pub struct CallShape {
     pub shape: AttnShape,
     /// Which keys a query sees is in there.
     pub operator: Arc<Operator>,
+    /// What the second pass gives.
+    pub outputs: Option<Arc<Outputs>>,
     /// NaN and infinities were allowed in, so they may come out.
     pub allow_non_finite: bool,
 }
 
 impl From<&Begin> for CallShape {
     fn from(begin: &Begin) -> Self {
-        let operator = Arc::clone(&begin.operator);
-        Self { shape: begin.shape, operator, allow_non_finite: begin.allow_non_finite }
+        let (operator, outputs) = (Arc::clone(&begin.operator), begin.outputs.clone());
+        Self { shape: begin.shape, operator, outputs, allow_non_finite: begin.allow_non_finite }
     }
 }
 
 impl From<&ComputeBegin> for CallShape {
     fn from(begin: &ComputeBegin) -> Self {
-        let operator = Arc::clone(&begin.operator);
-        Self { shape: begin.shape, operator, allow_non_finite: begin.allow_non_finite }
+        let (operator, outputs) = (Arc::clone(&begin.operator), begin.outputs.clone());
+        Self { shape: begin.shape, operator, outputs, allow_non_finite: begin.allow_non_finite }
     }
 }
 
@@ -129,7 +141,8 @@ impl ComputeRequest {
             (Some(Part::Begin(begin)), None) => begin.try_into().map(Self::Begin),
             (Some(Part::Chunk(chunk)), Some(begun)) => SliceChunk::decode(chunk, begun).map(Self::Chunk),
             (Some(Part::Commit(commit)), Some(_)) => Ok(Self::Commit(commit.into())),
-            (Some(Part::Chunk(_) | Part::Commit(_)), None) => Err(refusal::expected_begin()),
+            (Some(Part::Sums(sums)), Some(begun)) => MergedSums::decode(sums, begun).map(Self::Sums),
+            (Some(Part::Chunk(_) | Part::Commit(_) | Part::Sums(_)), None) => Err(refusal::expected_begin()),
             (None, _) => Err(refusal::empty_frame()),
         }
     }
@@ -142,6 +155,7 @@ impl From<ComputeRequest> for proto::ComputeRequest {
             ComputeRequest::Begin(begin) => Part::Begin(begin.into()),
             ComputeRequest::Chunk(chunk) => Part::Chunk(chunk.into()),
             ComputeRequest::Commit(commit) => Part::Commit(commit.into()),
+            ComputeRequest::Sums(sums) => Part::Sums(sums.into()),
         };
         Self { part: Some(part) }
     }
@@ -160,27 +174,37 @@ impl TryFrom<proto::ComputeBegin> for ComputeBegin {
         if message.kernel_id != kernel_id {
             return Err(refusal::kernel_mix(&message.kernel_id, kernel_id));
         }
+        let outputs = outputs::decode(message.outputs, &shape, &operator)?;
+        let tokens_per_cell = cell_tokens(message.tokens_per_cell, &shape, outputs.as_deref())?;
         Ok(Self {
             call_id: message.call_id,
             shape,
             dtype,
             operator,
+            outputs,
             allow_non_finite: message.allow_non_finite,
             pieces: convert::pieces(message.pieces, shape.n_groups())?,
-            tokens_per_cell: cell_tokens(message.tokens_per_cell, &shape)?,
+            tokens_per_cell,
         })
     }
 }
 
-/// Checks the size of a partial message.
-fn cell_tokens(tokens: u32, shape: &AttnShape) -> Result<usize, Error> {
-    // Headers of a partial are under 64 bytes.
+/// Checks the size of the messages about a cell.
+fn cell_tokens(tokens: u32, shape: &AttnShape, outputs: Option<&Outputs>) -> Result<usize, Error> {
+    // Headers are under 64 bytes.
+    let largest = MESSAGE_BYTES - 64;
     let row_bytes = shape.group_size() * (shape.value_dim() + 2) * size_of::<f32>();
-    let most = ((MESSAGE_BYTES - 64) / row_bytes).min(shape.n_queries());
-    match convert::size(tokens) {
-        tokens if (1..=most).contains(&tokens) => Ok(tokens),
-        tokens => Err(Error::new(Reason::Pieces, format!("tokens_per_cell {tokens} not in 1..{most}"))),
+    let most = (largest / row_bytes).min(shape.n_queries());
+    let tokens = convert::size(tokens);
+    if !(1..=most).contains(&tokens) {
+        return Err(Error::new(Reason::Pieces, format!("tokens_per_cell {tokens} not in 1..{most}")));
     }
+    let report = outputs.map_or(0, |outputs| most_report_bytes(outputs, tokens));
+    if report > largest as u64 {
+        let detail = format!("tokens_per_cell {tokens}: reports of {report} bytes > {largest}");
+        return Err(Error::new(Reason::Pieces, detail));
+    }
+    Ok(tokens)
 }
 
 impl From<ComputeBegin> for proto::ComputeBegin {
@@ -197,6 +221,7 @@ impl From<ComputeBegin> for proto::ComputeBegin {
             tokens_per_cell: small(begin.tokens_per_cell),
             kernel_id: begin.operator.kernel_id(Compute::F32).to_owned(),
             operator,
+            outputs: begin.outputs.as_deref().map(outputs::encode),
         }
     }
 }
@@ -255,6 +280,11 @@ impl ComputeReply {
         use proto::compute_reply::Part;
         match message.part {
             Some(Part::Partial(partial)) => Partial::decode(partial, call).map(Self::Partial),
+            Some(Part::Report(report)) => ShareReport::decode(report, call).map(Self::Report),
+            Some(Part::Elements(elements)) => match call.outputs.as_deref() {
+                Some(outputs) => Elements::decode(elements, &call.shape, outputs).map(Self::Elements),
+                None => Err(Error::new(Reason::ReplyInvalid, "no outputs are wanted")),
+            },
             Some(Part::Finished(finished)) => finished.try_into().map(Self::Finished),
             None => Err(Error::new(Reason::ReplyInvalid, "empty frame")),
         }
@@ -266,6 +296,8 @@ impl From<ComputeReply> for proto::ComputeReply {
         use proto::compute_reply::Part;
         let part = match reply {
             ComputeReply::Partial(partial) => Part::Partial(partial.into()),
+            ComputeReply::Elements(elements) => Part::Elements(elements.into()),
+            ComputeReply::Report(report) => Part::Report(report.into()),
             ComputeReply::Finished(finished) => Part::Finished(finished.into()),
         };
         Self { part: Some(part) }

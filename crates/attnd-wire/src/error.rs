@@ -119,6 +119,7 @@ reasons! {
     Causal "CAUSAL" InvalidArgument "An unknown causal rule.";
     Scale "SCALE" InvalidArgument "A scale that isn't finite.";
     Operator "OPERATOR" InvalidArgument "A part of the operator that makes no sense, or none for the shape.";
+    Outputs "OUTPUTS" InvalidArgument "An output that makes no sense, or none for the shape, or is too large.";
     Combination "COMBINATION" InvalidArgument "Two options that contradict each other, or one that needs another.";
     Workers "WORKERS" InvalidArgument "A number of workers that can't be had.";
     NonFinite "NON_FINITE" InvalidArgument "NaN or an infinity in Q, K or V.";

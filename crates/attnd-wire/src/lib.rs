@@ -16,6 +16,7 @@
 //! * [`limits`]: every limit, and servers, channels and stubs that have them set. [`deadline`] and [`layer`]: what a
 //!   server checks before a handler runs.
 //! * [`attend`], [`compute`], [`join`], [`status`]: the values of the four calls; [`operator`]: what they compute;
+//!   [`outputs`]: what they tell beside the context;
 //!   [`convert`]: the small pieces they share; [`floats`]: f32 slices as bytes.
 //!
 //! # The seam to the gRPC library
@@ -35,6 +36,7 @@ pub mod layer;
 pub mod limits;
 pub mod normalise;
 pub mod operator;
+pub mod outputs;
 pub mod proto;
 pub mod refusal;
 pub mod status;
@@ -50,5 +52,8 @@ pub use join::{Heartbeat, Hello, JoinReply, JoinRequest, Welcome};
 pub use layer::EdgeLayer;
 pub use limits::Link;
 pub use normalise::normalise;
+pub use outputs::elements::Elements;
+pub use outputs::report::{HeatChunk, ReportChunk};
+pub use outputs::share::{MergedSums, ShareReport};
 pub use status::{ClusterStatus, WorkerStatus};
 pub use tonic::Status;

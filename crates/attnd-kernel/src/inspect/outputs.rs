@@ -102,7 +102,7 @@ pub enum OutputsError {
 }
 
 /// What a second pass is to give, checked against a shape and its operator. Who computes and who merges must have equal ones.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Outputs {
     parts: OutputsParts,
     /// Whole stages, then the others.

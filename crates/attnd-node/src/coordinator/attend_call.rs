@@ -10,6 +10,9 @@
 //!                                                          the slowest shares while the gather holds many
 //! ```
 //!
+//! Where more is wanted than the context, merged rows go back to the workers as sums, and what these report on them takes the same
+//! way as partials (`second_pass.rs`); elements of the score matrix are handed on as they come.
+//!
 //! So the coordinator holds a few chunks of K and V at a time, and a bounded number of partials. Whoever takes nothing
 //! for [`STALL`] of what waits for it, client or worker, ends the call. The future of a call owns all of it:
 //! dropping it, because the client is gone or the deadline has passed, cancels the shares.
@@ -21,12 +24,12 @@ use std::time::Instant;
 
 use attnd_kernel::{AttnShape, Compute, Mask, PartialRows};
 use attnd_plan::call::STREAM_IDLE;
-use attnd_plan::{Call, CallAction, CallEvent, Plan, Ready, Run, Tensor};
+use attnd_plan::{Call, CallAction, CallEvent, Plan, Ready, ReportId, Run, Tensor};
 use attnd_wire::limits::STALL;
 use attnd_wire::proto;
 use attnd_wire::{
-    AttendReply, AttendRequest, Begin, Commit, ComputeReply, ComputeRequest, Deadline, Done, Error, Partial,
-    PlanSummary, Reason, Status, TensorChunk, refusal,
+    AttendReply, AttendRequest, Begin, Commit, ComputeReply, ComputeRequest, Deadline, Done, Elements, Error,
+    Partial, PlanSummary, Reason, ShareReport, Status, TensorChunk, refusal,
 };
 use bytes::Bytes;
 use futures::future::BoxFuture;
@@ -40,9 +43,10 @@ use self::outgoing::{Outgoing, room};
 use super::Hub;
 use super::attention_service::Places;
 use super::backlog::{Backlog, RowKey, bytes_of};
-use super::finish::{Finish, finish};
+use super::finish::{Checks, Finish, finish};
 use super::incoming::{Incoming, Said};
 use super::placement::{Placement, place};
+use super::second_pass::{self, Reported, SecondPass, numbers};
 use super::worker_actor::OpenedShare;
 use crate::compute_pool::WorkError;
 use crate::shutdown::Calls;
@@ -54,6 +58,8 @@ mod outgoing;
 const READY: usize = 8;
 /// Messages for the client that wait. With more, nothing is merged.
 const OUTBOX: usize = 4;
+/// Messages for the client that wait, elements among them. With more, nothing is read from workers.
+const FULL_OUTBOX: usize = 64;
 
 /// Answers one call. `Ok` means that Done was sent.
 ///
@@ -120,7 +126,21 @@ fn empty_rows(mask: &Mask, shape: &AttnShape) -> u64 {
     (blind * shape.n_heads()) as u64
 }
 
-type Merging = BoxFuture<'static, (RowKey, Result<Result<Finish, Error>, WorkError>)>;
+type Merging = BoxFuture<'static, (RowKey, Result<Result<Made, Error>, WorkError>)>;
+
+/// What waits for the pool.
+enum Whole {
+    /// All partials of some rows.
+    Rows(Ready<PartialRows>),
+    /// All reports on some rows.
+    Reports(RowKey, Reported),
+}
+
+/// What the pool made of it.
+enum Made {
+    Rows(Finish),
+    Numbers(Vec<proto::AttendReply>),
+}
 
 /// A call that has begun.
 struct Flow<'a> {
@@ -138,13 +158,16 @@ struct Flow<'a> {
 
     incoming: Incoming,
     backlog: Backlog,
-    ready: VecDeque<Ready<PartialRows>>,
+    /// Where more is wanted than the context.
+    second: Option<SecondPass>,
+    ready: VecDeque<Whole>,
     merging: FuturesUnordered<Merging>,
     outbox: VecDeque<proto::AttendReply>,
     outbox_stall: Stall,
     replies: &'a mpsc::Sender<proto::AttendReply>,
 
     gathered: bool,
+    tokens_per_cell: usize,
     done: Done,
 }
 
@@ -169,7 +192,8 @@ impl<'a> Flow<'a> {
             incoming.push(replies);
             outgoing.push(Outgoing::new(share.worker.clone(), requests));
         }
-        let call = Call::new(&plan, begin.dtype.size(), None, clock.client_time());
+        let call = Call::new(&plan, begin.dtype.size(), begin.outputs.clone(), clock.client_time());
+        let second = begin.outputs.clone().map(|outputs| SecondPass::new(outputs, &plan, &begin.shape));
         let backlog = Backlog::new(&plan, &begin.shape);
         Self {
             hub,
@@ -183,12 +207,14 @@ impl<'a> Flow<'a> {
             shares: outgoing,
             incoming: Incoming::new(incoming),
             backlog,
+            second,
             ready: VecDeque::new(),
             merging: FuturesUnordered::new(),
             outbox: VecDeque::from([planned(&plan, kernel_id)]),
             outbox_stall: Stall::default(),
             replies,
             gathered: false,
+            tokens_per_cell: plan.tokens_per_cell.max(1),
             done,
         }
     }
@@ -213,14 +239,15 @@ impl<'a> Flow<'a> {
                 }
                 Some(merged) = self.merging.next() => self.take_merged(merged)?,
                 Some((share, said)) = poll_fn(|cx| self.incoming.poll(wanted.as_deref(), cx)),
-                    if self.ready.len() < READY => self.take_said(share, said)?,
+                    if self.ready.len() < READY && self.outbox.len() < FULL_OUTBOX => self.take_said(share, said)?,
                 room = room(queue), if !self.pending.is_empty() => {
                     if let Some((share, request)) = self.pending.pop_front() {
                         let was_commit = matches!(request, ComputeRequest::Commit(_));
+                        let was_sums = matches!(request, ComputeRequest::Sums(_));
                         if let Some(room) = room {
                             room.send(request.into());
                         }
-                        self.after_sent(share, was_commit);
+                        self.after_sent(share, was_commit, was_sums);
                     }
                     self.pending_stall = Stall::default();
                 }
@@ -280,12 +307,23 @@ impl<'a> Flow<'a> {
         self.pending.extend(chunks.map(|chunk| (run.share, ComputeRequest::Chunk(chunk))));
     }
 
-    fn after_sent(&mut self, share: usize, was_commit: bool) {
-        if was_commit && let Some(share) = self.shares.get_mut(share) {
-            share.requests = None;
+    fn after_sent(&mut self, share: usize, was_commit: bool, was_sums: bool) {
+        if let Some(second) = self.second.as_mut().filter(|_| was_sums) {
+            second.sent(share);
+        }
+        let is_due = self.second.as_ref().is_some_and(|second| second.is_due(share));
+        if let Some(share) = self.shares.get_mut(share) {
+            if was_commit {
+                share.committed = true;
+                self.clock.sent_commit();
+            }
+            // The end of the stream says that no sums follow either.
+            if share.committed && !is_due {
+                share.requests = None;
+            }
         }
         if self.pending.is_empty() {
-            self.clock.client_freed(was_commit);
+            self.clock.client_freed();
         }
     }
 
@@ -298,6 +336,8 @@ impl<'a> Flow<'a> {
                 self.backlog.took(share, (cell.group, cell.first_token), bytes_of(&rows));
                 CallEvent::Partial { share, cell, part: rows }
             }
+            Some(Ok(ComputeReply::Elements(elements))) => return self.take_elements(share, elements),
+            Some(Ok(ComputeReply::Report(report))) => return self.take_report(share, report),
             Some(Ok(ComputeReply::Finished(finished))) => {
                 let compute = &mut self.done.timings.compute;
                 *compute = compute.max(finished.compute_seconds);
@@ -309,29 +349,86 @@ impl<'a> Flow<'a> {
         self.event(event, &Bytes::new())
     }
 
+    /// Elements are handed on as they are.
+    fn take_elements(&mut self, share: usize, elements: Elements) -> Result<(), Error> {
+        let id = self.rows_of(elements.head / self.begin.shape.group_size(), elements.tokens.start);
+        if elements.tokens.end > id.first_token + id.tokens {
+            let worker = self.shares.get(share).map(|share| share.worker.clone());
+            let detail = format!("elements of tokens {:?}, over the end of a cell", elements.tokens);
+            return Err(worker.map_or_else(gone, |worker| refusal::worker_lost(&worker, &detail)));
+        }
+        let n = (elements.tokens.len() * elements.keys.len()) as u64;
+        self.event(CallEvent::Elements { share, id, elements: n }, &Bytes::new())?;
+        self.outbox.push_back(AttendReply::Elements(elements).into());
+        Ok(())
+    }
+
+    /// The rows of a cell with that token.
+    fn rows_of(&self, group: usize, token: usize) -> ReportId {
+        let first_token = token / self.tokens_per_cell * self.tokens_per_cell;
+        let tokens = self.tokens_per_cell.min(self.begin.shape.n_queries().saturating_sub(first_token));
+        ReportId { group, first_token, tokens }
+    }
+
+    fn take_report(&mut self, share: usize, report: ShareReport) -> Result<(), Error> {
+        let id =
+            ReportId { group: report.group, first_token: report.tokens.start, tokens: report.tokens.len() };
+        let key = (id.group, id.first_token);
+        self.backlog.took_report(share, key, second_pass::bytes_of(&report.report));
+        if let Some(second) = &mut self.second {
+            second.reported(report);
+        }
+        // If it is refused, the call ends.
+        self.event(CallEvent::Report { share, id }, &Bytes::new())
+    }
+
     fn start_merging(&mut self) {
         while self.merging.len() <= self.hub.pool.threads()
             && self.outbox.len() < OUTBOX
-            && let Some(ready) = self.ready.pop_front()
+            && let Some(whole) = self.ready.pop_front()
         {
             let (pool, kernels) = (self.hub.pool.clone(), self.hub.kernels);
             let Begin { shape, allow_non_finite, .. } = self.begin;
             let operator = Arc::clone(&self.begin.operator);
-            let row = (ready.group, ready.tokens.start);
-            let work = move || finish(ready, &shape, &operator, allow_non_finite, kernels);
-            self.merging.push(Box::pin(async move { (row, pool.run(work).await) }));
+            let checks = Checks { allow_non_finite, keep_sums: self.second.is_some() };
+            self.merging.push(match whole {
+                Whole::Rows(ready) => {
+                    let row = (ready.group, ready.tokens.start);
+                    let work = move || finish(ready, &shape, &operator, checks, kernels).map(Made::Rows);
+                    Box::pin(async move { (row, pool.run(work).await) })
+                }
+                Whole::Reports(row, reported) => {
+                    let work = move || numbers(reported, &shape, &operator).map(Made::Numbers);
+                    Box::pin(async move { (row, pool.run(work).await) })
+                }
+            });
         }
     }
 
     fn take_merged(
         &mut self,
-        (row, merged): (RowKey, Result<Result<Finish, Error>, WorkError>),
+        (row, made): (RowKey, Result<Result<Made, Error>, WorkError>),
     ) -> Result<(), Error> {
-        self.backlog.merged(row);
-        let merged = merged.map_err(|error| Error::new(Reason::Internal, format!("merging {error}")))?;
-        let Finish { replies, spent } = merged?;
-        self.done.timings.merge += spent.as_secs_f64();
-        self.outbox.extend(replies);
+        let made = made.map_err(|error| Error::new(Reason::Internal, format!("merging {error}")))?;
+        match made? {
+            Made::Rows(Finish { replies, sums, spent }) => {
+                self.backlog.merged(row);
+                self.done.timings.merge += spent.as_secs_f64();
+                self.outbox.extend(replies);
+                if let (Some(second), Some(sums)) = (&mut self.second, sums) {
+                    let owners = second.merged(sums.clone());
+                    let sums = owners.into_iter().map(|share| (share, ComputeRequest::Sums(sums.clone())));
+                    self.pending.extend(sums);
+                }
+                if !self.pending.is_empty() {
+                    self.clock.client_held();
+                }
+            }
+            Made::Numbers(replies) => {
+                self.backlog.reported(row);
+                self.outbox.extend(replies);
+            }
+        }
         Ok(())
     }
 
@@ -351,7 +448,12 @@ impl<'a> Flow<'a> {
                     self.pending.extend(commits.map(|(share, to)| (share, ComputeRequest::Commit(to.sent))));
                     self.clock.committed = Some(Instant::now());
                 }
-                CallAction::Emit(ready) => self.ready.push_back(ready),
+                CallAction::Emit(ready) => self.ready.push_back(Whole::Rows(ready)),
+                CallAction::EmitReport(id) => {
+                    let reported = self.second.as_mut().and_then(|second| second.whole(id));
+                    let row = (id.group, id.first_token);
+                    self.ready.extend(reported.map(|reported| Whole::Reports(row, reported)));
+                }
                 // Comes with Fail, and the error ends this future, which owns the shares.
                 CallAction::CancelShares => self.pending.clear(),
                 CallAction::Fail(error) => return Err(error.into()),

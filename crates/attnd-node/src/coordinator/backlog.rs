@@ -1,4 +1,4 @@
-//! The partials of a call that wait to be merged: what memory they take, and whose may still be read.
+//! The partials and reports of a call that wait to be merged: what memory they take, and whose may still be read.
 //!
 //! A row of cells can merge when every share has sent its part. Where one share is slower than the others, theirs pile
 //! up, without an end if all were read. So with more than [`BUDGET`] held, only those shares are read that owe a part
@@ -13,7 +13,7 @@ use std::ops::Range;
 use attnd_kernel::{AttnShape, PartialRows};
 use attnd_plan::{Plan, filled_nodes};
 
-/// Bytes of partials that a call holds before it gets choosy.
+/// Bytes of partials and reports that a call holds before it gets choosy.
 const BUDGET: usize = 32 << 20;
 
 /// A group and its first token: the cells of one row share both.
@@ -24,9 +24,39 @@ pub(crate) type RowKey = (usize, usize);
 pub(crate) struct Backlog {
     /// Of each share: some groups, and its cells in each row of them.
     asked: Vec<Vec<(Range<usize>, usize)>>,
+    partials: Rows,
+    /// Of the second pass. A row of it begins when its partials have merged, so that who owes a part of the oldest one has all
+    /// that it needs for it.
+    reports: Rows,
+    held: usize,
+}
+
+#[derive(Debug, Default)]
+struct Rows {
     rows: BTreeMap<RowKey, Row>,
     begun: u64,
-    held: usize,
+}
+
+impl Rows {
+    /// Counts one part of a row in; `owed` says who owes how many, if it is the first one.
+    fn took(&mut self, share: usize, key: RowKey, bytes: usize, owed: impl FnOnce() -> Vec<(usize, usize)>) {
+        let begun = &mut self.begun;
+        let row = self.rows.entry(key).or_insert_with(|| {
+            *begun += 1;
+            Row { age: *begun, bytes: 0, owed: owed() }
+        });
+        row.bytes += bytes;
+        if let Some((_, cells)) = row.owed.iter_mut().find(|(owing, _)| *owing == share) {
+            *cells = cells.saturating_sub(1);
+        }
+        row.owed.retain(|(_, cells)| *cells > 0);
+    }
+
+    /// Who owes parts of the oldest row that isn't whole.
+    fn oldest(&self) -> impl Iterator<Item = usize> + '_ {
+        let oldest = self.rows.values().filter(|row| !row.owed.is_empty()).min_by_key(|row| row.age);
+        oldest.into_iter().flat_map(|row| row.owed.iter().map(|(share, _)| *share))
+    }
 }
 
 #[derive(Debug)]
@@ -44,39 +74,50 @@ impl Backlog {
             let cells = |slots: &Range<usize>| filled_nodes(slots.clone(), shape.n_keys()).len();
             share.pieces.iter().map(|piece| (piece.groups.clone(), cells(&piece.slots))).collect()
         });
-        Self { asked: asked.collect(), rows: BTreeMap::new(), begun: 0, held: 0 }
+        Self { asked: asked.collect(), partials: Rows::default(), reports: Rows::default(), held: 0 }
     }
 
     /// Counts a partial in that the gather took from `share`.
     pub(crate) fn took(&mut self, share: usize, key: RowKey, bytes: usize) {
-        let (asked, begun) = (&self.asked, &mut self.begun);
-        let row = self.rows.entry(key).or_insert_with(|| {
-            let of_share = |pieces: &Vec<(Range<usize>, usize)>| -> usize {
-                pieces.iter().filter(|(groups, _)| groups.contains(&key.0)).map(|(_, cells)| cells).sum()
-            };
-            let owed = asked.iter().map(of_share).enumerate().filter(|(_, cells)| *cells > 0);
-            *begun += 1;
-            Row { age: *begun, bytes: 0, owed: owed.collect() }
-        });
-        row.bytes += bytes;
         self.held += bytes;
-        if let Some((_, cells)) = row.owed.iter_mut().find(|(owing, _)| *owing == share) {
-            *cells = cells.saturating_sub(1);
-        }
-        row.owed.retain(|(_, cells)| *cells > 0);
+        let asked = &self.asked;
+        self.partials.took(share, key, bytes, || owed(asked, key.0, |cells| cells));
+    }
+
+    /// Counts a report in that was accepted from `share`.
+    pub(crate) fn took_report(&mut self, share: usize, key: RowKey, bytes: usize) {
+        self.held += bytes;
+        let asked = &self.asked;
+        self.reports.took(share, key, bytes, || owed(asked, key.0, |cells| cells.min(1)));
     }
 
     /// Counts a row out that was merged.
     pub(crate) fn merged(&mut self, key: RowKey) {
-        self.held -= self.rows.remove(&key).map_or(0, |row| row.bytes);
+        self.held -= self.partials.rows.remove(&key).map_or(0, |row| row.bytes);
+    }
+
+    /// Counts a row out whose reports have become numbers.
+    pub(crate) fn reported(&mut self, key: RowKey) {
+        self.held -= self.reports.rows.remove(&key).map_or(0, |row| row.bytes);
     }
 
     /// The shares that alone may be read now; `None` if all may.
     pub(crate) fn wanted(&self) -> Option<Vec<usize>> {
-        let oldest = || self.rows.values().filter(|row| !row.owed.is_empty()).min_by_key(|row| row.age);
-        (self.held > BUDGET)
-            .then(|| oldest().map_or(Vec::new(), |row| row.owed.iter().map(|(share, _)| *share).collect()))
+        (self.held > BUDGET).then(|| self.partials.oldest().chain(self.reports.oldest()).collect())
     }
+}
+
+/// Who owes what of a row of a group: of its cells in it, as many as `parts` says.
+fn owed(
+    asked: &[Vec<(Range<usize>, usize)>],
+    group: usize,
+    parts: impl Fn(usize) -> usize,
+) -> Vec<(usize, usize)> {
+    let of_share = |pieces: &Vec<(Range<usize>, usize)>| -> usize {
+        pieces.iter().filter(|(groups, _)| groups.contains(&group)).map(|(_, cells)| cells).sum()
+    };
+    let owed = asked.iter().map(of_share).enumerate().map(|(share, cells)| (share, parts(cells)));
+    owed.filter(|(_, parts)| *parts > 0).collect()
 }
 
 /// What a partial takes.
@@ -142,7 +183,7 @@ mod tests {
                 backlog.merged((ready.group, ready.tokens.start));
             }
         }
-        assert_eq!((backlog.held, backlog.rows.len()), (0, 0));
+        assert_eq!((backlog.held, backlog.partials.rows.len()), (0, 0));
         most
     }
 

@@ -5,14 +5,25 @@ use std::time::{Duration, Instant};
 
 use attnd_kernel::{AttnShape, FinishedRows, Kernels, Operator, PartialRows};
 use attnd_plan::Ready;
-use attnd_wire::{AttendReply, ContextChunk, Error, limits, proto, refusal};
+use attnd_wire::{AttendReply, ContextChunk, Error, MergedSums, limits, proto, refusal};
 
 /// Finished rows on their way to the client.
 #[derive(Debug)]
 pub(crate) struct Finish {
     pub(crate) replies: Vec<proto::AttendReply>,
+    /// What the rows' weights are divided by, where there is a second pass.
+    pub(crate) sums: Option<MergedSums>,
     /// Time on the compute thread.
     pub(crate) spent: Duration,
+}
+
+/// What else is asked of finished rows.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Checks {
+    /// Rows may have NaN and infinities.
+    pub(crate) allow_non_finite: bool,
+    /// Their sums are needed again.
+    pub(crate) keep_sums: bool,
 }
 
 /// Merges the partials along the canonical tree, adds sinks, divides, once, and fills rows that saw nothing.
@@ -23,7 +34,7 @@ pub(crate) fn finish(
     ready: Ready<PartialRows>,
     shape: &AttnShape,
     operator: &Operator,
-    allow_non_finite: bool,
+    Checks { allow_non_finite, keep_sums }: Checks,
     kernels: &Kernels,
 ) -> Result<Finish, Error> {
     let begun = Instant::now();
@@ -31,7 +42,14 @@ pub(crate) fn finish(
     let rows = shape.group_size() * tokens.len();
     let merged = attnd_plan::fold(parts, |left, right| left.merge(&right, kernels))
         .unwrap_or_else(|| PartialRows::empty(rows, shape.value_dim()));
-    let finished = operator.finish(merged, group, shape, kernels);
+    let merged = operator.join_sinks(merged, group, shape, kernels);
+    let sums = keep_sums.then(|| MergedSums {
+        group,
+        tokens: tokens.clone(),
+        m: merged.m.clone(),
+        l: merged.l.clone(),
+    });
+    let finished = operator.divide(merged, kernels);
     let first_head = group * shape.group_size();
     if let Some(row) = finished.non_finite_row.filter(|_| !allow_non_finite) {
         let (head, token) = (row / tokens.len(), row % tokens.len());
@@ -39,7 +57,7 @@ pub(crate) fn finish(
     }
     let heads = first_head..first_head + shape.group_size();
     let replies = chunks(finished, heads, tokens, shape.value_dim());
-    Ok(Finish { replies, spent: begun.elapsed() })
+    Ok(Finish { replies, sums, spent: begun.elapsed() })
 }
 
 /// Cuts rows ordered `[head, token]` by heads, so that a message has at most [`limits::CHUNK_BYTES`] of context where
@@ -103,7 +121,8 @@ mod tests {
     ) -> Result<Finish, Error> {
         let ready = Ready { group: 1, tokens, parts: vec![(Node::ROOT, part)] };
         let operator = Operator::plain(1.0, Causal::None);
-        finish(ready, shape, &operator, allow, Kernels::for_isa(Isa::Portable).unwrap())
+        let checks = Checks { allow_non_finite: allow, keep_sums: false };
+        finish(ready, shape, &operator, checks, Kernels::for_isa(Isa::Portable).unwrap())
     }
 
     #[test]
@@ -113,7 +132,7 @@ mod tests {
         let done = finished(&shape, 1000..2000, numbered(10_000, 64), false).unwrap();
         let mut next_head = 10;
         for reply in done.replies {
-            let AttendReply::Context(chunk) = AttendReply::decode(reply, &shape).unwrap() else {
+            let AttendReply::Context(chunk) = AttendReply::decode(reply, &shape, None).unwrap() else {
                 panic!("no context")
             };
             assert_eq!((chunk.heads.start, chunk.tokens), (next_head, 1000..2000));

@@ -27,11 +27,13 @@ mod attend_call;
 mod attention_service;
 mod backlog;
 mod finish;
+mod heat_rows;
 mod incoming;
 mod join_service;
 mod membership_actor;
 mod placement;
 mod reply_stream;
+mod second_pass;
 mod tasks;
 mod worker_actor;
 

@@ -9,13 +9,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use attnd_kernel::{Effective, GroupCall, Kernels, Side};
 use attnd_plan::{CellId, filled_nodes};
-use attnd_wire::{ComputeBegin, ComputeReply, Error, Partial, Reason, proto, refusal};
+use attnd_wire::{ComputeBegin, ComputeReply, Error, MergedSums, Partial, Reason, proto, refusal};
 use futures::StreamExt;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::assembly::Operands;
 use super::budget::Reservation;
+use super::second_pass::{self, Kept};
 use super::slices::Slicer;
 use crate::compute_pool::{BusyClock, ComputePool, WorkError};
 
@@ -61,22 +62,39 @@ pub(crate) fn cells_of(call: &Call, ready: &ReadyGroup) -> Vec<CellId> {
         .collect()
 }
 
-/// Computes groups as they become ready, until there are no more. Returns the number of partials sent.
+/// Computes groups as they become ready, until there are no more, and reports on their rows as sums come, until there are
+/// none to come. Returns the number of partials sent.
 ///
 /// # Errors
 /// The first thing that went wrong; cells after it are not computed.
 pub(crate) async fn compute(
     call: Arc<Call>,
     ready: mpsc::Receiver<ReadyGroup>,
+    sums: mpsc::Receiver<MergedSums>,
+    replies: Replies,
+) -> Result<u32, Error> {
+    let kept = Arc::new(Kept::default());
+    let second = second_pass::report(Arc::clone(&call), Arc::clone(&kept), sums, replies.clone());
+    let (sent, ()) = futures::try_join!(first_pass(&call, &kept, ready, replies), second)?;
+    Ok(sent)
+}
+
+async fn first_pass(
+    call: &Arc<Call>,
+    kept: &Kept,
+    ready: mpsc::Receiver<ReadyGroup>,
     replies: Replies,
 ) -> Result<u32, Error> {
     let all_cells = ReceiverStream::new(ready).flat_map(|ready| {
-        let cells = cells_of(&call, &ready);
+        let cells = cells_of(call, &ready);
         let ready = Arc::new(ready);
+        if call.begin.outputs.is_some() && !cells.is_empty() {
+            kept.keep(call, &ready);
+        }
         futures::stream::iter(cells).map(move |cell| (Arc::clone(&ready), cell))
     });
     let results =
-        all_cells.map(|(ready, cell)| one_cell(&call, ready, cell, &replies)).buffer_unordered(QUEUE);
+        all_cells.map(|(ready, cell)| one_cell(call, ready, cell, &replies)).buffer_unordered(QUEUE);
     let mut results = std::pin::pin!(results);
     let mut sent = 0;
     while let Some(result) = results.next().await {
@@ -94,21 +112,29 @@ async fn one_cell(
 ) -> Result<(), Error> {
     let gone = || Error::new(Reason::Cancelled, "nobody waits for the partials");
     let place = replies.reserve().await.map_err(|_closed| gone())?;
-    let on_pool = Arc::clone(call);
-    let computed = call.pool.run(move || kernel(&on_pool, &ready, cell)).await;
-    let partial = match computed {
-        Ok(Some(result)) => result?,
-        Ok(None) => return Err(gone()),
-        Err(WorkError::Panicked(text)) => {
-            tracing::error!(group = cell.group, panic = text, "a kernel panicked");
-            return Err(Error::new(Reason::Internal, "a kernel panicked"));
-        }
-        Err(WorkError::Dropped) => {
-            return Err(Error::new(Reason::Internal, "the compute pool dropped a cell"));
-        }
-    };
+    let call_on_pool = Arc::clone(call);
+    let computed = on_pool(&call.pool, cell.group, move || kernel(&call_on_pool, &ready, cell)).await?;
+    let partial = computed.ok_or_else(gone)??;
     place.send(Ok(partial));
     Ok(())
+}
+
+/// Runs work on a group on the compute pool.
+///
+/// # Errors
+/// [`Reason::Internal`] where it panics.
+pub(crate) async fn on_pool<T: Send + 'static>(
+    pool: &ComputePool,
+    group: usize,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, Error> {
+    pool.run(work).await.map_err(|error| match error {
+        WorkError::Panicked(text) => {
+            tracing::error!(group, panic = text, "a kernel panicked");
+            Error::new(Reason::Internal, "a kernel panicked")
+        }
+        WorkError::Dropped => Error::new(Reason::Internal, "the compute pool dropped a cell"),
+    })
 }
 
 /// Runs on the compute pool, checksum and all; `None` if nobody wants the answer any more.

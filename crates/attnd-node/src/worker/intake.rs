@@ -4,11 +4,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use attnd_plan::{Piece, Tensor};
-use attnd_wire::{Commit, ComputeRequest, Error, Reason, SliceChunk, refusal};
+use attnd_wire::{Commit, ComputeRequest, Error, MergedSums, Reason, SliceChunk, refusal};
 
 use super::assembly::{AssemblyError, GroupAssembly, Layout, Operands};
 use super::budget::Reservation;
 use super::cells::ReadyGroup;
+use super::second_pass::SumsDue;
 
 /// The state of one stream after its Begin.
 #[derive(Debug)]
@@ -20,6 +21,8 @@ pub(crate) struct Intake {
     chunks: u32,
     bytes: u64,
     committed: bool,
+    /// Where there is a second pass.
+    sums: SumsDue,
 }
 
 #[derive(Debug)]
@@ -35,8 +38,10 @@ pub(crate) enum Progress {
     More,
     /// A group can be computed.
     Ready(ReadyGroup),
-    /// Everything is here and verified.
+    /// Everything is here and verified, but for sums.
     Committed,
+    /// Rows can be reported on.
+    Sums(MergedSums),
 }
 
 /// Memory that the groups of `pieces` need together.
@@ -59,8 +64,8 @@ pub(crate) fn bytes_needed(layout: &Layout, pieces: &[Piece]) -> Result<u64, Err
 }
 
 impl Intake {
-    /// Expects the operands of `pieces`; `memory` holds what [`bytes_needed`] said and is handed to the groups.
-    pub(crate) fn new(layout: Layout, pieces: &[Piece], memory: &mut Reservation) -> Self {
+    /// Expects the operands of `pieces`, and these sums; `memory` holds what [`bytes_needed`] said and is handed to the groups.
+    pub(crate) fn new(layout: Layout, pieces: &[Piece], sums: SumsDue, memory: &mut Reservation) -> Self {
         let mut waiting = BTreeMap::new();
         let mut bytes_expected = 0;
         for piece in pieces {
@@ -71,7 +76,7 @@ impl Intake {
                 waiting.insert(group, Waiting { assembly: GroupAssembly::new(layout, group, slots), memory });
             }
         }
-        Self { layout, waiting, bytes_expected, chunks: 0, bytes: 0, committed: false }
+        Self { layout, waiting, bytes_expected, chunks: 0, bytes: 0, committed: false, sums }
     }
 
     /// Takes the next frame.
@@ -79,10 +84,15 @@ impl Intake {
     /// # Errors
     /// What is wrong with it, by its reason; nothing more can come of the stream.
     pub(crate) fn frame(&mut self, frame: ComputeRequest) -> Result<Progress, Error> {
+        if let ComputeRequest::Sums(sums) = frame {
+            self.sums.take(&sums)?;
+            return Ok(Progress::Sums(sums));
+        }
         if self.committed {
             return Err(Error::new(Reason::StreamOrder, "frame after Commit"));
         }
         match frame {
+            ComputeRequest::Sums(_) => Ok(Progress::More),
             ComputeRequest::Begin(_) => Err(refusal::duplicate_begin()),
             ComputeRequest::Chunk(chunk) => self.chunk(&chunk),
             ComputeRequest::Commit(commit) => self.commit(commit),
@@ -92,12 +102,21 @@ impl Intake {
     /// The stream has ended.
     ///
     /// # Errors
-    /// If it ended before Commit.
+    /// If it ended before Commit or before the last sums.
     pub(crate) fn end(&self) -> Result<(), Error> {
+        if self.committed && self.sums.left() > 0 {
+            let detail = format!("sums of {} cells are missing", self.sums.left());
+            return Err(Error::new(Reason::StreamTruncated, detail));
+        }
         if self.committed {
             return Ok(());
         }
         Err(refusal::stream_truncated(self.chunks.into(), self.bytes, self.bytes_expected))
+    }
+
+    /// Whether no sums are due any more.
+    pub(crate) fn has_all_sums(&self) -> bool {
+        self.sums.left() == 0
     }
 
     /// Gives back what has come so far.
@@ -200,7 +219,7 @@ mod tests {
         let budget = Budget::new(1 << 30);
         let layout = layout();
         let mut memory = budget.reserve(bytes_needed(&layout, &pieces()).unwrap()).unwrap();
-        let mut intake = Intake::new(layout, &pieces(), &mut memory);
+        let mut intake = Intake::new(layout, &pieces(), SumsDue::default(), &mut memory);
         drop(memory);
         assert_ne!(budget.reserved(), 0, "all of it is with the groups");
         let mut said = Vec::new();
@@ -213,6 +232,7 @@ mod tests {
                     "ready"
                 }
                 Ok(Progress::Committed) => "committed",
+                Ok(Progress::Sums(_)) => "sums",
                 Err(error) => error.reason.name(),
             });
         }
@@ -250,7 +270,7 @@ mod tests {
     fn a_truncated_stream_says_how_far_it_came() {
         let budget = Budget::new(1 << 30);
         let mut memory = budget.reserve(1 << 20).unwrap();
-        let mut intake = Intake::new(layout(), &pieces(), &mut memory);
+        let mut intake = Intake::new(layout(), &pieces(), SumsDue::default(), &mut memory);
         intake.frame(chunk(0, Tensor::V, 1, 4)).unwrap();
         let error = intake.end().unwrap_err();
         assert_eq!(error, refusal::stream_truncated(1, 16, 72));
@@ -269,7 +289,7 @@ mod tests {
         let mut memory = budget.reserve(4).unwrap();
         let keyless = [Piece { groups: 0..1, slots: 32..64 }];
         assert_eq!(bytes_needed(&layout(), &keyless).unwrap(), 4);
-        let mut intake = Intake::new(layout(), &keyless, &mut memory);
+        let mut intake = Intake::new(layout(), &keyless, SumsDue::default(), &mut memory);
         assert!(matches!(intake.frame(chunk(0, Tensor::Q, 0, 1)), Ok(Progress::Ready(_))));
         assert!(matches!(intake.frame(commit(1, 4)), Ok(Progress::Committed)));
     }

@@ -3,7 +3,7 @@
 //! * `service.rs` reads Begin and reserves memory (`budget.rs`); from then on the call belongs to its `shard.rs` actor.
 //! * A shard feeds frames to `intake.rs`, which checks their order and lets `assembly.rs` put the operands together;
 //!   complete groups go to `cells.rs`, which computes on the pool, in `slices.rs`, and sends
-//!   partials.
+//!   partials. Rows that have merged come back to `second_pass.rs`, where more is wanted than the context.
 //! * `membership.rs` is the actor of the control channel; `supervisor.rs` is the root of all of them.
 
 use std::net::IpAddr;
@@ -29,6 +29,7 @@ pub(crate) mod budget;
 mod cells;
 mod intake;
 mod membership;
+mod second_pass;
 mod service;
 mod shard;
 mod slices;

@@ -5,6 +5,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use attnd_kernel::Kernels;
+use attnd_plan::InspectionBytes;
 use attnd_plan::call::STREAM_IDLE;
 use attnd_wire::proto::{self, worker_server};
 use attnd_wire::{ComputeBegin, ComputeRequest, Deadline, Error, Reason, Status, refusal};
@@ -17,6 +18,7 @@ use super::Gauges;
 use super::assembly::Layout;
 use super::cells::{Call, QUEUE};
 use super::intake::{self, Intake};
+use super::second_pass::SumsDue;
 use super::shard::{MAILBOX, Replies, Shard, ShardArgs};
 use super::supervisor::Supervisor;
 use crate::compute_pool::BusyClock;
@@ -41,13 +43,18 @@ impl WorkerService {
         tracing::Span::current().record("call_id", begin.call_id);
         let layout = Layout { shape: begin.shape, dtype: begin.dtype, check_finite: !begin.allow_non_finite };
         let groups_need = intake::bytes_needed(&layout, &begin.pieces)?;
-        let cells_need = QUEUE as u64 * cell_bytes(&begin);
+        let cells_need = (QUEUE as u64 * cell_bytes(&begin)).saturating_add(inspection_bytes(&begin));
+        let sums = match &begin.outputs {
+            Some(_) => SumsDue::new(&begin.shape, &begin.pieces, begin.tokens_per_cell),
+            None => SumsDue::default(),
+        };
         let mut memory = self
             .gauges
             .budget
             .reserve(groups_need.saturating_add(cells_need))
             .map_err(|over| refusal::kv_budget(over.need, over.free))?;
-        let intake = Intake::new(layout, &begin.pieces, &mut memory);
+        let n_sums = sums.left();
+        let intake = Intake::new(layout, &begin.pieces, sums, &mut memory);
         let groups = begin.pieces.iter().map(|piece| piece.groups.len()).sum();
 
         let call = Arc::new(Call {
@@ -60,7 +67,8 @@ impl WorkerService {
         });
         tracing::debug!(groups, bytes = groups_need, "a call begins");
         let (replies, queue) = mpsc::channel(QUEUE);
-        let args = ShardArgs { intake, groups, call: Arc::clone(&call), inbound, replies, deadline };
+        let args =
+            ShardArgs { intake, groups, sums: n_sums, call: Arc::clone(&call), inbound, replies, deadline };
         let shard = Shard::spawn_link_with_mailbox(&self.supervisor, args, mailbox::bounded(MAILBOX)).await;
         Ok(Replies::new(queue, shard, call, in_flight))
     }
@@ -87,6 +95,13 @@ async fn read_begin(
 fn cell_bytes(begin: &ComputeBegin) -> u64 {
     let rows = begin.tokens_per_cell * begin.shape.group_size();
     rows as u64 * (begin.shape.value_dim() as u64 + 2) * 4
+}
+
+/// Memory of the second pass, beside operands.
+fn inspection_bytes(begin: &ComputeBegin) -> u64 {
+    let needs = InspectionBytes::new(begin.outputs.as_deref(), &begin.shape, begin.tokens_per_cell);
+    let groups: usize = begin.pieces.iter().map(|piece| piece.groups.len()).sum();
+    needs.of_share.saturating_add(needs.of_group.saturating_mul(groups as u64))
 }
 
 #[tonic::async_trait]

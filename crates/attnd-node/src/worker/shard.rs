@@ -12,12 +12,12 @@ use std::task::{Context as TaskContext, Poll};
 use std::time::Instant;
 
 use attnd_wire::proto::{self, compute_reply};
-use attnd_wire::{ComputeReply, ComputeRequest, Deadline, Error, Finished, Reason, Status};
+use attnd_wire::{ComputeReply, ComputeRequest, Deadline, Error, Finished, MergedSums, Reason, Status};
 use futures::{FutureExt, Stream};
 use kameo::actor::{Actor, ActorRef};
 use kameo::error::Infallible;
 use kameo::message::{Context, Message};
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
 use tonic::Streaming;
 
@@ -35,6 +35,8 @@ pub(crate) struct Shard {
     call: Arc<Call>,
     /// Groups on their way to the compute task; dropped at Commit, which ends that task after the last group.
     ready: Option<mpsc::Sender<ReadyGroup>>,
+    /// Sums on their way there; dropped with the last one, which ends the second pass.
+    sums: Option<mpsc::Sender<MergedSums>>,
     replies: cells::Replies,
     tasks: JoinSet<()>,
 }
@@ -45,6 +47,8 @@ pub(crate) struct ShardArgs {
     pub(crate) intake: Intake,
     /// Groups of this share: an upper bound of those that wait to be computed.
     pub(crate) groups: usize,
+    /// Sums that will come: an upper bound of those that wait for the second pass.
+    pub(crate) sums: usize,
     pub(crate) call: Arc<Call>,
     pub(crate) inbound: Streaming<proto::ComputeRequest>,
     pub(crate) replies: cells::Replies,
@@ -65,11 +69,12 @@ impl Actor for Shard {
     type Error = Infallible;
 
     async fn on_start(args: ShardArgs, actor: ActorRef<Self>) -> Result<Self, Infallible> {
-        let ShardArgs { intake, groups, call, mut inbound, replies, deadline } = args;
+        let ShardArgs { intake, groups, sums: n_sums, call, mut inbound, replies, deadline } = args;
         let (ready, groups_ready) = mpsc::channel(groups.max(1));
+        let (sums, sums_ready) = mpsc::channel(n_sums.clamp(1, Semaphore::MAX_PERMITS));
         let mut tasks = JoinSet::new();
 
-        let compute = cells::compute(Arc::clone(&call), groups_ready, replies.clone());
+        let compute = cells::compute(Arc::clone(&call), groups_ready, sums_ready, replies.clone());
         let shard = actor.clone();
         tasks.spawn(async move {
             let result = AssertUnwindSafe(compute)
@@ -93,7 +98,7 @@ impl Actor for Shard {
             tokio::time::sleep_until(deadline.at().into()).await;
             actor.tell(Expired).send().await.ok();
         });
-        Ok(Self { intake, call, ready: Some(ready), replies, tasks })
+        Ok(Self { intake, call, ready: Some(ready), sums: (n_sums > 0).then_some(sums), replies, tasks })
     }
 }
 
@@ -110,6 +115,16 @@ impl Shard {
                 }
             }
             Progress::Committed => self.ready = None,
+            Progress::Sums(sums) => {
+                let queued = self.sums.as_ref().is_some_and(|queue| queue.try_send(sums).is_ok());
+                if !queued {
+                    // The queue holds as many as there are; the task alone can be gone, and says why itself.
+                    tracing::debug!("rows have merged and nothing reports any more");
+                }
+                if self.intake.has_all_sums() {
+                    self.sums = None;
+                }
+            }
         }
         Ok(())
     }
@@ -120,6 +135,7 @@ impl Shard {
         self.call.cancelled.store(true, Ordering::Relaxed);
         self.tasks.abort_all();
         self.ready = None;
+        self.sums = None;
         self.intake.abandon();
         tracing::debug!(%error, "the call fails");
         // A reader that is gone needs no error.
@@ -239,6 +255,7 @@ mod tests {
             shape: AttnShape::new(dims).unwrap(),
             dtype: Dtype::F32,
             operator: Arc::new(Operator::plain(1.0, Causal::None)),
+            outputs: None,
             allow_non_finite: false,
             pieces: Vec::new(),
             tokens_per_cell: 1,

@@ -326,6 +326,7 @@ pub(crate) fn begin(shape: &AttnShape) -> Begin {
         shape: *shape,
         dtype: Dtype::F32,
         operator: Arc::new(Operator::plain(convert::default_scale(shape), Causal::None)),
+        outputs: None,
         allow_non_finite: false,
         forbid_empty_rows: false,
         workers: WorkerChoice::Auto,
@@ -394,7 +395,7 @@ pub(crate) async fn collect(
     let mut got = 0;
     while let Some(reply) = replies.message().await? {
         assert!(done.is_none(), "a frame after Done");
-        match AttendReply::decode(reply, shape)? {
+        match AttendReply::decode(reply, shape, None)? {
             AttendReply::Planned(summary) => assert!(plan.replace(summary).is_none() && got == 0),
             AttendReply::Context(chunk) => {
                 for (i, head) in chunk.heads.clone().enumerate() {

@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::gather::cells;
 use crate::planner::tests::{any_call, planned};
-use crate::report::tests::{all_reports, elements_of};
+use crate::report::tests::{all_reports, any_outputs, elements_of};
 
 #[derive(Clone, Copy, Debug)]
 enum Step {
@@ -67,11 +67,9 @@ proptest! {
                 honest.push_back(CallEvent::Finished { share });
             }
         }
-        let heads = shape.batch() * shape.n_heads();
-        let block = ScoreBlock { heads: 0..heads, tokens: 0..1, keys: 0..shape.n_keys() };
         if reported {
             for (share, id) in all_reports(&plan) {
-                let elements = elements_of(&plan, share, &block, id);
+                let elements = elements_of(&plan, share, id);
                 honest.push_back(CallEvent::Elements { share, id, elements });
                 honest.push_back(CallEvent::Report { share, id });
             }
@@ -79,7 +77,7 @@ proptest! {
         }
         let steps = steps.into_iter().chain(vec![Step::Honest; honest.len()]);
 
-        let mut call = Call::new(&plan, 4, reported.then(|| vec![block]), Duration::ZERO);
+        let mut call = Call::new(&plan, 4, reported.then(|| any_outputs(&shape)), Duration::ZERO);
         let mut now = Duration::ZERO;
         let (mut ends, mut emitted, mut told, mut last) = (0, 0, 0, CallEvent::Tick);
         for step in steps {

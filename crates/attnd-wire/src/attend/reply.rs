@@ -2,13 +2,15 @@
 
 use std::ops::Range;
 
-use attnd_kernel::AttnShape;
+use attnd_kernel::{AttnShape, Outputs};
 use attnd_plan::{Piece, Plan, WorkerId};
 
 use crate::convert::{self, quantity, small, text};
 use crate::error::{Error, Reason, printable};
 use crate::floats::{self, checksum};
 use crate::limits::MAX_TEXT;
+use crate::outputs::elements::Elements;
+use crate::outputs::report::{HeatChunk, ReportChunk};
 use crate::proto;
 
 /// One frame to the client.
@@ -18,6 +20,12 @@ pub enum AttendReply {
     Planned(PlanSummary),
     /// Finished rows.
     Context(ContextChunk),
+    /// Elements of the score matrix.
+    Elements(Elements),
+    /// Numbers of rows.
+    Report(ReportChunk),
+    /// Rows of maps.
+    Heat(HeatChunk),
     /// The last one.
     Done(Done),
 }
@@ -88,15 +96,25 @@ pub struct Timings {
 }
 
 impl AttendReply {
-    /// Decodes a frame of the answer to a call of `shape`.
+    /// Decodes a frame of the answer to a call of `shape` with these outputs.
     ///
     /// # Errors
     /// [`Reason::ReplyInvalid`] and [`Reason::Checksum`].
-    pub fn decode(message: proto::AttendReply, shape: &AttnShape) -> Result<Self, Error> {
+    pub fn decode(
+        message: proto::AttendReply,
+        shape: &AttnShape,
+        outputs: Option<&Outputs>,
+    ) -> Result<Self, Error> {
         use proto::attend_reply::Part;
+        let wanted = || outputs.ok_or_else(|| Error::new(Reason::ReplyInvalid, "no outputs are wanted"));
         match message.part {
             Some(Part::Planned(planned)) => PlanSummary::decode(planned, shape).map(Self::Planned),
             Some(Part::Context(context)) => ContextChunk::decode(context, shape).map(Self::Context),
+            Some(Part::Elements(elements)) => {
+                Elements::decode(elements, shape, wanted()?).map(Self::Elements)
+            }
+            Some(Part::Report(report)) => ReportChunk::decode(report, shape, wanted()?).map(Self::Report),
+            Some(Part::Heat(rows)) => HeatChunk::decode(rows, shape, wanted()?).map(Self::Heat),
             Some(Part::Done(done)) => done.try_into().map(Self::Done),
             None => Err(Error::new(Reason::ReplyInvalid, "empty frame")),
         }
@@ -109,6 +127,9 @@ impl From<AttendReply> for proto::AttendReply {
         let part = match reply {
             AttendReply::Planned(planned) => Part::Planned(planned.into()),
             AttendReply::Context(context) => Part::Context(context.into()),
+            AttendReply::Elements(elements) => Part::Elements(elements.into()),
+            AttendReply::Report(report) => Part::Report(report.into()),
+            AttendReply::Heat(rows) => Part::Heat(rows.into()),
             AttendReply::Done(done) => Part::Done(done.into()),
         };
         Self { part: Some(part) }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use attnd_kernel::{AttnShape, Dtype, Operator};
+use attnd_kernel::{AttnShape, Dtype, Operator, Outputs};
 use attnd_plan::{Tensor, WorkerChoice};
 use bytes::Bytes;
 
@@ -10,7 +10,7 @@ use crate::convert::{self, small};
 use crate::error::{Error, Reason};
 use crate::floats::checksum;
 use crate::operator::{self, Encoded};
-use crate::{proto, refusal};
+use crate::{outputs, proto, refusal};
 
 /// One frame from the client.
 #[derive(Clone, Debug, PartialEq)]
@@ -32,6 +32,8 @@ pub struct Begin {
     pub dtype: Dtype,
     /// What is computed, made for that shape. A request without a scale gets [`convert::default_scale`].
     pub operator: Arc<Operator>,
+    /// What is wanted beside the context; `None` if nothing is.
+    pub outputs: Option<Arc<Outputs>>,
     /// NaN and infinities pass unexamined.
     pub allow_non_finite: bool,
     /// A row that sees no key is an error.
@@ -112,10 +114,12 @@ impl TryFrom<proto::AttendBegin> for Begin {
         let encoded = Encoded { scale, causal: message.causal, operator: message.operator };
         let operator = encoded.decode(&shape)?;
         operator::check_empty_rows(&operator, message.forbid_empty_rows)?;
+        let outputs = outputs::decode(message.outputs, &shape, &operator)?;
         Ok(Self {
             shape,
             dtype,
             operator,
+            outputs,
             allow_non_finite: message.allow_non_finite,
             forbid_empty_rows: message.forbid_empty_rows,
             workers,
@@ -142,6 +146,7 @@ impl From<Begin> for proto::AttendBegin {
             max_workers,
             force_workers,
             operator,
+            outputs: begin.outputs.as_deref().map(outputs::encode),
         }
     }
 }

@@ -61,13 +61,15 @@ impl Clock {
         self.held_since.get_or_insert_with(Instant::now);
     }
 
-    pub(super) fn client_freed(&mut self, after_commit: bool) {
+    pub(super) fn client_freed(&mut self) {
         let now = Instant::now();
         self.held +=
             self.held_since.take().map_or(Duration::ZERO, |since| now.saturating_duration_since(since));
-        if after_commit {
-            self.scattered = Some(now);
-        }
+    }
+
+    /// All bytes of a share are sent.
+    pub(super) fn sent_commit(&mut self) {
+        self.scattered = Some(Instant::now());
     }
 
     pub(super) fn timings(&self, so_far: Timings) -> Timings {
@@ -94,7 +96,7 @@ mod tests {
         let mut clock = Clock::new(begun);
         clock.held_since = Some(begun + Duration::from_secs(40));
         assert_eq!(clock.client_time(), Duration::from_secs(40));
-        clock.client_freed(false);
+        clock.client_freed();
         // 60 s of the 100 were not its own.
         let own = clock.client_time();
         assert!((Duration::from_secs(40)..Duration::from_secs(45)).contains(&own), "{own:?}");

@@ -8,15 +8,17 @@ use tokio::sync::mpsc;
 /// One share's messages.
 pub(super) struct Outgoing {
     pub(super) worker: WorkerId,
-    /// `None` after Commit.
+    /// `None` after the last message.
     pub(super) requests: Option<mpsc::Sender<proto::ComputeRequest>>,
     /// What was put into messages so far.
     pub(super) sent: Commit,
+    /// Whether Commit was sent.
+    pub(super) committed: bool,
 }
 
 impl Outgoing {
     pub(super) fn new(worker: WorkerId, requests: mpsc::Sender<proto::ComputeRequest>) -> Self {
-        Self { worker, requests: Some(requests), sent: Commit { chunks: 0, bytes: 0 } }
+        Self { worker, requests: Some(requests), sent: Commit { chunks: 0, bytes: 0 }, committed: false }
     }
 
     /// Cuts a run of `data` into messages and counts them as sent. They share the bytes of the client's message.
