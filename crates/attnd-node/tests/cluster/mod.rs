@@ -408,6 +408,9 @@ pub(crate) async fn collect(
                     }
                 }
             }
+            unasked @ (AttendReply::Elements(_) | AttendReply::Report(_) | AttendReply::Heat(_)) => {
+                panic!("nobody asked for {unasked:?}")
+            }
             AttendReply::Done(end) => done = Some(end),
         }
     }
