@@ -1,5 +1,6 @@
 //! A block of rows on the general path: what of each page its rows see, and the stages over it.
 
+use super::reduce::Layout;
 use super::walk::Walk;
 use crate::bias::Ramp;
 use crate::block::{Place, QueryLayout, RowBlock, RowPartials, Seen, Visible};
@@ -27,8 +28,9 @@ pub(crate) struct RowTerms<'a> {
 
 /// A block whose rows are more than dot products of what they see.
 pub(crate) struct GeneralBlock<'a> {
-    /// Queries are packed as [`QueryLayout::general`] says, and times the factor of rule 1 or 11.
+    /// Queries are packed by the layout.
     pub(crate) rows: RowBlock<'a>,
+    pub(crate) layout: Layout,
     /// Of each row.
     pub(crate) terms: &'a [RowTerms<'a>],
     /// `fl(cap * log2 e)`, where scores are capped.
@@ -125,7 +127,7 @@ impl Stages<'_> {
         let vectors = seen.iter().fold(PageBits::default(), |hull, row| hull.or(row)).vectors();
 
         let panels = vectors.start / PANEL_KEYS..vectors.end.div_ceil(PANEL_KEYS);
-        self.entries.scores(block.rows.q, n_rows, kv.head_dim(), k, panels, self.scores);
+        block.layout.scores(block.rows.q, k, panels, self.scores);
         let mut overflow = None;
         for (row, seen) in seen.iter().enumerate() {
             let s = row_of(self.scores, row);
