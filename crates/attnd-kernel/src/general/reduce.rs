@@ -170,3 +170,6 @@ fn interleave<I: Iterator<Item = f32>>(
 fn panel_at(panel: usize, key_dim: usize) -> usize {
     panel * PANEL_KEYS * key_dim
 }
+
+#[cfg(test)]
+mod tests;

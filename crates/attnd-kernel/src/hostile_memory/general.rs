@@ -45,11 +45,12 @@ fn planes(case: &Case, seed: u64, memory: Memory) -> [Option<DensePlane>; 2] {
 fn run(case: &Case, seed: u64, kernels: &Kernels, memory: Memory) -> [Vec<u32>; 3] {
     let (n_rows, d, dv) = (case.n_rows(), case.shape.head_dim(), case.shape.value_dim());
     let group = case.shape.group_size();
-    let layout = Layout::new(Reducer::Dot, n_rows, d, 0.3, kernels);
+    let reducers = [Reducer::Dot, Reducer::Leaky { slope: 0.2 }, Reducer::Distance { width: 2.0 }];
+    let layout = Layout::new(reducers[seed as usize / 2 % 3], n_rows, d, 0.3, kernels);
     let rows: Vec<Buffer> = case.data.q.chunks(d).map(|row| memory.copy(row)).collect();
     let rows: Vec<&[f32]> = rows.iter().map(|row| &**row).collect();
     let mut q = memory.buffer(layout.words());
-    layout.pack(kernels, &rows, &vec![&[][..]; n_rows], &mut q);
+    layout.pack(kernels, &rows, &rows, &mut q);
     let kv = case.resident(memory);
     let [mask, bias] = planes(case, seed, memory);
     let intervals = case.mask.of_batch(0, &case.shape);
