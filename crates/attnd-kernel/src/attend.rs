@@ -15,9 +15,10 @@ use crate::buffer::Buffer;
 use crate::compute::{Compute, Effective};
 use crate::dispatch::Kernels;
 use crate::float_env::FloatEnvironment;
+use crate::general::reduce::Layout;
 use crate::general::{self, GeneralBlock, RowTerms};
 use crate::mask::{BatchMask, Selection};
-use crate::operator::{Operator, Path};
+use crate::operator::{Operator, Path, Queries};
 use crate::pages::{KvHead, padded_columns};
 use crate::partial::PartialRows;
 use crate::plane::DensePlane;
@@ -38,9 +39,9 @@ pub struct GroupCall<'a> {
     pub operator: &'a Operator,
     /// Which kv group of the batch it is; batch elements may have masks of their own.
     pub group: usize,
-    /// `[group_size, n_queries, head_dim]`.
+    /// `[group_size, n_queries, query_dim]`, as it was sent.
     pub q: &'a [f32],
-    /// The group's keys and values.
+    /// The group's keys, as [`Operator::key_rows`] makes them, and values.
     pub kv: &'a KvHead,
     /// What else the operator reads.
     pub side: Side<'a>,
@@ -92,12 +93,14 @@ impl GroupCall<'_> {
         let call = self;
         let shape = &call.shape;
         let group = shape.group_size();
-        assert_eq!(call.q.len(), group * shape.n_queries() * shape.head_dim(), "length of q");
+        let operator = call.operator;
+        assert_eq!(call.q.len(), group * shape.n_queries() * shape.query_dim(), "length of q");
         assert_eq!(
             (call.kv.n_keys(), call.kv.head_dim(), call.kv.value_dim()),
-            (shape.n_keys(), shape.head_dim(), shape.value_dim()),
+            (shape.n_keys(), operator.key_dim(shape), shape.value_dim()),
             "shape of kv"
         );
+        assert_eq!(operator.storage(call.kv.storage()), call.kv.storage(), "storage of kv");
         assert!(call.group < shape.n_groups(), "group {} of {}", call.group, shape.n_groups());
         assert!(tokens.end <= shape.n_queries(), "tokens {tokens:?} of {}", shape.n_queries());
         let compute = call.compute.compute();
@@ -105,7 +108,7 @@ impl GroupCall<'_> {
             Ok(there) => assert_eq!(there.compute(), compute, "{kernels:?} compute in {there}"),
             Err(mismatch) => panic!("{mismatch}"),
         }
-        assert_eq!(call.operator.check_compute(compute), Ok(()));
+        assert_eq!(operator.check_compute(compute), Ok(()));
         call.side.check(call);
     }
 }
@@ -140,6 +143,7 @@ pub fn attend_node(
     call.check(kernels, &tokens);
     let (shape, compute) = (&call.shape, call.compute.compute());
     let group = shape.group_size();
+    let operator = call.operator;
     let n_rows = tokens.len() * group;
     if n_rows == 0 {
         return (PartialRows::empty(0, shape.value_dim()), Ok(()));
@@ -148,7 +152,8 @@ pub fn attend_node(
     // A thread alone takes the node whole: one forward-moving address through all its pages.
     let threads = rayon::current_num_threads();
     let enough = if threads == 1 { 1 } else { BLOCKS_PER_THREAD * threads };
-    let task = NodeTask { kernels, call, compute, tokens };
+    let queries = operator.queries(kernels, shape, call.group, tokens.clone(), call.q);
+    let task = NodeTask { kernels, call, queries, compute, tokens };
     let nodes = split(node, call.kv.n_keys(), enough.div_ceil(blocks));
     task.subtree(&nodes).unwrap_or_else(|| (PartialRows::empty(n_rows, shape.value_dim()), Ok(())))
 }
@@ -175,6 +180,7 @@ pub(crate) enum Tree {
 struct NodeTask<'a> {
     kernels: &'a Kernels,
     call: &'a GroupCall<'a>,
+    queries: Queries<'a>,
     compute: Compute,
     tokens: Range<usize>,
 }
@@ -243,7 +249,7 @@ impl NodeTask<'_> {
 
     fn block(&self, mut block: Block<'_>, pages: &[usize]) -> Option<ScoreOverflow> {
         let shape = &self.call.shape;
-        let (d, value_dim) = (shape.head_dim(), shape.value_dim());
+        let (d, value_dim) = (self.call.operator.packed_dim(shape), shape.value_dim());
         let columns = padded_columns(value_dim);
         let n_heads = block.heads.len();
         let n_rows = block.n_tokens * n_heads;
@@ -258,16 +264,13 @@ impl NodeTask<'_> {
         let pages = &pages[first..end];
         let operator = self.call.operator;
         let storage = self.call.kv.storage();
-        let (layout, scratch_floats) = match operator.path() {
-            Path::Plain => {
-                let layout = QueryLayout::new(n_rows, d, storage, self.compute, self.kernels.tiles());
-                (layout, layout.scratch_floats(self.call.kv))
-            }
-            Path::General => {
-                (QueryLayout::general(n_rows, d, self.kernels), general::scratch_floats(n_rows, self.call.kv))
-            }
+        let plain = QueryLayout::new(n_rows, d, storage, self.compute, self.kernels.tiles());
+        let layout = Layout::new(operator.reducer(), n_rows, d, operator.factor(), self.kernels);
+        let (words, scratch_floats) = match operator.path() {
+            Path::Plain => (plain.words(), plain.scratch_floats(self.call.kv)),
+            Path::General => (layout.words(), general::scratch_floats(n_rows, self.call.kv)),
         };
-        let query_words = layout.words().next_multiple_of(16);
+        let query_words = words.next_multiple_of(16);
         let sum_floats = n_rows.next_multiple_of(16);
         let floats = query_words + 2 * sum_floats + n_rows * columns;
 
@@ -279,20 +282,26 @@ impl NodeTask<'_> {
             let (o, scratch) = memory.split_at_mut(n_rows * columns);
             let of_row = |row: usize| {
                 let (head, token) = place(row);
-                &self.call.q[(head * shape.n_queries() + token) * d..][..d]
+                self.queries.row(head, token)
             };
-            let q = &mut q[..layout.words()];
+            let q = &mut q[..words];
             let of_rows = (0..n_rows).map(of_row).collect::<Vec<_>>();
-            self.kernels.pack_queries(layout, &of_rows, operator.factor(), q);
+            match operator.path() {
+                Path::Plain => self.kernels.pack_queries(plain, &of_rows, operator.factor(), q),
+                Path::General => {
+                    let of_row = |row: usize| operator.weights(shape, self.call.group, place(row).0);
+                    layout.pack(self.kernels, &of_rows, &(0..n_rows).map(of_row).collect::<Vec<_>>(), q);
+                }
+            }
             let rows = RowBlock { q, visible: &visible, kv: self.call.kv, pages };
             let mut out = RowPartials { m: &mut m[..n_rows], l: &mut l[..n_rows], o };
             let overflow = match operator.path() {
-                Path::Plain => self.kernels.attend_block(&rows, layout, scratch, &mut out),
+                Path::Plain => self.kernels.attend_block(&rows, plain, scratch, &mut out),
                 Path::General => {
                     let terms: Vec<RowTerms<'_>> =
                         (0..n_rows).map(|row| self.call.terms(place(row), &mask)).collect();
                     let (cap, normaliser) = (operator.cap(), operator.normaliser());
-                    let block = GeneralBlock { rows, terms: &terms, cap, normaliser };
+                    let block = GeneralBlock { rows, layout, terms: &terms, cap, normaliser };
                     general::attend(self.kernels, &block, scratch, &mut out)
                 }
             };

@@ -27,6 +27,9 @@
 //! 14. A key that a selection masks is invisible to all rules above, like one outside the interval: its score becomes -inf by a select,
 //!     whatever it was.
 //! 15. Weights that are sigmoids: `s = fma(bias, log2 e, s)`, then `t = P(-|s|, 0)` and `p = t / (1 + t)` where `s < 0`, else `1 / (1 + t)`.
+//! 16. Rows that a score function transforms by a matrix: `y_o = b_o + sum`, the sum as in rule 1 without its factor, ascending over
+//!     the row's elements. What else happens to a row is in the file of the function (`score.rs`).
+//! 17. Scores that are no dot products are sums in the same order: `general/reduce.rs` and the files below it have their terms.
 //!
 //! Which keys are visible is said by intervals (`mask.rs`), which touch none of this: a row has the bits it would have if
 //! the keys that it doesn't see were not there, except that pages begin where they begin.

@@ -9,6 +9,7 @@ mod general;
 mod inspect;
 mod isa;
 mod loops;
+mod reduce;
 
 use std::sync::OnceLock;
 
@@ -17,6 +18,7 @@ pub(crate) use self::inspect::InspectEntries;
 pub use self::isa::{ISA_VARIABLE, Isa, IsaError};
 pub(crate) use self::loops::FLOP_PER_ROUND;
 use self::loops::{chains, read_chains};
+pub(crate) use self::reduce::ReduceEntries;
 use crate::arch;
 use crate::arithmetic::Exact;
 use crate::block::{Place, QueryLayout, RowBlock, RowPartials, Tiles, divide_rows, merge_rows, pack_queries};

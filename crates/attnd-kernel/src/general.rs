@@ -4,7 +4,7 @@
 //! of `rows.rs` and `queries.rs`, whose entries stay as small as they are. Per page of 256 keys:
 //!
 //! ```text
-//! scores    s[row][256] = query rows . K panels                    one call for all rows
+//! scores    s[row][256] = query rows . K panels, or another sum    one call for all rows
 //! shape     cap, then each bias, then masked -> -inf               a few calls for each row
 //! weigh     rules 2 to 4, or sigmoids: p[row][256], m, l           a call for each row
 //! context   o[row][columns] = p . V panels                         one call for all rows
@@ -21,6 +21,7 @@
 
 mod block;
 pub(crate) mod functions;
+pub(crate) mod reduce;
 pub(crate) mod shape;
 mod walk;
 pub(crate) mod weigh;

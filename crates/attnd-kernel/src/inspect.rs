@@ -41,6 +41,7 @@ pub use self::top::Ranked;
 use crate::attend::{BLOCKS_PER_THREAD, GroupCall, Tree, split};
 use crate::block::BLOCK_ROWS;
 use crate::dispatch::Kernels;
+use crate::operator::Queries;
 use crate::slot::{Node, pages_of_slot};
 
 /// Computes what is wanted of query tokens `tokens` of a group over the keys of `node`, on the current rayon pool. Elements go to `emit` in
@@ -78,7 +79,8 @@ pub fn inspect_node(
     let tasks: Vec<(&[usize], &Rows)> =
         pages.iter().flat_map(|pages| blocks.iter().map(move |rows| (&pages[..], rows))).collect();
 
-    let pass = Pass { kernels, call, sums, wanted, tokens };
+    let queries = call.operator.queries(kernels, &call.shape, call.group, tokens.clone(), call.q);
+    let pass = Pass { kernels, call, queries, sums, wanted, tokens };
     let sink = Sink { report: Mutex::new(report), emit: Mutex::new(emit) };
     // The last rows of a causal call have the most keys.
     tasks.into_par_iter().rev().for_each(|(pages, rows)| pass.block(rows, pages, &sink));
@@ -122,6 +124,7 @@ fn pages_of(node: Node, n_keys: usize) -> Vec<usize> {
 struct Pass<'a> {
     kernels: &'a Kernels,
     call: &'a GroupCall<'a>,
+    queries: Queries<'a>,
     sums: RowSums<'a>,
     wanted: &'a Outputs,
     tokens: Range<usize>,

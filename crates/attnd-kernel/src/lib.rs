@@ -20,7 +20,7 @@
 //! **Map.** [`slot`] and [`shape`] are the vocabulary; `mask.rs` makes an interval of keys for each row; [`KvHead`] holds
 //! keys and values as the kernels read them; [`attend_node`] computes a [`PartialRows`]; partials merge and finish. Inside:
 //! `block.rs` (a block of rows, and which family takes it), `rows.rs` and `queries.rs` (the families: rows broadcast, lanes =
-//! queries), `general.rs` (stages between products and weights: cap, biases of `bias.rs`, masks and other normalisers),
+//! queries), `score.rs` (functions of a query and a key, which transform rows by `project.rs`), `general.rs` (stages between products and weights: cap, biases of `bias.rs`, masks and other normalisers),
 //! `product.rs` (the register tile), `arithmetic.rs` (how it multiplies), `widen.rs` (whole pages in f32), `fold.rs` (the order
 //! of merges), `lanes.rs` and `arch/` (vectors), `dispatch.rs` (which ISA), `free_order.rs` (what the canonical order is
 //! measured against).
@@ -59,10 +59,12 @@ mod pages;
 mod partial;
 mod plane;
 mod product;
+mod project;
 mod quantise;
 mod queries;
 pub mod reference;
 mod rows;
+mod score;
 pub mod shape;
 pub mod slot;
 mod storage;
@@ -86,5 +88,7 @@ pub use operator::{EmptyRow, Operator, OperatorError, OperatorParts, Path};
 pub use pages::{KvHead, NonFinite};
 pub use partial::{FinishedRows, PartialRows};
 pub use plane::{BiasValue, DensePlane};
+pub use project::Linear;
+pub use score::{DefaultScale, FUNCTIONS, Function, Parameter, Score, ScoreError, Symbol, Tensor};
 pub use shape::{AttnShape, Dims, ShapeError};
 pub use storage::Storage;

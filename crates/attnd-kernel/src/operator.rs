@@ -3,20 +3,27 @@
 //! [`OperatorParts`] is what somebody asked for, [`Operator`] what makes sense for a shape. Another part is another field of
 //! the first, its check in [`Operator::new`], and its share in [`Operator::kernel_id`].
 
+mod transform;
+
 use std::sync::Arc;
 
+pub(crate) use self::transform::Queries;
 use crate::bias::{Bias, Ramp};
 use crate::canonical::{CANONICAL_NAN, query_factor};
 use crate::compute::Compute;
 use crate::dispatch::Kernels;
+use crate::general::reduce::Reducer;
 use crate::mask::{BatchMask, Causal, Mask, MaskError, Selection};
 use crate::normaliser::Normaliser;
 use crate::partial::{FinishedRows, PartialRows};
+use crate::score::{BoundScore, Score, ScoreError};
 use crate::shape::AttnShape;
 
 /// An operator as somebody typed it; [`Operator::new`] decides whether it makes sense.
 #[derive(Clone, Debug, PartialEq)]
 pub struct OperatorParts {
+    /// What relates a query to a key.
+    pub score: Score,
     /// What scores are multiplied by: any finite number, of either sign or 0.
     pub scale: f32,
     /// Scores become `cap * tanh(score / cap)`, before biases and masks; finite and over 0.
@@ -39,6 +46,7 @@ impl OperatorParts {
     /// A scale and a causal rule, and nothing else.
     pub fn plain(scale: f32, causal: Causal) -> Self {
         Self {
+            score: Score::default(),
             scale,
             softcap: None,
             biases: Vec::new(),
@@ -165,15 +173,34 @@ pub enum OperatorError {
         /// As given.
         logit: f32,
     },
+    /// An arithmetic that a score function doesn't have.
+    #[error("{compute} and score={function}")]
+    ComputeOfScore {
+        /// The arithmetic.
+        compute: &'static str,
+        /// The function.
+        function: &'static str,
+    },
+    /// The score function or its parameters make no sense for the shape.
+    #[error(transparent)]
+    Score(#[from] ScoreError),
     /// The mask makes no sense by itself or for the shape.
     #[error(transparent)]
     Mask(#[from] MaskError),
 }
 
 /// What a call computes beside its operands, checked. Cheap to clone.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug)]
 pub struct Operator {
     parts: OperatorParts,
+    /// Of the parts' score; none of what takes rows of any length as they are.
+    score: Option<BoundScore>,
+}
+
+impl PartialEq for Operator {
+    fn eq(&self, other: &Self) -> bool {
+        self.parts == other.parts
+    }
 }
 
 impl Operator {
@@ -213,13 +240,14 @@ impl Operator {
                 return Err(OperatorError::Sink { head, logit: sinks[head] });
             }
         }
-        Ok(Self { parts })
+        let score = Some(parts.score.bind(shape)?);
+        Ok(Self { parts, score })
     }
 
     /// A scale and a causal rule, which make sense for every shape. Scores of a scale that isn't finite are reported as
     /// overflows.
     pub fn plain(scale: f32, causal: Causal) -> Self {
-        Self { parts: OperatorParts::plain(scale, causal) }
+        Self { parts: OperatorParts::plain(scale, causal), score: None }
     }
 
     /// What scores are multiplied by.
@@ -230,7 +258,9 @@ impl Operator {
     /// Which kernels a call with this operator takes.
     pub fn path(&self) -> Path {
         let OperatorParts { softcap, biases, selection, normaliser, .. } = &self.parts;
-        let is_plain = softcap.is_none()
+        let is_dot = self.score.as_ref().is_none_or(|score| score.reducer() == Reducer::Dot);
+        let is_plain = is_dot
+            && softcap.is_none()
             && biases.is_empty()
             && selection.is_none()
             && *normaliser == Normaliser::Softmax;
@@ -240,15 +270,20 @@ impl Operator {
     /// Refuses an arithmetic that the operator's kernels don't have.
     ///
     /// # Errors
-    /// [`OperatorError::Together`] for dot products of narrow elements on the general path.
+    /// [`OperatorError::Together`] for dot products of narrow elements on the general path, and
+    /// [`OperatorError::ComputeOfScore`] for those of rows that aren't as they were sent.
     pub fn check_compute(&self, compute: Compute) -> Result<(), OperatorError> {
         let OperatorParts { softcap, biases, selection, .. } = &self.parts;
         let one = match compute {
-            _ if self.path() == Path::Plain => return Ok(()),
             Compute::F32 => return Ok(()),
+            _ if self.path() == Path::Plain && self.parts.score.is_scaled_dot() => return Ok(()),
             Compute::Bf16 => "compute=bf16",
             Compute::Int8 => "compute=int8",
         };
+        if !self.parts.score.is_scaled_dot() {
+            let function = self.parts.score.function().name;
+            return Err(OperatorError::ComputeOfScore { compute: one, function });
+        }
         let other = match (softcap, biases.first(), selection) {
             (Some(_), _, _) => "softcap",
             (None, Some(bias), _) => bias.name(),
@@ -325,6 +360,9 @@ impl Operator {
     /// Names the order of arithmetic of a call with this operator. What could be asked for before there were operators keeps
     /// the name it had; all else has a name that nodes of that time refuse.
     pub fn kernel_id(&self, compute: Compute) -> &'static str {
+        if !self.parts.score.is_scaled_dot() {
+            return kernel_id_of_scores(compute);
+        }
         let OperatorParts { scale, mask, sinks, empty_row, .. } = &self.parts;
         let plain = self.path() == Path::Plain
             && *scale > 0.0
@@ -389,5 +427,14 @@ impl Operator {
         };
         finished.fill(&unseen, CANONICAL_NAN);
         finished
+    }
+}
+
+/// Names the order of calls whose score isn't the scaled dot product that nodes have computed since there are operators.
+fn kernel_id_of_scores(compute: Compute) -> &'static str {
+    match compute {
+        Compute::F32 => "c1-f32-op3",
+        Compute::Bf16 => "c1-bf16-op3",
+        Compute::Int8 => "c1-int8-op3",
     }
 }

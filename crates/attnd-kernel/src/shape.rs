@@ -18,6 +18,7 @@ pub struct AttnShape {
     n_kv_heads: usize,
     n_queries: usize,
     n_keys: usize,
+    query_dim: usize,
     head_dim: usize,
     value_dim: usize,
 }
@@ -84,6 +85,7 @@ impl AttnShape {
             n_kv_heads: check("num_kv_heads", dims.kv_heads, MAX_HEADS)?,
             n_queries: check("q_len", dims.queries, MAX_QUERIES)?,
             n_keys: check("kv_len", dims.keys, MAX_KEYS)?,
+            query_dim: check("head_dim", dims.head_dim, MAX_DIM)?,
             head_dim: check("head_dim", dims.head_dim, MAX_DIM)?,
             value_dim: check("value_dim", dims.value_dim, MAX_DIM)?,
         };
@@ -92,6 +94,19 @@ impl AttnShape {
             return Err(ShapeError::GqaRatio { heads: shape.n_heads, kv_heads: shape.n_kv_heads });
         }
         Ok(shape)
+    }
+
+    /// The same with queries of another dimension than keys, for score functions that take them.
+    ///
+    /// # Errors
+    /// If it is zero or over its limit.
+    pub fn with_query_dim(self, query_dim: u64) -> Result<Self, ShapeError> {
+        let (field, limit) = ("query_dim", MAX_DIM);
+        match usize::try_from(query_dim) {
+            Ok(0) => Err(ShapeError::Zero { field }),
+            Ok(query_dim) if query_dim <= limit => Ok(Self { query_dim, ..self }),
+            _ => Err(ShapeError::Limit { field, got: query_dim, limit: limit as u64 }),
+        }
     }
 
     /// Independent problems.
@@ -114,7 +129,11 @@ impl AttnShape {
     pub fn n_keys(&self) -> usize {
         self.n_keys
     }
-    /// Dimension of queries and keys.
+    /// Dimension of queries.
+    pub fn query_dim(&self) -> usize {
+        self.query_dim
+    }
+    /// Dimension of keys, and of queries unless [`Self::with_query_dim`] said otherwise.
     pub fn head_dim(&self) -> usize {
         self.head_dim
     }
@@ -133,7 +152,7 @@ impl AttnShape {
     }
     /// Elements of Q, over the batch.
     pub fn q_elements(&self) -> u64 {
-        (self.batch * self.n_heads * self.n_queries) as u64 * self.head_dim as u64
+        (self.batch * self.n_heads * self.n_queries) as u64 * self.query_dim as u64
     }
     /// Elements of K, over the batch.
     pub fn k_elements(&self) -> u64 {

@@ -10,6 +10,15 @@ pub(crate) const TWO_LOG2_E: f32 = 2.0 * std::f32::consts::LOG2_E;
 /// Where tanh is 1 to the last place: `2^40 / (2^40 + 2)` rounds to it.
 pub(crate) const SATURATED: f32 = 40.0;
 
+/// Up to here an exponential `e^2x` of a row and one of a key have a product inside the range of f32.
+pub(crate) const FACTORED: f32 = 43.0;
+
+/// Where the larger of two terms `1 + e^2x` that share a division is cut: a tanh is 1 there to the last place.
+pub(crate) const SATURATED_SUM: f32 = (1_u64 << 30) as f32;
+
+/// Where the binary exponent of a flagged row's exponential is cut: beside any key that is not flagged, its tanh is 1 there.
+pub(crate) const FAR: f32 = 240.0;
+
 /// Rule 12: `tanh z = (e^2|z| - 1) / (e^2|z| + 1)` with the sign of `z`, from `e^2|z| - 1 = 2^n q + (2^n - 1)`, so that nothing cancels
 /// where `z` is small. Relative error at most 4.2 units roundoff; NaN stays NaN.
 #[cfg(test)]

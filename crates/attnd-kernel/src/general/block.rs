@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use super::reduce::Layout;
 use super::walk::Walk;
 use crate::bias::Ramp;
 use crate::block::{Place, QueryLayout, RowBlock, RowPartials, Seen, Visible};
@@ -29,8 +30,9 @@ pub(crate) struct RowTerms<'a> {
 
 /// A block whose rows are more than dot products of what they see.
 pub(crate) struct GeneralBlock<'a> {
-    /// Queries are packed as [`QueryLayout::general`] says, and times the factor of rule 1 or 11.
+    /// Queries are packed by the layout.
     pub(crate) rows: RowBlock<'a>,
+    pub(crate) layout: Layout,
     /// Of each row.
     pub(crate) terms: &'a [RowTerms<'a>],
     /// `fl(cap * log2 e)`, where scores are capped.
@@ -98,17 +100,10 @@ pub(crate) fn attend(
 }
 
 impl GeneralBlock<'_> {
-    /// Products of all rows with whole panels of a page around `vectors`.
-    pub(crate) fn products(
-        &self,
-        entries: &GeneralEntries,
-        k: &[f32],
-        vectors: &Range<usize>,
-        scores: &mut [f32],
-    ) {
-        let (n_rows, d) = (self.rows.visible.len(), self.rows.kv.head_dim());
+    /// Sums of all rows with whole panels of a page around `vectors`.
+    pub(crate) fn products(&self, k: &[f32], vectors: &Range<usize>, scores: &mut [f32]) {
         let panels = vectors.start / PANEL_KEYS..vectors.end.div_ceil(PANEL_KEYS);
-        entries.scores(self.rows.q, n_rows, d, k, panels, scores);
+        self.layout.scores(self.rows.q, k, panels, scores);
     }
 
     /// The keys of a page that a row sees.
@@ -139,7 +134,7 @@ impl Stages<'_> {
         let seen: Vec<PageBits> = (0..n_rows).map(|row| block.seen(&self.intervals, row, page)).collect();
         let vectors = seen.iter().fold(PageBits::default(), |hull, row| hull.or(row)).vectors();
 
-        block.products(self.entries, k, &vectors, self.scores);
+        block.products(k, &vectors, self.scores);
         let mut overflow = None;
         for (row, seen) in seen.iter().enumerate() {
             let s = row_of(self.scores, row);

@@ -5,10 +5,11 @@ use rand::{RngExt, SeedableRng};
 
 use super::{Case, Memory, bits, poison};
 use crate::bias::Ramp;
-use crate::block::{QueryLayout, RowBlock, RowPartials};
+use crate::block::{RowBlock, RowPartials};
 use crate::buffer::Buffer;
 use crate::dispatch::{Isa, Kernels};
 use crate::dtype::Dtype;
+use crate::general::reduce::{Layout, Reducer};
 use crate::general::{self, GeneralBlock, RowTerms};
 use crate::normaliser::Normaliser;
 use crate::pages::padded_columns;
@@ -44,11 +45,12 @@ fn planes(case: &Case, seed: u64, memory: Memory) -> [Option<DensePlane>; 2] {
 fn run(case: &Case, seed: u64, kernels: &Kernels, memory: Memory) -> [Vec<u32>; 3] {
     let (n_rows, d, dv) = (case.n_rows(), case.shape.head_dim(), case.shape.value_dim());
     let group = case.shape.group_size();
-    let layout = QueryLayout::general(n_rows, d, kernels);
+    let reducers = [Reducer::Dot, Reducer::Leaky { slope: 0.2 }, Reducer::Distance { width: 2.0 }];
+    let layout = Layout::new(reducers[seed as usize / 2 % 3], n_rows, d, 0.3, kernels);
     let rows: Vec<Buffer> = case.data.q.chunks(d).map(|row| memory.copy(row)).collect();
     let rows: Vec<&[f32]> = rows.iter().map(|row| &**row).collect();
     let mut q = memory.buffer(layout.words());
-    kernels.pack_queries(layout, &rows, 0.3, &mut q);
+    layout.pack(kernels, &rows, &rows, &mut q);
     let kv = case.resident(memory);
     let [mask, bias] = planes(case, seed, memory);
     let intervals = case.mask.of_batch(0, &case.shape);
@@ -66,6 +68,7 @@ fn run(case: &Case, seed: u64, kernels: &Kernels, memory: Memory) -> [Vec<u32>; 
         if seed.is_multiple_of(3) { Normaliser::Sigmoid { bias: -1.0 } } else { Normaliser::Softmax };
     let block = GeneralBlock {
         rows: RowBlock { q: &q, visible: &visible, kv: &kv, pages: &pages },
+        layout,
         terms: &terms,
         cap: (seed.is_multiple_of(5) || seed % 7 == 1).then_some(4.0),
         normaliser,

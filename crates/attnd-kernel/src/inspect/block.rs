@@ -10,10 +10,11 @@ use super::row::Moments;
 use super::top::{TopRows, merge_best};
 use super::{Pass, Sink};
 use crate::attend::{ScoreOverflow, with_scratch};
-use crate::block::{QueryLayout, RowBlock, Visible};
+use crate::block::{RowBlock, Visible};
 use crate::canonical::{finite_max, log2};
 use crate::dispatch::{GeneralEntries, InspectEntries};
 use crate::float_env::FloatEnvironment;
+use crate::general::reduce::Layout;
 use crate::general::{GeneralBlock, RowTerms, add_and_mask, row_of};
 use crate::mask::PageBits;
 use crate::normaliser::Normaliser;
@@ -62,10 +63,10 @@ impl Pass<'_> {
     pub(super) fn block(&self, rows: &Rows, pages: &[usize], sink: &Sink<'_>) {
         let call = self.call;
         let (shape, operator, kv) = (&call.shape, call.operator, call.kv);
-        let (n_rows, d) = (rows.len(), shape.head_dim());
+        let (n_rows, d) = (rows.len(), operator.packed_dim(shape));
         let mask = operator.mask_of_group(call.group, shape);
         let visible: Vec<Range<usize>> = (0..n_rows).map(|row| mask.visible(rows.place(row).1)).collect();
-        let layout = QueryLayout::general(n_rows, d, self.kernels);
+        let layout = Layout::new(operator.reducer(), n_rows, d, operator.factor(), self.kernels);
         let query_words = layout.words().next_multiple_of(16);
         let floats = query_words + n_rows * PAGE_KEYS + widened_floats(kv);
 
@@ -75,15 +76,17 @@ impl Pass<'_> {
             let (scores, widened) = memory.split_at_mut(n_rows * PAGE_KEYS);
             let of_row = |row: usize| {
                 let (head, token) = rows.place(row);
-                &call.q[(head * shape.n_queries() + token) * d..][..d]
+                self.queries.row(head, token)
             };
             let q = &mut q[..layout.words()];
             let of_rows = (0..n_rows).map(of_row).collect::<Vec<_>>();
-            self.kernels.pack_queries(layout, &of_rows, operator.factor(), q);
+            let weights_of = |row: usize| operator.weights(shape, call.group, rows.place(row).0);
+            layout.pack(self.kernels, &of_rows, &(0..n_rows).map(weights_of).collect::<Vec<_>>(), q);
             let terms: Vec<RowTerms<'_>> =
                 (0..n_rows).map(|row| call.terms(rows.place(row), &mask)).collect();
             let block = GeneralBlock {
                 rows: RowBlock { q, visible: &visible, kv, pages },
+                layout,
                 terms: &terms,
                 cap: operator.cap(),
                 normaliser: operator.normaliser(),
@@ -188,7 +191,7 @@ impl Walk<'_, '_> {
         if !vectors.is_empty() {
             let Some(view) = call.kv.page(page) else { panic!("page {page} is not resident") };
             let (k, _) = self.general.panels(call.kv, view, self.widened);
-            self.block.products(self.general, k, &vectors, self.scores);
+            self.block.products(k, &vectors, self.scores);
         }
         if seen.iter().any(|row| !row.is_empty()) {
             for collected in [&mut self.mass, &mut self.heat].into_iter().flatten() {

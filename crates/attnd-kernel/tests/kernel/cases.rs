@@ -212,7 +212,7 @@ impl Case {
 }
 
 /// What a row is when it comes out of `storage`, by the definition: scales are found by trying, quotients in f64.
-fn round_row(row: &mut [f32], storage: Storage) {
+pub(crate) fn round_row(row: &mut [f32], storage: Storage) {
     let (most, bits) = match storage {
         Storage::F32 => return,
         Storage::F16 => return row.iter_mut().for_each(|x| *x = half::f16::from_f32(*x).to_f32()),

@@ -12,3 +12,4 @@ mod laws;
 mod machine_code;
 mod masks;
 mod operators;
+mod scores;
