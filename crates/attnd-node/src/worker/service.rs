@@ -123,7 +123,7 @@ impl worker_server::Worker for WorkerService {
 
 #[cfg(test)]
 mod tests {
-    use attnd_kernel::{AttnShape, Causal, Dims, Dtype, Mask, Operator};
+    use attnd_kernel::{AttnShape, Causal, Dims, Dtype, Mask, Operator, Outputs, OutputsParts, Stage};
     use attnd_plan::{Capacity, CostModel, PlanRequest, WorkerChoice, WorkerId, plan};
 
     use super::*;
@@ -137,25 +137,39 @@ mod tests {
         let dims =
             Dims { batch: 2, heads: 4, kv_heads: 2, queries: 50, keys: 3000, head_dim: 65, value_dim: 33 };
         let shape = AttnShape::new(dims).unwrap();
-        for dtype in [Dtype::F32, Dtype::F16, Dtype::Bf16] {
+        let operator = Arc::new(Operator::plain(1.0, Causal::None));
+        let wanted = OutputsParts {
+            stages: vec![Stage::Weights],
+            top_k: 900,
+            heatmap: Some((40, 3000)),
+            heads: Some(1..4),
+            ..OutputsParts::default()
+        };
+        let wanted = Arc::new(Outputs::new(wanted, &shape, &operator).unwrap());
+        for (dtype, outputs) in
+            [(Dtype::F32, None), (Dtype::F16, None), (Dtype::Bf16, None), (Dtype::F32, Some(wanted))]
+        {
             for n in 1..=3 {
                 let workers_asked = WorkerChoice::Exactly(n);
-                let req = PlanRequest { shape, mask: Mask::default(), dtype, workers: workers_asked };
+                let (mask, outputs) = (Mask::default(), outputs.clone());
+                let req =
+                    PlanRequest { shape, mask, outputs: outputs.clone(), dtype, workers: workers_asked };
                 let plan = plan(&req, &workers, &CostModel::default()).unwrap();
                 for share in plan.shares {
                     let begin = ComputeBegin {
                         call_id: 1,
                         shape,
                         dtype,
-                        operator: Arc::new(Operator::plain(1.0, Causal::None)),
+                        operator: Arc::clone(&operator),
+                        outputs: outputs.clone(),
                         allow_non_finite: false,
                         pieces: share.pieces,
                         tokens_per_cell: plan.tokens_per_cell,
                     };
                     let layout = Layout { shape, dtype, check_finite: true };
                     let groups = intake::bytes_needed(&layout, &begin.pieces).unwrap();
-                    let all = groups + QUEUE as u64 * cell_bytes(&begin);
-                    assert_eq!(all, share.resident_bytes, "{dtype}, {n} workers");
+                    let all = groups + QUEUE as u64 * cell_bytes(&begin) + inspection_bytes(&begin);
+                    assert_eq!(all, share.resident_bytes, "{dtype}, {n} workers, {outputs:?}");
                 }
             }
         }

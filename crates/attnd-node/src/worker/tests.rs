@@ -164,6 +164,7 @@ impl Case {
             shape,
             dtype: Dtype::F32,
             operator: Arc::new(Operator::plain(0.5, Causal::BottomRight)),
+            outputs: None,
             allow_non_finite: false,
             pieces: vec![Piece { groups: 0..2, slots }],
             tokens_per_cell: 3,
@@ -255,6 +256,7 @@ async fn a_share_comes_back_as_the_partials_of_its_cells_and_leaves_no_memory() 
             .map(|reply| match reply {
                 ComputeReply::Partial(partial) => partial,
                 ComputeReply::Finished(_) => panic!("Finished twice"),
+                unasked => panic!("nobody asked for {unasked:?}"),
             })
             .collect();
         partials.sort_by_key(|p| (p.cell.group, p.cell.first_token, p.cell.node.slots().start));

@@ -42,6 +42,7 @@ fn begins() -> impl Strategy<Value = Begin> {
             dtype,
             forbid_empty_rows: forbid && operator.empty_row() == EmptyRow::Zero,
             operator,
+            outputs: None,
             allow_non_finite,
             workers,
         },
@@ -71,6 +72,7 @@ fn begin() -> Begin {
         shape: shape(),
         dtype: Dtype::F32,
         operator: Arc::new(Operator::plain(0.5, Causal::None)),
+        outputs: None,
         allow_non_finite: false,
         forbid_empty_rows: false,
         workers: WorkerChoice::Auto,
@@ -189,7 +191,7 @@ fn replies_must_make_sense() {
     let share = proto::Share { worker_id: "a b".into(), ..Default::default() };
     let planned = proto::Planned { shares: vec![share], ..Default::default() };
     assert_eq!(PlanSummary::decode(planned, &shape()).unwrap_err().reason, Reason::ReplyInvalid);
-    let error = AttendReply::decode(proto::AttendReply { part: None }, &shape()).unwrap_err();
+    let error = AttendReply::decode(proto::AttendReply { part: None }, &shape(), None).unwrap_err();
     assert_eq!(error.message(), "REPLY_INVALID: empty frame");
 }
 
@@ -242,7 +244,7 @@ proptest! {
             AttendReply::Context(context),
             AttendReply::Done(Done { empty_rows, timings, kernel_id: words }),
         ] {
-            prop_assert_eq!(AttendReply::decode(reply.clone().into(), &shape), Ok(reply));
+            prop_assert_eq!(AttendReply::decode(reply.clone().into(), &shape, None), Ok(reply));
         }
     }
 
@@ -253,7 +255,7 @@ proptest! {
             let _either = AttendRequest::decode(message, began.then_some(&begin));
         }
         if let Ok(message) = proto::AttendReply::decode(&bytes[..]) {
-            let _either = AttendReply::decode(message, &begin.shape);
+            let _either = AttendReply::decode(message, &begin.shape, None);
         }
     }
 

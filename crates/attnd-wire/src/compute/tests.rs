@@ -24,6 +24,7 @@ fn begin() -> ComputeBegin {
         shape: AttnShape::new(dims).unwrap(),
         dtype: Dtype::F32,
         operator: Arc::new(Operator::plain(0.5, Causal::None)),
+        outputs: None,
         allow_non_finite: false,
         pieces: vec![Piece { groups: 1..3, slots: 0..64 }],
         tokens_per_cell: 5,
@@ -111,8 +112,8 @@ fn a_partial_message_stays_under_the_limit() {
         value_dim: 512,
     };
     let shape = AttnShape::new(dims).unwrap();
-    assert_eq!(cell_tokens(3, &shape), Ok(3));
-    assert_eq!(cell_tokens(4, &shape).unwrap_err().message(), "PIECES: tokens_per_cell 4 not in 1..3");
+    assert_eq!(cell_tokens(3, &shape, None), Ok(3));
+    assert_eq!(cell_tokens(4, &shape, None).unwrap_err().message(), "PIECES: tokens_per_cell 4 not in 1..3");
 }
 
 #[test]
@@ -296,7 +297,7 @@ proptest! {
     ) {
         let pieces = vec![Piece { groups: 0..shape.n_groups(), slots: slots..64 }];
         let tokens_per_cell = shape.n_queries();
-        let begin = ComputeBegin { call_id, shape, dtype, operator, allow_non_finite, pieces, tokens_per_cell };
+        let begin = ComputeBegin { call_id, shape, dtype, operator, outputs: None, allow_non_finite, pieces, tokens_per_cell };
         let request = ComputeRequest::Begin(begin);
         prop_assert_eq!(ComputeRequest::decode(request.clone().into(), None), Ok(request));
     }
@@ -319,7 +320,7 @@ proptest! {
         let o = if o.is_nan() { 0.0 } else { o };
         let rows = PartialRows { value_dim, m: vec![m.into(); rows], l: vec![l; rows], o: vec![o; rows * value_dim] };
         let operator = Arc::new(Operator::plain(1.0, Causal::None));
-        let call = CallShape { shape, operator, allow_non_finite: false };
+        let call = CallShape { shape, operator, outputs: None, allow_non_finite: false };
         for reply in [
             ComputeReply::Partial(Partial { cell, rows }),
             ComputeReply::Finished(Finished { compute_seconds: seconds.into(), partials: seconds }),
@@ -337,7 +338,7 @@ proptest! {
         let tokens = shape.n_queries() - first_token;
         let group = group % shape.n_groups();
         let cell = CellId { group, node, first_token, tokens, keys: keys_in_slots(node.slots(), shape.n_keys()) };
-        let seen = keys_seen(&cell, &CallShape { shape, operator: Arc::clone(&operator), allow_non_finite: false });
+        let seen = keys_seen(&cell, &CallShape { shape, operator: Arc::clone(&operator), outputs: None, allow_non_finite: false });
         prop_assert_eq!(seen.len(), tokens);
         for (token, seen) in (first_token..).zip(seen) {
             let visible = operator.mask_of_group(group, &shape).visible(token);

@@ -1,6 +1,7 @@
 //! Every refusal has its exact text, code and outcome.
 
 use attnd_kernel::slot::Node;
+use attnd_plan::ReportError;
 use tonic::Code;
 
 use super::*;
