@@ -308,7 +308,7 @@ fn partial_messages_stay_near_half_a_mebibyte() {
     {
         let dims = Dims { batch: 1, heads, kv_heads, queries, keys: 1, head_dim: 1, value_dim };
         let shape = AttnShape::new(dims).unwrap();
-        let tokens = tokens_per_cell(&shape);
+        let tokens = tokens_per_cell(&shape, None);
         let bytes = shape.group_size() * tokens * (shape.value_dim() + 2) * 4;
         assert!(tokens >= 1 && tokens <= shape.n_queries());
         assert!(bytes <= CELL_BYTES || (tokens == 1 && bytes <= 6 << 20), "{dims:?}: {bytes}");
