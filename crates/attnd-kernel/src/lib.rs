@@ -21,7 +21,7 @@
 //! keys and values as the kernels read them; [`attend_node`] computes a [`PartialRows`]; partials merge and finish. Inside:
 //! `block.rs` (a block of rows, and which family takes it), `rows.rs` and `queries.rs` (the families: rows broadcast, lanes =
 //! queries), `general.rs` (stages between products and weights: cap, biases of `bias.rs`, masks and other normalisers),
-//! `product.rs` (the register tile), `arithmetic.rs` (how it multiplies), `widen.rs` (whole pages in f32), `fold.rs` (the order
+//! `inspect.rs` (what a second pass over the scores gives), `product.rs` (the register tile), `arithmetic.rs` (how it multiplies), `widen.rs` (whole pages in f32), `fold.rs` (the order
 //! of merges), `lanes.rs` and `arch/` (vectors), `dispatch.rs` (which ISA), `free_order.rs` (what the canonical order is
 //! measured against).
 //! This is the only crate of the project with unsafe code.
