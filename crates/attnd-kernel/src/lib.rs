@@ -78,7 +78,7 @@ pub use dispatch::{ISA_VARIABLE, Isa, IsaError, Kernels};
 pub use dtype::{Dtype, first_non_finite, widen};
 pub use inspect::{
     ElementTile, FinishedReport, Heat, NodeReport, Outputs, OutputsError, OutputsParts, Ranked, Rectangle,
-    ReportError, RowSums, Stage, inspect_node,
+    ReportError, RowSums, Stage, inspect_node, sink_weights,
 };
 pub use mask::{BatchMask, Causal, Documents, Mask, MaskError, PerBatch, Positions, Run, Selection, Window};
 pub use normaliser::Normaliser;

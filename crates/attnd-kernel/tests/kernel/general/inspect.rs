@@ -8,7 +8,7 @@ use std::num::NonZeroUsize;
 use attnd_kernel::slot::{N_SLOTS, Node};
 use attnd_kernel::{
     Causal, Compute, Kernels, Mask, NodeReport, Normaliser, Operator, OperatorParts, Outputs, OutputsParts,
-    Positions, Ranked, Rectangle, RowSums, Selection, Stage, inspect_node,
+    Positions, Ranked, Rectangle, RowSums, Selection, Stage, inspect_node, sink_weights,
 };
 use proptest::prelude::*;
 use rand::rngs::SmallRng;
@@ -178,9 +178,12 @@ fn weights_sum_to_one_less_the_sinks_share() {
             let view = look_whole(&request, &wanted, &sums, kernels);
             let finished = finish(&request, &wanted, &sums, &view);
             let means = view.report.heat.means(&wanted);
+            let row_sums = RowSums { m: &sums.m, l: &sums.l };
+            let shares = sink_weights(row_sums, &wanted, &request.operator(), 0);
             for row in 0..300 {
                 let log_sum = f64::from(sums.m[row]) + f64::from(sums.l[row]).log2();
                 let share = (f64::from(sink) * std::f64::consts::LOG2_E - log_sum).exp2();
+                assert!((f64::from(shares[row]) - share).abs() <= 1e-6 * share, "row {row}");
                 let total = |values: &[f32]| values.iter().map(|value| f64::from(*value)).sum::<f64>();
                 let elements: Vec<f32> =
                     (row * 5000..(row + 1) * 5000).map(|at| view.element(0, at)).collect();
