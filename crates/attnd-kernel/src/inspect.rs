@@ -36,7 +36,7 @@ pub use self::elements::ElementTile;
 use self::elements::Tiles;
 pub use self::heat::Heat;
 pub use self::outputs::{Outputs, OutputsError, OutputsParts, Rectangle, Stage};
-pub use self::report::{FinishedReport, NodeReport, ReportError, RowSums};
+pub use self::report::{FinishedReport, NodeReport, ReportError, RowSums, sink_weights};
 pub use self::top::Ranked;
 use crate::attend::{BLOCKS_PER_THREAD, GroupCall, Tree, split};
 use crate::block::BLOCK_ROWS;

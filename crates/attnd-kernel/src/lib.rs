@@ -20,8 +20,9 @@
 //! **Map.** [`slot`] and [`shape`] are the vocabulary; `mask.rs` makes an interval of keys for each row; [`KvHead`] holds
 //! keys and values as the kernels read them; [`attend_node`] computes a [`PartialRows`]; partials merge and finish. Inside:
 //! `block.rs` (a block of rows, and which family takes it), `rows.rs` and `queries.rs` (the families: rows broadcast, lanes =
-//! queries), `score.rs` (functions of a query and a key, which transform rows by `project.rs`), `general.rs` (stages between products and weights: cap, biases of `bias.rs`, masks and other normalisers),
-//! `product.rs` (the register tile), `arithmetic.rs` (how it multiplies), `widen.rs` (whole pages in f32), `fold.rs` (the order
+//! queries), `score.rs` (functions of a query and a key, which transform rows by `project.rs`), `general.rs` (stages between
+//! products and weights: cap, biases of `bias.rs`, masks and other normalisers), `inspect.rs` (what a second pass over the scores
+//! gives), `product.rs` (the register tile), `arithmetic.rs` (how it multiplies), `widen.rs` (whole pages in f32), `fold.rs` (the order
 //! of merges), `lanes.rs` and `arch/` (vectors), `dispatch.rs` (which ISA), `free_order.rs` (what the canonical order is
 //! measured against).
 //! This is the only crate of the project with unsafe code.
@@ -80,7 +81,7 @@ pub use dispatch::{ISA_VARIABLE, Isa, IsaError, Kernels};
 pub use dtype::{Dtype, first_non_finite, widen};
 pub use inspect::{
     ElementTile, FinishedReport, Heat, NodeReport, Outputs, OutputsError, OutputsParts, Ranked, Rectangle,
-    ReportError, RowSums, Stage, inspect_node,
+    ReportError, RowSums, Stage, inspect_node, sink_weights,
 };
 pub use mask::{BatchMask, Causal, Documents, Mask, MaskError, PerBatch, Positions, Run, Selection, Window};
 pub use normaliser::Normaliser;

@@ -44,6 +44,39 @@ pub(crate) unsafe fn panels<'m, L: Lanes>(
     }
 }
 
+/// What the widened keys of a page take, in f32s; nothing where pages are f32 already.
+pub(crate) fn widened_key_floats(kv: &KvHead) -> usize {
+    if kv.storage() == Storage::F32 { 0 } else { PAGE_KEYS * kv.head_dim() }
+}
+
+/// The K panels of a page in f32, as [`panels`] has them.
+///
+/// # Safety
+/// The ISA of `L` is enabled.
+///
+/// # Panics
+/// If `page` is none of `kv`, or `memory` has less than [`widened_key_floats`].
+#[inline(always)]
+pub(crate) unsafe fn key_panels<'m, L: Lanes>(
+    kv: &KvHead,
+    page: PageView<'m>,
+    memory: &'m mut [f32],
+) -> &'m [f32] {
+    let d = kv.head_dim();
+    let copy = &mut memory[..widened_key_floats(kv)];
+    // SAFETY: the ISA is enabled.
+    unsafe {
+        match kv.storage() {
+            Storage::F32 => return page.k,
+            Storage::F16 => widen_keys::<L, StoredF16>(page.k, page.key_scales, d, copy),
+            Storage::Bf16 => widen_keys::<L, StoredBf16>(page.k, page.key_scales, d, copy),
+            Storage::Int8 => widen_keys::<L, StoredInt8>(page.k, page.key_scales, d, copy),
+            Storage::Int4 => widen_keys::<L, StoredInt4>(page.k, page.key_scales, d, copy),
+        }
+    }
+    copy
+}
+
 /// # Safety
 /// The ISA of `L` is enabled.
 #[inline(always)]

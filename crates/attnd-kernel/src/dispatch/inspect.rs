@@ -7,12 +7,16 @@ use super::isa::Isa;
 use crate::arch;
 use crate::inspect::row::{self, Moments};
 use crate::mask::PageBits;
+use crate::pages::{KvHead, PageView};
 use crate::slot::PAGE_KEYS;
+use crate::widen::key_panels;
 
 type Row = [f32; PAGE_KEYS];
+type KeyPanels = for<'m> unsafe fn(&KvHead, PageView<'m>, &'m mut [f32]) -> &'m [f32];
 
 /// The entries of one ISA. [`Kernels::inspect`] hands them out only where the CPU has its features.
 pub(crate) struct InspectEntries {
+    key_panels: KeyPanels,
     weights: unsafe fn(&Row, Range<usize>, f32, &mut Row),
     segment_sums: unsafe fn(&Row, &[u16], &mut [f32]),
     moments: unsafe fn((&Row, &Row), Range<usize>, f32, f32, usize) -> Moments,
@@ -37,6 +41,12 @@ impl Kernels {
 
 /// SAFETY, of all calls below: possession of the table proves that the CPU has the ISA's features.
 impl InspectEntries {
+    /// [`key_panels`].
+    pub(crate) fn key_panels<'m>(&self, kv: &KvHead, page: PageView<'m>, memory: &'m mut [f32]) -> &'m [f32] {
+        // SAFETY: above.
+        unsafe { (self.key_panels)(kv, page, memory) }
+    }
+
     /// [`row::weights`].
     pub(crate) fn weights(&self, s: &Row, vectors: Range<usize>, shift: f32, p: &mut Row) {
         // SAFETY: above.
@@ -83,6 +93,11 @@ macro_rules! instantiate {
     ($table:ident, $lanes:ty $(, #[$features:meta])?) => {
         static $table: InspectEntries = {
             $(#[$features])?
+            unsafe fn key_panels_entry<'m>(kv: &KvHead, page: PageView<'m>, memory: &'m mut [f32]) -> &'m [f32] {
+                // SAFETY: the features are enabled on this function.
+                unsafe { key_panels::<$lanes>(kv, page, memory) }
+            }
+            $(#[$features])?
             unsafe fn weights_entry(s: &Row, vectors: Range<usize>, shift: f32, p: &mut Row) {
                 // SAFETY: the features are enabled on this function.
                 unsafe { row::weights::<$lanes>(s, vectors, shift, p) }
@@ -114,6 +129,7 @@ macro_rules! instantiate {
                 unsafe { row::at_least::<$lanes>(s, vectors, least) }
             }
             InspectEntries {
+                key_panels: key_panels_entry,
                 weights: weights_entry,
                 segment_sums: segment_sums_entry,
                 moments: moments_entry,

@@ -19,7 +19,7 @@ use crate::general::{GeneralBlock, RowTerms, add_and_mask, row_of};
 use crate::mask::PageBits;
 use crate::normaliser::Normaliser;
 use crate::slot::PAGE_KEYS;
-use crate::widen::widened_floats;
+use crate::widen::widened_key_floats;
 
 /// What is known of a row before the pass, and what its sums are multiplied by.
 struct Row {
@@ -68,7 +68,7 @@ impl Pass<'_> {
         let visible: Vec<Range<usize>> = (0..n_rows).map(|row| mask.visible(rows.place(row).1)).collect();
         let layout = Layout::new(operator.reducer(), n_rows, d, operator.factor(), self.kernels);
         let query_words = layout.words().next_multiple_of(16);
-        let floats = query_words + n_rows * PAGE_KEYS + widened_floats(kv);
+        let floats = query_words + n_rows * PAGE_KEYS + widened_key_floats(kv);
 
         let _standard = FloatEnvironment::standard();
         with_scratch(floats, |memory| {
@@ -190,7 +190,7 @@ impl Walk<'_, '_> {
         }
         if !vectors.is_empty() {
             let Some(view) = call.kv.page(page) else { panic!("page {page} is not resident") };
-            let (k, _) = self.general.panels(call.kv, view, self.widened);
+            let k = self.inspect.key_panels(call.kv, view, self.widened);
             self.block.products(k, &vectors, self.scores);
         }
         if seen.iter().any(|row| !row.is_empty()) {
@@ -237,7 +237,7 @@ impl Walk<'_, '_> {
             let (head_in_group, token) = place;
             self.overflow = first(self.overflow, Some(ScoreOverflow { head_in_group, token }));
         }
-        if tiles.have(Stage::Masked) {
+        if tiles.have(Stage::Masked) || tiles.have(Stage::Weights) {
             s[..vectors.start].fill(f32::NEG_INFINITY);
             s[vectors.end..].fill(f32::NEG_INFINITY);
             tiles.put(Stage::Masked, place, s, natural);
@@ -263,9 +263,15 @@ impl Walk<'_, '_> {
     fn weights(&mut self, row: usize, page: usize, vectors: &Range<usize>, moments: bool, tiles: &mut Tiles) {
         let Row { place, shift, l, position, mass: of_mass, heat: of_heat, line, .. } = self.rows[row];
         let (s, p) = (row_of(self.scores, row), &mut self.weights);
-        if !(l > 0.0) {
+        let has_weights = l > 0.0;
+        if !has_weights {
             let weight = if l.is_nan() { f32::NAN } else { 0.0 };
-            tiles.put(Stage::Weights, place, s, |_| weight);
+            tiles.put(
+                Stage::Weights,
+                place,
+                s,
+                |score| if score == f32::NEG_INFINITY { 0.0 } else { weight },
+            );
             return;
         }
         match self.block.normaliser {

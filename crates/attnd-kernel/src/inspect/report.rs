@@ -7,7 +7,7 @@ use super::outputs::{ENTROPY_UNIT, Outputs};
 use super::top::{Ranked, merge_best};
 use crate::attend::ScoreOverflow;
 use crate::canonical::functions::sigmoid;
-use crate::canonical::{CANONICAL_NAN, finite_max, weight};
+use crate::canonical::{CANONICAL_NAN, finite_max, query_factor, weight};
 use crate::float_env::FloatEnvironment;
 use crate::normaliser::Normaliser;
 use crate::operator::Operator;
@@ -267,6 +267,33 @@ impl NodeReport {
             max_score: self.max_score.iter().enumerate().map(|(row, max)| keep(row, natural(*max))).collect(),
         }
     }
+}
+
+/// The weights of a group's sinks, `[head, token]` of the heads that are wanted: what the weights of a row's keys lack to 1. Empty where
+/// there are no sinks.
+///
+/// # Panics
+/// If the sums aren't those of as many tokens for each head of the group.
+pub fn sink_weights(sums: RowSums<'_>, wanted: &Outputs, operator: &Operator, group: usize) -> Vec<f32> {
+    let Some(sinks) = operator.sinks() else { return Vec::new() };
+    let shape = wanted.shape();
+    let n_tokens = sums.m.len() / shape.group_size();
+    assert!(
+        sums.m.len() == shape.group_size() * n_tokens && sums.l.len() == sums.m.len(),
+        "sums of the rows"
+    );
+    let _standard = FloatEnvironment::standard();
+    let first_head = group % shape.n_kv_heads() * shape.group_size();
+    let of_head = |head: usize| {
+        let score = query_factor(sinks[first_head + head]);
+        let rows = sums.m.iter().zip(sums.l).skip(head * n_tokens).take(n_tokens);
+        rows.map(move |(m, l)| match *l {
+            l if l > 0.0 => weight(score, finite_max(*m)) / l,
+            l if l.is_nan() => CANONICAL_NAN,
+            _ => 0.0,
+        })
+    };
+    wanted.heads_of_group(group).flat_map(of_head).collect()
 }
 
 /// The overflow of the earlier token, then of the lower head.

@@ -2,6 +2,7 @@
 //! formulas in f64.
 
 mod formula;
+mod inspect;
 mod request;
 
 use attnd_kernel::slot::{N_SLOTS, Node};

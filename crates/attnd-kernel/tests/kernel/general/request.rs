@@ -150,16 +150,11 @@ impl Request {
         [mask.collect(), bias.collect()]
     }
 
-    fn compute(
-        &self,
-        kernels: &Kernels,
-        slots: &Range<usize>,
-        nodes: &[Node],
-        tokens: Range<usize>,
-    ) -> (Vec<PartialRows>, Option<(usize, usize)>) {
+    /// The call as the worker that owns `slots` makes it.
+    pub(super) fn with_call<T>(&self, slots: &Range<usize>, work: impl FnOnce(&GroupCall<'_>) -> T) -> T {
         let (kv, operator, planes) = (self.case.resident(slots.clone()), self.operator(), self.planes(slots));
         let [mask, bias] = planes.each_ref().map(|planes| planes.iter().collect::<Vec<_>>());
-        let call = GroupCall {
+        work(&GroupCall {
             shape: self.case.shape,
             operator: &operator,
             group: 0,
@@ -167,14 +162,25 @@ impl Request {
             kv: &kv,
             side: Side { mask: &mask, bias: &bias },
             compute: Effective::F32,
-        };
-        let mut overflow = None;
-        let partials = nodes.iter().map(|node| {
-            let (partial, found) = attend_node(kernels, &call, *node, tokens.clone());
-            overflow = overflow.or(found.err().map(|found| (found.head_in_group, found.token)));
-            partial
-        });
-        (partials.collect(), overflow)
+        })
+    }
+
+    fn compute(
+        &self,
+        kernels: &Kernels,
+        slots: &Range<usize>,
+        nodes: &[Node],
+        tokens: Range<usize>,
+    ) -> (Vec<PartialRows>, Option<(usize, usize)>) {
+        self.with_call(slots, |call| {
+            let mut overflow = None;
+            let partials = nodes.iter().map(|node| {
+                let (partial, found) = attend_node(kernels, call, *node, tokens.clone());
+                overflow = overflow.or(found.err().map(|found| (found.head_in_group, found.token)));
+                partial
+            });
+            (partials.collect(), overflow)
+        })
     }
 
     pub(super) fn partial(
