@@ -12,7 +12,7 @@ use crate::embedded::{LocalCluster, LocalOptions};
 use crate::exit::{BadInput, connect};
 use crate::output;
 use crate::progress::CallProgress;
-use crate::tensor_file::{self, Inputs, Output};
+use crate::tensor_file::{self, Inputs, Output, Source};
 
 /// Runs the verb.
 ///
@@ -20,13 +20,13 @@ use crate::tensor_file::{self, Inputs, Output};
 /// [`BadInput`] and the errors of reading files end the process with code 2, others with 1, among them a result that
 /// can't be written.
 pub async fn run(args: &AttendArgs) -> anyhow::Result<()> {
+    let sources = sources(args)?;
     let site = Site::of(args, |key| std::env::var(key).ok())?;
     if let Some(output) = &args.output {
         output.check().map_err(|error| BadInput::new(error.to_string()))?;
         let sinks = args.sinks.iter().map(|source| ("--sinks", source));
         let slopes = args.scores.alibi.iter().filter_map(Slopes::source).map(|source| ("--alibi", source));
-        let operands = [("--q", &args.q), ("--k", &args.k), ("--v", &args.v)];
-        for (option, source) in operands.into_iter().chain(sinks).chain(slopes) {
+        for (option, source) in sources.into_iter().chain(sinks).chain(slopes) {
             if output.is_file_of(source) {
                 let path = output.path().display();
                 let text =
@@ -36,7 +36,8 @@ pub async fn run(args: &AttendArgs) -> anyhow::Result<()> {
         }
     }
     let options = options(args)?;
-    let [q, k, v] = [tensor_file::read(&args.q)?, tensor_file::read(&args.k)?, tensor_file::read(&args.v)?];
+    let [(_, q), (_, k), (_, v)] = sources;
+    let [q, k, v] = [tensor_file::read(q)?, tensor_file::read(k)?, tensor_file::read(v)?];
     let inputs = tensor_file::assemble(q, k, v)?;
     inputs.notes.iter().for_each(|note| output::note(note));
 
@@ -58,6 +59,18 @@ pub async fn run(args: &AttendArgs) -> anyhow::Result<()> {
     let reported = report(args, &inputs, &attended, seconds, matches!(written, Some(Ok(()))));
     written.transpose()?;
     reported
+}
+
+/// Where the operands are, and the flags that say so.
+fn sources(args: &AttendArgs) -> Result<[(&'static str, &Source); 3], BadInput> {
+    let all = [("--q", &args.q), ("--k", &args.k), ("--v", &args.v)];
+    if let [(q, Some(of_q)), (k, Some(of_k)), (v, Some(of_v))] = all {
+        return Ok([(q, of_q), (k, of_k), (v, of_v)]);
+    }
+    // Without a request file the command line would have been refused.
+    let flag = all.iter().find(|(_, source)| source.is_none()).map_or("", |(flag, _)| flag);
+    let file = args.request.as_ref().map_or_else(String::new, |file| format!(" nor in {}", file.display()));
+    Err(BadInput::new(format!("{flag} is missing: not typed{file}")))
 }
 
 /// Where the call is computed.
