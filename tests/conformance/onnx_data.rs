@@ -58,6 +58,21 @@ impl Case {
         self.tensor(name).unwrap_or_else(|| panic!("{}: {name} is missing", self.name))
     }
 
+    /// The worst error over its tolerance: at most 1 is right. NaN is right nowhere.
+    pub(super) fn worst_ratio(&self, got: &[f64], wanted: &[f32]) -> f64 {
+        assert_eq!(got.len(), wanted.len(), "{}", self.name);
+        let ratio = |(got, wanted): (&f64, &f32)| {
+            let wanted = f64::from(*wanted);
+            let ratio = (got - wanted).abs() / (self.atol + self.rtol * wanted.abs());
+            match ratio {
+                _equal if *got == wanted => 0.0,
+                ratio if ratio.is_nan() => f64::INFINITY,
+                ratio => ratio,
+            }
+        };
+        got.iter().zip(wanted).map(ratio).fold(0.0, f64::max)
+    }
+
     /// A tensor that may be absent.
     pub(super) fn tensor(&self, name: &str) -> Option<&Tensor> {
         self.tensors.get(name)

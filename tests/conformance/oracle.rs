@@ -148,20 +148,7 @@ fn worst_ratio(case: &Case, fault: Option<Fault>) -> f64 {
     let qk = case.tensor("qk_matmul_output").map(|qk| Matrices::of(qk, None));
     assert_eq!(y.shape, [batch, heads, tokens, operands.v.shape[3]], "{}", case.name);
     let mut worst = 0.0_f64;
-    let mut compare = |got: &[f64], want: &[f32]| {
-        assert_eq!(got.len(), want.len(), "{}", case.name);
-        for (got, want) in got.iter().zip(want.iter().copied().map(f64::from)) {
-            let ratio = (got - want).abs() / (case.atol + case.rtol * want.abs());
-            let equal = *got == want;
-            worst = worst.max(if equal {
-                0.0
-            } else if ratio.is_nan() {
-                f64::INFINITY
-            } else {
-                ratio
-            });
-        }
-    };
+    let mut compare = |got: &[f64], want: &[f32]| worst = worst.max(case.worst_ratio(got, want));
     for (b, h, token) in rows {
         let row = row(case, &operands, fault, (b, h, token));
         compare(&row.context, y.row(b, h, token));

@@ -28,8 +28,8 @@ mod retry;
 mod upload;
 
 pub use attnd_kernel::{
-    AttnShape, Causal, Dims, Documents, Dtype, EmptyRow, Mask, OutputsParts, PerBatch, Positions, Rectangle,
-    Run, ShapeError, Stage, Window,
+    AttnShape, Causal, Dims, Documents, Dtype, EmptyRow, Mask, Normaliser, OutputsParts, PerBatch, Positions,
+    Rectangle, Run, ShapeError, Stage, Window, alibi_slopes,
 };
 pub use attnd_plan::WorkerChoice;
 pub use attnd_wire::deadline::MAX_TIMEOUT;
@@ -37,5 +37,5 @@ pub use attnd_wire::{ClusterStatus, Outcome, PlanSummary, Reason, ShareSummary, 
 pub use client::{Attended, Client, Progress};
 pub use error::ClientError;
 pub use inspected::Inspected;
-pub use operands::{AttendOptions, Operands};
+pub use operands::{Alibi, AttendOptions, Operands};
 pub use retry::MAX_ATTEMPTS;

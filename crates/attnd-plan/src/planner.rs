@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use attnd_kernel::slot::N_SLOTS;
-use attnd_kernel::{AttnShape, Dtype, Mask, Outputs};
+use attnd_kernel::{AttnShape, Dtype, Mask, Outputs, Path};
 
 use crate::cost::{CallCosts, CostModel, Load};
 use crate::inspection::{InspectionBytes, tokens_per_report};
@@ -35,6 +35,8 @@ pub struct PlanRequest {
     pub shape: AttnShape,
     /// Which keys its rows see; made for that shape.
     pub mask: Mask,
+    /// Which kernels it takes.
+    pub path: Path,
     /// What is wanted beside the context; `None` if nothing is.
     pub outputs: Option<Arc<Outputs>>,
     /// The type of Q, K and V on the wire, and of K and V on the workers.

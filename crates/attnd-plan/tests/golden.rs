@@ -256,7 +256,8 @@ impl World {
             (_, Some(exactly)) => WorkerChoice::Exactly(exactly as usize),
             _ => WorkerChoice::Auto,
         };
-        let req = PlanRequest { shape, mask: Mask::default(), outputs: None, dtype: Dtype::F32, workers };
+        let (mask, path, outputs) = (Mask::default(), attnd_kernel::Path::Plain, None);
+        let req = PlanRequest { shape, mask, path, outputs, dtype: Dtype::F32, workers };
         let plan = match plan(&req, &self.workers, &CostModel::default()) {
             Ok(plan) => plan,
             Err(error) => return vec![format!("refused: {error}")],

@@ -12,6 +12,7 @@ mod heatmap;
 mod logging;
 mod output;
 mod progress;
+mod request_file;
 mod table;
 mod tensor_file;
 mod verbs;
@@ -38,7 +39,8 @@ fn keep_message_buffers() {
 
 fn main() -> ExitCode {
     keep_message_buffers();
-    exit::conclude(run(&Cli::parse()))
+    let cli = request_file::with_request(Cli::parse(), std::env::args_os().collect());
+    exit::conclude(cli.map_err(Into::into).and_then(|cli| run(&cli)))
 }
 
 fn run(cli: &Cli) -> anyhow::Result<()> {

@@ -123,7 +123,7 @@ impl worker_server::Worker for WorkerService {
 
 #[cfg(test)]
 mod tests {
-    use attnd_kernel::{AttnShape, Causal, Dims, Dtype, Mask, Operator, Outputs, OutputsParts, Stage};
+    use attnd_kernel::{AttnShape, Causal, Dims, Dtype, Mask, Operator, Outputs, OutputsParts, Path, Stage};
     use attnd_plan::{Capacity, CostModel, PlanRequest, WorkerChoice, WorkerId, plan};
 
     use super::*;
@@ -150,10 +150,9 @@ mod tests {
             [(Dtype::F32, None), (Dtype::F16, None), (Dtype::Bf16, None), (Dtype::F32, Some(wanted))]
         {
             for n in 1..=3 {
-                let workers_asked = WorkerChoice::Exactly(n);
-                let (mask, outputs) = (Mask::default(), outputs.clone());
-                let req =
-                    PlanRequest { shape, mask, outputs: outputs.clone(), dtype, workers: workers_asked };
+                let (mask, workers) = (Mask::default(), WorkerChoice::Exactly(n));
+                let (path, outputs) = (Path::Plain, outputs.clone());
+                let req = PlanRequest { shape, mask, path, outputs: outputs.clone(), dtype, workers };
                 let plan = plan(&req, &workers, &CostModel::default()).unwrap();
                 for share in plan.shares {
                     let begin = ComputeBegin {

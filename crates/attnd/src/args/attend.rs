@@ -1,13 +1,15 @@
 //! The flags of `attnd attend`: where the tensors are, what to compute over them, and who computes it.
 
 use std::num::NonZeroUsize;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use attnd_client::{Causal, EmptyRow, Mask};
 use clap::{Args, ValueEnum};
 
 use super::mask::MaskArgs;
-use super::values::{parse_count, parse_scale, parse_seconds, parse_workers};
+use super::scores::ScoreArgs;
+use super::values::{parse_count, parse_finite, parse_seconds, parse_workers};
 use crate::tensor_file::{OutputPath, Source};
 
 /// Arguments of `attnd attend`.
@@ -17,33 +19,48 @@ SRC is file.npy, file.npz:NAME or file.safetensors:NAME. Tensors are [heads, tok
 [batch, heads, tokens, dim], f32, f16, bf16 or f64. Query heads must be a multiple of key/value heads.
 f64 is rounded to f32; f16 and bf16 travel as they are when all three inputs agree. Arithmetic is f32.
 
+A request file has texts, numbers, lists and true or false, and paths as flags have them, relative to the directory
+where attnd runs:
+  q = \"x.npz:q\"
+  causal = true
+  window = [4096, 0]
+
 Examples:
   attnd attend --workers 2 --q q.npy --k k.npy --v v.npy -o context.npy
   attnd attend --workers 2 --q x.npz:q --k x.npz:k --v x.npz:v --causal -o out.safetensors
   attnd attend --endpoint http://10.0.0.1:7400 --q a.safetensors:layer0.q --k a.safetensors:layer0.k \\
                --v a.safetensors:layer0.v --scale 0.125 --json
   attnd attend --workers 2 --q x.npz:q --k x.npz:k --v x.npz:v --causal --window 4096,0 --sinks x.npz:sinks
+  attnd attend --workers 2 --q x.npz:q --k x.npz:k --v x.npz:v --causal --softcap 50 --alibi auto
+  attnd attend --request call.toml --softcap 30 -o out.safetensors
   ATTND_ENDPOINT=http://10.0.0.1:7400 attnd attend --q q.npy --k k.npy --v v.npy")]
 pub struct AttendArgs {
+    /// Take options from FILE, which ends in .toml or .json and has them by the names of these flags. What is typed wins
+    /// over an option of that name, and over those that can't be used with it
+    #[arg(long, value_name = "FILE")]
+    pub request: Option<PathBuf>,
     /// Queries
-    #[arg(long, value_name = "SRC")]
-    pub q: Source,
+    #[arg(long, value_name = "SRC", required_unless_present = "request")]
+    pub q: Option<Source>,
     /// Keys
-    #[arg(long, value_name = "SRC")]
-    pub k: Source,
+    #[arg(long, value_name = "SRC", required_unless_present = "request")]
+    pub k: Option<Source>,
     /// Values
-    #[arg(long, value_name = "SRC")]
-    pub v: Source,
+    #[arg(long, value_name = "SRC", required_unless_present = "request")]
+    pub v: Option<Source>,
     /// Hide later keys: with bottom-right the last query sees every key, with top-left query i sees keys 0 to i,
     /// with offset as --offset says [without a value: bottom-right]
     #[arg(long, value_enum, value_name = "ALIGN", num_args = 0..=1, require_equals = true, default_missing_value = "bottom-right")]
     pub causal: Option<CausalAlign>,
     /// Factor on the scores, of either sign [default: 1 / sqrt(dim)]
-    #[arg(long, value_name = "X", value_parser = parse_scale, allow_hyphen_values = true)]
+    #[arg(long, value_name = "X", value_parser = parse_finite, allow_hyphen_values = true)]
     pub scale: Option<f32>,
     /// Which keys a query sees beside that.
     #[command(flatten)]
     pub mask: MaskArgs,
+    /// What scores meet between the products and the values.
+    #[command(flatten)]
+    pub scores: ScoreArgs,
     /// A logit for each query head, `[heads]`, that joins the sum of exponentials of each of its rows
     #[arg(long, value_name = "SRC")]
     pub sinks: Option<Source>,
@@ -157,6 +174,15 @@ mod tests {
     }
 
     #[test]
+    fn what_scores_meet_may_be_negative() {
+        let typed = attend(&["--softcap", "30", "--alibi", "-0.5,1", "--alibi-by-key", "--sigmoid", "-3"]);
+        let scores = typed.unwrap().scores;
+        assert_eq!((scores.softcap, scores.alibi_by_key, scores.sigmoid), (Some(30.0), true, Some(-3.0)));
+        assert_eq!(scores.alibi, Some(super::super::Slopes::Each(vec![-0.5, 1.0])));
+        assert_eq!(attend(&[]).unwrap().scores, ScoreArgs::default());
+    }
+
+    #[test]
     fn wrong_values_are_refused_with_exit_code_2() {
         for wrong in [
             &["--scale", "inf"][..],
@@ -165,6 +191,11 @@ mod tests {
             &["--chunk", "0"],
             &["--key-end", "-1"],
             &["--empty-row", "one"],
+            &["--softcap", "0"],
+            &["--softcap", "nan"],
+            &["--alibi", "x"],
+            &["--alibi-by-key"],
+            &["--sigmoid", "inf"],
             &["--timeout=-1"],
             &["--timeout", "0"],
             &["--timeout", "1e12"],

@@ -3,16 +3,16 @@
 use std::time::Instant;
 
 use anyhow::Context as _;
-use attnd_client::{AttendOptions, Attended, WorkerChoice};
+use attnd_client::{Alibi, AttendOptions, Attended, Normaliser, WorkerChoice};
 use serde::Serialize;
 
-use crate::args::{AttendArgs, ENDPOINT_ENV, EmptyRowArg, endpoint_or_env};
+use crate::args::{AttendArgs, ENDPOINT_ENV, EmptyRowArg, ScoreArgs, Slopes, endpoint_or_env};
 use crate::call_report::{PlanReport, TimingsReport, plan_table, timing_table};
 use crate::embedded::{LocalCluster, LocalOptions};
 use crate::exit::{BadInput, connect};
 use crate::output;
 use crate::progress::CallProgress;
-use crate::tensor_file::{self, Inputs, Output};
+use crate::tensor_file::{self, Inputs, Output, Source};
 
 /// Runs the verb.
 ///
@@ -20,13 +20,13 @@ use crate::tensor_file::{self, Inputs, Output};
 /// [`BadInput`] and the errors of reading files end the process with code 2, others with 1, among them a result that
 /// can't be written.
 pub async fn run(args: &AttendArgs) -> anyhow::Result<()> {
+    let sources = sources(args)?;
     let site = Site::of(args, |key| std::env::var(key).ok())?;
     if let Some(output) = &args.output {
         output.check().map_err(|error| BadInput::new(error.to_string()))?;
         let sinks = args.sinks.iter().map(|source| ("--sinks", source));
-        for (option, source) in
-            [("--q", &args.q), ("--k", &args.k), ("--v", &args.v)].into_iter().chain(sinks)
-        {
+        let slopes = args.scores.alibi.iter().filter_map(Slopes::source).map(|source| ("--alibi", source));
+        for (option, source) in sources.into_iter().chain(sinks).chain(slopes) {
             if output.is_file_of(source) {
                 let path = output.path().display();
                 let text =
@@ -36,7 +36,8 @@ pub async fn run(args: &AttendArgs) -> anyhow::Result<()> {
         }
     }
     let options = options(args)?;
-    let [q, k, v] = [tensor_file::read(&args.q)?, tensor_file::read(&args.k)?, tensor_file::read(&args.v)?];
+    let [(_, q), (_, k), (_, v)] = sources;
+    let [q, k, v] = [tensor_file::read(q)?, tensor_file::read(k)?, tensor_file::read(v)?];
     let inputs = tensor_file::assemble(q, k, v)?;
     inputs.notes.iter().for_each(|note| output::note(note));
 
@@ -58,6 +59,18 @@ pub async fn run(args: &AttendArgs) -> anyhow::Result<()> {
     let reported = report(args, &inputs, &attended, seconds, matches!(written, Some(Ok(()))));
     written.transpose()?;
     reported
+}
+
+/// Where the operands are, and the flags that say so.
+fn sources(args: &AttendArgs) -> Result<[(&'static str, &Source); 3], BadInput> {
+    let all = [("--q", &args.q), ("--k", &args.k), ("--v", &args.v)];
+    if let [(q, Some(of_q)), (k, Some(of_k)), (v, Some(of_v))] = all {
+        return Ok([(q, of_q), (k, of_k), (v, of_v)]);
+    }
+    // Without a request file the command line would have been refused.
+    let flag = all.iter().find(|(_, source)| source.is_none()).map_or("", |(flag, _)| flag);
+    let file = args.request.as_ref().map_or_else(String::new, |file| format!(" nor in {}", file.display()));
+    Err(BadInput::new(format!("{flag} is missing: not typed{file}")))
 }
 
 /// Where the call is computed.
@@ -93,10 +106,14 @@ fn options(args: &AttendArgs) -> anyhow::Result<AttendOptions> {
     let missing = || BadInput::new("--causal=offset needs --offset");
     let (causal, mask) = args.causal_and_mask().ok_or_else(missing)?;
     let sinks = args.sinks.as_ref().map(tensor_file::read_vector).transpose()?;
+    let normaliser = args.scores.sigmoid.map_or(Normaliser::Softmax, |bias| Normaliser::Sigmoid { bias });
     Ok(AttendOptions {
         scale: args.scale,
+        softcap: args.scores.softcap,
+        alibi: alibi(&args.scores)?,
         causal,
         mask,
+        normaliser,
         sinks: sinks.map(Into::into),
         empty_row: args.empty_row.into(),
         allow_non_finite: args.allow_non_finite,
@@ -104,6 +121,16 @@ fn options(args: &AttendArgs) -> anyhow::Result<AttendOptions> {
         timeout: Some(args.timeout),
         ..AttendOptions::default()
     })
+}
+
+fn alibi(scores: &ScoreArgs) -> anyhow::Result<Option<Alibi>> {
+    let slopes = match &scores.alibi {
+        None => return Ok(None),
+        Some(Slopes::Published) => None,
+        Some(Slopes::Each(slopes)) => Some(slopes.as_slice().into()),
+        Some(Slopes::File(source)) => Some(tensor_file::read_vector(source)?.into()),
+    };
+    Ok(Some(Alibi { slopes, by_key: scores.alibi_by_key }))
 }
 
 async fn call(endpoint: &str, options: &AttendOptions, inputs: &Inputs) -> anyhow::Result<(Attended, f64)> {
