@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-use attnd_client::{AttendOptions, Attended, Operands, WorkerChoice};
+use attnd_client::{AttendOptions, Attended, DenseTensor, Operands, WorkerChoice};
 use attnd_kernel::reference::{ReferenceRow, reference_row};
 use attnd_kernel::slot::{N_SLOTS, Node, PAGE_KEYS, keys_in_page, n_pages};
 use attnd_kernel::{
@@ -51,6 +51,10 @@ pub(crate) struct Case {
     pub(crate) scale: f32,
     /// Beside the causal rule.
     pub(crate) mask: Mask,
+    /// Of bools.
+    pub(crate) dense_mask: Option<DenseTensor>,
+    /// Of numbers.
+    pub(crate) dense_bias: Option<DenseTensor>,
     pub(crate) sinks: Option<Arc<[f32]>>,
     pub(crate) empty_row: EmptyRow,
     pub(crate) operands: Operands,
@@ -111,14 +115,17 @@ impl Case {
     /// A case of these operands, with a scale and a causal rule and nothing else.
     pub(crate) fn of(data: Data, causal: Causal, scale: f32, operands: Operands) -> Self {
         let (mask, empty_row) = (Mask::default(), EmptyRow::Zero);
-        Self { data, causal, scale, mask, sinks: None, empty_row, operands }
+        let (dense_mask, dense_bias) = (None, None);
+        Self { data, causal, scale, mask, dense_mask, dense_bias, sinks: None, empty_row, operands }
     }
 
     /// What is computed.
     pub(crate) fn operator(&self) -> Operator {
         let mask = attnd_wire::operator::with_causal(self.causal, self.mask.clone()).expect("one position");
         let (scale, sinks, empty_row) = (self.scale, self.sinks.clone(), self.empty_row);
-        let parts = OperatorParts { mask, sinks, empty_row, ..OperatorParts::plain(scale, Causal::None) };
+        let (selection, biases) = self.reads();
+        let plain = OperatorParts::plain(scale, Causal::None);
+        let parts = OperatorParts { mask, selection, biases, sinks, empty_row, ..plain };
         Operator::new(parts, self.shape()).unwrap_or_else(|error| panic!("{error}"))
     }
 
@@ -137,7 +144,8 @@ impl Case {
         };
         let operands = Operands { shape, dtype: Dtype::F32, q: widened(q), k: widened(k), v: widened(v) };
         let (mask, sinks) = (self.mask.clone(), self.sinks.clone());
-        Self { operands, mask, sinks, ..*self }
+        let (dense_mask, dense_bias) = (self.dense_mask.clone(), self.dense_bias.clone());
+        Self { operands, mask, dense_mask, dense_bias, sinks, ..*self }
     }
 
     pub(crate) fn shape(&self) -> &AttnShape {
@@ -150,6 +158,8 @@ impl Case {
             scale: Some(self.scale),
             causal: self.causal,
             mask: self.mask.clone(),
+            dense_mask: self.dense_mask.clone(),
+            dense_bias: self.dense_bias.clone(),
             sinks: self.sinks.clone(),
             empty_row: self.empty_row,
             allow_non_finite: self.data == Data::Poisoned,
@@ -177,9 +187,15 @@ impl Case {
         let operator = self.operator();
         let of_group = |group: usize| {
             let mask = operator.mask_of_group(group, shape);
-            (0..shape.n_queries()).filter(|token| mask.visible(*token).is_empty()).count()
+            let (batch, first) =
+                (group / shape.n_kv_heads(), group % shape.n_kv_heads() * shape.group_size());
+            let sees = |head: usize, token: usize| {
+                mask.visible(token).any(|key| self.shows(batch, first + head, token, key))
+            };
+            let of_head = |head: usize| (0..shape.n_queries()).filter(|token| !sees(head, *token)).count();
+            (0..shape.group_size()).map(of_head).sum::<usize>()
         };
-        (0..shape.n_groups()).map(|group| of_group(group) * shape.group_size()).sum::<usize>() as u64
+        (0..shape.n_groups()).map(of_group).sum::<usize>() as u64
     }
 
     /// Some rows: the first, the last and random ones.
@@ -242,13 +258,15 @@ impl Case {
         let bytes = q.len() * self.operands.dtype.size();
         widen(&self.operands.q[group * bytes..][..bytes], self.operands.dtype, &mut q);
         let operator = &self.operator();
+        let planes = self.planes(group);
+        let [mask, bias] = planes.each_ref().map(|planes| planes.iter().collect::<Vec<_>>());
         let call = GroupCall {
             shape,
             operator,
             group,
             q: &q,
             kv: &kv,
-            side: Side::default(),
+            side: Side { mask: &mask, bias: &bias },
             compute: Effective::F32,
         };
         let (partial, _overflow) = attend_node(kernels, &call, Node::ROOT, tokens);

@@ -24,15 +24,17 @@ mod context;
 mod error;
 mod operands;
 mod retry;
+mod side;
 mod upload;
 
 pub use attnd_kernel::{
     AttnShape, Causal, Dims, Documents, Dtype, EmptyRow, Mask, PerBatch, Positions, Run, ShapeError, Window,
 };
-pub use attnd_plan::WorkerChoice;
+pub use attnd_plan::{Element, WorkerChoice};
 pub use attnd_wire::deadline::MAX_TIMEOUT;
 pub use attnd_wire::{ClusterStatus, Outcome, PlanSummary, Reason, ShareSummary, Timings, WorkerStatus};
 pub use client::{Attended, Client, Progress};
 pub use error::ClientError;
 pub use operands::{AttendOptions, Operands};
 pub use retry::MAX_ATTEMPTS;
+pub use side::DenseTensor;

@@ -11,6 +11,7 @@ use attnd_kernel::{AttnShape, Dtype, KvHead};
 
 use crate::cost::CallCosts;
 use crate::planner::Piece;
+use crate::side::{SideLoad, Sides};
 
 /// A cut may move this fraction of a share away from the even point for nothing, to where fewer partials merge. Both
 /// ends of a share may, so a share is at most 4 % over its fair part. Measured speeds of workers wander by 5 to 10 %
@@ -35,10 +36,11 @@ pub(crate) struct Line {
     page_bytes: u64,
     query_bytes: u64,
     cell_bytes: u64,
+    sides: Vec<SideLoad>,
 }
 
 impl Line {
-    pub(crate) fn new(shape: &AttnShape, dtype: Dtype, tokens_per_cell: usize) -> Self {
+    pub(crate) fn new(shape: &AttnShape, dtype: Dtype, tokens_per_cell: usize, sides: &Sides) -> Self {
         let (mut keys_before, mut pages_before) = ([0; N_SLOTS + 1], [0; N_SLOTS + 1]);
         let (mut keys, mut pages) = (0, 0);
         for slot in 0..N_SLOTS {
@@ -62,6 +64,7 @@ impl Line {
             ),
             query_bytes: f32_bytes(shape.group_size() * shape.n_queries() * shape.head_dim()),
             cell_bytes: f32_bytes(shape.group_size() * tokens_per_cell * (shape.value_dim() + 2)),
+            sides: sides.iter().map(|layout| SideLoad::new(layout, shape)).collect(),
         }
     }
 
@@ -103,15 +106,29 @@ impl Line {
         .sum()
     }
 
-    /// Bytes that a worker must reserve for an interval: K and V in whole pages, in their type, Q in f32, and two cells of
-    /// partials, one being computed and one being sent.
+    /// Bytes of what travels beside Q, K and V that the worker of an interval gets.
+    pub(crate) fn side_bytes(&self, places: &Range<usize>) -> u64 {
+        let pieces = self.pieces(places);
+        self.sides.iter().map(|side| side.sent(&pieces)).sum()
+    }
+
+    /// Bytes that a worker must reserve for an interval: K and V in whole pages, in their type, Q in f32, two cells of
+    /// partials, one being computed and one being sent, and its parts of the side tensors.
     pub(crate) fn resident_bytes(&self, places: &Range<usize>) -> u64 {
         if places.is_empty() {
             return 0;
         }
+        let sides = match &self.sides[..] {
+            [] => 0,
+            sides => {
+                let pieces = self.pieces(places);
+                sides.iter().map(|side| side.resident(&pieces)).sum()
+            }
+        };
         self.pages(places) * self.page_bytes
             + self.groups(places) as u64 * self.query_bytes
             + 2 * self.cell_bytes
+            + sides
     }
 
     /// An interval as rectangles of groups and slots.

@@ -7,6 +7,7 @@ use attnd_kernel::{AttnShape, Dtype, Mask};
 
 use crate::cost::{CallCosts, CostModel, Load};
 use crate::line::{Hand, Line};
+use crate::side::Sides;
 use crate::topology::{Capacity, WorkerId};
 
 /// Bytes of `o`, `m` and `l` that a partial message aims at.
@@ -35,6 +36,8 @@ pub struct PlanRequest {
     pub mask: Mask,
     /// The type of Q, K and V on the wire, and of K and V on the workers.
     pub dtype: Dtype,
+    /// What travels beside Q, K and V; made for that shape.
+    pub sides: Sides,
     /// How many workers it may use.
     pub workers: WorkerChoice,
 }
@@ -61,7 +64,8 @@ pub struct Share {
     pub pieces: Vec<Piece>,
     /// Bytes of K and V that it receives.
     pub kv_bytes: u64,
-    /// Bytes that it must reserve: K and V in whole pages as they were sent, Q and two cells of partials in f32.
+    /// Bytes that it must reserve: K and V in whole pages as they were sent, Q and two cells of partials in f32, and its parts
+    /// of what travels beside them.
     pub resident_bytes: u64,
 }
 
@@ -159,7 +163,7 @@ impl<'a> Planner<'a> {
         Self {
             shape: req.shape,
             dtype: req.dtype,
-            line: Line::new(&req.shape, req.dtype, tokens_per_cell),
+            line: Line::new(&req.shape, req.dtype, tokens_per_cell, &req.sides),
             costs: CallCosts::new(costs, &req.shape, &req.mask, req.dtype, tokens_per_cell),
             tokens_per_cell,
             alive: alive.len(),
@@ -214,6 +218,7 @@ impl<'a> Planner<'a> {
                 groups: (groups / n).max(1),
                 nodes: (groups / n).max(1),
                 cut_runs: cut_pages / n as u64,
+                side_bytes: self.line.side_bytes(&(0..self.line.len().div_ceil(n))),
                 gflops: worker.speed(),
             })
             .collect();
@@ -246,6 +251,7 @@ impl<'a> Planner<'a> {
                 groups: self.line.groups(places),
                 nodes: self.line.nodes(places),
                 cut_runs: self.line.cut_runs(places),
+                side_bytes: self.line.side_bytes(places),
                 gflops: worker.speed(),
             })
             .collect();

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use attnd_kernel::slot::{Node, PAGE_KEYS, keys_in_slots, n_pages, slot_of_page};
 use attnd_kernel::{AttnShape, Compute, Dtype, Operator, PartialRows};
-use attnd_plan::{CellId, Piece, Tensor};
+use attnd_plan::{AnyTensor, CellId, Piece, Sides, Tensor};
 use bytes::Bytes;
 
 use crate::attend::{Begin, Commit};
@@ -13,7 +13,7 @@ use crate::convert::{self, quantity, small};
 use crate::error::{Error, Reason};
 use crate::floats::{self, checksum};
 use crate::limits::MESSAGE_BYTES;
-use crate::operator::Encoded;
+use crate::operator::{self, Encoded};
 use crate::{proto, refusal};
 
 /// One frame to a worker.
@@ -39,6 +39,8 @@ pub struct ComputeBegin {
     pub dtype: Dtype,
     /// What is computed, made for that shape.
     pub operator: Arc<Operator>,
+    /// What comes beside Q, K and V, made for that shape: the tensors that the operator reads.
+    pub sides: Sides,
     /// NaN and infinities pass unexamined.
     pub allow_non_finite: bool,
     /// Kv groups times slots: at least one, all inside the call, disjoint.
@@ -47,18 +49,19 @@ pub struct ComputeBegin {
     pub tokens_per_cell: usize,
 }
 
-/// A run of bytes of one head of one operand.
+/// A run of bytes of one head of one operand, or of one part of what comes beside them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SliceChunk {
     /// Place in the stream, from 0.
     pub index: u32,
-    /// Which operand.
-    pub tensor: Tensor,
-    /// Query head for Q, kv head for K and V, flattened over the batch; its group is in the share.
+    /// Which tensor: an operand, or one of [`ComputeBegin::sides`].
+    pub tensor: AnyTensor,
+    /// Query head for Q, kv head for K and V, flattened over the batch; its group is in the share. Of a side tensor, index into
+    /// what [`attnd_plan::SideLayout::parts`] gives for the share, which is for whoever takes the bytes to check.
     pub head: usize,
-    /// Where the run begins in that head's `[tokens, dim]` matrix, in bytes; a whole number of elements.
+    /// Where the run begins in that head's `[tokens, dim]` matrix, or in the part's, in bytes; a whole number of elements.
     pub offset: u64,
-    /// Whole elements, at least one, inside of the matrix; the checksum was right.
+    /// Whole elements, at least one, inside of the matrix of a head; the checksum was right.
     pub data: Bytes,
 }
 
@@ -154,6 +157,7 @@ impl TryFrom<proto::ComputeBegin> for ComputeBegin {
         let shape = convert::shape(message.shape)?;
         let dtype = convert::dtype(message.dtype)?;
         let encoded = Encoded { scale: message.scale, causal: message.causal, operator: message.operator };
+        let sides = encoded.sides(&shape)?;
         let operator = encoded.decode(&shape)?;
         // What a newer coordinator says beyond that is lost here, but not in the name.
         let kernel_id = operator.kernel_id(Compute::F32);
@@ -165,6 +169,7 @@ impl TryFrom<proto::ComputeBegin> for ComputeBegin {
             shape,
             dtype,
             operator,
+            sides,
             allow_non_finite: message.allow_non_finite,
             pieces: convert::pieces(message.pieces, shape.n_groups())?,
             tokens_per_cell: cell_tokens(message.tokens_per_cell, &shape)?,
@@ -185,7 +190,7 @@ fn cell_tokens(tokens: u32, shape: &AttnShape) -> Result<usize, Error> {
 
 impl From<ComputeBegin> for proto::ComputeBegin {
     fn from(begin: ComputeBegin) -> Self {
-        let Encoded { scale, causal, operator } = Encoded::from(&*begin.operator);
+        let Encoded { scale, causal, operator } = Encoded::new(&begin.operator, &begin.sides);
         Self {
             call_id: begin.call_id,
             shape: Some((&begin.shape).into()),
@@ -205,29 +210,36 @@ impl SliceChunk {
     /// Decodes a run of a head of the call that `begun` describes.
     ///
     /// # Errors
-    /// [`Reason::Tensor`], [`Reason::PayloadLength`], [`Reason::Checksum`], and [`Reason::Pieces`] for a head of a
-    /// group that isn't in the share.
+    /// [`Reason::Tensor`], also for one that the call doesn't have, [`Reason::PayloadLength`], [`Reason::Checksum`], and
+    /// [`Reason::Pieces`] for a head of a group that isn't in the share.
     pub fn decode(message: proto::SliceChunk, begun: &ComputeBegin) -> Result<Self, Error> {
         let tensor = convert::tensor(message.tensor)?;
-        convert::chunk_data(message.index, &message.data, &[], Some(message.crc32c), begun.dtype)?;
+        let element = operator::element_bytes(tensor, begun.dtype, &begun.sides)?;
+        convert::chunk_data(message.index, &message.data, &[], Some(message.crc32c), element)?;
         let head = convert::size(message.head);
-        let group = if tensor == Tensor::Q { head / begun.shape.group_size() } else { head };
+        let (index, offset, data) = (message.index, message.offset, message.data);
+        let (group, layout) = match tensor {
+            AnyTensor::Operand(operand @ Tensor::Q) => {
+                (head / begun.shape.group_size(), operand.layout(&begun.shape))
+            }
+            AnyTensor::Operand(operand) => (head, operand.layout(&begun.shape)),
+            AnyTensor::Side(_) if !offset.is_multiple_of(element as u64) => {
+                let text = format!("{tensor} part {head}: {} bytes at {offset}", data.len());
+                return Err(Error::new(Reason::PayloadLength, text));
+            }
+            AnyTensor::Side(_) => return Ok(Self { index, tensor, head, offset, data }),
+        };
         if !begun.pieces.iter().any(|piece| piece.groups.contains(&group)) {
             return Err(Error::new(Reason::Pieces, format!("{tensor} head {head} is not in this share")));
         }
-        let element = begun.dtype.size();
-        let (_, tokens, dim) = tensor.layout(&begun.shape);
+        let (_, tokens, dim) = layout;
         let matrix = (tokens * dim * element) as u64;
-        let end = message.offset.checked_add(message.data.len() as u64);
-        if !message.offset.is_multiple_of(element as u64) || end.is_none_or(|end| end > matrix) {
-            let run = format!(
-                "{tensor} head {head}: {} bytes at {} of {matrix}",
-                message.data.len(),
-                message.offset
-            );
+        let end = offset.checked_add(data.len() as u64);
+        if !offset.is_multiple_of(element as u64) || end.is_none_or(|end| end > matrix) {
+            let run = format!("{tensor} head {head}: {} bytes at {offset} of {matrix}", data.len());
             return Err(Error::new(Reason::PayloadLength, run));
         }
-        Ok(Self { index: message.index, tensor, head, offset: message.offset, data: message.data })
+        Ok(Self { index, tensor, head, offset, data })
     }
 }
 
@@ -302,11 +314,12 @@ impl Partial {
         let (m, l) = (floats::from_bytes(&message.m), floats::from_bytes(&message.l));
         let o = floats::from_bytes(&message.o);
         let seen = keys_seen(&cell, call);
+        let is_bound = operator::hides_single_keys(&call.operator);
         // Rows are ordered [head in group, token]: the same counts for each head.
         let rows = m.iter().zip(&l).zip(seen.iter().cycle());
         let impossible = rows
             .enumerate()
-            .find(|(_, ((m, l), seen))| !is_possible(**m, **l, **seen, call.allow_non_finite));
+            .find(|(_, ((m, l), seen))| !is_possible(**m, **l, **seen, is_bound, call.allow_non_finite));
         if let Some((row, ((m, l), seen))) = impossible {
             return Err(invalid(format!("row {row} has m {m}, l {l} over {seen} keys")));
         }
@@ -361,16 +374,16 @@ fn keys_seen(cell: &CellId, call: &CallShape) -> Vec<usize> {
     seen.collect()
 }
 
-/// Whether a kernel can have made a row with this maximum and this sum over `seen` visible keys.
+/// Whether a kernel can have made a row with this maximum and this sum over `seen` visible keys, or up to so many.
 ///
 /// The maximum is an integer, so the weight of the largest score is at least `2^-0.5`, and none is over `2^0.5`. Finite
 /// operands have finite scores, so a row is empty if and only if it sees no key.
-fn is_possible(m: f32, l: f32, seen: usize, allow_non_finite: bool) -> bool {
+fn is_possible(m: f32, l: f32, seen: usize, is_bound: bool, allow_non_finite: bool) -> bool {
     let empty = m == f32::NEG_INFINITY && l == 0.0;
     let most = 1.42 * seen as f32;
     let regular = m.is_finite() && m.fract() == 0.0 && (0.7..=most).contains(&l);
     if !allow_non_finite {
-        return if seen == 0 { empty } else { regular };
+        return if seen == 0 { empty } else { regular || (is_bound && empty) };
     }
     let poisoned = m.is_nan() || m == f32::INFINITY || !l.is_finite();
     empty || regular || poisoned

@@ -5,15 +5,20 @@ use std::num::NonZeroUsize;
 use std::sync::Arc;
 
 use attnd_kernel::{
-    AttnShape, Causal, EmptyRow, Mask, MaskError, Operator, OperatorError, OperatorParts, Path, PerBatch,
-    Positions, Window,
+    AttnShape, Bias, Causal, EmptyRow, Mask, MaskError, Normaliser, Operator, OperatorError, OperatorParts,
+    PerBatch, Positions, Selection, Window,
 };
+use attnd_plan::Sides;
 
 use crate::convert::{self, small};
 use crate::error::{Error, Reason};
 use crate::{proto, refusal};
 
+pub(crate) mod dense;
 mod documents;
+
+pub(crate) use dense::element_bytes;
+pub use dense::hides_single_keys;
 
 /// The fields of a Begin that an operator is in.
 #[derive(Clone, Debug, PartialEq)]
@@ -27,7 +32,13 @@ impl From<&Operator> for Encoded {
     /// # Panics
     /// If the operator has parts that no message holds yet, because to leave them out would be to compute something else.
     fn from(operator: &Operator) -> Self {
-        assert_eq!(operator.path(), Path::Plain, "only operators of the plain path travel");
+        let is_dense = operator.biases().iter().all(|bias| *bias == Bias::Dense);
+        let is_known =
+            is_dense && operator.softcap().is_none() && operator.normaliser() == Normaliser::Softmax;
+        assert!(
+            is_known,
+            "no caps, no other biases than dense ones, and no other normaliser than softmax travel"
+        );
         let mask = operator.mask();
         let positions = match &mask.positions {
             None => proto::Positions::Unspecified,
@@ -48,6 +59,8 @@ impl From<&Operator> for Encoded {
         };
         let more = proto::Operator {
             mask: mask.as_causal().is_none().then(|| encode_mask(mask, positions)),
+            // Those of dense tensors are with what travels beside.
+            biases: Vec::new(),
             sinks: operator.sinks().unwrap_or_default().to_vec(),
             empty_row: empty_row.into(),
         };
@@ -57,14 +70,36 @@ impl From<&Operator> for Encoded {
 }
 
 impl Encoded {
+    /// An operator, and what travels beside it.
+    ///
+    /// # Panics
+    /// If the operator reads other tensors than these.
+    pub(crate) fn new(operator: &Operator, sides: &Sides) -> Self {
+        let mut encoded = Self::from(operator);
+        dense::encode(operator, sides, &mut encoded.operator);
+        encoded
+    }
+
+    /// Decodes what travels beside the operator.
+    ///
+    /// # Errors
+    /// [`Reason::Count`], [`Reason::Dtype`], [`Reason::Combination`], [`Reason::Operator`].
+    pub(crate) fn sides(&self, shape: &AttnShape) -> Result<Sides, Error> {
+        dense::decode(self.operator.as_ref(), shape)
+    }
+
     /// Decodes the operator of a call of `shape`.
     ///
     /// # Errors
     /// [`Reason::Causal`], [`Reason::Scale`], [`Reason::Combination`], and [`Reason::Operator`] for everything else.
     pub(crate) fn decode(self, shape: &AttnShape) -> Result<Arc<Operator>, Error> {
         let (causal, aligned) = causal(self.causal)?;
-        let proto::Operator { mask, sinks, empty_row } = self.operator.unwrap_or_default();
-        let mask = decode_mask(mask.unwrap_or_default(), causal, aligned, shape)?;
+        let proto::Operator { mask, biases, sinks, empty_row } = self.operator.unwrap_or_default();
+        let mask = mask.unwrap_or_default();
+        let selection = mask.dense.is_some().then_some(Selection::Dense);
+        let mask = decode_mask(mask, causal, aligned, shape)?;
+        convert::count("biases", biases.len())?;
+        let biases = biases.into_iter().enumerate().map(decode_bias).collect::<Result<Vec<Bias>, Error>>()?;
         let empty_row = match proto::EmptyRow::try_from(empty_row) {
             Ok(proto::EmptyRow::Zero) => EmptyRow::Zero,
             Ok(proto::EmptyRow::Nan) => EmptyRow::Nan,
@@ -72,8 +107,17 @@ impl Encoded {
         };
         let sinks = (!sinks.is_empty()).then(|| sinks.into());
         let plain = OperatorParts::plain(self.scale, Causal::None);
-        let parts = OperatorParts { mask, sinks, empty_row, ..plain };
+        let parts = OperatorParts { biases, mask, selection, sinks, empty_row, ..plain };
         Operator::new(parts, shape).map(Arc::new).map_err(Into::into)
+    }
+}
+
+fn decode_bias((at, bias): (usize, proto::Bias)) -> Result<Bias, Error> {
+    match bias.kind {
+        Some(proto::bias::Kind::Dense(_)) => Ok(Bias::Dense),
+        None => {
+            Err(Error::new(Reason::Operator, format!("biases[{at}] is of no kind that this version knows")))
+        }
     }
 }
 
@@ -176,6 +220,8 @@ fn encode_mask(mask: &Mask, positions: proto::Positions) -> proto::Mask {
         key_end: encode_lengths(mask.key_end.as_ref()),
         query_end: encode_lengths(mask.query_end.as_ref()),
         documents: mask.documents.as_deref().map(documents::encode),
+        // With what travels beside.
+        dense: None,
     }
 }
 
@@ -185,8 +231,18 @@ fn decode_mask(
     aligned: proto::Positions,
     shape: &AttnShape,
 ) -> Result<Mask, Error> {
-    let proto::Mask { positions, offsets, window, chunk, prefix, key_begin, key_end, query_end, documents } =
-        message;
+    let proto::Mask {
+        positions,
+        offsets,
+        window,
+        chunk,
+        prefix,
+        key_begin,
+        key_end,
+        query_end,
+        documents,
+        dense: _,
+    } = message;
     let typed = proto::Positions::try_from(positions)
         .map_err(|_unknown| Error::new(Reason::Operator, format!("mask.positions {positions}")))?;
     let unspecified = proto::Positions::Unspecified;

@@ -90,8 +90,9 @@ async fn plan(
     hopeless_over: Option<u64>,
 ) -> Result<VerifiedPlan, Error> {
     let capacities: Vec<Capacity> = workers.iter().map(|worker| worker.capacity.clone()).collect();
-    let &Begin { shape, dtype, workers, ref operator, .. } = begin;
-    let request = PlanRequest { shape, mask: operator.mask().clone(), dtype, workers };
+    let &Begin { shape, dtype, workers, ref operator, ref sides, .. } = begin;
+    let (mask, sides) = (operator.mask().clone(), sides.clone());
+    let request = PlanRequest { shape, mask, dtype, sides, workers };
     let costs = hub.costs;
     let planned = hub.pool.run(move || {
         let plan = attnd_plan::plan(&request, &capacities, &costs);
@@ -122,6 +123,7 @@ async fn open(
             shape: begin.shape,
             dtype: begin.dtype,
             operator: Arc::clone(&begin.operator),
+            sides: begin.sides.clone(),
             allow_non_finite: begin.allow_non_finite,
             pieces: share.pieces.clone(),
             tokens_per_cell: plan.tokens_per_cell,

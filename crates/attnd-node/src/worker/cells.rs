@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use attnd_kernel::{Effective, GroupCall, Kernels, Side};
-use attnd_plan::{CellId, filled_nodes};
+use attnd_plan::{CellId, SideTensor, filled_nodes};
 use attnd_wire::{ComputeBegin, ComputeReply, Error, Partial, Reason, proto, refusal};
 use futures::StreamExt;
 use tokio::sync::mpsc;
@@ -16,6 +16,7 @@ use tokio_stream::wrappers::ReceiverStream;
 
 use super::assembly::Operands;
 use super::budget::Reservation;
+use super::side::SidePlanes;
 use super::slices::Slicer;
 use crate::compute_pool::{BusyClock, ComputePool, WorkError};
 
@@ -41,6 +42,7 @@ pub(crate) struct Call {
 pub(crate) struct ReadyGroup {
     pub(crate) group: usize,
     pub(crate) operands: Operands,
+    pub(crate) planes: Arc<SidePlanes>,
     pub(crate) _memory: Reservation,
 }
 
@@ -116,13 +118,15 @@ fn kernel(call: &Call, ready: &ReadyGroup, cell: CellId) -> Option<Result<proto:
     let _busy = call.busy.enter();
     let &ComputeBegin { shape, ref operator, allow_non_finite, .. } = &call.begin;
     let Operands { q, kv } = &ready.operands;
+    let planes = |tensor| ready.planes.of_group(tensor, cell.group, &kv.slots(), &shape);
+    let (mask, bias) = (planes(SideTensor::Mask), planes(SideTensor::Bias));
     let group = GroupCall {
         shape,
         operator,
         group: cell.group,
         q,
         kv,
-        side: Side::default(),
+        side: Side { mask: &mask, bias: &bias },
         compute: Effective::F32,
     };
     let wanted = || !call.cancelled.load(Ordering::Relaxed);

@@ -40,14 +40,14 @@ impl WorkerService {
         let begin = read_begin(&mut inbound, deadline).await?;
         tracing::Span::current().record("call_id", begin.call_id);
         let layout = Layout { shape: begin.shape, dtype: begin.dtype, check_finite: !begin.allow_non_finite };
-        let groups_need = intake::bytes_needed(&layout, &begin.pieces)?;
+        let groups_need = intake::bytes_needed(&layout, &begin.sides, &begin.pieces)?;
         let cells_need = QUEUE as u64 * cell_bytes(&begin);
         let mut memory = self
             .gauges
             .budget
             .reserve(groups_need.saturating_add(cells_need))
             .map_err(|over| refusal::kv_budget(over.need, over.free))?;
-        let intake = Intake::new(layout, &begin.pieces, &mut memory);
+        let intake = Intake::new(layout, &begin.sides, &begin.pieces, &mut memory);
         let groups = begin.pieces.iter().map(|piece| piece.groups.len()).sum();
 
         let call = Arc::new(Call {
@@ -109,7 +109,10 @@ impl worker_server::Worker for WorkerService {
 #[cfg(test)]
 mod tests {
     use attnd_kernel::{AttnShape, Causal, Dims, Dtype, Mask, Operator};
-    use attnd_plan::{Capacity, CostModel, PlanRequest, WorkerChoice, WorkerId, plan};
+    use attnd_plan::{
+        Capacity, CostModel, Element, PlanRequest, SideLayout, SideTensor, Sides, WorkerChoice, WorkerId,
+        plan,
+    };
 
     use super::*;
 
@@ -122,10 +125,27 @@ mod tests {
         let dims =
             Dims { batch: 2, heads: 4, kv_heads: 2, queries: 50, keys: 3000, head_dim: 65, value_dim: 33 };
         let shape = AttnShape::new(dims).unwrap();
-        for dtype in [Dtype::F32, Dtype::F16, Dtype::Bf16] {
+        let float = Element::Float(Dtype::F16);
+        let dense = |tensor, element, dims| SideLayout::dense(tensor, element, dims, &shape).unwrap();
+        let beside = [
+            Sides::default(),
+            Sides::new(vec![dense(SideTensor::Mask, Element::Bool, [1, 1, 50, 3000])]).unwrap(),
+            Sides::new(vec![
+                dense(SideTensor::Mask, Element::Bool, [2, 4, 1, 999]),
+                dense(SideTensor::Bias, float, [1, 4, 50, 2000]),
+            ])
+            .unwrap(),
+        ];
+        for (dtype, sides) in [Dtype::F32, Dtype::F16, Dtype::Bf16].into_iter().zip(beside) {
             for n in 1..=3 {
                 let workers_asked = WorkerChoice::Exactly(n);
-                let req = PlanRequest { shape, mask: Mask::default(), dtype, workers: workers_asked };
+                let req = PlanRequest {
+                    shape,
+                    mask: Mask::default(),
+                    dtype,
+                    sides: sides.clone(),
+                    workers: workers_asked,
+                };
                 let plan = plan(&req, &workers, &CostModel::default()).unwrap();
                 for share in plan.shares {
                     let begin = ComputeBegin {
@@ -133,12 +153,13 @@ mod tests {
                         shape,
                         dtype,
                         operator: Arc::new(Operator::plain(1.0, Causal::None)),
+                        sides: sides.clone(),
                         allow_non_finite: false,
                         pieces: share.pieces,
                         tokens_per_cell: plan.tokens_per_cell,
                     };
                     let layout = Layout { shape, dtype, check_finite: true };
-                    let groups = intake::bytes_needed(&layout, &begin.pieces).unwrap();
+                    let groups = intake::bytes_needed(&layout, &begin.sides, &begin.pieces).unwrap();
                     let all = groups + QUEUE as u64 * cell_bytes(&begin);
                     assert_eq!(all, share.resident_bytes, "{dtype}, {n} workers");
                 }

@@ -33,7 +33,7 @@ pub(crate) fn planned(call: &AnyCall, most_keys: u64) -> Option<(AttnShape, Plan
 }
 
 fn request(shape: AttnShape, workers: WorkerChoice) -> PlanRequest {
-    PlanRequest { shape, mask: Mask::default(), dtype: Dtype::F32, workers }
+    PlanRequest { shape, mask: Mask::default(), dtype: Dtype::F32, sides: Sides::default(), workers }
 }
 
 /// Workers whose memory is their fraction of `need` bytes; all of it for an infinite need.
@@ -56,7 +56,7 @@ fn shape(kv_heads: u64, queries: u64, keys: u64) -> AttnShape {
 }
 
 fn whole_need(shape: &AttnShape) -> u64 {
-    let line = Line::new(shape, Dtype::F32, tokens_per_cell(shape));
+    let line = Line::new(shape, Dtype::F32, tokens_per_cell(shape), &Sides::default());
     line.resident_bytes(&(0..line.len()))
 }
 
@@ -128,7 +128,7 @@ proptest! {
     #[test]
     fn messages_of_cut_groups_are_counted_as_they_are_routed(call in any_call()) {
         let Some((shape, plan)) = planned(&call, 1 << 18) else { return Ok(()) };
-        let line = Line::new(&shape, Dtype::F32, plan.tokens_per_cell);
+        let line = Line::new(&shape, Dtype::F32, plan.tokens_per_cell, &Sides::default());
         let bytes = Tensor::K.bytes(&shape, 4);
         let runs = Router::new(&plan, &shape, 4).route(Tensor::K, 0, bytes as usize);
         let head_bytes = bytes as usize / shape.n_groups();

@@ -23,6 +23,7 @@ Examples:
   attnd attend --endpoint http://10.0.0.1:7400 --q a.safetensors:layer0.q --k a.safetensors:layer0.k \\
                --v a.safetensors:layer0.v --scale 0.125 --json
   attnd attend --workers 2 --q x.npz:q --k x.npz:k --v x.npz:v --causal --window 4096,0 --sinks x.npz:sinks
+  attnd attend --workers 2 --q x.npz:q --k x.npz:k --v x.npz:v --attn-mask mask.npy --bias x.npz:bias
   ATTND_ENDPOINT=http://10.0.0.1:7400 attnd attend --q q.npy --k k.npy --v v.npy")]
 pub struct AttendArgs {
     /// Queries
@@ -44,6 +45,13 @@ pub struct AttendArgs {
     /// Which keys a query sees beside that.
     #[command(flatten)]
     pub mask: MaskArgs,
+    /// Which keys a query sees of those that other rules leave: bools, `[batch, heads, queries, keys]` or its last
+    /// dimensions, each but keys may be 1; keys that are missing are not seen. Numbers are added to scores instead
+    #[arg(long, value_name = "SRC")]
+    pub attn_mask: Option<Source>,
+    /// Numbers to add to scores, of the same dimensions; -inf hides a key
+    #[arg(long, value_name = "SRC")]
+    pub bias: Option<Source>,
     /// A logit for each query head, `[heads]`, that joins the sum of exponentials of each of its rows
     #[arg(long, value_name = "SRC")]
     pub sinks: Option<Source>,
@@ -165,6 +173,8 @@ mod tests {
             &["--chunk", "0"],
             &["--key-end", "-1"],
             &["--empty-row", "one"],
+            &["--attn-mask", "mask.npz"],
+            &["--bias", "bias.txt"],
             &["--timeout=-1"],
             &["--timeout", "0"],
             &["--timeout", "1e12"],

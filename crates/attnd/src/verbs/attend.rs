@@ -12,7 +12,7 @@ use crate::embedded::{LocalCluster, LocalOptions};
 use crate::exit::{BadInput, connect};
 use crate::output;
 use crate::progress::CallProgress;
-use crate::tensor_file::{self, Inputs, Output};
+use crate::tensor_file::{self, Inputs, Output, Source};
 
 /// Runs the verb.
 ///
@@ -23,9 +23,9 @@ pub async fn run(args: &AttendArgs) -> anyhow::Result<()> {
     let site = Site::of(args, |key| std::env::var(key).ok())?;
     if let Some(output) = &args.output {
         output.check().map_err(|error| BadInput::new(error.to_string()))?;
-        let sinks = args.sinks.iter().map(|source| ("--sinks", source));
-        for (option, source) in
-            [("--q", &args.q), ("--k", &args.k), ("--v", &args.v)].into_iter().chain(sinks)
+        let more = [("--sinks", &args.sinks), ("--attn-mask", &args.attn_mask), ("--bias", &args.bias)];
+        let more = more.into_iter().filter_map(|(option, source)| Some((option, source.as_ref()?)));
+        for (option, source) in [("--q", &args.q), ("--k", &args.k), ("--v", &args.v)].into_iter().chain(more)
         {
             if output.is_file_of(source) {
                 let path = output.path().display();
@@ -93,10 +93,13 @@ fn options(args: &AttendArgs) -> anyhow::Result<AttendOptions> {
     let missing = || BadInput::new("--causal=offset needs --offset");
     let (causal, mask) = args.causal_and_mask().ok_or_else(missing)?;
     let sinks = args.sinks.as_ref().map(tensor_file::read_vector).transpose()?;
+    let dense = |source: &Option<Source>| source.as_ref().map(tensor_file::read_dense).transpose();
     Ok(AttendOptions {
         scale: args.scale,
         causal,
         mask,
+        dense_mask: dense(&args.attn_mask)?,
+        dense_bias: dense(&args.bias)?,
         sinks: sinks.map(Into::into),
         empty_row: args.empty_row.into(),
         allow_non_finite: args.allow_non_finite,
