@@ -71,7 +71,7 @@ async fn dimensions_and_types_that_make_no_sense() {
         (mask(F32, [1; 4]), "OPERATOR: mask.dense is f32: a mask is bool, and a mask of numbers is a bias"),
         (mask(0, [1; 4]), "DTYPE: 0"),
         (two(bias(F32, [1; 4])), "COMBINATION: bias.dense twice"),
-        (two(proto::Bias { kind: None }), "OPERATOR: biases[1] is of no kind that this version knows"),
+        (two(proto::Bias { kind: None }), "OPERATOR: biases[1] is of no kind that this node knows"),
     ] {
         let frames = small().with(|begin| begin.operator = Some(operator.clone())).frames();
         scene.refuses(text, frames, &Refusal::invalid(text)).await;

@@ -36,7 +36,7 @@ pub(crate) fn random_bias(shape: [usize; 4], dtype: Dtype, rng: &mut SmallRng) -
     let n = shape.iter().product::<usize>();
     let mut value = || match rng.random_range(0..20_u32) {
         0 => f32::NEG_INFINITY,
-        1 => lowest(dtype),
+        1 => lowest_of(dtype),
         2 => -1e4,
         _ => rng.random_range(-3.0..3.0_f32),
     };
@@ -48,8 +48,13 @@ pub(crate) fn random_bias(shape: [usize; 4], dtype: Dtype, rng: &mut SmallRng) -
     DenseTensor { element: Element::Float(dtype), shape, bytes }
 }
 
-/// The lowest finite number of a type.
-pub(crate) fn lowest(dtype: Dtype) -> f32 {
+/// The lowest finite number of a bias's type.
+pub(super) fn lowest(bias: &DenseTensor) -> f32 {
+    let Element::Float(dtype) = bias.element else { panic!("no numbers: {}", bias.element) };
+    lowest_of(dtype)
+}
+
+fn lowest_of(dtype: Dtype) -> f32 {
     match dtype {
         Dtype::F32 => f32::MIN,
         Dtype::F16 => f16::MIN.to_f32(),
@@ -58,7 +63,7 @@ pub(crate) fn lowest(dtype: Dtype) -> f32 {
 }
 
 /// The elements of a bias.
-pub(crate) fn numbers(tensor: &DenseTensor) -> Vec<f32> {
+pub(super) fn numbers(tensor: &DenseTensor) -> Vec<f32> {
     let Element::Float(dtype) = tensor.element else { panic!("no numbers: {}", tensor.element) };
     let mut numbers = vec![0.0; tensor.bytes.len() / dtype.size()];
     widen(&tensor.bytes, dtype, &mut numbers);
@@ -130,7 +135,7 @@ impl Case {
     }
 
     /// Whether the dense tensors let a query see a key: said of one element.
-    pub(crate) fn shows(&self, batch: usize, head: usize, token: usize, key: usize) -> bool {
+    pub(super) fn shows(&self, batch: usize, head: usize, token: usize, key: usize) -> bool {
         self.tensors().all(|(_, DenseTensor { element, shape, bytes })| {
             let along = |size: usize, at: usize| if size == 1 { 0 } else { at };
             let row = (along(shape[0], batch) * shape[1] + along(shape[1], head)) * shape[2];
@@ -143,7 +148,7 @@ impl Case {
                 Element::Float(dtype) => {
                     let mut value = [0.0];
                     widen(&bytes[at..at + element.size()], *dtype, &mut value);
-                    value[0] > lowest(*dtype)
+                    value[0] > lowest_of(*dtype)
                 }
             }
         })

@@ -307,7 +307,7 @@ impl NodeTask<'_> {
             token,
             mask: Side::of_head(side.mask, head),
             bias: Side::of_head(side.bias, head),
-            ramp: operator.ramp(of_batch, mask.position(token)),
+            ramp: operator.ramp(of_batch, token, mask),
         }
     }
 }

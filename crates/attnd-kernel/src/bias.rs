@@ -4,12 +4,13 @@
 //! | bias | value for query token at position `p`, key `j` |
 //! |---|---|
 //! | [`Bias::Dense`] | an element of a tensor, which travels beside the call |
-//! | [`Bias::Alibi`] | `fl(-m * abs(p - j))`, or `fl(m * j)` |
+//! | [`Bias::Alibi`] | `fl(-m * abs(p - j))`, or `fl(m * (j - first))` |
 
 mod alibi;
 
 use std::sync::Arc;
 
+pub use self::alibi::alibi_slopes;
 pub(crate) use self::alibi::{Ramp, fill_ramp};
 
 /// A kind of bias and its parameters.
@@ -21,7 +22,8 @@ pub enum Bias {
     Alibi {
         /// Of each head, `[heads]`, or of each head of each batch element, `[batch * heads]`. Finite.
         slopes: Arc<[f32]>,
-        /// `+m * j` instead of `-m * abs(p - j)` (BLOOM, MPT): under a causal mask the same weights, and another lse.
+        /// `+m * (j - first)` instead of `-m * abs(p - j)` (BLOOM, MPT): under a causal mask the same weights, and another lse.
+        /// `first` is the first key that is no padding, in the document of the query.
         by_key: bool,
     },
 }
@@ -32,6 +34,14 @@ impl Bias {
         match self {
             Self::Dense => 0,
             Self::Alibi { .. } => 1,
+        }
+    }
+
+    /// Whether it is about where queries stand among the keys.
+    pub(crate) fn uses_positions(&self) -> bool {
+        match self {
+            Self::Dense => false,
+            Self::Alibi { by_key, .. } => !by_key,
         }
     }
 

@@ -68,7 +68,7 @@ mod storage;
 mod widen;
 
 pub use attend::{GroupCall, ScoreOverflow, Side, attend_node};
-pub use bias::Bias;
+pub use bias::{Bias, alibi_slopes};
 pub use buffer::OutOfMemory;
 pub use calibrate::{ReadArea, core_ghz};
 pub use canonical::KERNEL_ID;

@@ -275,13 +275,9 @@ impl World {
             (_, Some(exactly)) => WorkerChoice::Exactly(exactly as usize),
             _ => WorkerChoice::Auto,
         };
-        let req = PlanRequest {
-            shape,
-            mask: Mask::default(),
-            dtype: Dtype::F32,
-            sides: self.sides.clone(),
-            workers,
-        };
+        let (mask, path) = (Mask::default(), attnd_kernel::Path::Plain);
+        let sides = self.sides.clone();
+        let req = PlanRequest { shape, mask, path, dtype: Dtype::F32, sides, workers };
         let plan = match plan(&req, &self.workers, &CostModel::default()) {
             Ok(plan) => plan,
             Err(error) => return vec![format!("refused: {error}")],

@@ -5,8 +5,8 @@ use std::num::NonZeroUsize;
 use std::sync::Arc;
 
 use attnd_kernel::{
-    AttnShape, Bias, Causal, EmptyRow, Mask, MaskError, Normaliser, Operator, OperatorError, OperatorParts,
-    PerBatch, Positions, Selection, Window,
+    AttnShape, Causal, EmptyRow, Mask, MaskError, Operator, OperatorError, OperatorParts, PerBatch,
+    Positions, Selection, Window,
 };
 use attnd_plan::Sides;
 
@@ -16,6 +16,7 @@ use crate::{proto, refusal};
 
 pub(crate) mod dense;
 mod documents;
+mod scores;
 
 pub(crate) use dense::element_bytes;
 pub use dense::hides_single_keys;
@@ -29,16 +30,8 @@ pub(crate) struct Encoded {
 }
 
 impl From<&Operator> for Encoded {
-    /// # Panics
-    /// If the operator has parts that no message holds yet, because to leave them out would be to compute something else.
+    /// All of it but the dense tensors, which are with what travels beside.
     fn from(operator: &Operator) -> Self {
-        let is_dense = operator.biases().iter().all(|bias| *bias == Bias::Dense);
-        let is_known =
-            is_dense && operator.softcap().is_none() && operator.normaliser() == Normaliser::Softmax;
-        assert!(
-            is_known,
-            "no caps, no other biases than dense ones, and no other normaliser than softmax travel"
-        );
         let mask = operator.mask();
         let positions = match &mask.positions {
             None => proto::Positions::Unspecified,
@@ -58,9 +51,10 @@ impl From<&Operator> for Encoded {
             EmptyRow::Nan => proto::EmptyRow::Nan,
         };
         let more = proto::Operator {
+            softcap: operator.softcap(),
+            biases: scores::encode_biases(operator.biases()),
+            normaliser: scores::encode_normaliser(operator.normaliser()),
             mask: mask.as_causal().is_none().then(|| encode_mask(mask, positions)),
-            // Those of dense tensors are with what travels beside.
-            biases: Vec::new(),
             sinks: operator.sinks().unwrap_or_default().to_vec(),
             empty_row: empty_row.into(),
         };
@@ -94,30 +88,22 @@ impl Encoded {
     /// [`Reason::Causal`], [`Reason::Scale`], [`Reason::Combination`], and [`Reason::Operator`] for everything else.
     pub(crate) fn decode(self, shape: &AttnShape) -> Result<Arc<Operator>, Error> {
         let (causal, aligned) = causal(self.causal)?;
-        let proto::Operator { mask, biases, sinks, empty_row } = self.operator.unwrap_or_default();
+        let proto::Operator { softcap, mask, biases, normaliser, sinks, empty_row } =
+            self.operator.unwrap_or_default();
         let mask = mask.unwrap_or_default();
         let selection = mask.dense.is_some().then_some(Selection::Dense);
         let mask = decode_mask(mask, causal, aligned, shape)?;
-        convert::count("biases", biases.len())?;
-        let biases = biases.into_iter().enumerate().map(decode_bias).collect::<Result<Vec<Bias>, Error>>()?;
         let empty_row = match proto::EmptyRow::try_from(empty_row) {
             Ok(proto::EmptyRow::Zero) => EmptyRow::Zero,
             Ok(proto::EmptyRow::Nan) => EmptyRow::Nan,
             Err(_) => return Err(Error::new(Reason::Operator, format!("empty_row {empty_row}"))),
         };
+        let biases = scores::decode_biases(biases)?;
+        let normaliser = scores::decode_normaliser(normaliser)?;
         let sinks = (!sinks.is_empty()).then(|| sinks.into());
         let plain = OperatorParts::plain(self.scale, Causal::None);
-        let parts = OperatorParts { biases, mask, selection, sinks, empty_row, ..plain };
+        let parts = OperatorParts { softcap, biases, mask, selection, normaliser, sinks, empty_row, ..plain };
         Operator::new(parts, shape).map(Arc::new).map_err(Into::into)
-    }
-}
-
-fn decode_bias((at, bias): (usize, proto::Bias)) -> Result<Bias, Error> {
-    match bias.kind {
-        Some(proto::bias::Kind::Dense(_)) => Ok(Bias::Dense),
-        None => {
-            Err(Error::new(Reason::Operator, format!("biases[{at}] is of no kind that this version knows")))
-        }
     }
 }
 

@@ -22,7 +22,7 @@ use crate::shape::AttnShape;
 pub struct Mask {
     /// Whether keys behind a query's position are hidden.
     pub causal: bool,
-    /// Where queries stand on the axis of the keys; needed by `causal`, `window` and `chunk`.
+    /// Where queries stand on the axis of the keys; needed by `causal`, `window` and `chunk`, and by biases of the distance.
     pub positions: Option<Positions>,
     /// How far from its position a query sees.
     pub window: Window,
@@ -260,6 +260,11 @@ impl Mask {
         self.check_alignment(shape)
     }
 
+    /// Whether some rule is about where queries stand.
+    pub(crate) fn uses_positions(&self) -> bool {
+        self.causal || self.window != Window::default() || self.chunk.is_some()
+    }
+
     /// Refuses rules about positions where nobody said which and it matters.
     fn check_alignment(&self, shape: &AttnShape) -> Result<(), MaskError> {
         if self.causal {
@@ -344,6 +349,12 @@ impl BatchMask<'_> {
             Some(runs) => DocumentRun::of_token(runs, token).position(token, self.from_the_end),
             None => self.offset.saturating_add(signed(token)),
         }
+    }
+
+    /// The first key that is no padding, of the document of a query where there are documents; whether or not the query sees it.
+    pub fn first_key(&self, token: usize) -> i64 {
+        let of_document = self.documents.map(|runs| signed(DocumentRun::of_token(runs, token).keys.start));
+        self.key_begin.max(of_document.unwrap_or(0))
     }
 
     /// The keys that a query token sees; `0..0` if there are none.

@@ -108,7 +108,7 @@ impl worker_server::Worker for WorkerService {
 
 #[cfg(test)]
 mod tests {
-    use attnd_kernel::{AttnShape, Causal, Dims, Dtype, Mask, Operator};
+    use attnd_kernel::{AttnShape, Causal, Dims, Dtype, Mask, Operator, Path};
     use attnd_plan::{
         Capacity, CostModel, Element, PlanRequest, SideLayout, SideTensor, Sides, WorkerChoice, WorkerId,
         plan,
@@ -138,13 +138,13 @@ mod tests {
         ];
         for (dtype, sides) in [Dtype::F32, Dtype::F16, Dtype::Bf16].into_iter().zip(beside) {
             for n in 1..=3 {
-                let workers_asked = WorkerChoice::Exactly(n);
                 let req = PlanRequest {
                     shape,
                     mask: Mask::default(),
+                    path: Path::Plain,
                     dtype,
                     sides: sides.clone(),
-                    workers: workers_asked,
+                    workers: WorkerChoice::Exactly(n),
                 };
                 let plan = plan(&req, &workers, &CostModel::default()).unwrap();
                 for share in plan.shares {

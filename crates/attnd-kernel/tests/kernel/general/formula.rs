@@ -1,7 +1,7 @@
 //! The operator in f64, element by element and in its own words, and faults that it can be given.
 
 use attnd_kernel::reference::UNIT_ROUNDOFF;
-use attnd_kernel::{Bias, FinishedRows, Normaliser};
+use attnd_kernel::{Bias, FinishedRows, Normaliser, PerBatch};
 
 use super::request::Request;
 
@@ -15,12 +15,13 @@ pub(super) enum Fault {
     BiasMaskIsData,
     AlibiByOtherEnd,
     NoAlibi,
+    AlibiFromPadding,
     SoftmaxForSigmoid,
     NoSigmoidBias,
 }
 
 impl Fault {
-    pub(super) const ALL: [Self; 9] = [
+    pub(super) const ALL: [Self; 10] = [
         Self::NoCap,
         Self::CapAfterBias,
         Self::NoBias,
@@ -28,6 +29,7 @@ impl Fault {
         Self::BiasMaskIsData,
         Self::AlibiByOtherEnd,
         Self::NoAlibi,
+        Self::AlibiFromPadding,
         Self::SoftmaxForSigmoid,
         Self::NoSigmoidBias,
     ];
@@ -71,6 +73,10 @@ fn row_ratio(
     let operator = request.operator();
     let position = operator.mask_of_group(0, &case.shape).position(token) as f64;
     let interval = operator.mask_of_group(0, &case.shape).visible(token);
+    let first = match &parts.mask.key_begin {
+        Some(PerBatch::Same(begin)) => *begin as f64,
+        _ => 0.0,
+    };
 
     let (mut scores, mut magnitude) = (Vec::new(), 0.0_f64);
     for j in interval {
@@ -111,7 +117,8 @@ fn row_ratio(
                     match (fault, by_key) {
                         (Some(Fault::NoAlibi), _) => 0.0,
                         (Some(Fault::AlibiByOtherEnd), false) => -slope * (position + 1.0 - j).abs(),
-                        (_, true) => slope * j,
+                        (Some(Fault::AlibiFromPadding), true) => slope * j,
+                        (_, true) => slope * (j - first),
                         (_, false) => -slope * (position - j).abs(),
                     }
                 }

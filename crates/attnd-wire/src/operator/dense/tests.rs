@@ -113,7 +113,7 @@ fn what_makes_no_sense_is_named() {
     let unknown = Encoded { scale: 1.0, causal: 0, operator: Some(unknown) };
     assert_eq!(
         unknown.decode(&shape()).unwrap_err().message(),
-        "OPERATOR: biases[0] is of no kind that this version knows"
+        "OPERATOR: biases[0] is of no kind that this node knows"
     );
 }
 
