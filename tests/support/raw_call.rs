@@ -35,7 +35,8 @@ pub(crate) fn begin(case: &Case, workers: WorkerChoice) -> Begin {
 }
 
 /// The frames of a call: chunks of random sizes, from one element to `largest` elements, the three tensors interleaved
-/// at random, after what travels beside them. In every second call the kv groups come in random order, and a chunk ends with its group.
+/// at random, after what travels beside them. In every second call the kv groups come in random order, and a chunk ends
+/// with its group.
 pub(crate) fn interleaved(
     case: &Case,
     workers: WorkerChoice,

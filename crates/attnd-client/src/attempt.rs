@@ -23,7 +23,8 @@ pub(crate) struct Answer {
     pub(crate) done: Done,
 }
 
-/// Sends the call once, with the bytes of each of its [`Begin::sides`] `beside` it; the answer goes into `assembly`. The deadline travels with it and is kept here too.
+/// Sends the call once, with the bytes of each of its [`Begin::sides`] `beside` it; the answer goes into `assembly`.
+/// The deadline travels with it and is kept here too.
 pub(crate) async fn attempt(
     stub: AttentionClient<Channel>,
     operands: &Operands,

@@ -43,8 +43,8 @@ pub struct AttendOptions {
     /// Which keys a query sees, of those that `causal` lets through. Where it has no positions of its own, those of
     /// `causal` are its.
     pub mask: Mask,
-    /// Which of these it doesn't see after all: a bool for each query and key, true where it does. Numbers are added to the
-    /// scores instead, as `dense_bias` is.
+    /// Which of these it doesn't see after all: a bool for each query and key, true where it does. Numbers are added to
+    /// the scores instead, as `dense_bias` is.
     pub dense_mask: Option<DenseTensor>,
     /// Numbers to add to the scores. A key whose number is -inf or the lowest finite one of the type is not seen.
     pub dense_bias: Option<DenseTensor>,

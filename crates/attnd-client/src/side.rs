@@ -8,8 +8,8 @@ use bytes::Bytes;
 use crate::operands::AttendOptions;
 
 /// A tensor of the scores, `[batch, heads, queries, keys]`, little-endian elements in C order. Each of the first three
-/// dimensions is the call's or 1, which is for all of them. There may be fewer keys than the call has: those that are missing
-/// are not seen. Cloning copies no element.
+/// dimensions is the call's or 1, which is for all of them. There may be fewer keys than the call has: those that are
+/// missing are not seen. Cloning copies no element.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DenseTensor {
     /// Type of the elements.
@@ -23,8 +23,8 @@ pub struct DenseTensor {
 /// The tensors that travel beside the operands, each with its bytes, in the order in which they travel.
 ///
 /// # Errors
-/// [`Reason::Operator`], [`Reason::Combination`], and [`Reason::PayloadLength`] where one doesn't have the bytes that its
-/// shape needs.
+/// [`Reason::Operator`], [`Reason::Combination`], and [`Reason::PayloadLength`] where one doesn't have the bytes that
+/// its shape needs.
 pub(crate) fn beside(options: &AttendOptions, shape: &AttnShape) -> Result<(Sides, Vec<Bytes>), Error> {
     let mut tensors = Vec::new();
     match (&options.dense_mask, &options.dense_bias) {

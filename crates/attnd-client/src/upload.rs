@@ -1,11 +1,11 @@
 //! The request stream of a call: Begin, the chunks, Commit.
 //!
-//! What travels beside the operands comes first, each tensor front to back, as every worker needs its part of it to start.
-//! Chunks of the operands come kv group by kv group (Q of the group's heads, its keys, its values), so that a worker can start with
-//! its first group while the others are still under way. Where groups are small, several share a chunk. A worker owns
-//! a range of groups that this side doesn't know yet; so the groups come in bit-reversed order (of 8: 0, 4, 2, 6, 1,
-//! 5, 3, 7), in which each range, however the groups are cut, gets its fair part of every stretch of the stream. Chunks
-//! are slices of the caller's bytes; their checksums are computed when the connection asks for them.
+//! What travels beside the operands comes first, each tensor front to back, as every worker needs its part of it to
+//! start. Chunks of the operands come kv group by kv group (Q of the group's heads, its keys, its values), so that a
+//! worker can start with its first group while the others are still under way. Where groups are small, several share a
+//! chunk. A worker owns a range of groups that this side doesn't know yet; so the groups come in bit-reversed order (of
+//! 8: 0, 4, 2, 6, 1, 5, 3, 7), in which each range, however the groups are cut, gets its fair part of every stretch of
+//! the stream. Chunks are slices of the caller's bytes; their checksums are computed when the connection asks for them.
 
 use std::ops::Range;
 

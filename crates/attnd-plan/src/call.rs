@@ -137,8 +137,8 @@ pub struct Call<P> {
 }
 
 impl<P> Call<P> {
-    /// A call whose Begin arrived at `now`, a time since any epoch that the caller keeps to. What travels beside its operands
-    /// was made for the plan's shape.
+    /// A call whose Begin arrived at `now`, a time since any epoch that the caller keeps to. What travels beside its
+    /// operands was made for the plan's shape.
     pub fn new(plan: &VerifiedPlan, dtype_bytes: usize, sides: &Sides, now: Duration) -> Self {
         let shape = plan.shape();
         Self {

@@ -5,7 +5,8 @@
 //! parts are tested by golden traces (`testscripts/`).
 //!
 //! * [`plan`] cuts an attention call into [`Share`]s, one per worker, by kv groups first and by slots second.
-//! * [`Router`] says which bytes of Q, K and V go to which share, [`Cutter`] the same of what travels beside them ([`Sides`]).
+//! * [`Router`] says which bytes of Q, K and V go to which share, [`Cutter`] the same of what travels beside them
+//!   ([`Sides`]).
 //! * [`Gather`] takes partials exactly once, and [`fold()`] merges them along the canonical tree.
 //! * [`Call`] is one one-shot call from its first chunk to its last partial.
 //! * [`Membership`] is the set of workers: who is alive, suspect, draining, quarantined or dead.

@@ -66,8 +66,8 @@ pub struct Share {
     pub pieces: Vec<Piece>,
     /// Bytes of K and V that it receives.
     pub kv_bytes: u64,
-    /// Bytes that it must reserve: K and V in whole pages as they were sent, Q and two cells of partials in f32, and its parts
-    /// of what travels beside them.
+    /// Bytes that it must reserve: K and V in whole pages as they were sent, Q and two cells of partials in f32, and
+    /// its parts of what travels beside them.
     pub resident_bytes: u64,
 }
 

@@ -1,11 +1,11 @@
 //! Tensors beside Q, K and V: what they look like, and which part of them a share needs.
 //!
-//! A side tensor is a stack of *planes*, one for each batch element and head or one for all of them, and a plane is a matrix
-//! of rows and columns. Where the columns are keys, a share needs those of its slots alone; [`Cutter`] cuts them out of the
-//! stream. A plane that several kv groups of a share look at goes there once.
+//! A side tensor is a stack of *planes*, one for each batch element and head or one for all of them, and a plane is a
+//! matrix of rows and columns. Where the columns are keys, a share needs those of its slots alone; [`Cutter`] cuts them
+//! out of the stream. A plane that several kv groups of a share look at goes there once.
 //!
-//! Another kind of tensor is another [`SideTensor`], with its row in each of that type's methods, and a constructor of its
-//! [`SideLayout`]; everything else here and in the nodes' transport asks these.
+//! Another kind of tensor is another [`SideTensor`], with its row in each of that type's methods, and a constructor of
+//! its [`SideLayout`]; everything else here and in the nodes' transport asks these.
 
 use std::collections::BTreeMap;
 use std::ops::{Deref, Range};
@@ -171,8 +171,8 @@ pub struct SideLayout {
 }
 
 impl SideLayout {
-    /// A dense mask or bias `[batch, heads, queries, keys]`. Each of the first three may be 1, for all; keys that it lacks are
-    /// masked.
+    /// A dense mask or bias `[batch, heads, queries, keys]`. Each of the first three may be 1, for all; keys that it
+    /// lacks are masked.
     ///
     /// # Errors
     /// [`SideError`] where it doesn't fit the call, or has elements of another kind than it should.
@@ -256,8 +256,8 @@ impl SideLayout {
         if self.heads == 1 { 1 } else { shape.group_size() }
     }
 
-    /// What a share of these pieces needs, ascending by plane and then by slot. Each piece's slots are in one part of each
-    /// plane that its groups look at. Coordinator and worker both use this, so they can't disagree.
+    /// What a share of these pieces needs, ascending by plane and then by slot. Each piece's slots are in one part of
+    /// each plane that its groups look at. Coordinator and worker both use this, so they can't disagree.
     pub fn parts(&self, pieces: &[Piece], shape: &AttnShape) -> Vec<PlanePart> {
         // By the first plane that a group looks at: groups that share one share all of theirs.
         let mut needed: BTreeMap<usize, (Range<usize>, Vec<Range<usize>>)> = BTreeMap::new();

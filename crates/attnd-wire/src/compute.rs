@@ -56,10 +56,12 @@ pub struct SliceChunk {
     pub index: u32,
     /// Which tensor: an operand, or one of [`ComputeBegin::sides`].
     pub tensor: AnyTensor,
-    /// Query head for Q, kv head for K and V, flattened over the batch; its group is in the share. Of a side tensor, index into
-    /// what [`attnd_plan::SideLayout::parts`] gives for the share, which is for whoever takes the bytes to check.
+    /// Query head for Q, kv head for K and V, flattened over the batch; its group is in the share. Of a side tensor,
+    /// index into what [`attnd_plan::SideLayout::parts`] gives for the share, which is for whoever takes the bytes to
+    /// check.
     pub head: usize,
-    /// Where the run begins in that head's `[tokens, dim]` matrix, or in the part's, in bytes; a whole number of elements.
+    /// Where the run begins in that head's `[tokens, dim]` matrix, or in the part's, in bytes; a whole number of
+    /// elements.
     pub offset: u64,
     /// Whole elements, at least one, inside of the matrix of a head; the checksum was right.
     pub data: Bytes,
@@ -210,8 +212,8 @@ impl SliceChunk {
     /// Decodes a run of a head of the call that `begun` describes.
     ///
     /// # Errors
-    /// [`Reason::Tensor`], also for one that the call doesn't have, [`Reason::PayloadLength`], [`Reason::Checksum`], and
-    /// [`Reason::Pieces`] for a head of a group that isn't in the share.
+    /// [`Reason::Tensor`], also for one that the call doesn't have, [`Reason::PayloadLength`], [`Reason::Checksum`],
+    /// and [`Reason::Pieces`] for a head of a group that isn't in the share.
     pub fn decode(message: proto::SliceChunk, begun: &ComputeBegin) -> Result<Self, Error> {
         let tensor = convert::tensor(message.tensor)?;
         let element = operator::element_bytes(tensor, begun.dtype, &begun.sides)?;
@@ -373,9 +375,9 @@ fn keys_seen(cell: &CellId, call: &CallShape) -> Vec<usize> {
 
 /// Whether a kernel can have made a row with this maximum and this sum over `seen` visible keys, or up to so many.
 ///
-/// The maximum is an integer, so the weight of the largest score is at least `2^-0.5`, and none is over `2^0.5`; where weights are
-/// sigmoids the maximum is 0, and none is over 1. Finite operands have finite scores, so a row is empty if and only if it sees no key,
-/// which of those `seen` is only known where no tensor hides more of them.
+/// The maximum is an integer, so the weight of the largest score is at least `2^-0.5`, and none is over `2^0.5`; where
+/// weights are sigmoids the maximum is 0, and none is over 1. Finite operands have finite scores, so a row is empty if
+/// and only if it sees no key, which of those `seen` is only known where no tensor hides more of them.
 fn is_possible(m: f32, l: f32, seen: usize, call: &CallShape) -> bool {
     let empty = m == f32::NEG_INFINITY && l == 0.0;
     let keys = seen as f32;

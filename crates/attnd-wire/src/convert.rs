@@ -187,8 +187,8 @@ pub(crate) fn quantity(reason: Reason, field: &str, value: f64) -> Result<f64, E
     }
 }
 
-/// Checks the bytes of chunk `index`: not empty, whole elements of `element` bytes, and with the checksum that came along, which covers
-/// the bytes of `place` behind them.
+/// Checks the bytes of chunk `index`: not empty, whole elements of `element` bytes, and with the checksum that came
+/// along, which covers the bytes of `place` behind them.
 pub(crate) fn chunk_data(
     index: u32,
     data: &Bytes,

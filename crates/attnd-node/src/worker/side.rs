@@ -1,8 +1,8 @@
-//! What travels beside the operands of a share, as it arrives: the parts of masks and biases that its kv groups look at become
-//! planes that kernels read.
+//! What travels beside the operands of a share, as it arrives: the parts of masks and biases that its kv groups look at
+//! become planes that kernels read.
 //!
-//! The bytes of a part come in ascending order, in any cut, parts of a tensor side by side. A part has a matrix of its own, with
-//! the keys of its slots alone; of each row, the keys of a page are stored as soon as they are complete.
+//! The bytes of a part come in ascending order, in any cut, parts of a tensor side by side. A part has a matrix of its
+//! own, with the keys of its slots alone; of each row, the keys of a page are stored as soon as they are complete.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -87,8 +87,8 @@ impl SideAssembly {
     /// Takes the next bytes of a part: `data` begins `offset` bytes into its matrix.
     ///
     /// # Errors
-    /// [`Reason::Pieces`] for a part that isn't the share's, [`Reason::ChunkOrder`] for bytes that aren't the next ones,
-    /// [`Reason::NonFinite`] and [`Reason::Dtype`] for an element that is none.
+    /// [`Reason::Pieces`] for a part that isn't the share's, [`Reason::ChunkOrder`] for bytes that aren't the next
+    /// ones, [`Reason::NonFinite`] and [`Reason::Dtype`] for an element that is none.
     pub(crate) fn accept(
         &mut self,
         tensor: SideTensor,

@@ -1,5 +1,5 @@
-//! Side tensors as they arrive: before Q, K and V, one after the other, each front to back. A worker so has all of them when
-//! the operands of a kv group are complete.
+//! Side tensors as they arrive: before Q, K and V, one after the other, each front to back. A worker so has all of them
+//! when the operands of a kv group are complete.
 
 use super::{AnyTensor, SideTensor, Sides};
 use crate::arrival::Misplaced;

@@ -1,8 +1,8 @@
 //! Which bytes of the side tensors go to which share.
 //!
-//! The answer depends on a byte's place in its tensor only, so any chunking of a stream sends the same bytes to the same
-//! places. A part travels as a matrix of its own columns alone, row by row. Of each row a chunk may hold many short runs of
-//! them; together they are consecutive in that matrix, and go in one message.
+//! The answer depends on a byte's place in its tensor only, so any chunking of a stream sends the same bytes to the
+//! same places. A part travels as a matrix of its own columns alone, row by row. Of each row a chunk may hold many
+//! short runs of them; together they are consecutive in that matrix, and go in one message.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -78,8 +78,8 @@ impl Cutter {
         Self { tensors: sides.iter().map(cut).collect() }
     }
 
-    /// Where the `len` bytes from `offset` of the whole tensor go; a byte appears once per share that needs it. Bytes past
-    /// the end of the tensor, and of a tensor that the call doesn't have, go nowhere.
+    /// Where the `len` bytes from `offset` of the whole tensor go; a byte appears once per share that needs it. Bytes
+    /// past the end of the tensor, and of a tensor that the call doesn't have, go nowhere.
     pub fn cut(&self, tensor: SideTensor, offset: u64, len: usize) -> Vec<Gathered> {
         let mut gathered = Vec::new();
         let Some(of) = self.tensors.iter().find(|of| of.layout.tensor() == tensor) else { return gathered };
@@ -119,8 +119,8 @@ impl Columns {
         self.before.last().copied().unwrap_or(0)
     }
 
-    /// Of `bytes` of a chunk, which begin `in_plane` bytes into a plane and end inside of it, those of these columns, and where they begin in the matrix of these
-    /// columns; `None` if there are none.
+    /// Of `bytes` of a chunk, which begin `in_plane` bytes into a plane and end inside of it, those of these columns,
+    /// and where they begin in the matrix of these columns; `None` if there are none.
     fn cut(&self, row_bytes: usize, in_plane: u64, bytes: Range<usize>) -> Option<(u64, Vec<Range<usize>>)> {
         if self.width() == row_bytes {
             return Some((in_plane, std::iter::once(bytes).collect()));

@@ -1,7 +1,7 @@
 //! What side tensors cost an interval of the planner's line: bytes on the way to the worker, and bytes in its memory.
 //!
-//! The planner asks for very many intervals, and there may be a thousand planes, so nothing here walks over planes or groups:
-//! an interval has at most three pieces, whole groups and the ends of two others.
+//! The planner asks for very many intervals, and there may be a thousand planes, so nothing here walks over planes or
+//! groups: an interval has at most three pieces, whole groups and the ends of two others.
 
 use std::ops::Range;
 

@@ -50,7 +50,8 @@ pub(super) fn encode(operator: &Operator, sides: &Sides, message: &mut Option<pr
 /// The tensors that travel beside the operator of a message.
 ///
 /// # Errors
-/// [`Reason::Count`], [`Reason::Dtype`], [`Reason::Combination`] for two of a kind, [`Reason::Operator`] where they don't fit the shape.
+/// [`Reason::Count`], [`Reason::Dtype`], [`Reason::Combination`] for two of a kind, [`Reason::Operator`] where they
+/// don't fit the shape.
 pub(super) fn decode(message: Option<&proto::Operator>, shape: &AttnShape) -> Result<Sides, Error> {
     let Some(message) = message else { return Ok(Sides::default()) };
     convert::count("biases", message.biases.len())?;

@@ -8,7 +8,8 @@ use super::{Fault, ReadError, Source, read_as};
 /// Reads a mask or a bias, `[batch, heads, queries, keys]`; leading dimensions that are missing are 1.
 ///
 /// # Errors
-/// As [`super::read`], for elements that are neither bools nor floats, and for a tensor without or with more than 4 dimensions.
+/// As [`super::read`], for elements that are neither bools nor floats, and for a tensor without or with more than 4
+/// dimensions.
 pub fn read_dense(source: &Source) -> Result<DenseTensor, ReadError> {
     read_as(source, into_dense)
 }

@@ -1,4 +1,5 @@
-//! What travels beside Q, K and V on its way to one worker: the bytes of its parts, gathered from a chunk of the client.
+//! What travels beside Q, K and V on its way to one worker: the bytes of its parts, gathered from a chunk of the
+//! client.
 
 use attnd_plan::{Gathered, SideTensor};
 use attnd_wire::{SliceChunk, limits};
@@ -7,8 +8,8 @@ use bytes::{Bytes, BytesMut};
 use super::outgoing::Outgoing;
 
 impl Outgoing {
-    /// Puts what of `data` belongs to a part into messages, and counts them as sent. Where it is one run, they share the bytes
-    /// of the client's message; short runs are copied together, because a message each would cost far more.
+    /// Puts what of `data` belongs to a part into messages, and counts them as sent. Where it is one run, they share
+    /// the bytes of the client's message; short runs are copied together, because a message each would cost far more.
     pub(super) fn cut_side(
         &mut self,
         tensor: SideTensor,

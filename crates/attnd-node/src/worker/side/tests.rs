@@ -1,3 +1,5 @@
+//! Parts as the coordinator cuts them become planes; what is no part, or no element, is named.
+
 use attnd_kernel::slot::{self, N_SLOTS};
 use attnd_kernel::{
     Bias, Causal, Dims, Dtype, Effective, GroupCall, Kernels, KvHead, Operator, OperatorParts, Selection,
@@ -82,8 +84,8 @@ fn whole_plane(layout: &SideLayout, bytes: &[u8], plane: usize) -> DensePlane {
     written
 }
 
-/// The chain from the client's bytes to partials: what a worker assembles of the parts that the coordinator cuts has the bits of
-/// planes that hold everything.
+/// The chain from the client's bytes to partials: what a worker assembles of the parts that the coordinator cuts has
+/// the bits of planes that hold everything.
 #[test]
 fn any_cut_of_the_bytes_gives_the_same_planes() {
     let shape = shape();
