@@ -1,5 +1,6 @@
 //! The same bits on 1, 2, 3, 5 and 8 workers, of any instruction set, as in this process: over real processes.
 
+mod dense;
 mod operators;
 mod outputs;
 

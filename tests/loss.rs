@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use attnd_client::{Attended, Client, ClientError, Progress, Reason, WorkerChoice};
-use attnd_kernel::{Dims, Kernels};
+use attnd_kernel::{Dims, Dtype, Kernels};
 use attnd_wire::{AttendRequest, limits, proto};
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
@@ -14,6 +14,7 @@ use tonic::{Code, Request};
 
 use crate::support::cases::{Answer, Case};
 use crate::support::cluster::Cluster;
+use crate::support::dense::{random_bias, random_mask};
 use crate::support::{eventually, raw_call};
 
 /// A call of a few tenths of a second.
@@ -91,6 +92,38 @@ async fn killing_one_of_three_workers_at_any_moment_leaves_the_bits_alone() {
 
     let (result, _) = attend(&client, &case, WorkerChoice::Exactly(3)).await;
     Answer::from(result.expect("a good call")).assert_bits_of(&wanted, "afterwards");
+    cluster.wait_until_idle(Duration::from_secs(1)).await;
+}
+
+/// What travels beside the operands is sent again with them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn killing_a_worker_in_the_middle_of_a_masked_call_leaves_the_bits_alone() {
+    const KILLS: u32 = 6;
+    let mut cluster = Cluster::start(2).await;
+    let client = cluster.client();
+    let mut case = call(3);
+    let mut rng = SmallRng::seed_from_u64(22);
+    case.dense_mask = Some(random_mask([1, 1, 1500, 3000], &mut rng));
+    case.dense_bias = Some(random_bias([1, 8, 1, 2900], Dtype::F16, &mut rng));
+    let wanted = computed_here(&case);
+    let whole = duration(&client, &case, &wanted, WorkerChoice::Exactly(2)).await;
+    let mut felt = 0;
+    for kill in 0..KILLS {
+        let delay = whole.mul_f64((f64::from(kill) + rng.random_range(0.0..1.0)) / f64::from(KILLS));
+        let victim = rng.random_range(0..2);
+        let what = format!("kill {kill}: w{victim} after {delay:?} of {whole:?}");
+        let strike = async {
+            sleep(delay).await;
+            cluster.kill_worker(victim);
+        };
+        let ((result, _), ()) = tokio::join!(attend(&client, &case, WorkerChoice::AtMost(2)), strike);
+        let attended = result.unwrap_or_else(|error| panic!("{what}: {error}"));
+        felt += u32::from(attended.attempts > 1);
+        Answer::from(attended).assert_bits_of(&wanted, &what);
+        cluster.start_worker(victim);
+        cluster.wait_until_settled().await;
+    }
+    assert!(felt > 0, "none of {KILLS} kills hit a worker that the call still needed");
     cluster.wait_until_idle(Duration::from_secs(1)).await;
 }
 

@@ -107,7 +107,7 @@ impl Draft {
             proto::Dtype::F32 => Dtype::F32,
             proto::Dtype::F16 => Dtype::F16,
             proto::Dtype::Bf16 => Dtype::Bf16,
-            proto::Dtype::Unspecified => panic!("a draft without a dtype has no values"),
+            proto::Dtype::Bool | proto::Dtype::Unspecified => panic!("operands have no such dtype"),
         }
     }
 

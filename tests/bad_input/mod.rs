@@ -5,11 +5,12 @@
 //! (after each row where a stream breaks off) the workers' memory must be free again. See [`scene`].
 //!
 //! The modules go by group: [`protocol`] is HTTP/2 and gRPC below the messages, [`stream_order`] the order of frames,
-//! [`begin`] what a call may ask for, [`values`] the numbers in its tensors, [`worker_port`] the same for a worker's
-//! own port, [`files`] what the command line refuses to read.
+//! [`begin`] what a call may ask for, [`values`] the numbers in its tensors, [`beside`] its dense masks and biases,
+//! [`worker_port`] the same for a worker's own port, [`files`] what the command line refuses to read.
 //!
-//! Left out, because a one-shot call has none of it: sessions that disagree with a call, tenants, mask bits, causal
-//! offsets, windows and softcaps. Messages are never compressed, so there are no decompression bombs.
+//! Left out, because a one-shot call has none of it: sessions that disagree with a call, and tenants. Causal offsets,
+//! windows and softcaps are where operators are decoded, in the tests of `attnd-wire`. Messages are never compressed,
+//! so there are no decompression bombs.
 //!
 //! Three rows of the table of bad inputs are answered otherwise than it says:
 //!
@@ -20,6 +21,7 @@
 //!   three. What is meant by them arrives as a tensor of the wrong length, and is PAYLOAD_LENGTH.
 
 mod begin;
+mod beside;
 mod call;
 mod files;
 mod http2;

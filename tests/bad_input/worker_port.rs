@@ -36,7 +36,7 @@ fn begin(begin: proto::ComputeBegin) -> Frame {
 
 /// A run of bytes with the right checksum.
 fn run(index: u32, tensor: Tensor, head: usize, offset: u64, data: Vec<u8>) -> Frame {
-    let chunk = SliceChunk { index, tensor, head, offset, data: Bytes::from(data) };
+    let chunk = SliceChunk { index, tensor: tensor.into(), head, offset, data: Bytes::from(data) };
     Frame { part: Some(Part::Chunk(chunk.into())) }
 }
 

@@ -4,7 +4,9 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-use attnd_client::{Alibi, AttendOptions, Attended, Inspected, Operands, Rectangle, WorkerChoice};
+use attnd_client::{
+    Alibi, AttendOptions, Attended, DenseTensor, Inspected, Operands, Rectangle, WorkerChoice,
+};
 use attnd_kernel::reference::{ReferenceRow, reference_row};
 use attnd_kernel::slot::{N_SLOTS, Node, PAGE_KEYS, keys_in_page, n_pages};
 use attnd_kernel::{
@@ -54,6 +56,10 @@ pub(crate) struct Case {
     pub(crate) alibi: Option<Alibi>,
     /// Beside the causal rule.
     pub(crate) mask: Mask,
+    /// Of bools.
+    pub(crate) dense_mask: Option<DenseTensor>,
+    /// Of numbers.
+    pub(crate) dense_bias: Option<DenseTensor>,
     pub(crate) normaliser: Normaliser,
     pub(crate) sinks: Option<Arc<[f32]>>,
     pub(crate) empty_row: EmptyRow,
@@ -115,21 +121,33 @@ impl Case {
     /// A case of these operands, with a scale and a causal rule and nothing else.
     pub(crate) fn of(data: Data, causal: Causal, scale: f32, operands: Operands) -> Self {
         let (mask, normaliser, empty_row) = (Mask::default(), Normaliser::Softmax, EmptyRow::Zero);
-        let (softcap, alibi, sinks) = (None, None, None);
-        Self { data, causal, scale, softcap, alibi, mask, normaliser, sinks, empty_row, operands }
+        let (softcap, alibi, dense_mask, dense_bias, sinks) = (None, None, None, None, None);
+        Self {
+            data,
+            causal,
+            scale,
+            softcap,
+            alibi,
+            mask,
+            dense_mask,
+            dense_bias,
+            normaliser,
+            sinks,
+            empty_row,
+            operands,
+        }
     }
 
     /// What is computed.
     pub(crate) fn operator(&self) -> Operator {
         let mask = attnd_wire::operator::with_causal(self.causal, self.mask.clone()).expect("one position");
+        let (selection, dense) = self.reads();
+        let alibi = self.slopes().map(|(slopes, by_key)| Bias::Alibi { slopes, by_key });
         let parts = OperatorParts {
             softcap: self.softcap,
-            biases: self
-                .slopes()
-                .map(|(slopes, by_key)| Bias::Alibi { slopes, by_key })
-                .into_iter()
-                .collect(),
+            biases: alibi.into_iter().chain(dense).collect(),
             mask,
+            selection,
             normaliser: self.normaliser,
             sinks: self.sinks.clone(),
             empty_row: self.empty_row,
@@ -160,7 +178,8 @@ impl Case {
         };
         let operands = Operands { shape, dtype: Dtype::F32, q: widened(q), k: widened(k), v: widened(v) };
         let (alibi, mask, sinks) = (self.alibi.clone(), self.mask.clone(), self.sinks.clone());
-        Self { operands, alibi, mask, sinks, ..*self }
+        let (dense_mask, dense_bias) = (self.dense_mask.clone(), self.dense_bias.clone());
+        Self { operands, alibi, mask, dense_mask, dense_bias, sinks, ..*self }
     }
 
     pub(crate) fn shape(&self) -> &AttnShape {
@@ -175,6 +194,8 @@ impl Case {
             alibi: self.alibi.clone(),
             causal: self.causal,
             mask: self.mask.clone(),
+            dense_mask: self.dense_mask.clone(),
+            dense_bias: self.dense_bias.clone(),
             normaliser: self.normaliser,
             sinks: self.sinks.clone(),
             empty_row: self.empty_row,
@@ -204,9 +225,15 @@ impl Case {
         let operator = self.operator();
         let of_group = |group: usize| {
             let mask = operator.mask_of_group(group, shape);
-            (0..shape.n_queries()).filter(|token| mask.visible(*token).is_empty()).count()
+            let (batch, first) =
+                (group / shape.n_kv_heads(), group % shape.n_kv_heads() * shape.group_size());
+            let sees = |head: usize, token: usize| {
+                mask.visible(token).any(|key| self.shows(batch, first + head, token, key))
+            };
+            let of_head = |head: usize| (0..shape.n_queries()).filter(|token| !sees(head, *token)).count();
+            (0..shape.group_size()).map(of_head).sum::<usize>()
         };
-        (0..shape.n_groups()).map(|group| of_group(group) * shape.group_size()).sum::<usize>() as u64
+        (0..shape.n_groups()).map(of_group).sum::<usize>() as u64
     }
 
     /// Some rows: the first, the last and random ones.
@@ -281,7 +308,9 @@ impl Case {
         let mut all = Inspected { heads: outputs.heads(), elements, ..Inspected::default() };
         for group in 0..shape.n_groups() {
             let (q, kv) = (self.queries(group), self.resident(group));
-            let side = Side::default();
+            let planes = self.planes(group);
+            let [mask, bias] = planes.each_ref().map(|planes| planes.iter().collect::<Vec<_>>());
+            let side = Side { mask: &mask, bias: &bias };
             let call = GroupCall { shape, operator, group, q: &q, kv: &kv, side, compute: Effective::F32 };
             let tokens = 0..shape.n_queries();
             let (partial, _overflow) = attend_node(kernels, &call, Node::ROOT, tokens.clone());
@@ -319,13 +348,15 @@ impl Case {
         let shape = *self.shape();
         let (q, kv) = (self.queries(group), self.resident(group));
         let operator = &self.operator();
+        let planes = self.planes(group);
+        let [mask, bias] = planes.each_ref().map(|planes| planes.iter().collect::<Vec<_>>());
         let call = GroupCall {
             shape,
             operator,
             group,
             q: &q,
             kv: &kv,
-            side: Side::default(),
+            side: Side { mask: &mask, bias: &bias },
             compute: Effective::F32,
         };
         let (partial, _overflow) = attend_node(kernels, &call, Node::ROOT, tokens);

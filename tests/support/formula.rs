@@ -5,6 +5,7 @@ use attnd_kernel::reference::{biases, masks};
 use attnd_kernel::{Mask, PerBatch, Positions, Run};
 
 use super::cases::{Answer, Case, Row};
+use super::dense::{lowest, numbers};
 
 /// Sums of weights under this logarithm are below what f32 holds.
 const UNDERFLOWN: f64 = -80.0;
@@ -117,6 +118,14 @@ impl Case {
                     false => biases::alibi(place.offsets[at.token], slopes)(at),
                 }
             }));
+        }
+        if let Some(mask) = &self.dense_mask {
+            let sees: Vec<bool> = mask.bytes.iter().map(|byte| *byte == 1).collect();
+            formula.visible.push(Box::new(move |at| masks::dense(mask.shape, &sees)(at)));
+        }
+        if let Some(bias) = &self.dense_bias {
+            let (values, lowest) = (numbers(bias), lowest(bias));
+            formula.biases.push(Box::new(move |at| biases::dense(bias.shape, &values, lowest)(at)));
         }
         formula.visible.push(Box::new(move |at| {
             let place = &places[at.batch];

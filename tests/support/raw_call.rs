@@ -28,6 +28,7 @@ pub(crate) fn begin(case: &Case, workers: WorkerChoice) -> Begin {
         dtype: case.operands.dtype,
         operator: Arc::new(case.operator()),
         outputs: None,
+        sides: case.sides(),
         allow_non_finite: options.allow_non_finite,
         forbid_empty_rows: options.forbid_empty_rows,
         workers,
@@ -35,7 +36,8 @@ pub(crate) fn begin(case: &Case, workers: WorkerChoice) -> Begin {
 }
 
 /// The frames of a call: chunks of random sizes, from one element to `largest` elements, the three tensors interleaved
-/// at random. In every second call the kv groups come in random order, and a chunk ends with its group.
+/// at random, after what travels beside them. In every second call the kv groups come in random order, and a chunk ends
+/// with its group.
 pub(crate) fn interleaved(
     case: &Case,
     workers: WorkerChoice,
@@ -57,16 +59,27 @@ pub(crate) fn interleaved(
     }
     let mut frames = vec![AttendRequest::Begin(begin(case, workers))];
     let mut commit = Commit { chunks: 0, bytes: 0 };
+    // Mostly large chunks and a few very small ones: sizes are even over their logarithm.
+    let elements = |rng: &mut SmallRng| {
+        let of_largest = f64::from(rng.random_range(0.0..1.0_f32)) * (largest as f64).ln();
+        (of_largest.exp() as usize).max(1)
+    };
+    for ((tensor, mut bytes), layout) in case.beside().into_iter().zip(case.sides().iter()) {
+        while !bytes.is_empty() {
+            let data = bytes.split_to((elements(rng) * layout.element().size()).min(bytes.len()));
+            commit.bytes += data.len() as u64;
+            let (index, tensor) = (commit.chunks, tensor.into());
+            frames.push(AttendRequest::Chunk(TensorChunk { index, tensor, offset: None, data }));
+            commit.chunks += 1;
+        }
+    }
     while !left.is_empty() {
         let which = rng.random_range(0..left.len());
         let (tensor, runs) = &mut left[which];
         let Some((offset, bytes)) = runs.last_mut() else {
             unreachable!("a tensor without a run is not left")
         };
-        // Mostly large chunks and a few very small ones: sizes are even over their logarithm.
-        let elements =
-            f64::from(rng.random_range(0.0..1.0_f32)).mul_add((largest as f64).ln(), 0.0).exp() as usize;
-        let data = bytes.split_to((elements.max(1) * size).min(bytes.len()));
+        let data = bytes.split_to((elements(rng) * size).min(bytes.len()));
         let (tensor, start) = (*tensor, *offset);
         *offset += data.len();
         if bytes.is_empty() {
@@ -77,7 +90,12 @@ pub(crate) fn interleaved(
         }
         let offset = shuffled.then_some(start as u64);
         commit.bytes += data.len() as u64;
-        frames.push(AttendRequest::Chunk(TensorChunk { index: commit.chunks, tensor, offset, data }));
+        frames.push(AttendRequest::Chunk(TensorChunk {
+            index: commit.chunks,
+            tensor: tensor.into(),
+            offset,
+            data,
+        }));
         commit.chunks += 1;
     }
     frames.push(AttendRequest::Commit(commit));

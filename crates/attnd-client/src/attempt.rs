@@ -3,6 +3,7 @@
 use attnd_kernel::{Compute, KERNEL_ID};
 use attnd_wire::proto::attention_client::AttentionClient;
 use attnd_wire::{AttendReply, Begin, Deadline, Done, Error, PlanSummary, Reason, proto, refusal};
+use bytes::Bytes;
 use tokio::sync::watch;
 use tokio::time::Instant;
 use tonic::Request;
@@ -46,16 +47,18 @@ impl Assembly {
     }
 }
 
-/// Sends the call once; the answer goes into `assembly`. The deadline travels with it and is kept here too.
+/// Sends the call once, with the bytes of each of its [`Begin::sides`] `beside` it; the answer goes into `assembly`.
+/// The deadline travels with it and is kept here too.
 pub(crate) async fn attempt(
     stub: AttentionClient<Channel>,
     operands: &Operands,
+    beside: &[Bytes],
     begin: Begin,
     assembly: Assembly,
     deadline: Option<Instant>,
     progress: &mut (dyn FnMut(Progress) + Send),
 ) -> Result<Answer, Error> {
-    let exchange = exchange(stub, operands, begin, assembly, deadline, progress);
+    let exchange = exchange(stub, operands, beside, begin, assembly, deadline, progress);
     match deadline {
         Some(deadline) => tokio::time::timeout_at(deadline, exchange)
             .await
@@ -67,14 +70,15 @@ pub(crate) async fn attempt(
 async fn exchange(
     mut stub: AttentionClient<Channel>,
     operands: &Operands,
+    beside: &[Bytes],
     begin: Begin,
     assembly: Assembly,
     deadline: Option<Instant>,
     progress: &mut (dyn FnMut(Progress) + Send),
 ) -> Result<Answer, Error> {
-    let total = operands.total_bytes();
+    let total = begin.sides.bytes() + operands.total_bytes();
     let (report, mut sent) = watch::channel(0);
-    let mut upload = Upload::new(operands.clone(), begin.clone());
+    let mut upload = Upload::new(operands.clone(), beside, begin.clone());
     let frames = std::iter::from_fn(move || {
         let frame = upload.next();
         report.send_replace(upload.bytes_sent());

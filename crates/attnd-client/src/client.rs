@@ -15,6 +15,7 @@ use crate::error::ClientError;
 use crate::inspected::Inspected;
 use crate::operands::{AttendOptions, Operands};
 use crate::retry::pause_before_next;
+use crate::side;
 
 /// Time for an answer to [`Client::status`].
 const STATUS_TIMEOUT: Duration = Duration::from_secs(5);
@@ -100,6 +101,7 @@ impl Client {
         progress: &mut (dyn FnMut(Progress) + Send),
     ) -> Result<Attended, ClientError> {
         let begin = operands.begin(options)?;
+        let (_, beside) = side::beside(options, &operands.shape)?;
         let deadline = options.timeout.map(|timeout| Instant::now() + timeout.min(MAX_TIMEOUT));
         let mut attempts = 0;
         let mut retried_after = Vec::new();
@@ -107,22 +109,23 @@ impl Client {
             let assembly = Assembly::new(&begin).map_err(|error| ClientError::after(attempts, &error))?;
             attempts += 1;
             let stub = limits::attention_client(self.channel());
-            let error = match attempt(stub, operands, begin.clone(), assembly, deadline, progress).await {
-                Ok(answer) => {
-                    return Ok(Attended {
-                        context: answer.context,
-                        lse: answer.lse,
-                        inspected: answer.inspected,
-                        plan: answer.plan,
-                        empty_rows: answer.done.empty_rows,
-                        timings: answer.done.timings,
-                        kernel_id: answer.done.kernel_id,
-                        attempts,
-                        retried_after,
-                    });
-                }
-                Err(error) => error,
-            };
+            let error =
+                match attempt(stub, operands, &beside, begin.clone(), assembly, deadline, progress).await {
+                    Ok(answer) => {
+                        return Ok(Attended {
+                            context: answer.context,
+                            lse: answer.lse,
+                            inspected: answer.inspected,
+                            plan: answer.plan,
+                            empty_rows: answer.done.empty_rows,
+                            timings: answer.done.timings,
+                            kernel_id: answer.done.kernel_id,
+                            attempts,
+                            retried_after,
+                        });
+                    }
+                    Err(error) => error,
+                };
             let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
             let Some(pause) = pause_before_next(attempts, &error, left, rand::rng().random()) else {
                 return Err(ClientError::after(attempts, &error));

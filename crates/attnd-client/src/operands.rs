@@ -5,11 +5,13 @@ use std::time::Duration;
 
 use attnd_kernel::{
     AttnShape, Bias, Causal, Dtype, EmptyRow, Mask, Normaliser, Operator, OperatorParts, OutputsParts,
-    alibi_slopes,
+    Selection, alibi_slopes,
 };
-use attnd_plan::{Tensor, WorkerChoice};
+use attnd_plan::{SideTensor, Tensor, WorkerChoice};
 use attnd_wire::{Begin, Error, Reason, convert, operator, outputs};
 use bytes::Bytes;
+
+use crate::side::{DenseTensor, beside};
 
 /// Q, K and V of one call, little-endian elements in C order. Cloning copies no tensor.
 #[derive(Clone, Debug)]
@@ -41,6 +43,11 @@ pub struct AttendOptions {
     /// Which keys a query sees, of those that `causal` lets through. Where it has no positions of its own, those of
     /// `causal` are its.
     pub mask: Mask,
+    /// Which of these it doesn't see after all: a bool for each query and key, true where it does. Numbers are added to
+    /// the scores instead, as `dense_bias` is.
+    pub dense_mask: Option<DenseTensor>,
+    /// Numbers to add to the scores. A key whose number is -inf or the lowest finite one of the type is not seen.
+    pub dense_bias: Option<DenseTensor>,
     /// How scores become weights; no sigmoid has sinks.
     pub normaliser: Normaliser,
     /// A logit for each query head of one batch element, `[heads]`, that joins the denominator of its rows.
@@ -88,7 +95,7 @@ impl Operands {
     /// The first frame of a call with these options.
     ///
     /// # Errors
-    /// [`Reason::PayloadLength`] where an operand doesn't have the bytes that the shape needs, [`Reason::Scale`],
+    /// [`Reason::PayloadLength`] where a tensor doesn't have the bytes that the shape needs, [`Reason::Scale`],
     /// [`Reason::Operator`], [`Reason::Outputs`] and [`Reason::Combination`] where the options make no sense for it.
     pub(crate) fn begin(&self, options: &AttendOptions) -> Result<Begin, Error> {
         for tensor in Tensor::ALL {
@@ -99,6 +106,7 @@ impl Operands {
                 return Err(Error::new(Reason::PayloadLength, detail));
             }
         }
+        let (sides, _bytes) = beside(options, &self.shape)?;
         let scale = options.scale.unwrap_or_else(|| convert::default_scale(&self.shape));
         let alibi = options.alibi.as_ref().map(|alibi| Bias::Alibi {
             slopes: alibi.slopes.clone().unwrap_or_else(|| alibi_slopes(self.shape.n_heads()).into()),
@@ -106,9 +114,10 @@ impl Operands {
         });
         let parts = OperatorParts {
             softcap: options.softcap,
-            biases: alibi.into_iter().collect(),
+            biases: alibi.into_iter().chain(sides.of(SideTensor::Bias).map(|_| Bias::Dense)).collect(),
             normaliser: options.normaliser,
             mask: operator::with_causal(options.causal, options.mask.clone())?,
+            selection: sides.of(SideTensor::Mask).map(|_| Selection::Dense),
             sinks: options.sinks.clone(),
             empty_row: options.empty_row,
             ..OperatorParts::plain(scale, Causal::None)
@@ -121,6 +130,7 @@ impl Operands {
             dtype: self.dtype,
             operator: Arc::new(operator),
             outputs,
+            sides,
             allow_non_finite: options.allow_non_finite,
             forbid_empty_rows: options.forbid_empty_rows,
             workers: options.workers,

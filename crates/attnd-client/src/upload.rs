@@ -1,15 +1,18 @@
 //! The request stream of a call: Begin, the chunks, Commit.
 //!
-//! Chunks come kv group by kv group (Q of the group's heads, its keys, its values), so that a worker can start with
-//! its first group while the others are still under way. Where groups are small, several share a chunk. A worker owns
-//! a range of groups that this side doesn't know yet; so the groups come in bit-reversed order (of 8: 0, 4, 2, 6, 1,
-//! 5, 3, 7), in which each range, however the groups are cut, gets its fair part of every stretch of the stream. Chunks
-//! are slices of the caller's bytes; their checksums are computed when the connection asks for them.
+//! What travels beside the operands comes first, each tensor front to back, as every worker needs its part of it to
+//! start. Chunks of the operands come kv group by kv group (Q of the group's heads, its keys, its values), so that a
+//! worker can start with its first group while the others are still under way. Where groups are small, several share a
+//! chunk. A worker owns a range of groups that this side doesn't know yet; so the groups come in bit-reversed order (of
+//! 8: 0, 4, 2, 6, 1, 5, 3, 7), in which each range, however the groups are cut, gets its fair part of every stretch of
+//! the stream. Chunks are slices of the caller's bytes; their checksums are computed when the connection asks for them.
 
 use std::ops::Range;
 
-use attnd_plan::Tensor;
+use attnd_plan::{AnyTensor, SideTensor, Tensor};
 use attnd_wire::{AttendRequest, Begin, Commit, TensorChunk};
+
+use bytes::Bytes;
 
 use crate::operands::Operands;
 
@@ -20,6 +23,8 @@ const CHUNK_BYTES: usize = 512 << 10;
 #[derive(Debug)]
 pub(crate) struct Upload {
     operands: Operands,
+    /// What is left of the tensors beside them, and where that begins; the last one is sent first.
+    beside: Vec<(SideTensor, u64, Bytes)>,
     begin: Option<Begin>,
     /// Kv groups that a round of Q, K and V covers.
     groups_per_round: usize,
@@ -34,12 +39,16 @@ pub(crate) struct Upload {
 }
 
 impl Upload {
-    pub(crate) fn new(operands: Operands, begin: Begin) -> Self {
+    /// A call that begins with `begin`; `beside` has the bytes of each of its sides.
+    pub(crate) fn new(operands: Operands, beside: &[Bytes], begin: Begin) -> Self {
+        let beside = begin.sides.iter().zip(beside).rev();
+        let beside = beside.map(|(layout, bytes)| (layout.tensor(), 0, bytes.clone())).collect();
         let n_groups = operands.shape.n_groups();
         let most = Tensor::ALL.iter().map(|tensor| operands.tensor(*tensor).len() / n_groups).max();
         let groups_per_round = (CHUNK_BYTES / most.unwrap_or(CHUNK_BYTES).max(1)).clamp(1, n_groups);
         Self {
             operands,
+            beside,
             begin: Some(begin),
             groups_per_round,
             round: 0,
@@ -53,6 +62,18 @@ impl Upload {
     /// Tensor bytes handed out so far.
     pub(crate) fn bytes_sent(&self) -> u64 {
         self.commit.bytes
+    }
+
+    /// The next bytes of what travels beside the operands, and where they begin.
+    fn next_beside(&mut self) -> Option<(SideTensor, u64, Bytes)> {
+        let (tensor, offset, left) = self.beside.last_mut()?;
+        let data = left.split_to(left.len().min(CHUNK_BYTES));
+        let chunk = (*tensor, *offset, data);
+        *offset += chunk.2.len() as u64;
+        if left.is_empty() {
+            self.beside.pop();
+        }
+        Some(chunk)
     }
 
     /// The next tensor and range of its bytes.
@@ -97,13 +118,17 @@ impl Iterator for Upload {
         if let Some(begin) = self.begin.take() {
             return Some(AttendRequest::Begin(begin));
         }
-        if let Some((tensor, bytes)) = self.next_slice() {
+        let chunk: Option<(AnyTensor, u64, Bytes)> = match self.next_beside() {
+            Some((tensor, offset, data)) => Some((tensor.into(), offset, data)),
+            None => self.next_slice().map(|(tensor, bytes)| {
+                (tensor.into(), bytes.start as u64, self.operands.tensor(tensor).slice(bytes))
+            }),
+        };
+        if let Some((tensor, offset, data)) = chunk {
             let index = self.commit.chunks;
             self.commit.chunks += 1;
-            self.commit.bytes += bytes.len() as u64;
-            let offset = Some(bytes.start as u64);
-            let data = self.operands.tensor(tensor).slice(bytes);
-            return Some(AttendRequest::Chunk(TensorChunk { index, tensor, offset, data }));
+            self.commit.bytes += data.len() as u64;
+            return Some(AttendRequest::Chunk(TensorChunk { index, tensor, offset: Some(offset), data }));
         }
         let first = !std::mem::replace(&mut self.committed, true);
         first.then_some(AttendRequest::Commit(self.commit))
@@ -113,15 +138,17 @@ impl Iterator for Upload {
 #[cfg(test)]
 mod tests {
     use attnd_kernel::{Dims, Dtype};
+    use attnd_plan::Element;
 
     use super::*;
     use crate::operands::AttendOptions;
     use crate::operands::tests::operands;
+    use crate::side::{DenseTensor, beside};
 
     fn upload(dims: Dims, dtype: Dtype) -> (Operands, Vec<AttendRequest>) {
         let operands = operands(dims, dtype);
         let begin = operands.begin(&AttendOptions::default()).unwrap();
-        let frames = Upload::new(operands.clone(), begin).collect();
+        let frames = Upload::new(operands.clone(), &[], begin).collect();
         (operands, frames)
     }
 
@@ -137,8 +164,9 @@ mod tests {
             assert_eq!(chunk.index as usize, at);
             assert!(!chunk.data.is_empty() && chunk.data.len() <= CHUNK_BYTES);
             assert_eq!(chunk.data.len() % operands.dtype.size(), 0);
-            lengths.push((chunk.tensor, chunk.data.len()));
-            let (_, runs) = sent.iter_mut().find(|(tensor, _)| *tensor == chunk.tensor).unwrap();
+            let AnyTensor::Operand(tensor) = chunk.tensor else { panic!("{chunk:?}") };
+            lengths.push((tensor, chunk.data.len()));
+            let (_, runs) = sent.iter_mut().find(|(of, _)| *of == tensor).unwrap();
             runs.push((chunk.offset.unwrap(), &chunk.data[..]));
         }
         for (tensor, mut runs) in sent {
@@ -184,12 +212,47 @@ mod tests {
         check(&operands, &frames);
         let group_bytes = 2100 * 64 * 4;
         let of_k = frames.iter().filter_map(|frame| match frame {
-            AttendRequest::Chunk(TensorChunk { tensor: Tensor::K, offset, .. }) => *offset,
+            AttendRequest::Chunk(TensorChunk { tensor: AnyTensor::Operand(Tensor::K), offset, .. }) => {
+                *offset
+            }
             _ => None,
         });
         let mut groups: Vec<u64> = of_k.map(|offset| offset / group_bytes).collect();
         groups.dedup();
         assert_eq!(groups, [0, 8, 4, 2, 10, 6, 1, 9, 5, 3, 7]);
+    }
+
+    #[test]
+    fn masks_and_biases_come_first_each_front_to_back() {
+        let dims =
+            Dims { batch: 1, heads: 2, kv_heads: 2, queries: 900, keys: 800, head_dim: 2, value_dim: 1 };
+        let operands = operands(dims, Dtype::F32);
+        let tensor = |element: Element, shape: [usize; 4]| {
+            let len = shape.iter().product::<usize>() * element.size();
+            let bytes = (0..len).map(|i| (i % 253) as u8).collect::<Vec<_>>().into();
+            Some(DenseTensor { element, shape, bytes })
+        };
+        let options = AttendOptions {
+            dense_mask: tensor(Element::Bool, [1, 1, 900, 800]),
+            dense_bias: tensor(Element::Float(Dtype::F16), [1, 2, 1, 799]),
+            ..AttendOptions::default()
+        };
+        let begin = operands.begin(&options).unwrap();
+        let (_, bytes) = beside(&options, &operands.shape).unwrap();
+        let upload = Upload::new(operands.clone(), &bytes, begin.clone());
+        let mut frames: Vec<AttendRequest> = upload.collect();
+        let mask = [0, CHUNK_BYTES].map(|offset| (SideTensor::Mask, offset, &bytes[0]));
+        for (at, (tensor, offset, bytes)) in
+            mask.into_iter().chain([(SideTensor::Bias, 0, &bytes[1])]).enumerate()
+        {
+            let AttendRequest::Chunk(chunk) = &frames[1 + at] else { panic!("{:?}", frames[1 + at]) };
+            assert_eq!((chunk.tensor, chunk.offset), (tensor.into(), Some(offset as u64)));
+            assert!(chunk.data == bytes[offset..bytes.len().min(offset + CHUNK_BYTES)]);
+        }
+        let Some(AttendRequest::Commit(commit)) = frames.last_mut() else { panic!("no Commit") };
+        assert_eq!(commit.bytes, operands.total_bytes() + begin.sides.bytes());
+        assert_eq!(commit.chunks as usize, frames.len() - 2);
+        assert!(matches!(&frames[4], AttendRequest::Chunk(chunk) if chunk.tensor == Tensor::Q.into()));
     }
 
     #[test]

@@ -6,10 +6,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use attnd_kernel::reference::reference_row;
-use attnd_kernel::{AttnShape, Causal, Dims, Operator};
+use attnd_kernel::{AttnShape, Bias, Causal, Dims, Dtype, Operator, OperatorParts, Selection, slot};
 use attnd_node::NodeError;
 use attnd_node::coordinator::CoordinatorConfig;
-use attnd_plan::WorkerChoice;
+use attnd_plan::{Element, SideLayout, SideTensor, Sides, WorkerChoice};
 use attnd_wire::limits::STALL;
 use attnd_wire::{AttendReply, AttendRequest, Commit, Error, Heartbeat, JoinRequest, Reason};
 use cluster::{Cluster, Operands, begin, collect, eventually};
@@ -311,7 +311,7 @@ async fn a_worker_that_reads_nothing_holds_the_client_back() {
     loop {
         let chunk = attnd_wire::TensorChunk {
             index: sent,
-            tensor: attnd_plan::Tensor::K,
+            tensor: attnd_plan::Tensor::K.into(),
             offset: None,
             data: data.clone(),
         };
@@ -451,5 +451,128 @@ async fn where_no_worker_may_be_used_it_is_said_who_is_there() {
     let (_requests, mut replies) = cluster.begin_attend(begin(&shape)).await;
     let error = Error::from(replies.message().await.unwrap_err());
     assert_eq!(error.message(), "NO_WORKERS: no worker is alive; 1 suspect");
+    cluster.stop().await;
+}
+
+/// A call of one token of one dimension, with a mask of these dimensions.
+fn masked(shape: &AttnShape, dims: [usize; 4]) -> attnd_wire::Begin {
+    let parts =
+        OperatorParts { selection: Some(Selection::Dense), ..OperatorParts::plain(1.0, Causal::None) };
+    let layout = SideLayout::dense(SideTensor::Mask, Element::Bool, dims, shape).unwrap();
+    attnd_wire::Begin {
+        operator: Arc::new(Operator::new(parts, shape).unwrap()),
+        sides: Sides::new(vec![layout]).unwrap(),
+        ..begin(shape)
+    }
+}
+
+/// Workers that count what they get, against what the elements of the mask say by themselves.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_mask_goes_to_the_workers_that_need_it_and_to_each_only_what_it_needs() {
+    let cluster = Cluster::start(CoordinatorConfig::default(), 0).await;
+    let mut workers = Vec::new();
+    for n in [1, 2, 4] {
+        while workers.len() < n {
+            workers.push(cluster.join_counting_worker(&format!("w{}", workers.len())).await);
+        }
+        cluster.wait_for_workers(n).await;
+        for (kv_heads, dims, copies) in [
+            (1, [1, 1, 40, 20_000], 1),
+            (1, [1, 2, 40, 9_000], 1),
+            (4, [1, 8, 1, 20_000], 1),
+            (4, [1, 1, 40, 20_000], n as u64),
+            (3, [1, 6, 40, 20_000], 1),
+            (3, [1, 1, 40, 7_000], 0),
+        ] {
+            let heads = 2 * kv_heads;
+            let keys = 20_000;
+            let shape = Dims { batch: 1, heads, kv_heads, queries: 40, keys, head_dim: 1, value_dim: 1 };
+            let shape = AttnShape::new(shape).unwrap();
+            let begin = attnd_wire::Begin { workers: WorkerChoice::Exactly(n), ..masked(&shape, dims) };
+            let operands = Operands::random(&shape, SEED);
+            let whole: usize = dims.iter().product();
+            let mut requests = operands.requests(begin, 1 << 20);
+            let chunks: Vec<bytes::Bytes> =
+                vec![1_u8; whole].chunks(300_000).map(bytes::Bytes::copy_from_slice).collect();
+            // The mask before everything else, and all counted anew.
+            for (at, data) in chunks.iter().enumerate() {
+                let tensor = SideTensor::Mask.into();
+                let chunk = attnd_wire::TensorChunk { index: 0, tensor, offset: None, data: data.clone() };
+                requests.insert(1 + at, AttendRequest::Chunk(chunk));
+            }
+            for (index, request) in requests[1..].iter_mut().enumerate() {
+                match request {
+                    AttendRequest::Chunk(chunk) => chunk.index = index as u32,
+                    AttendRequest::Commit(commit) => {
+                        *commit = Commit { chunks: index as u32, bytes: commit.bytes + whole as u64 };
+                    }
+                    AttendRequest::Begin(_) => panic!("two Begins"),
+                }
+            }
+            let mut replies = cluster.attend(requests, None).await.unwrap();
+            let planned = AttendReply::decode(replies.message().await.unwrap().unwrap(), &shape).unwrap();
+            let AttendReply::Planned(plan) = planned else { panic!("{planned:?}") };
+            assert_eq!(plan.shares.len(), n);
+            let mask = attnd_wire::proto::Tensor::Mask as i32;
+            let got = |at: usize| workers[at].received().bytes.get(&mask).copied().unwrap_or(0);
+            // What each share needs, element by element.
+            let mut sum = 0;
+            for (at, worker) in workers.iter().enumerate() {
+                let share = plan.shares.iter().find(|share| share.worker.as_str() == worker.id).unwrap();
+                let needs = |plane: usize, key: usize| {
+                    share.pieces.iter().any(|piece| {
+                        let group = |group: usize| dims[1] == 1 || plane / 2 == group;
+                        piece.groups.clone().any(group)
+                            && piece.slots.contains(&slot::slot_of_page(key / 256))
+                    })
+                };
+                let keys = |plane: usize| (0..dims[3]).filter(|key| needs(plane, *key)).count();
+                let wanted = (0..dims[1]).map(keys).sum::<usize>() * dims[2];
+                eventually("the call is whole", || async { worker.received().is_whole }).await;
+                assert_eq!(got(at), wanted as u64, "{n} workers, {dims:?}, worker {at}");
+                sum += wanted as u64;
+            }
+            if copies > 0 {
+                assert_eq!(sum, whole as u64 * copies, "{n} workers, {dims:?}");
+            } else {
+                // Of a plane for all heads, no more than each worker once, and everything somewhere.
+                assert!((whole as u64..=(n * whole) as u64).contains(&sum), "{n} workers, {dims:?}");
+            }
+            drop(replies);
+            let over = || async { cluster.status().await.calls_in_flight == 0 };
+            eventually("the call is over", over).await;
+            for worker in &workers {
+                worker.forget();
+            }
+        }
+    }
+}
+
+/// Memory of a bias is planned, so that one that doesn't fit is refused before a byte of it is read.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_bias_that_does_not_fit_is_refused_with_numbers() {
+    let cluster = Cluster::start(CoordinatorConfig::default(), 1).await;
+    let dims =
+        Dims { batch: 1, heads: 1, kv_heads: 1, queries: 65_536, keys: 65_536, head_dim: 1, value_dim: 1 };
+    let shape = AttnShape::new(dims).unwrap();
+    let parts = OperatorParts { biases: vec![Bias::Dense], ..OperatorParts::plain(1.0, Causal::None) };
+    let float = Element::Float(Dtype::Bf16);
+    let layout = SideLayout::dense(SideTensor::Bias, float, [1, 1, 65_536, 65_536], &shape).unwrap();
+    let begin = attnd_wire::Begin {
+        operator: Arc::new(Operator::new(parts, &shape).unwrap()),
+        sides: Sides::new(vec![layout]).unwrap(),
+        ..begin(&shape)
+    };
+    let (_requests, mut replies) = cluster.begin_attend(begin).await;
+    let text = Error::from(replies.message().await.unwrap_err()).message();
+    // An f32 and a bit for each element; the worker has 1 GiB.
+    let bias = 65_536 * 65_536 * 4 + 65_536 * 65_536 / 8_u64;
+    let need =
+        text.strip_prefix("KV_BUDGET: need ").and_then(|rest| rest.split(',').next()?.parse::<u64>().ok());
+    assert!(
+        need.is_some_and(|need| (bias..bias + (64 << 20)).contains(&need)),
+        "{text}, the bias takes {bias}"
+    );
+    assert!(text.ends_with("free 1073741824"), "{text}");
     cluster.stop().await;
 }

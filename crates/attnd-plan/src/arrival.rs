@@ -29,6 +29,14 @@ pub enum Misplaced {
         /// The next byte of the group that has begun.
         expected: u64,
     },
+    /// It begins elsewhere than at this byte, in a tensor that comes front to back.
+    #[error("begins at byte {start}, expected {expected}")]
+    Jump {
+        /// Where it begins.
+        start: u64,
+        /// The next byte.
+        expected: u64,
+    },
     /// It begins in the middle of a group of which nothing is here.
     #[error("begins at byte {start}, inside of a kv group ({group_bytes} bytes each) that has not begun")]
     InsideOfGroup {

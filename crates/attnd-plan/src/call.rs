@@ -26,6 +26,7 @@ use crate::cover::VerifiedPlan;
 use crate::gather::{CellId, Gather, Ready};
 use crate::report::{ReportId, Reports};
 use crate::route::{Router, Run};
+use crate::side::{AnyTensor, Cutter, Gathered, SideArrivals, SideTensor, Sides};
 use crate::topology::WorkerId;
 
 mod error;
@@ -43,7 +44,7 @@ pub enum CallEvent<P, E = String> {
         /// The client's count of chunks.
         index: u32,
         /// Which tensor.
-        tensor: Tensor,
+        tensor: AnyTensor,
         /// Where they begin in it; `None` where its last chunk ended.
         offset: Option<u64>,
         /// Bytes.
@@ -116,6 +117,13 @@ pub enum CallAction<P, E = String> {
         /// Where its bytes go.
         runs: Vec<Run>,
     },
+    /// Send these parts of the chunk to their shares.
+    ForwardSide {
+        /// Which tensor.
+        tensor: SideTensor,
+        /// Where its bytes go.
+        parts: Vec<Gathered>,
+    },
     /// Send Commit to every share.
     CommitShares,
     /// Merge these partials and send the rows to the client; where reports are wanted, tell the shares of the group how
@@ -143,9 +151,11 @@ enum Phase {
 pub struct Call<P> {
     phase: Phase,
     router: Router,
+    cutter: Cutter,
     gather: Gather<P>,
     /// Where more is wanted than the context.
     reports: Option<Reports>,
+    sides: SideArrivals,
     arrivals: Arrivals,
     chunks: u64,
     last_frame: Duration,
@@ -154,11 +164,12 @@ pub struct Call<P> {
 }
 
 impl<P> Call<P> {
-    /// A call whose Begin arrived at `now`, a time since any epoch that the caller keeps to. With `outputs`, every share
-    /// reports on the rows that have merged.
+    /// A call whose Begin arrived at `now`, a time since any epoch that the caller keeps to. What travels beside its
+    /// operands was made for the plan's shape. With `outputs`, every share reports on the rows that have merged.
     pub fn new(
         plan: &VerifiedPlan,
         dtype_bytes: usize,
+        sides: &Sides,
         outputs: Option<Arc<Outputs>>,
         now: Duration,
     ) -> Self {
@@ -166,8 +177,10 @@ impl<P> Call<P> {
         Self {
             phase: Phase::Receiving,
             router: Router::new(plan, shape, dtype_bytes),
+            cutter: Cutter::new(plan, shape, sides),
             gather: Gather::new(plan),
             reports: outputs.map(|outputs| Reports::new(plan, outputs)),
+            sides: SideArrivals::new(sides),
             arrivals: Arrivals::new(shape, dtype_bytes),
             chunks: 0,
             last_frame: now,
@@ -211,7 +224,14 @@ impl<P> Call<P> {
             CallEvent::ChunkIn { index, tensor, offset, len } => {
                 self.last_frame = now;
                 let offset = self.take_chunk(index, tensor, offset, len)?;
-                Ok(vec![CallAction::Forward { tensor, runs: self.router.route(tensor, offset, len) }])
+                Ok(vec![match tensor {
+                    AnyTensor::Operand(tensor) => {
+                        CallAction::Forward { tensor, runs: self.router.route(tensor, offset, len) }
+                    }
+                    AnyTensor::Side(tensor) => {
+                        CallAction::ForwardSide { tensor, parts: self.cutter.cut(tensor, offset, len) }
+                    }
+                }])
             }
             CallEvent::Commit { chunks, bytes } => {
                 self.check_commit(chunks, bytes)?;
@@ -219,7 +239,8 @@ impl<P> Call<P> {
                 Ok([CallAction::CommitShares].into_iter().chain(self.complete()).collect())
             }
             CallEvent::StreamEnded if self.phase == Phase::Receiving => {
-                let need = self.arrivals.tensors().iter().map(|arrival| arrival.need).sum();
+                let operands: u64 = self.arrivals.tensors().iter().map(|arrival| arrival.need).sum();
+                let need = operands + self.sides.tensors().iter().map(|arrival| arrival.need).sum::<u64>();
                 Err(CallError::StreamTruncated { chunks: self.chunks, bytes: self.received(), need })
             }
             CallEvent::Partial { share, cell, part } => self.take_partial(share, cell, part),
@@ -247,14 +268,15 @@ impl<P> Call<P> {
     }
 
     fn received(&self) -> u64 {
-        self.arrivals.tensors().iter().map(|arrival| arrival.got).sum()
+        let operands: u64 = self.arrivals.tensors().iter().map(|arrival| arrival.got).sum();
+        operands + self.sides.tensors().iter().map(|arrival| arrival.got).sum::<u64>()
     }
 
     /// Counts a chunk in; returns where it begins in its tensor.
     fn take_chunk<E>(
         &mut self,
         index: u32,
-        tensor: Tensor,
+        tensor: AnyTensor,
         offset: Option<u64>,
         len: usize,
     ) -> Result<u64, CallError<E>> {
@@ -265,11 +287,21 @@ impl<P> Call<P> {
         if len == 0 {
             return Err(CallError::EmptyChunk { index });
         }
-        let start = self.arrivals.take(tensor, offset, len as u64).map_err(|why| match (offset, why) {
-            (None, Misplaced::PastTheEnd { bytes, need }) => {
+        let placed = match tensor {
+            AnyTensor::Side(side) => {
+                self.sides.take(side, offset, len as u64).map_err(|why| why.of_chunk(index, tensor))
+            }
+            AnyTensor::Operand(operand) => {
+                self.sides.check_operand().map_err(|why| why.of_chunk(index, tensor))?;
+                let placed = self.arrivals.take(operand, offset, len as u64);
+                placed.map_err(|why| CallError::ChunkPlace { index, tensor, why })
+            }
+        };
+        let start = placed.map_err(|error| match (offset, error) {
+            (None, CallError::ChunkPlace { why: Misplaced::PastTheEnd { bytes, need }, .. }) => {
                 CallError::PayloadLength { tensor, need, got: bytes.end }
             }
-            (_, why) => CallError::ChunkPlace { index, tensor, why },
+            (_, error) => error,
         })?;
         self.chunks += 1;
         Ok(start)
@@ -282,10 +314,12 @@ impl<P> Call<P> {
         if bytes != self.received() {
             return Err(CallError::CommitLength { declared: bytes, got: self.received() });
         }
-        match self.arrivals.tensors().iter().find(|arrival| arrival.got != arrival.need) {
-            Some(Arrival { tensor, need, got, .. }) => {
-                Err(CallError::PayloadLength { tensor: *tensor, need: *need, got: *got })
-            }
+        let sides =
+            self.sides.tensors().iter().map(|side| (AnyTensor::from(side.tensor), side.need, side.got));
+        let operands = self.arrivals.tensors().iter();
+        let operands = operands.map(|Arrival { tensor, need, got, .. }| ((*tensor).into(), *need, *got));
+        match sides.chain(operands).find(|(_, need, got)| got != need) {
+            Some((tensor, need, got)) => Err(CallError::PayloadLength { tensor, need, got }),
             None => Ok(()),
         }
     }

@@ -61,6 +61,8 @@ pub(crate) struct Load {
     pub(crate) nodes: usize,
     /// Runs of pages that it gets of groups that are cut, see [`crate::line::Line::cut_runs`].
     pub(crate) cut_runs: u64,
+    /// Bytes of what travels beside Q, K and V.
+    pub(crate) side_bytes: u64,
     /// 10^9 operations per second.
     pub(crate) gflops: f64,
 }
@@ -133,8 +135,11 @@ impl CallCosts {
     /// The whole call.
     pub(crate) fn predict(&self, loads: &[Load]) -> f64 {
         let sum = |of: &dyn Fn(&Load) -> f64| loads.iter().map(of).sum::<f64>();
-        let bytes_in =
-            sum(&|load| load.keys as f64 * self.bytes_per_key + load.groups as f64 * self.query_bytes);
+        let bytes_in = sum(&|load| {
+            load.keys as f64 * self.bytes_per_key
+                + load.groups as f64 * self.query_bytes
+                + load.side_bytes as f64
+        });
         let nodes = sum(&|load| load.nodes as f64);
         let slowest = loads
             .iter()

@@ -5,7 +5,8 @@
 //! parts are tested by golden traces (`testscripts/`).
 //!
 //! * [`plan`] cuts an attention call into [`Share`]s, one per worker, by kv groups first and by slots second.
-//! * [`Router`] says which bytes of Q, K and V go to which share.
+//! * [`Router`] says which bytes of Q, K and V go to which share, [`Cutter`] the same of what travels beside them
+//!   ([`Sides`]).
 //! * [`Gather`] takes partials exactly once, and [`fold()`] merges them along the canonical tree.
 //! * [`Call`] is one one-shot call from its first chunk to its last partial.
 //! * [`Membership`] is the set of workers: who is alive, suspect, draining, quarantined or dead.
@@ -22,6 +23,7 @@ pub mod membership;
 pub mod planner;
 mod report;
 pub mod route;
+pub mod side;
 pub mod topology;
 
 pub use arrival::Misplaced;
@@ -37,6 +39,7 @@ pub use membership::{
 pub use planner::{Piece, Plan, PlanError, PlanRequest, Share, WorkerChoice, plan};
 pub use report::{ReportError, ReportId};
 pub use route::{Router, Run};
+pub use side::{AnyTensor, Cutter, Element, Gathered, PlanePart, SideError, SideLayout, SideTensor, Sides};
 pub use topology::{Capacity, WorkerId, WorkerIdError};
 
 /// One of the three operands of a call.

@@ -6,12 +6,13 @@
 
 use std::ops::Range;
 
+use attnd_kernel::KvHead;
 use attnd_kernel::slot::{self, N_SLOTS, PAGE_KEYS};
-use attnd_kernel::{AttnShape, Dtype, KvHead};
 
 use crate::cost::CallCosts;
 use crate::inspection::InspectionBytes;
-use crate::planner::Piece;
+use crate::planner::{Piece, PlanRequest};
+use crate::side::SideLoad;
 
 /// A cut may move this fraction of a share away from the even point for nothing, to where fewer partials merge. Both
 /// ends of a share may, so a share is at most 4 % over its fair part. Measured speeds of workers wander by 5 to 10 %
@@ -37,15 +38,12 @@ pub(crate) struct Line {
     query_bytes: u64,
     cell_bytes: u64,
     inspection: InspectionBytes,
+    sides: Vec<SideLoad>,
 }
 
 impl Line {
-    pub(crate) fn new(
-        shape: &AttnShape,
-        dtype: Dtype,
-        tokens_per_cell: usize,
-        inspection: InspectionBytes,
-    ) -> Self {
+    pub(crate) fn new(req: &PlanRequest, tokens_per_cell: usize) -> Self {
+        let PlanRequest { shape, dtype, sides, outputs, .. } = req;
         let (mut keys_before, mut pages_before) = ([0; N_SLOTS + 1], [0; N_SLOTS + 1]);
         let (mut keys, mut pages) = (0, 0);
         for slot in 0..N_SLOTS {
@@ -65,11 +63,12 @@ impl Line {
                 shape.head_dim(),
                 shape.value_dim(),
                 &(0..N_SLOTS),
-                dtype.into(),
+                (*dtype).into(),
             ),
             query_bytes: f32_bytes(shape.group_size() * shape.n_queries() * shape.head_dim()),
             cell_bytes: f32_bytes(shape.group_size() * tokens_per_cell * (shape.value_dim() + 2)),
-            inspection,
+            inspection: InspectionBytes::new(outputs.as_deref(), shape, tokens_per_cell),
+            sides: sides.iter().map(|layout| SideLoad::new(layout, shape)).collect(),
         }
     }
 
@@ -111,16 +110,30 @@ impl Line {
         .sum()
     }
 
-    /// Bytes that a worker must reserve for an interval: K and V in whole pages, in their type, Q in f32, and two cells of
-    /// partials, one being computed and one being sent, and what a second pass needs.
+    /// Bytes of what travels beside Q, K and V that the worker of an interval gets.
+    pub(crate) fn side_bytes(&self, places: &Range<usize>) -> u64 {
+        let pieces = self.pieces(places);
+        self.sides.iter().map(|side| side.sent(&pieces)).sum()
+    }
+
+    /// Bytes that a worker must reserve for an interval: K and V in whole pages, in their type, Q in f32, two cells of
+    /// partials, one being computed and one being sent, its parts of the side tensors, and what a second pass needs.
     pub(crate) fn resident_bytes(&self, places: &Range<usize>) -> u64 {
         if places.is_empty() {
             return 0;
         }
+        let sides = match &self.sides[..] {
+            [] => 0,
+            sides => {
+                let pieces = self.pieces(places);
+                sides.iter().map(|side| side.resident(&pieces)).sum()
+            }
+        };
         self.pages(places) * self.page_bytes
             + self.groups(places) as u64 * (self.query_bytes + self.inspection.of_group)
             + 2 * self.cell_bytes
             + self.inspection.of_share
+            + sides
     }
 
     /// An interval as rectangles of groups and slots.

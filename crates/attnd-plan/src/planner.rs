@@ -7,8 +7,9 @@ use attnd_kernel::slot::N_SLOTS;
 use attnd_kernel::{AttnShape, Dtype, Mask, Outputs, Path};
 
 use crate::cost::{CallCosts, CostModel, Load};
-use crate::inspection::{InspectionBytes, tokens_per_report};
+use crate::inspection::tokens_per_report;
 use crate::line::{Hand, Line};
+use crate::side::Sides;
 use crate::topology::{Capacity, WorkerId};
 
 /// Bytes of `o`, `m` and `l` that a partial message aims at.
@@ -41,6 +42,8 @@ pub struct PlanRequest {
     pub outputs: Option<Arc<Outputs>>,
     /// The type of Q, K and V on the wire, and of K and V on the workers.
     pub dtype: Dtype,
+    /// What travels beside Q, K and V; made for that shape.
+    pub sides: Sides,
     /// How many workers it may use.
     pub workers: WorkerChoice,
 }
@@ -67,8 +70,8 @@ pub struct Share {
     pub pieces: Vec<Piece>,
     /// Bytes of K and V that it receives.
     pub kv_bytes: u64,
-    /// Bytes that it must reserve: K and V in whole pages as they were sent, Q and two cells of partials in f32, and what a
-    /// second pass needs.
+    /// Bytes that it must reserve: K and V in whole pages as they were sent, Q and two cells of partials in f32, its parts
+    /// of what travels beside them, and what a second pass needs.
     pub resident_bytes: u64,
 }
 
@@ -160,7 +163,6 @@ struct Draft {
 impl<'a> Planner<'a> {
     fn new(req: &PlanRequest, alive: &[&'a Capacity], costs: &CostModel) -> Self {
         let tokens_per_cell = tokens_per_cell(&req.shape, req.outputs.as_deref());
-        let inspection = InspectionBytes::new(req.outputs.as_deref(), &req.shape, tokens_per_cell);
         let (mut by_speed, mut by_memory) = (alive.to_vec(), alive.to_vec());
         // Stable sorts: equal workers stay in the order of their ids.
         by_speed.sort_by(|a, b| b.speed().total_cmp(&a.speed()));
@@ -168,7 +170,7 @@ impl<'a> Planner<'a> {
         Self {
             shape: req.shape,
             dtype: req.dtype,
-            line: Line::new(&req.shape, req.dtype, tokens_per_cell, inspection),
+            line: Line::new(req, tokens_per_cell),
             costs: CallCosts::new(costs, req, tokens_per_cell),
             tokens_per_cell,
             alive: alive.len(),
@@ -223,6 +225,7 @@ impl<'a> Planner<'a> {
                 groups: (groups / n).max(1),
                 nodes: (groups / n).max(1),
                 cut_runs: cut_pages / n as u64,
+                side_bytes: self.line.side_bytes(&(0..self.line.len().div_ceil(n))),
                 gflops: worker.speed(),
             })
             .collect();
@@ -255,6 +258,7 @@ impl<'a> Planner<'a> {
                 groups: self.line.groups(places),
                 nodes: self.line.nodes(places),
                 cut_runs: self.line.cut_runs(places),
+                side_bytes: self.line.side_bytes(places),
                 gflops: worker.speed(),
             })
             .collect();

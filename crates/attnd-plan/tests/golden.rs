@@ -6,6 +6,7 @@
 //! ```text
 //! shape heads=8 kv_heads=8 queries=4096 keys=4096 dim=128 [batch=1] [value_dim=128]
 //! worker NAME gflops=100 [free=BYTES]           plan [at-most=N | exactly=N]
+//! mask BATCH HEADS QUERIES KEYS | bias ...       a tensor beside q, k and v, each dimension 1 or the call's
 //! begin                                         the first makes the call, another is the client's mistake
 //! chunk INDEX TENSOR BYTES | send               one chunk; all the rest, in one chunk per tensor
 //! commit [CHUNKS BYTES] | end | gone            the client
@@ -29,12 +30,13 @@ use std::time::Duration;
 use attnd_kernel::{AttnShape, Dims, Dtype, Mask};
 use attnd_plan::membership::HEARTBEAT;
 use attnd_plan::{
-    Call, CallAction, CallEvent, Capacity, CellId, CostModel, Facts, MemberAction, MemberEvent, Membership,
-    PlanRequest, Rules, Tensor, VerifiedPlan, WorkerChoice, WorkerId, cells, filled_nodes, plan,
+    AnyTensor, Call, CallAction, CallEvent, Capacity, CellId, CostModel, Element, Facts, MemberAction,
+    MemberEvent, Membership, PlanRequest, Rules, SideLayout, SideTensor, Sides, Tensor, VerifiedPlan,
+    WorkerChoice, WorkerId, cells, filled_nodes, plan,
 };
 
 /// Every script: one that is lost is a behaviour that nobody watches.
-const SCRIPTS: [&str; 42] = [
+const SCRIPTS: [&str; 44] = [
     "a_call_that_cuts_make_too_large_is_refused",
     "a_call_without_room_is_refused",
     "a_coordinator_that_stood_still_blames_nobody",
@@ -49,6 +51,7 @@ const SCRIPTS: [&str; 42] = [
     "a_worker_that_fails_after_its_last_partial_is_not_missed",
     "a_worker_that_sent_everything_is_not_missed",
     "a_worker_that_stops_short_fails",
+    "an_operand_before_its_mask_is_refused",
     "chunk_gap_is_refused",
     "chunk_repeat_is_refused",
     "chunks_become_rows",
@@ -66,6 +69,7 @@ const SCRIPTS: [&str; 42] = [
     "flaps_far_apart_are_forgiven",
     "frame_after_commit_is_refused",
     "idle_client_loses_its_call",
+    "masks_come_first_and_in_parts",
     "one_head_is_cut_by_slots",
     "second_begin_is_refused",
     "slow_worker_becomes_suspect_then_dead",
@@ -130,7 +134,8 @@ struct World {
     workers: Vec<Capacity>,
     plan: Option<VerifiedPlan>,
     call: Option<Call<()>>,
-    sent: BTreeMap<Tensor, u64>,
+    sides: Sides,
+    sent: BTreeMap<AnyTensor, u64>,
     chunks: u32,
     /// Of each share: cells that it has not sent, last first, and the last that it sent.
     owed: Vec<(Vec<CellId>, Option<CellId>)>,
@@ -164,6 +169,17 @@ impl World {
                 });
                 Some(Vec::new())
             }
+            ("mask" | "bias", [dims @ ..]) => {
+                let (tensor, element) = match *verb {
+                    "mask" => (SideTensor::Mask, Element::Bool),
+                    _ => (SideTensor::Bias, Element::Float(Dtype::F32)),
+                };
+                let dims: Vec<usize> = dims.iter().map(|dim| dim.parse().unwrap()).collect();
+                let layout = SideLayout::dense(tensor, element, dims.try_into().ok()?, &self.shape?);
+                let layouts = self.sides.iter().copied().chain([layout.unwrap()]);
+                self.sides = Sides::new(layouts.collect()).unwrap();
+                Some(Vec::new())
+            }
             ("plan", _) => Some(self.make_plan(rest)),
             ("begin", []) if self.call.is_none() => {
                 self.begin();
@@ -176,8 +192,11 @@ impl World {
             ("send", []) => {
                 let shape = self.shape?;
                 let mut output = Vec::new();
-                for tensor in Tensor::ALL {
-                    let left = tensor.bytes(&shape, 4) - self.sent.get(&tensor).copied().unwrap_or(0);
+                let sides: Vec<(AnyTensor, u64)> =
+                    self.sides.iter().map(|side| (side.tensor().into(), side.bytes())).collect();
+                let operands = Tensor::ALL.map(|tensor| (tensor.into(), tensor.bytes(&shape, 4)));
+                for (tensor, need) in sides.into_iter().chain(operands) {
+                    let left = need - self.sent.get(&tensor).copied().unwrap_or(0);
                     if left > 0 {
                         output.extend(self.chunk(self.chunks, tensor, left as usize));
                     }
@@ -257,7 +276,8 @@ impl World {
             _ => WorkerChoice::Auto,
         };
         let (mask, path, outputs) = (Mask::default(), attnd_kernel::Path::Plain, None);
-        let req = PlanRequest { shape, mask, path, outputs, dtype: Dtype::F32, workers };
+        let sides = self.sides.clone();
+        let req = PlanRequest { shape, mask, path, outputs, dtype: Dtype::F32, sides, workers };
         let plan = match plan(&req, &self.workers, &CostModel::default()) {
             Ok(plan) => plan,
             Err(error) => return vec![format!("refused: {error}")],
@@ -286,7 +306,7 @@ impl World {
 
     fn begin(&mut self) {
         let (plan, shape) = (self.plan.as_ref().unwrap(), self.shape.unwrap());
-        self.call = Some(Call::new(plan, 4, None, self.now));
+        self.call = Some(Call::new(plan, 4, &self.sides, None, self.now));
         for share in &plan.shares {
             let mut cells = cells(&share.pieces, &shape, plan.tokens_per_cell);
             cells.reverse();
@@ -294,7 +314,7 @@ impl World {
         }
     }
 
-    fn chunk(&mut self, index: u32, tensor: Tensor, len: usize) -> Vec<String> {
+    fn chunk(&mut self, index: u32, tensor: AnyTensor, len: usize) -> Vec<String> {
         *self.sent.entry(tensor).or_default() += len as u64;
         self.chunks += 1;
         self.event(CallEvent::ChunkIn { index, tensor, offset: None, len })
@@ -323,6 +343,15 @@ impl World {
                     .map(|(share, (runs, bytes))| format!("{} {bytes} bytes in {runs}", name(*share)))
                     .collect();
                 format!("forward {tensor}: {}", to.join(", "))
+            }
+            CallAction::ForwardSide { tensor, parts } => {
+                let to = parts.iter().map(|part| {
+                    let name = &self.plan.as_ref().unwrap().shares[part.share].worker;
+                    let bytes: usize = part.runs.iter().map(|run| run.len()).sum();
+                    let (at, place, runs) = (part.part, part.offset, part.runs.len());
+                    format!("{name} {bytes} bytes in {runs} at {place} of part {at}")
+                });
+                format!("forward {tensor}: {}", to.collect::<Vec<_>>().join(", "))
             }
             CallAction::CommitShares => "commit shares".to_owned(),
             CallAction::Emit(ready) => {
@@ -403,6 +432,7 @@ fn number(words: &[&str], name: &str) -> Option<u64> {
     text(words, name)?.parse().ok()
 }
 
-fn tensor_named(name: &str) -> Option<Tensor> {
-    Tensor::ALL.into_iter().find(|tensor| tensor.to_string() == name)
+fn tensor_named(name: &str) -> Option<AnyTensor> {
+    let sides = SideTensor::ALL.map(AnyTensor::from);
+    Tensor::ALL.map(AnyTensor::from).into_iter().chain(sides).find(|tensor| tensor.to_string() == name)
 }

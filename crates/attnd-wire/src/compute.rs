@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use attnd_kernel::slot::{Node, PAGE_KEYS, keys_in_slots, n_pages, slot_of_page};
 use attnd_kernel::{AttnShape, Compute, Dtype, Normaliser, Operator, Outputs, PartialRows};
-use attnd_plan::{CellId, Piece, Tensor, most_report_bytes};
+use attnd_plan::{AnyTensor, CellId, Piece, Sides, Tensor, most_report_bytes};
 use bytes::Bytes;
 
 use crate::attend::{Begin, Commit};
@@ -13,7 +13,7 @@ use crate::convert::{self, quantity, small};
 use crate::error::{Error, Reason};
 use crate::floats::{self, checksum};
 use crate::limits::MESSAGE_BYTES;
-use crate::operator::Encoded;
+use crate::operator::{self, Encoded};
 use crate::outputs::elements::Elements;
 use crate::outputs::share::{MergedSums, ShareReport};
 use crate::{outputs, proto, refusal};
@@ -45,6 +45,8 @@ pub struct ComputeBegin {
     pub operator: Arc<Operator>,
     /// What the second pass gives; `None` if there is none.
     pub outputs: Option<Arc<Outputs>>,
+    /// What comes beside Q, K and V, made for that shape: the tensors that the operator reads.
+    pub sides: Sides,
     /// NaN and infinities pass unexamined.
     pub allow_non_finite: bool,
     /// Kv groups times slots: at least one, all inside the call, disjoint.
@@ -53,18 +55,21 @@ pub struct ComputeBegin {
     pub tokens_per_cell: usize,
 }
 
-/// A run of bytes of one head of one operand.
+/// A run of bytes of one head of one operand, or of one part of what comes beside them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SliceChunk {
     /// Place in the stream, from 0.
     pub index: u32,
-    /// Which operand.
-    pub tensor: Tensor,
-    /// Query head for Q, kv head for K and V, flattened over the batch; its group is in the share.
+    /// Which tensor: an operand, or one of [`ComputeBegin::sides`].
+    pub tensor: AnyTensor,
+    /// Query head for Q, kv head for K and V, flattened over the batch; its group is in the share. Of a side tensor,
+    /// index into what [`attnd_plan::SideLayout::parts`] gives for the share, which is for whoever takes the bytes to
+    /// check.
     pub head: usize,
-    /// Where the run begins in that head's `[tokens, dim]` matrix, in bytes; a whole number of elements.
+    /// Where the run begins in that head's `[tokens, dim]` matrix, or in the part's, in bytes; a whole number of
+    /// elements.
     pub offset: u64,
-    /// Whole elements, at least one, inside of the matrix; the checksum was right.
+    /// Whole elements, at least one, inside of the matrix of a head; the checksum was right.
     pub data: Bytes,
 }
 
@@ -168,6 +173,7 @@ impl TryFrom<proto::ComputeBegin> for ComputeBegin {
         let shape = convert::shape(message.shape)?;
         let dtype = convert::dtype(message.dtype)?;
         let encoded = Encoded { scale: message.scale, causal: message.causal, operator: message.operator };
+        let sides = encoded.sides(&shape)?;
         let operator = encoded.decode(&shape)?;
         // What a newer coordinator says beyond that is lost here, but not in the name.
         let kernel_id = operator.kernel_id(Compute::F32);
@@ -182,6 +188,7 @@ impl TryFrom<proto::ComputeBegin> for ComputeBegin {
             dtype,
             operator,
             outputs,
+            sides,
             allow_non_finite: message.allow_non_finite,
             pieces: convert::pieces(message.pieces, shape.n_groups())?,
             tokens_per_cell,
@@ -209,7 +216,7 @@ fn cell_tokens(tokens: u32, shape: &AttnShape, outputs: Option<&Outputs>) -> Res
 
 impl From<ComputeBegin> for proto::ComputeBegin {
     fn from(begin: ComputeBegin) -> Self {
-        let Encoded { scale, causal, operator } = Encoded::from(&*begin.operator);
+        let Encoded { scale, causal, operator } = Encoded::new(&begin.operator, &begin.sides);
         Self {
             call_id: begin.call_id,
             shape: Some((&begin.shape).into()),
@@ -230,29 +237,36 @@ impl SliceChunk {
     /// Decodes a run of a head of the call that `begun` describes.
     ///
     /// # Errors
-    /// [`Reason::Tensor`], [`Reason::PayloadLength`], [`Reason::Checksum`], and [`Reason::Pieces`] for a head of a
-    /// group that isn't in the share.
+    /// [`Reason::Tensor`], also for one that the call doesn't have, [`Reason::PayloadLength`], [`Reason::Checksum`],
+    /// and [`Reason::Pieces`] for a head of a group that isn't in the share.
     pub fn decode(message: proto::SliceChunk, begun: &ComputeBegin) -> Result<Self, Error> {
         let tensor = convert::tensor(message.tensor)?;
-        convert::chunk_data(message.index, &message.data, &[], Some(message.crc32c), begun.dtype)?;
+        let element = operator::element_bytes(tensor, begun.dtype, &begun.sides)?;
+        convert::chunk_data(message.index, &message.data, &[], Some(message.crc32c), element)?;
         let head = convert::size(message.head);
-        let group = if tensor == Tensor::Q { head / begun.shape.group_size() } else { head };
+        let (index, offset, data) = (message.index, message.offset, message.data);
+        let (group, layout) = match tensor {
+            AnyTensor::Operand(operand @ Tensor::Q) => {
+                (head / begun.shape.group_size(), operand.layout(&begun.shape))
+            }
+            AnyTensor::Operand(operand) => (head, operand.layout(&begun.shape)),
+            AnyTensor::Side(_) if !offset.is_multiple_of(element as u64) => {
+                let text = format!("{tensor} part {head}: {} bytes at {offset}", data.len());
+                return Err(Error::new(Reason::PayloadLength, text));
+            }
+            AnyTensor::Side(_) => return Ok(Self { index, tensor, head, offset, data }),
+        };
         if !begun.pieces.iter().any(|piece| piece.groups.contains(&group)) {
             return Err(Error::new(Reason::Pieces, format!("{tensor} head {head} is not in this share")));
         }
-        let element = begun.dtype.size();
-        let (_, tokens, dim) = tensor.layout(&begun.shape);
+        let (_, tokens, dim) = layout;
         let matrix = (tokens * dim * element) as u64;
-        let end = message.offset.checked_add(message.data.len() as u64);
-        if !message.offset.is_multiple_of(element as u64) || end.is_none_or(|end| end > matrix) {
-            let run = format!(
-                "{tensor} head {head}: {} bytes at {} of {matrix}",
-                message.data.len(),
-                message.offset
-            );
+        let end = offset.checked_add(data.len() as u64);
+        if !offset.is_multiple_of(element as u64) || end.is_none_or(|end| end > matrix) {
+            let run = format!("{tensor} head {head}: {} bytes at {offset} of {matrix}", data.len());
             return Err(Error::new(Reason::PayloadLength, run));
         }
-        Ok(Self { index: message.index, tensor, head, offset: message.offset, data: message.data })
+        Ok(Self { index, tensor, head, offset, data })
     }
 }
 
@@ -391,10 +405,11 @@ fn keys_seen(cell: &CellId, call: &CallShape) -> Vec<usize> {
     seen.collect()
 }
 
-/// Whether a kernel can have made a row with this maximum and this sum over `seen` visible keys.
+/// Whether a kernel can have made a row with this maximum and this sum over `seen` visible keys, or up to so many.
 ///
-/// The maximum is an integer, so the weight of the largest score is at least `2^-0.5`, and none is over `2^0.5`; where weights are
-/// sigmoids the maximum is 0, and none is over 1. Finite operands have finite scores, so a row is empty if and only if it sees no key.
+/// The maximum is an integer, so the weight of the largest score is at least `2^-0.5`, and none is over `2^0.5`; where
+/// weights are sigmoids the maximum is 0, and none is over 1. Finite operands have finite scores, so a row is empty if
+/// and only if it sees no key, which of those `seen` is only known where no tensor hides more of them.
 fn is_possible(m: f32, l: f32, seen: usize, call: &CallShape) -> bool {
     let empty = m == f32::NEG_INFINITY && l == 0.0;
     let keys = seen as f32;
@@ -403,7 +418,8 @@ fn is_possible(m: f32, l: f32, seen: usize, call: &CallShape) -> bool {
         Normaliser::Sigmoid { .. } => m == 0.0 && (0.0..=1.01 * keys).contains(&l),
     };
     if !call.allow_non_finite {
-        return if seen == 0 { empty } else { regular };
+        let may_be_empty = seen == 0 || operator::hides_single_keys(&call.operator);
+        return (seen > 0 && regular) || (may_be_empty && empty);
     }
     let poisoned = m.is_nan() || m == f32::INFINITY || !l.is_finite();
     empty || regular || poisoned

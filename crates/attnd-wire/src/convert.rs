@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use attnd_kernel::slot::N_SLOTS;
 use attnd_kernel::{AttnShape, Dims, Dtype};
-use attnd_plan::{Piece, Tensor};
+use attnd_plan::{AnyTensor, Piece, SideTensor, Tensor};
 use bytes::Bytes;
 
 use crate::error::{Error, Reason};
@@ -72,7 +72,7 @@ impl From<Dtype> for proto::Dtype {
     }
 }
 
-/// Decodes an element type.
+/// Decodes the element type of an operand.
 ///
 /// # Errors
 /// [`Reason::Dtype`] with the number.
@@ -81,29 +81,35 @@ pub fn dtype(number: i32) -> Result<Dtype, Error> {
         Ok(proto::Dtype::F32) => Ok(Dtype::F32),
         Ok(proto::Dtype::F16) => Ok(Dtype::F16),
         Ok(proto::Dtype::Bf16) => Ok(Dtype::Bf16),
-        Ok(proto::Dtype::Unspecified) | Err(_) => Err(Error::new(Reason::Dtype, number.to_string())),
-    }
-}
-
-impl From<Tensor> for proto::Tensor {
-    fn from(tensor: Tensor) -> Self {
-        match tensor {
-            Tensor::Q => Self::Q,
-            Tensor::K => Self::K,
-            Tensor::V => Self::V,
+        Ok(proto::Dtype::Unspecified | proto::Dtype::Bool) | Err(_) => {
+            Err(Error::new(Reason::Dtype, number.to_string()))
         }
     }
 }
 
-/// Decodes the name of an operand.
+impl From<AnyTensor> for proto::Tensor {
+    fn from(tensor: AnyTensor) -> Self {
+        match tensor {
+            AnyTensor::Operand(Tensor::Q) => Self::Q,
+            AnyTensor::Operand(Tensor::K) => Self::K,
+            AnyTensor::Operand(Tensor::V) => Self::V,
+            AnyTensor::Side(SideTensor::Mask) => Self::Mask,
+            AnyTensor::Side(SideTensor::Bias) => Self::Bias,
+        }
+    }
+}
+
+/// Decodes the name of a tensor.
 ///
 /// # Errors
 /// [`Reason::Tensor`] with the number.
-pub fn tensor(number: i32) -> Result<Tensor, Error> {
+pub fn tensor(number: i32) -> Result<AnyTensor, Error> {
     match proto::Tensor::try_from(number) {
-        Ok(proto::Tensor::Q) => Ok(Tensor::Q),
-        Ok(proto::Tensor::K) => Ok(Tensor::K),
-        Ok(proto::Tensor::V) => Ok(Tensor::V),
+        Ok(proto::Tensor::Q) => Ok(Tensor::Q.into()),
+        Ok(proto::Tensor::K) => Ok(Tensor::K.into()),
+        Ok(proto::Tensor::V) => Ok(Tensor::V.into()),
+        Ok(proto::Tensor::Mask) => Ok(SideTensor::Mask.into()),
+        Ok(proto::Tensor::Bias) => Ok(SideTensor::Bias.into()),
         Ok(proto::Tensor::Unspecified) | Err(_) => Err(Error::new(Reason::Tensor, number.to_string())),
     }
 }
@@ -181,23 +187,20 @@ pub(crate) fn quantity(reason: Reason, field: &str, value: f64) -> Result<f64, E
     }
 }
 
-/// Checks the bytes of chunk `index`: not empty, whole elements, and with the checksum that came along, which covers
-/// the bytes of `place` behind them.
+/// Checks the bytes of chunk `index`: not empty, whole elements of `element` bytes, and with the checksum that came
+/// along, which covers the bytes of `place` behind them.
 pub(crate) fn chunk_data(
     index: u32,
     data: &Bytes,
     place: &[u8],
     crc32c: Option<u32>,
-    dtype: Dtype,
+    element: usize,
 ) -> Result<(), Error> {
     if data.is_empty() {
         return Err(Error::new(Reason::PayloadLength, format!("chunk {index} has 0 bytes")));
     }
-    if !data.len().is_multiple_of(dtype.size()) {
-        return Err(Error::new(
-            Reason::PayloadLength,
-            format!("{} not a multiple of {}", data.len(), dtype.size()),
-        ));
+    if !data.len().is_multiple_of(element) {
+        return Err(Error::new(Reason::PayloadLength, format!("{} not a multiple of {element}", data.len())));
     }
     match crc32c {
         Some(sent) if sent != checksum(&[data, place]) => Err(refusal::checksum(index)),
@@ -228,7 +231,8 @@ mod tests {
         for value in [Dtype::F32, Dtype::F16, Dtype::Bf16] {
             assert_eq!(dtype(proto::Dtype::from(value).into()), Ok(value));
         }
-        for value in Tensor::ALL {
+        let sides = SideTensor::ALL.map(AnyTensor::from);
+        for value in Tensor::ALL.map(AnyTensor::from).into_iter().chain(sides) {
             assert_eq!(tensor(proto::Tensor::from(value).into()), Ok(value));
         }
     }
@@ -257,18 +261,18 @@ mod tests {
     fn chunks_are_whole_and_unharmed() {
         let data = Bytes::from(vec![7; 4097]);
         assert_eq!(
-            chunk_data(0, &data, &[], None, Dtype::F32).unwrap_err().message(),
+            chunk_data(0, &data, &[], None, Dtype::F32.size()).unwrap_err().message(),
             "PAYLOAD_LENGTH: 4097 not a multiple of 4"
         );
         let data = data.slice(..4096);
         assert_eq!(
-            chunk_data(2, &data, &[], Some(1), Dtype::F32).unwrap_err().message(),
+            chunk_data(2, &data, &[], Some(1), Dtype::F32.size()).unwrap_err().message(),
             "CHECKSUM: chunk 2, nothing applied"
         );
-        assert_eq!(chunk_data(2, &data, &[], Some(crc32c::crc32c(&data)), Dtype::F32), Ok(()));
-        assert_eq!(chunk_data(2, &data, &[], None, Dtype::Bf16), Ok(()));
+        assert_eq!(chunk_data(2, &data, &[], Some(crc32c::crc32c(&data)), Dtype::F32.size()), Ok(()));
+        assert_eq!(chunk_data(2, &data, &[], None, Dtype::Bf16.size()), Ok(()));
         assert_eq!(
-            chunk_data(5, &Bytes::new(), &[], None, Dtype::F32).unwrap_err().message(),
+            chunk_data(5, &Bytes::new(), &[], None, Dtype::F32.size()).unwrap_err().message(),
             "PAYLOAD_LENGTH: chunk 5 has 0 bytes"
         );
     }

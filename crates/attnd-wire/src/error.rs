@@ -114,7 +114,7 @@ reasons! {
     ShapeOverflow "SHAPE_OVERFLOW" InvalidArgument "A tensor of more than 2^64 bytes.";
     ShapeMismatch "SHAPE_MISMATCH" InvalidArgument "Two tensors disagree about a dimension.";
     GqaRatio "GQA_RATIO" InvalidArgument "Query heads are no multiple of kv heads.";
-    Dtype "DTYPE" InvalidArgument "An unknown element type.";
+    Dtype "DTYPE" InvalidArgument "An unknown element type, or a byte that is no element of it.";
     Tensor "TENSOR" InvalidArgument "An unknown tensor.";
     Causal "CAUSAL" InvalidArgument "An unknown causal rule.";
     Scale "SCALE" InvalidArgument "A scale that isn't finite.";
@@ -122,7 +122,7 @@ reasons! {
     Outputs "OUTPUTS" InvalidArgument "An output that makes no sense, or none for the shape, or is too large.";
     Combination "COMBINATION" InvalidArgument "Two options that contradict each other, or one that needs another.";
     Workers "WORKERS" InvalidArgument "A number of workers that can't be had.";
-    NonFinite "NON_FINITE" InvalidArgument "NaN or an infinity in Q, K or V.";
+    NonFinite "NON_FINITE" InvalidArgument "NaN or an infinity in Q, K or V, NaN or +inf in a bias.";
     ScoreOverflow "SCORE_OVERFLOW" InvalidArgument "A score of finite operands overflows f32.";
     OutputOverflow "OUTPUT_OVERFLOW" InvalidArgument "A context element overflows f32, be it only before its division by the sum of weights.";
     EmptyRow "EMPTY_ROW" InvalidArgument "A row sees no key, and the caller forbade that.";

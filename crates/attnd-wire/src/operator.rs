@@ -6,15 +6,20 @@ use std::sync::Arc;
 
 use attnd_kernel::{
     AttnShape, Causal, EmptyRow, Mask, MaskError, Operator, OperatorError, OperatorParts, PerBatch,
-    Positions, Window,
+    Positions, Selection, Window,
 };
+use attnd_plan::Sides;
 
 use crate::convert::{self, small};
 use crate::error::{Error, Reason};
 use crate::{proto, refusal};
 
+pub(crate) mod dense;
 mod documents;
 mod scores;
+
+pub(crate) use dense::element_bytes;
+pub use dense::hides_single_keys;
 
 /// The fields of a Begin that an operator is in.
 #[derive(Clone, Debug, PartialEq)]
@@ -25,10 +30,8 @@ pub(crate) struct Encoded {
 }
 
 impl From<&Operator> for Encoded {
-    /// # Panics
-    /// If the operator has parts that no message holds yet, because to leave them out would be to compute something else.
+    /// All of it but the dense tensors, which are with what travels beside.
     fn from(operator: &Operator) -> Self {
-        assert_eq!(operator.selection(), None, "masks of single keys don't travel");
         let mask = operator.mask();
         let positions = match &mask.positions {
             None => proto::Positions::Unspecified,
@@ -61,6 +64,24 @@ impl From<&Operator> for Encoded {
 }
 
 impl Encoded {
+    /// An operator, and what travels beside it.
+    ///
+    /// # Panics
+    /// If the operator reads other tensors than these.
+    pub(crate) fn new(operator: &Operator, sides: &Sides) -> Self {
+        let mut encoded = Self::from(operator);
+        dense::encode(operator, sides, &mut encoded.operator);
+        encoded
+    }
+
+    /// Decodes what travels beside the operator.
+    ///
+    /// # Errors
+    /// [`Reason::Count`], [`Reason::Dtype`], [`Reason::Combination`], [`Reason::Operator`].
+    pub(crate) fn sides(&self, shape: &AttnShape) -> Result<Sides, Error> {
+        dense::decode(self.operator.as_ref(), shape)
+    }
+
     /// Decodes the operator of a call of `shape`.
     ///
     /// # Errors
@@ -69,7 +90,9 @@ impl Encoded {
         let (causal, aligned) = causal(self.causal)?;
         let proto::Operator { softcap, mask, biases, normaliser, sinks, empty_row } =
             self.operator.unwrap_or_default();
-        let mask = decode_mask(mask.unwrap_or_default(), causal, aligned, shape)?;
+        let mask = mask.unwrap_or_default();
+        let selection = mask.dense.is_some().then_some(Selection::Dense);
+        let mask = decode_mask(mask, causal, aligned, shape)?;
         let empty_row = match proto::EmptyRow::try_from(empty_row) {
             Ok(proto::EmptyRow::Zero) => EmptyRow::Zero,
             Ok(proto::EmptyRow::Nan) => EmptyRow::Nan,
@@ -79,7 +102,7 @@ impl Encoded {
         let normaliser = scores::decode_normaliser(normaliser)?;
         let sinks = (!sinks.is_empty()).then(|| sinks.into());
         let plain = OperatorParts::plain(self.scale, Causal::None);
-        let parts = OperatorParts { softcap, biases, mask, normaliser, sinks, empty_row, ..plain };
+        let parts = OperatorParts { softcap, biases, mask, selection, normaliser, sinks, empty_row, ..plain };
         Operator::new(parts, shape).map(Arc::new).map_err(Into::into)
     }
 }
@@ -183,6 +206,8 @@ fn encode_mask(mask: &Mask, positions: proto::Positions) -> proto::Mask {
         key_end: encode_lengths(mask.key_end.as_ref()),
         query_end: encode_lengths(mask.query_end.as_ref()),
         documents: mask.documents.as_deref().map(documents::encode),
+        // With what travels beside.
+        dense: None,
     }
 }
 
@@ -192,8 +217,18 @@ fn decode_mask(
     aligned: proto::Positions,
     shape: &AttnShape,
 ) -> Result<Mask, Error> {
-    let proto::Mask { positions, offsets, window, chunk, prefix, key_begin, key_end, query_end, documents } =
-        message;
+    let proto::Mask {
+        positions,
+        offsets,
+        window,
+        chunk,
+        prefix,
+        key_begin,
+        key_end,
+        query_end,
+        documents,
+        dense: _,
+    } = message;
     let typed = proto::Positions::try_from(positions)
         .map_err(|_unknown| Error::new(Reason::Operator, format!("mask.positions {positions}")))?;
     let unspecified = proto::Positions::Unspecified;

@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 use attnd_kernel::{AttnShape, Dims, NonFinite, OutOfMemory, ScoreOverflow, ShapeError};
-use attnd_plan::{CallError, GatherError, Misplaced, PlanError, Rejection, Tensor, WorkerId};
+use attnd_plan::{CallError, GatherError, Misplaced, PlanError, Rejection, SideTensor, Tensor, WorkerId};
 
 use crate::error::{Error, Reason};
 use crate::join::WIRE_VERSIONS;
@@ -81,6 +81,24 @@ pub fn non_finite(tensor: Tensor, head: usize, at: &NonFinite) -> Error {
     };
     let NonFinite { token, dim, .. } = at;
     Error::new(Reason::NonFinite, format!("{tensor}[h={head},pos={token},i={dim}] {value}"))
+}
+
+/// A NaN or +inf in a bias: what is added to the score of `[batch, head, query, key]`, in the bias's own dimensions.
+pub fn non_finite_bias([batch, head, query, key]: [usize; 4], value: f32) -> Error {
+    let value = if value.is_nan() { "NaN" } else { "+inf" };
+    let at = format!("[b={batch},h={head},pos={query},key={key}]");
+    Error::new(Reason::NonFinite, format!("{}{at} {value}", SideTensor::Bias))
+}
+
+/// A byte of a mask that is neither 0 nor 1, at `[batch, head, query, key]` in the mask's own dimensions.
+pub fn not_bool([batch, head, query, key]: [usize; 4], byte: u8) -> Error {
+    let at = format!("[b={batch},h={head},pos={query},key={key}]");
+    Error::new(Reason::Dtype, format!("{}{at} is {byte}, a bool is 0 or 1", SideTensor::Mask))
+}
+
+/// A row sees no key although the caller forbade that; the head is flattened over the batch.
+pub fn empty_row_at(head: usize, token: usize) -> Error {
+    Error::new(Reason::EmptyRow, format!("head {head} row {token} sees no key"))
 }
 
 /// A score left the range of f32; `first_head` is the first query head of the group.
@@ -187,9 +205,10 @@ impl From<CallError<Error>> for Error {
                 Reason::StreamOrder
             }
             CallError::ChunkPlace { why: Misplaced::PastTheEnd { .. }, .. } => Reason::PayloadLength,
-            CallError::ChunkOrder { .. } | CallError::ChunkPlace { .. } | CallError::CommitChunks { .. } => {
-                Reason::ChunkOrder
-            }
+            CallError::ChunkOrder { .. }
+            | CallError::ChunkPlace { .. }
+            | CallError::SideFirst { .. }
+            | CallError::CommitChunks { .. } => Reason::ChunkOrder,
             CallError::EmptyChunk { .. } | CallError::CommitLength { .. } => Reason::PayloadLength,
             CallError::StreamIdle { .. } => Reason::StreamIdle,
             CallError::StreamTruncated { chunks, bytes, need } => {
@@ -226,6 +245,7 @@ impl From<CallError<Error>> for Error {
 fn share_failed(worker: &WorkerId, what: &Error) -> Error {
     match what.reason {
         Reason::NonFinite
+        | Reason::Dtype
         | Reason::ScoreOverflow
         | Reason::OutputOverflow
         | Reason::EmptyRow

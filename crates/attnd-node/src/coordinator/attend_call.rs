@@ -24,12 +24,12 @@ use std::time::Instant;
 
 use attnd_kernel::{AttnShape, Compute, Mask, PartialRows};
 use attnd_plan::call::STREAM_IDLE;
-use attnd_plan::{Call, CallAction, CallEvent, Plan, Ready, ReportId, Run, Tensor};
+use attnd_plan::{Call, CallAction, CallEvent, Gathered, Plan, Ready, ReportId, Run, SideTensor, Tensor};
 use attnd_wire::limits::STALL;
 use attnd_wire::proto;
 use attnd_wire::{
     AttendReply, AttendRequest, Begin, Commit, ComputeReply, ComputeRequest, Deadline, Done, Elements, Error,
-    Partial, PlanSummary, Reason, ShareReport, Status, TensorChunk, refusal,
+    Partial, PlanSummary, Reason, ShareReport, Status, TensorChunk, operator, refusal,
 };
 use bytes::Bytes;
 use futures::future::BoxFuture;
@@ -53,6 +53,7 @@ use crate::shutdown::Calls;
 
 mod clock;
 mod outgoing;
+mod side;
 
 /// Rows of a group whose partials are complete and wait for the pool. With more, no partials are read.
 const READY: usize = 8;
@@ -184,6 +185,8 @@ impl<'a> Flow<'a> {
         let Placement { plan, shares } = placement;
         let mut clock = Clock::new(begun);
         let kernel_id = begin.operator.kernel_id(Compute::F32);
+        // Where tensors hide keys too, rows are counted as they end.
+        let empty_rows = if operator::hides_single_keys(&begin.operator) { 0 } else { empty_rows };
         let mut done = Done { kernel_id: kernel_id.to_owned(), empty_rows, ..Done::default() };
         done.timings.plan = clock.begun.elapsed().as_secs_f64();
         let mut incoming = Vec::with_capacity(shares.len());
@@ -192,8 +195,9 @@ impl<'a> Flow<'a> {
             incoming.push(replies);
             outgoing.push(Outgoing::new(share.worker.clone(), requests));
         }
-        let call = Call::new(&plan, begin.dtype.size(), begin.outputs.clone(), clock.client_time());
-        let second = begin.outputs.clone().map(|outputs| SecondPass::new(outputs, &plan, &begin.shape));
+        let (outputs, now) = (begin.outputs.clone(), clock.client_time());
+        let call = Call::new(&plan, begin.dtype.size(), &begin.sides, outputs.clone(), now);
+        let second = outputs.map(|outputs| SecondPass::new(outputs, &plan, &begin.shape));
         let backlog = Backlog::new(&plan, &begin.shape);
         Self {
             hub,
@@ -307,6 +311,13 @@ impl<'a> Flow<'a> {
         self.pending.extend(chunks.map(|chunk| (run.share, ComputeRequest::Chunk(chunk))));
     }
 
+    /// The same of what travels beside the operands.
+    fn forward_side(&mut self, tensor: SideTensor, part: &Gathered, data: &Bytes) {
+        let Some(share) = self.shares.get_mut(part.share) else { return };
+        let chunks = share.cut_side(tensor, part, data);
+        self.pending.extend(chunks.map(|chunk| (part.share, ComputeRequest::Chunk(chunk))));
+    }
+
     fn after_sent(&mut self, share: usize, was_commit: bool, was_sums: bool) {
         if let Some(second) = self.second.as_mut().filter(|_| was_sums) {
             second.sent(share);
@@ -411,8 +422,14 @@ impl<'a> Flow<'a> {
     ) -> Result<(), Error> {
         let made = made.map_err(|error| Error::new(Reason::Internal, format!("merging {error}")))?;
         match made? {
-            Made::Rows(Finish { replies, sums, spent }) => {
+            Made::Rows(Finish { replies, sums, spent, unseen, first_unseen }) => {
                 self.backlog.merged(row);
+                if operator::hides_single_keys(&self.begin.operator) {
+                    if let Some((head, token)) = first_unseen.filter(|_| self.begin.forbid_empty_rows) {
+                        return Err(refusal::empty_row_at(head, token));
+                    }
+                    self.done.empty_rows += unseen;
+                }
                 self.done.timings.merge += spent.as_secs_f64();
                 self.outbox.extend(replies);
                 if let (Some(second), Some(sums)) = (&mut self.second, sums) {
@@ -441,6 +458,11 @@ impl<'a> Flow<'a> {
                 CallAction::Forward { tensor, runs } => {
                     for run in &runs {
                         self.forward(tensor, run, data);
+                    }
+                }
+                CallAction::ForwardSide { tensor, parts } => {
+                    for part in &parts {
+                        self.forward_side(tensor, part, data);
                     }
                 }
                 CallAction::CommitShares => {

@@ -15,6 +15,9 @@ pub(crate) struct Finish {
     pub(crate) sums: Option<MergedSums>,
     /// Time on the compute thread.
     pub(crate) spent: Duration,
+    /// Rows that see no key, and the first of them: head, flattened over the batch, and token.
+    pub(crate) unseen: u64,
+    pub(crate) first_unseen: Option<(usize, usize)>,
 }
 
 /// What else is asked of finished rows.
@@ -42,6 +45,12 @@ pub(crate) fn finish(
     let rows = shape.group_size() * tokens.len();
     let merged = attnd_plan::fold(parts, |left, right| left.merge(&right, kernels))
         .unwrap_or_else(|| PartialRows::empty(rows, shape.value_dim()));
+    let first_head = group * shape.group_size();
+    let sees_nothing = |(m, l): (&f32, &f32)| *m == f32::NEG_INFINITY && *l == 0.0;
+    let unseen = merged.m.iter().zip(&merged.l).filter(|row| sees_nothing(*row)).count() as u64;
+    let first_unseen = merged.m.iter().zip(&merged.l).position(sees_nothing);
+    let first_unseen =
+        first_unseen.map(|row| (first_head + row / tokens.len(), tokens.start + row % tokens.len()));
     let merged = operator.join_sinks(merged, group, shape, kernels);
     let sums = keep_sums.then(|| MergedSums {
         group,
@@ -50,14 +59,13 @@ pub(crate) fn finish(
         l: merged.l.clone(),
     });
     let finished = operator.divide(merged, kernels);
-    let first_head = group * shape.group_size();
     if let Some(row) = finished.non_finite_row.filter(|_| !allow_non_finite) {
         let (head, token) = (row / tokens.len(), row % tokens.len());
         return Err(refusal::output_overflow(first_head + head, tokens.start + token));
     }
     let heads = first_head..first_head + shape.group_size();
     let replies = chunks(finished, heads, tokens, shape.value_dim());
-    Ok(Finish { replies, sums, spent: begun.elapsed() })
+    Ok(Finish { replies, sums, spent: begun.elapsed(), unseen, first_unseen })
 }
 
 /// Cuts rows ordered `[head, token]` by heads, so that a message has at most [`limits::CHUNK_BYTES`] of context where

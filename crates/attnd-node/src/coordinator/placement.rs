@@ -91,9 +91,10 @@ async fn plan(
     hopeless_over: Option<u64>,
 ) -> Result<VerifiedPlan, Error> {
     let capacities: Vec<Capacity> = workers.iter().map(|worker| worker.capacity.clone()).collect();
-    let &Begin { shape, dtype, workers, ref operator, ref outputs, .. } = begin;
-    let (mask, path, outputs) = (operator.mask().clone(), operator.path(), outputs.clone());
-    let request = PlanRequest { shape, mask, path, outputs, dtype, workers };
+    let &Begin { shape, dtype, workers, ref operator, ref outputs, ref sides, .. } = begin;
+    let (mask, path) = (operator.mask().clone(), operator.path());
+    let (outputs, sides) = (outputs.clone(), sides.clone());
+    let request = PlanRequest { shape, mask, path, outputs, dtype, sides, workers };
     let costs = hub.costs;
     let planned = hub.pool.run(move || {
         let plan = attnd_plan::plan(&request, &capacities, &costs);
@@ -125,6 +126,7 @@ async fn open(
             dtype: begin.dtype,
             operator: Arc::clone(&begin.operator),
             outputs: begin.outputs.clone(),
+            sides: begin.sides.clone(),
             allow_non_finite: begin.allow_non_finite,
             pieces: share.pieces.clone(),
             tokens_per_cell: plan.tokens_per_cell,
@@ -151,6 +153,7 @@ mod tests {
                 shape,
                 dtype: Dtype::F32,
                 operator: Arc::new(Operator::new(parts, &shape).unwrap()),
+                sides: attnd_plan::Sides::default(),
                 allow_non_finite: false,
                 forbid_empty_rows: false,
                 workers: WorkerChoice::Auto,

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use attnd_kernel::{Effective, GroupCall, Kernels, Side};
-use attnd_plan::{CellId, filled_nodes};
+use attnd_plan::{CellId, SideTensor, filled_nodes};
 use attnd_wire::{ComputeBegin, ComputeReply, Error, MergedSums, Partial, Reason, proto, refusal};
 use futures::StreamExt;
 use tokio::sync::mpsc;
@@ -17,6 +17,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use super::assembly::Operands;
 use super::budget::Reservation;
 use super::second_pass::{self, Kept};
+use super::side::SidePlanes;
 use super::slices::Slicer;
 use crate::compute_pool::{BusyClock, ComputePool, WorkError};
 
@@ -42,7 +43,20 @@ pub(crate) struct Call {
 pub(crate) struct ReadyGroup {
     pub(crate) group: usize,
     pub(crate) operands: Operands,
+    pub(crate) planes: Arc<SidePlanes>,
     pub(crate) _memory: Reservation,
+}
+
+impl ReadyGroup {
+    /// Lends the group to `work`, as the kernels take it.
+    pub(crate) fn with_call<T>(&self, begin: &ComputeBegin, work: impl FnOnce(GroupCall<'_>) -> T) -> T {
+        let &ComputeBegin { shape, ref operator, .. } = begin;
+        let (Operands { q, kv }, group) = (&self.operands, self.group);
+        let planes = |tensor| self.planes.of_group(tensor, group, &kv.slots(), &shape);
+        let (mask, bias) = (planes(SideTensor::Mask), planes(SideTensor::Bias));
+        let side = Side { mask: &mask, bias: &bias };
+        work(GroupCall { shape, operator, group, q, kv, side, compute: Effective::F32 })
+    }
 }
 
 /// Where replies of a call go.
@@ -140,20 +154,12 @@ pub(crate) async fn on_pool<T: Send + 'static>(
 /// Runs on the compute pool, checksum and all; `None` if nobody wants the answer any more.
 fn kernel(call: &Call, ready: &ReadyGroup, cell: CellId) -> Option<Result<proto::ComputeReply, Error>> {
     let _busy = call.busy.enter();
-    let &ComputeBegin { shape, ref operator, allow_non_finite, .. } = &call.begin;
-    let Operands { q, kv } = &ready.operands;
-    let group = GroupCall {
-        shape,
-        operator,
-        group: cell.group,
-        q,
-        kv,
-        side: Side::default(),
-        compute: Effective::F32,
-    };
+    let &ComputeBegin { shape, allow_non_finite, .. } = &call.begin;
     let wanted = || !call.cancelled.load(Ordering::Relaxed);
     let tokens = cell.first_token..cell.first_token + cell.tokens;
-    let (rows, finite) = Slicer::new(call.kernels, group, wanted).attend(cell.node, tokens)?;
+    let computed = ready
+        .with_call(&call.begin, |group| Slicer::new(call.kernels, group, wanted).attend(cell.node, tokens));
+    let (rows, finite) = computed?;
     // Whoever allowed non-finite operands gets what IEEE 754 makes of them.
     if !allow_non_finite {
         let first_head = cell.group * shape.group_size();

@@ -2,14 +2,16 @@
 //! that are complete come out.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
-use attnd_plan::{Piece, Tensor};
+use attnd_plan::{AnyTensor, Piece, SideTensor, Sides, Tensor};
 use attnd_wire::{Commit, ComputeRequest, Error, MergedSums, Reason, SliceChunk, refusal};
 
 use super::assembly::{AssemblyError, GroupAssembly, Layout, Operands};
 use super::budget::Reservation;
 use super::cells::ReadyGroup;
 use super::second_pass::SumsDue;
+use super::side::{self, SideAssembly, SidePlanes};
 
 /// The state of one stream after its Begin.
 #[derive(Debug)]
@@ -17,6 +19,7 @@ pub(crate) struct Intake {
     layout: Layout,
     /// Groups that are not complete yet.
     waiting: BTreeMap<usize, Waiting>,
+    beside: Beside,
     bytes_expected: u64,
     chunks: u32,
     bytes: u64,
@@ -29,6 +32,16 @@ pub(crate) struct Intake {
 struct Waiting {
     assembly: GroupAssembly,
     memory: Reservation,
+}
+
+/// What travels beside the operands, all of which comes before them.
+#[derive(Debug)]
+enum Beside {
+    Arriving(SideAssembly),
+    /// For groups that are not complete yet.
+    Here(Arc<SidePlanes>),
+    /// Every group has it, or nothing more is wanted.
+    HandedOn,
 }
 
 /// What a frame led to.
@@ -44,11 +57,11 @@ pub(crate) enum Progress {
     Sums(MergedSums),
 }
 
-/// Memory that the groups of `pieces` need together.
+/// Memory that the groups of `pieces` need together, with what travels beside them.
 ///
 /// # Errors
 /// [`Reason::Pieces`] where two pieces hold the same group.
-pub(crate) fn bytes_needed(layout: &Layout, pieces: &[Piece]) -> Result<u64, Error> {
+pub(crate) fn bytes_needed(layout: &Layout, sides: &Sides, pieces: &[Piece]) -> Result<u64, Error> {
     let mut seen = BTreeSet::new();
     let mut total: u64 = 0;
     for piece in pieces {
@@ -60,14 +73,23 @@ pub(crate) fn bytes_needed(layout: &Layout, pieces: &[Piece]) -> Result<u64, Err
             }
         }
     }
-    Ok(total)
+    Ok(total.saturating_add(side::bytes_needed(sides, pieces, &layout.shape)))
 }
 
 impl Intake {
-    /// Expects the operands of `pieces`, and these sums; `memory` holds what [`bytes_needed`] said and is handed to the groups.
-    pub(crate) fn new(layout: Layout, pieces: &[Piece], sums: SumsDue, memory: &mut Reservation) -> Self {
+    /// Expects the operands of `pieces`, what travels beside them, and these sums; `memory` holds what [`bytes_needed`] said and is
+    /// handed to the groups.
+    pub(crate) fn new(
+        layout: Layout,
+        sides: &Sides,
+        pieces: &[Piece],
+        sums: SumsDue,
+        memory: &mut Reservation,
+    ) -> Self {
+        let of_sides = memory.split(side::bytes_needed(sides, pieces, &layout.shape));
+        let beside = SideAssembly::new(sides, pieces, layout.shape, of_sides);
         let mut waiting = BTreeMap::new();
-        let mut bytes_expected = 0;
+        let mut bytes_expected = beside.bytes_expected();
         for piece in pieces {
             for group in piece.groups.clone() {
                 let slots = piece.slots.clone();
@@ -76,7 +98,8 @@ impl Intake {
                 waiting.insert(group, Waiting { assembly: GroupAssembly::new(layout, group, slots), memory });
             }
         }
-        Self { layout, waiting, bytes_expected, chunks: 0, bytes: 0, committed: false, sums }
+        let beside = Beside::Arriving(beside);
+        Self { layout, waiting, beside, bytes_expected, chunks: 0, bytes: 0, committed: false, sums }
     }
 
     /// Takes the next frame.
@@ -122,6 +145,7 @@ impl Intake {
     /// Gives back what has come so far.
     pub(crate) fn abandon(&mut self) {
         self.waiting.clear();
+        self.beside = Beside::HandedOn;
     }
 
     fn chunk(&mut self, chunk: &SliceChunk) -> Result<Progress, Error> {
@@ -131,7 +155,44 @@ impl Intake {
         }
         self.chunks += 1;
         self.bytes = self.bytes.saturating_add(chunk.data.len() as u64);
-        let group = match chunk.tensor {
+        match chunk.tensor {
+            AnyTensor::Operand(tensor) => self.operand(tensor, chunk),
+            AnyTensor::Side(tensor) => self.side(tensor, chunk),
+        }
+    }
+
+    fn side(&mut self, tensor: SideTensor, chunk: &SliceChunk) -> Result<Progress, Error> {
+        let Beside::Arriving(assembly) = &mut self.beside else {
+            let detail = format!("{tensor} part {} after what it comes before", chunk.head);
+            return Err(Error::new(Reason::ChunkOrder, detail));
+        };
+        assembly.accept(tensor, chunk.head, chunk.offset, &chunk.data)?;
+        Ok(Progress::More)
+    }
+
+    /// What is beside the operands, of which one has come.
+    fn planes(&mut self, chunk: &SliceChunk) -> Result<Arc<SidePlanes>, Error> {
+        if let Beside::Arriving(assembly) = &self.beside
+            && let Some(first) = assembly.missing()
+        {
+            let detail = format!("{} head {}: all of {first} comes first", chunk.tensor, chunk.head);
+            return Err(Error::new(Reason::ChunkOrder, detail));
+        }
+        let planes = match std::mem::replace(&mut self.beside, Beside::HandedOn) {
+            Beside::Arriving(assembly) => Arc::new(assembly.finish()?),
+            Beside::Here(planes) => planes,
+            Beside::HandedOn => {
+                let detail = format!("{} head {} is not expected here", chunk.tensor, chunk.head);
+                return Err(Error::new(Reason::Pieces, detail));
+            }
+        };
+        self.beside = Beside::Here(Arc::clone(&planes));
+        Ok(planes)
+    }
+
+    fn operand(&mut self, tensor: Tensor, chunk: &SliceChunk) -> Result<Progress, Error> {
+        let planes = self.planes(chunk)?;
+        let group = match tensor {
             Tensor::Q => chunk.head / self.layout.shape.group_size(),
             Tensor::K | Tensor::V => chunk.head,
         };
@@ -139,14 +200,17 @@ impl Intake {
             let detail = format!("{} head {} is not expected here", chunk.tensor, chunk.head);
             return Err(Error::new(Reason::Pieces, detail));
         };
-        waiting.assembly.accept(chunk.tensor, chunk.head, chunk.offset, &chunk.data)?;
+        waiting.assembly.accept(tensor, chunk.head, chunk.offset, &chunk.data)?;
         if !waiting.assembly.is_complete() {
             return Ok(Progress::More);
         }
         let complete = self.waiting.remove(&group);
+        if self.waiting.is_empty() {
+            self.beside = Beside::HandedOn;
+        }
         let ready = complete.and_then(|Waiting { assembly, memory }| {
             let operands: Operands = assembly.finish()?;
-            Some(ReadyGroup { group, operands, _memory: memory })
+            Some(ReadyGroup { group, operands, planes, _memory: memory })
         });
         ready
             .map(Progress::Ready)
@@ -186,6 +250,7 @@ impl From<AssemblyError> for Error {
 #[cfg(test)]
 mod tests {
     use attnd_kernel::{AttnShape, Dims, Dtype};
+    use attnd_plan::{Element, SideLayout};
     use bytes::Bytes;
 
     use super::*;
@@ -202,7 +267,7 @@ mod tests {
 
     fn chunk(index: u32, tensor: Tensor, head: usize, tokens: usize) -> ComputeRequest {
         let data = Bytes::from(vec![0; tokens * 4]);
-        ComputeRequest::Chunk(SliceChunk { index, tensor, head, offset: 0, data })
+        ComputeRequest::Chunk(SliceChunk { index, tensor: tensor.into(), head, offset: 0, data })
     }
 
     fn commit(chunks: u32, bytes: u64) -> ComputeRequest {
@@ -218,8 +283,9 @@ mod tests {
     fn reasons(frames: Vec<ComputeRequest>) -> (Vec<&'static str>, u64) {
         let budget = Budget::new(1 << 30);
         let layout = layout();
-        let mut memory = budget.reserve(bytes_needed(&layout, &pieces()).unwrap()).unwrap();
-        let mut intake = Intake::new(layout, &pieces(), SumsDue::default(), &mut memory);
+        let mut memory =
+            budget.reserve(bytes_needed(&layout, &Sides::default(), &pieces()).unwrap()).unwrap();
+        let mut intake = Intake::new(layout, &Sides::default(), &pieces(), SumsDue::default(), &mut memory);
         drop(memory);
         assert_ne!(budget.reserved(), 0, "all of it is with the groups");
         let mut said = Vec::new();
@@ -270,7 +336,7 @@ mod tests {
     fn a_truncated_stream_says_how_far_it_came() {
         let budget = Budget::new(1 << 30);
         let mut memory = budget.reserve(1 << 20).unwrap();
-        let mut intake = Intake::new(layout(), &pieces(), SumsDue::default(), &mut memory);
+        let mut intake = Intake::new(layout(), &Sides::default(), &pieces(), SumsDue::default(), &mut memory);
         intake.frame(chunk(0, Tensor::V, 1, 4)).unwrap();
         let error = intake.end().unwrap_err();
         assert_eq!(error, refusal::stream_truncated(1, 16, 72));
@@ -279,8 +345,8 @@ mod tests {
     #[test]
     fn pieces_must_be_disjoint() {
         let twice = [Piece { groups: 0..2, slots: 0..32 }, Piece { groups: 1..2, slots: 32..64 }];
-        assert_eq!(bytes_needed(&layout(), &twice[..1]).unwrap(), 2 * (256 * 17 * 4 + 4));
-        assert!(bytes_needed(&layout(), &twice).is_err());
+        assert_eq!(bytes_needed(&layout(), &Sides::default(), &twice[..1]).unwrap(), 2 * (256 * 17 * 4 + 4));
+        assert!(bytes_needed(&layout(), &Sides::default(), &twice).is_err());
     }
 
     #[test]
@@ -288,9 +354,62 @@ mod tests {
         let budget = Budget::new(1 << 20);
         let mut memory = budget.reserve(4).unwrap();
         let keyless = [Piece { groups: 0..1, slots: 32..64 }];
-        assert_eq!(bytes_needed(&layout(), &keyless).unwrap(), 4);
-        let mut intake = Intake::new(layout(), &keyless, SumsDue::default(), &mut memory);
+        assert_eq!(bytes_needed(&layout(), &Sides::default(), &keyless).unwrap(), 4);
+        let mut intake = Intake::new(layout(), &Sides::default(), &keyless, SumsDue::default(), &mut memory);
         assert!(matches!(intake.frame(chunk(0, Tensor::Q, 0, 1)), Ok(Progress::Ready(_))));
         assert!(matches!(intake.frame(commit(1, 4)), Ok(Progress::Committed)));
+    }
+
+    #[test]
+    fn what_is_beside_the_operands_comes_first_and_its_memory_returns_with_the_last_group() {
+        let budget = Budget::new(1 << 30);
+        let layout = layout();
+        let mask = SideLayout::dense(SideTensor::Mask, Element::Bool, [1, 2, 1, 3], &layout.shape).unwrap();
+        let sides = Sides::new(vec![mask]).unwrap();
+        let side = |index, part, offset, data: &'static [u8]| {
+            let tensor = SideTensor::Mask.into();
+            ComputeRequest::Chunk(SliceChunk { index, tensor, head: part, offset, data: data.into() })
+        };
+        let begin = || {
+            let need = bytes_needed(&layout, &sides, &pieces()).unwrap();
+            assert_eq!(need, bytes_needed(&layout, &Sides::default(), &pieces()).unwrap() + 2 * 32);
+            Intake::new(layout, &sides, &pieces(), &mut budget.reserve(need).unwrap())
+        };
+        let text = |said: Result<Progress, Error>| said.unwrap_err().message();
+        let mut intake = begin();
+        assert_eq!(intake.end().unwrap_err(), refusal::stream_truncated(0, 0, 72 + 6));
+        intake.frame(side(0, 0, 0, &[1, 0, 1])).unwrap();
+        intake.frame(side(1, 1, 0, &[1])).unwrap();
+        assert_eq!(
+            text(intake.frame(chunk(2, Tensor::Q, 0, 1))),
+            "CHUNK_ORDER: q head 0: all of mask comes first"
+        );
+        drop(intake);
+        assert_eq!(budget.reserved(), 0);
+
+        let mut intake = begin();
+        intake.frame(side(0, 0, 0, &[1, 0, 1])).unwrap();
+        intake.frame(side(1, 1, 0, &[1, 1, 1])).unwrap();
+        let mut ready = Vec::new();
+        for (index, request) in (2..).zip(all_chunks()) {
+            let ComputeRequest::Chunk(of) = request else { panic!("{request:?}") };
+            match intake.frame(ComputeRequest::Chunk(SliceChunk { index, ..of })).unwrap() {
+                Progress::Ready(group) => ready.push(group),
+                progress => assert!(matches!(progress, Progress::More)),
+            }
+        }
+        assert_eq!(
+            text(intake.frame(side(8, 1, 3, &[1]))),
+            "CHUNK_ORDER: mask part 1 after what it comes before"
+        );
+        for group in &ready {
+            let planes = group.planes.of_group(SideTensor::Mask, group.group, &(0..64), &layout.shape);
+            assert_eq!(planes.len(), 1);
+        }
+        let before = budget.reserved();
+        ready.remove(0);
+        assert_eq!(before - budget.reserved(), (256 * 17 * 4 + 4) as u64, "a group's own");
+        drop(ready);
+        assert_eq!(budget.reserved(), 0, "and with the last one the masks'");
     }
 }

@@ -1,9 +1,10 @@
 //! A worker: keeps the keys and values of its share of each call in memory and computes partials where they lie.
 //!
 //! * `service.rs` reads Begin and reserves memory (`budget.rs`); from then on the call belongs to its `shard.rs` actor.
-//! * A shard feeds frames to `intake.rs`, which checks their order and lets `assembly.rs` put the operands together;
-//!   complete groups go to `cells.rs`, which computes on the pool, in `slices.rs`, and sends
-//!   partials. Rows that have merged come back to `second_pass.rs`, where more is wanted than the context.
+//! * A shard feeds frames to `intake.rs`, which checks their order and lets `assembly.rs` put the operands together,
+//!   and `side.rs` what travels beside them; complete groups go to `cells.rs`, which computes on the pool, in
+//!   `slices.rs`, and sends partials. Rows that have merged come back to `second_pass.rs`, where more is wanted than the
+//!   context.
 //! * `membership.rs` is the actor of the control channel; `supervisor.rs` is the root of all of them.
 
 use std::net::IpAddr;
@@ -32,6 +33,7 @@ mod membership;
 mod second_pass;
 mod service;
 mod shard;
+mod side;
 mod slices;
 mod supervisor;
 #[cfg(test)]

@@ -10,14 +10,11 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use attnd_kernel::slot::{Node, keys_in_slots};
-use attnd_kernel::{
-    AttnShape, Effective, ElementTile, GroupCall, NodeReport, Outputs, RowSums, Side, inspect_node,
-};
+use attnd_kernel::{AttnShape, ElementTile, NodeReport, Outputs, RowSums, inspect_node};
 use attnd_plan::{ELEMENT_BYTES, Piece, filled_nodes};
 use attnd_wire::{ComputeReply, Elements, Error, MergedSums, Reason, ShareReport, floats, proto};
 use tokio::sync::mpsc;
 
-use super::assembly::Operands;
 use super::cells::{Call, ReadyGroup, Replies, on_pool};
 
 /// Multiply-adds on one thread between two looks whether anybody still wants them: some ten milliseconds.
@@ -183,16 +180,6 @@ fn inspect(
 ) -> (NodeReport, Vec<proto::ComputeReply>) {
     let _busy = call.busy.enter();
     let shape = call.begin.shape;
-    let Operands { q, kv } = &ready.operands;
-    let group = GroupCall {
-        shape,
-        operator: &call.begin.operator,
-        group: sums.group,
-        q,
-        kv,
-        side: Side::default(),
-        compute: Effective::F32,
-    };
     let first_head = sums.group * shape.group_size();
     let mut elements = Vec::new();
     let mut emit = |tile: ElementTile<'_>| {
@@ -202,6 +189,8 @@ fn inspect(
         elements.push(ComputeReply::Elements(tile).into());
     };
     let of_rows = RowSums { m: &sums.m, l: &sums.l };
-    let report = inspect_node(call.kernels, &group, of_rows, outputs, node, sums.tokens.clone(), &mut emit);
+    let report = ready.with_call(&call.begin, |group| {
+        inspect_node(call.kernels, &group, of_rows, outputs, node, sums.tokens.clone(), &mut emit)
+    });
     (report, elements)
 }

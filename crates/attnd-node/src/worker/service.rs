@@ -42,7 +42,7 @@ impl WorkerService {
         let begin = read_begin(&mut inbound, deadline).await?;
         tracing::Span::current().record("call_id", begin.call_id);
         let layout = Layout { shape: begin.shape, dtype: begin.dtype, check_finite: !begin.allow_non_finite };
-        let groups_need = intake::bytes_needed(&layout, &begin.pieces)?;
+        let groups_need = intake::bytes_needed(&layout, &begin.sides, &begin.pieces)?;
         let cells_need = (QUEUE as u64 * cell_bytes(&begin)).saturating_add(inspection_bytes(&begin));
         let sums = match &begin.outputs {
             Some(_) => SumsDue::new(&begin.shape, &begin.pieces, begin.tokens_per_cell),
@@ -54,7 +54,7 @@ impl WorkerService {
             .reserve(groups_need.saturating_add(cells_need))
             .map_err(|over| refusal::kv_budget(over.need, over.free))?;
         let n_sums = sums.left();
-        let intake = Intake::new(layout, &begin.pieces, sums, &mut memory);
+        let intake = Intake::new(layout, &begin.sides, &begin.pieces, sums, &mut memory);
         let groups = begin.pieces.iter().map(|piece| piece.groups.len()).sum();
 
         let call = Arc::new(Call {
@@ -124,7 +124,10 @@ impl worker_server::Worker for WorkerService {
 #[cfg(test)]
 mod tests {
     use attnd_kernel::{AttnShape, Causal, Dims, Dtype, Mask, Operator, Outputs, OutputsParts, Path, Stage};
-    use attnd_plan::{Capacity, CostModel, PlanRequest, WorkerChoice, WorkerId, plan};
+    use attnd_plan::{
+        Capacity, CostModel, Element, PlanRequest, SideLayout, SideTensor, Sides, WorkerChoice, WorkerId,
+        plan,
+    };
 
     use super::*;
 
@@ -146,13 +149,30 @@ mod tests {
             ..OutputsParts::default()
         };
         let wanted = Arc::new(Outputs::new(wanted, &shape, &operator).unwrap());
-        for (dtype, outputs) in
-            [(Dtype::F32, None), (Dtype::F16, None), (Dtype::Bf16, None), (Dtype::F32, Some(wanted))]
-        {
+        let float = Element::Float(Dtype::F16);
+        let dense = |tensor, element, dims| SideLayout::dense(tensor, element, dims, &shape).unwrap();
+        let beside = [
+            Sides::default(),
+            Sides::new(vec![dense(SideTensor::Mask, Element::Bool, [1, 1, 50, 3000])]).unwrap(),
+            Sides::new(vec![
+                dense(SideTensor::Mask, Element::Bool, [2, 4, 1, 999]),
+                dense(SideTensor::Bias, float, [1, 4, 50, 2000]),
+            ])
+            .unwrap(),
+        ];
+        let outputs = [None, None, Some(wanted)];
+        let dtypes = [Dtype::F32, Dtype::F16, Dtype::Bf16];
+        for ((dtype, sides), outputs) in dtypes.into_iter().zip(beside).zip(outputs) {
             for n in 1..=3 {
-                let (mask, workers) = (Mask::default(), WorkerChoice::Exactly(n));
-                let (path, outputs) = (Path::Plain, outputs.clone());
-                let req = PlanRequest { shape, mask, path, outputs: outputs.clone(), dtype, workers };
+                let req = PlanRequest {
+                    shape,
+                    mask: Mask::default(),
+                    path: Path::Plain,
+                    outputs: outputs.clone(),
+                    dtype,
+                    sides: sides.clone(),
+                    workers: WorkerChoice::Exactly(n),
+                };
                 let plan = plan(&req, &workers, &CostModel::default()).unwrap();
                 for share in plan.shares {
                     let begin = ComputeBegin {
@@ -161,12 +181,13 @@ mod tests {
                         dtype,
                         operator: Arc::clone(&operator),
                         outputs: outputs.clone(),
+                        sides: sides.clone(),
                         allow_non_finite: false,
                         pieces: share.pieces,
                         tokens_per_cell: plan.tokens_per_cell,
                     };
                     let layout = Layout { shape, dtype, check_finite: true };
-                    let groups = intake::bytes_needed(&layout, &begin.pieces).unwrap();
+                    let groups = intake::bytes_needed(&layout, &begin.sides, &begin.pieces).unwrap();
                     let all = groups + QUEUE as u64 * cell_bytes(&begin) + inspection_bytes(&begin);
                     assert_eq!(all, share.resident_bytes, "{dtype}, {n} workers, {outputs:?}");
                 }

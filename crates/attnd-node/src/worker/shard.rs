@@ -256,6 +256,7 @@ mod tests {
             dtype: Dtype::F32,
             operator: Arc::new(Operator::plain(1.0, Causal::None)),
             outputs: None,
+            sides: attnd_plan::Sides::default(),
             allow_non_finite: false,
             pieces: Vec::new(),
             tokens_per_cell: 1,

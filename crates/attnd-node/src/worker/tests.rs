@@ -165,6 +165,7 @@ impl Case {
             dtype: Dtype::F32,
             operator: Arc::new(Operator::plain(0.5, Causal::BottomRight)),
             outputs: None,
+            sides: attnd_plan::Sides::default(),
             allow_non_finite: false,
             pieces: vec![Piece { groups: 0..2, slots }],
             tokens_per_cell: 3,
@@ -185,7 +186,13 @@ impl Case {
                     bytes += data.len() as u64;
                     let offset = run.start as u64 * 4;
                     let data = Bytes::from(data);
-                    frames.push(ComputeRequest::Chunk(SliceChunk { index, tensor, head, offset, data }));
+                    frames.push(ComputeRequest::Chunk(SliceChunk {
+                        index,
+                        tensor: tensor.into(),
+                        head,
+                        offset,
+                        data,
+                    }));
                     index += 1;
                 }
             }

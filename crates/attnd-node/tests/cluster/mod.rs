@@ -3,14 +3,15 @@
 // Clippy sees tests here only inside of test functions.
 #![allow(clippy::unwrap_used)]
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use attnd_kernel::{AttnShape, Causal, Dtype, Operator};
 use attnd_node::NodeError;
 use attnd_node::coordinator::{self, CoordinatorConfig};
 use attnd_node::worker::{self, WorkerConfig};
-use attnd_plan::{Tensor, WorkerChoice};
+use attnd_plan::{Sides, Tensor, WorkerChoice};
 use attnd_wire::deadline::{TIMEOUT_HEADER, header_value};
 use attnd_wire::proto::worker_server::Worker;
 use attnd_wire::{
@@ -72,6 +73,62 @@ pub(crate) struct MuteWorker {
 
 /// A worker that joined and beats, takes the calls, and then neither reads nor answers. It lives as long as its tasks.
 pub(crate) struct IdleWorker(#[allow(dead_code)] tokio::task::JoinSet<()>);
+
+/// Bytes of tensors by their number, and whether all of them are here.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Received {
+    pub(crate) bytes: BTreeMap<i32, u64>,
+    pub(crate) messages: BTreeMap<i32, u64>,
+    pub(crate) is_whole: bool,
+}
+
+/// A worker that joined and beats, counts what it gets, and never answers.
+pub(crate) struct CountingWorker {
+    pub(crate) id: String,
+    received: Arc<Mutex<Received>>,
+    _tasks: tokio::task::JoinSet<()>,
+}
+
+impl CountingWorker {
+    pub(crate) fn received(&self) -> Received {
+        self.received.lock().unwrap().clone()
+    }
+
+    /// Counts the next call anew.
+    pub(crate) fn forget(&self) {
+        *self.received.lock().unwrap() = Received::default();
+    }
+}
+
+struct CountingService(Arc<Mutex<Received>>);
+
+#[tonic::async_trait]
+impl Worker for CountingService {
+    type ComputeStream = BoxStream<'static, Result<proto::ComputeReply, Status>>;
+
+    async fn compute(
+        &self,
+        request: Request<Streaming<proto::ComputeRequest>>,
+    ) -> Result<Response<Self::ComputeStream>, Status> {
+        use proto::compute_request::Part;
+        let (received, mut requests) = (Arc::clone(&self.0), request.into_inner());
+        let counting = futures::stream::once(async move {
+            while let Ok(Some(frame)) = requests.message().await {
+                let mut received = received.lock().unwrap();
+                match frame.part {
+                    Some(Part::Chunk(chunk)) => {
+                        *received.bytes.entry(chunk.tensor).or_default() += chunk.data.len() as u64;
+                        *received.messages.entry(chunk.tensor).or_default() += 1;
+                    }
+                    Some(Part::Commit(_)) => received.is_whole = true,
+                    Some(Part::Begin(_)) | None => {}
+                }
+            }
+            std::future::pending().await
+        });
+        Ok(Response::new(counting.boxed()))
+    }
+}
 
 struct IdleService;
 
@@ -235,12 +292,21 @@ impl Cluster {
     }
 
     pub(crate) async fn join_idle_worker(&self) -> IdleWorker {
+        IdleWorker(self.join_serving("idle", IdleService).await)
+    }
+
+    pub(crate) async fn join_counting_worker(&self, id: &str) -> CountingWorker {
+        let received = Arc::default();
+        let tasks = self.join_serving(id, CountingService(Arc::clone(&received))).await;
+        CountingWorker { id: id.to_owned(), received, _tasks: tasks }
+    }
+
+    async fn join_serving(&self, id: &str, service: impl Worker) -> tokio::task::JoinSet<()> {
         let (listener, address) = listen().await;
-        let (_, requests, replies) = self.join_as("idle", address).await;
+        let (_, requests, replies) = self.join_as(id, address).await;
         let mut tasks = tokio::task::JoinSet::new();
         tasks.spawn(async move {
-            let router =
-                limits::server_builder(Link::Cluster).add_service(limits::worker_server(IdleService));
+            let router = limits::server_builder(Link::Cluster).add_service(limits::worker_server(service));
             router.serve_with_incoming(TcpListenerStream::new(listener)).await.unwrap();
         });
         tasks.spawn(async move {
@@ -250,7 +316,7 @@ impl Cluster {
                 tokio::time::sleep(Duration::from_millis(200)).await;
             }
         });
-        IdleWorker(tasks)
+        tasks
     }
 
     async fn join_as(
@@ -262,7 +328,7 @@ impl Cluster {
             worker: id.parse().unwrap(),
             incarnation: 7,
             address,
-            wire_version: 1,
+            wire_version: *attnd_wire::join::WIRE_VERSIONS.end(),
             kernel_id: attnd_kernel::KERNEL_ID.into(),
             isa: "portable".into(),
             threads: 1,
@@ -327,6 +393,7 @@ pub(crate) fn begin(shape: &AttnShape) -> Begin {
         dtype: Dtype::F32,
         operator: Arc::new(Operator::plain(convert::default_scale(shape), Causal::None)),
         outputs: None,
+        sides: Sides::default(),
         allow_non_finite: false,
         forbid_empty_rows: false,
         workers: WorkerChoice::Auto,
@@ -363,7 +430,7 @@ impl Operands {
                 let data = data.split_to(chunk_bytes.min(data.len()));
                 requests.push(AttendRequest::Chunk(TensorChunk {
                     index,
-                    tensor: *tensor,
+                    tensor: (*tensor).into(),
                     offset: None,
                     data,
                 }));

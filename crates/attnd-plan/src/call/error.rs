@@ -1,9 +1,9 @@
 //! Why a call fails: the client's mistakes, and those of workers with the name of the one that made them.
 
-use crate::Tensor;
 use crate::arrival::Misplaced;
 use crate::gather::GatherError;
 use crate::report::ReportError;
+use crate::side::{AnyTensor, SideTensor};
 use crate::topology::WorkerId;
 
 /// Why a call failed.
@@ -48,15 +48,25 @@ pub enum CallError<E = String> {
         /// Which chunk.
         index: u64,
         /// Which tensor.
-        tensor: Tensor,
+        tensor: AnyTensor,
         /// What is wrong with its place.
         why: Misplaced,
+    },
+    /// A chunk of a tensor came before all of another one was here.
+    #[error("chunk {index} of {tensor}: all of {first} comes first")]
+    SideFirst {
+        /// Which chunk.
+        index: u64,
+        /// Which tensor.
+        tensor: AnyTensor,
+        /// Whose turn it is.
+        first: SideTensor,
     },
     /// A tensor is shorter or longer than its shape.
     #[error("shape needs {need} bytes of {tensor}, payload {got}")]
     PayloadLength {
         /// Which tensor.
-        tensor: Tensor,
+        tensor: AnyTensor,
         /// Bytes that the shape needs.
         need: u64,
         /// Bytes received.
@@ -153,6 +163,7 @@ impl<E> CallError<E> {
             | Self::ChunkOrder { .. }
             | Self::EmptyChunk { .. }
             | Self::ChunkPlace { .. }
+            | Self::SideFirst { .. }
             | Self::PayloadLength { .. }
             | Self::CommitLength { .. }
             | Self::CommitChunks { .. }

@@ -6,13 +6,15 @@ use super::*;
 use crate::gather::cells;
 use crate::planner::tests::{any_call, planned};
 use crate::report::tests::{all_reports, any_outputs, elements_of};
+use crate::side::SideTensor;
+use crate::side::tests::{any_side, layout};
 
 #[derive(Clone, Copy, Debug)]
 enum Step {
     Honest,
     Repeat,
     Begin,
-    Chunk(u32, Tensor, Option<u64>, usize),
+    Chunk(u32, AnyTensor, Option<u64>, usize),
     Commit(u32, u64),
     End,
     Finished(usize),
@@ -23,7 +25,12 @@ enum Step {
 }
 
 fn any_step() -> impl Strategy<Value = Step> {
-    let tensor = prop_oneof![Just(Tensor::Q), Just(Tensor::K), Just(Tensor::V)];
+    let tensor = prop_oneof![
+        Just(Tensor::Q.into()),
+        Just(Tensor::K.into()),
+        Just(Tensor::V.into()),
+        Just(SideTensor::Mask.into()),
+    ];
     prop_oneof![
         200 => Just(Step::Honest),
         1 => Just(Step::Repeat),
@@ -46,19 +53,24 @@ proptest! {
     /// An honest run with mistakes and losses thrown in ends once, and is complete only when everything was sent.
     #[test]
     fn a_call_ends_once(
-        call in any_call(), reported in any::<bool>(), steps in proptest::collection::vec(any_step(), 0..300),
+        call in any_call(), reported in any::<bool>(), mask in proptest::option::of(any_side()),
+        steps in proptest::collection::vec(any_step(), 0..300),
     ) {
         let Some((shape, plan)) = planned(&call, 1 << 13) else { return Ok(()) };
         let plan = plan.verify(&shape).unwrap();
         let n_shares = plan.shares.len();
         let mut honest = std::collections::VecDeque::new();
         let mut bytes = 0;
-        for (index, tensor) in (0..).zip(Tensor::ALL) {
-            let len = tensor.bytes(&shape, 4) as usize;
+        let layouts = mask.iter().map(|mask| layout(SideTensor::Mask, mask, &shape));
+        let sides = Sides::new(layouts.collect()).unwrap();
+        let masks = sides.iter().map(|side| (side.tensor().into(), side.bytes()));
+        let operands = Tensor::ALL.map(|tensor| (AnyTensor::from(tensor), tensor.bytes(&shape, 4)));
+        for (index, (tensor, len)) in (0..).zip(masks.chain(operands)) {
+            let len = len as usize;
             bytes += len as u64;
             honest.push_back(CallEvent::ChunkIn { index, tensor, offset: None, len });
         }
-        honest.push_back(CallEvent::Commit { chunks: 3, bytes });
+        honest.push_back(CallEvent::Commit { chunks: 3 + sides.len() as u32, bytes });
         for (share, of_worker) in plan.shares.iter().enumerate() {
             for cell in cells(&of_worker.pieces, &shape, plan.tokens_per_cell) {
                 honest.push_back(CallEvent::Partial { share, cell, part: () });
@@ -77,7 +89,8 @@ proptest! {
         }
         let steps = steps.into_iter().chain(vec![Step::Honest; honest.len()]);
 
-        let mut call = Call::new(&plan, 4, reported.then(|| any_outputs(&shape)), Duration::ZERO);
+        let outputs = reported.then(|| any_outputs(&shape));
+        let mut call = Call::new(&plan, 4, &sides, outputs, Duration::ZERO);
         let mut now = Duration::ZERO;
         let (mut ends, mut emitted, mut told, mut last) = (0, 0, 0, CallEvent::Tick);
         for step in steps {

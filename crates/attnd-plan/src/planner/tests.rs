@@ -32,9 +32,10 @@ pub(crate) fn planned(call: &AnyCall, most_keys: u64) -> Option<(AttnShape, Plan
     Some((shape, plan(&req, &capacities(&call.1, f64::INFINITY), &CostModel::default()).unwrap()))
 }
 
-fn request(shape: AttnShape, workers: WorkerChoice) -> PlanRequest {
-    let (mask, path, outputs) = (Mask::default(), Path::Plain, None);
-    PlanRequest { shape, mask, path, outputs, dtype: Dtype::F32, workers }
+/// A plain call of f32 operands.
+pub(crate) fn request(shape: AttnShape, workers: WorkerChoice) -> PlanRequest {
+    let (mask, path, outputs, sides) = (Mask::default(), Path::Plain, None, Sides::default());
+    PlanRequest { shape, mask, path, outputs, dtype: Dtype::F32, sides, workers }
 }
 
 /// Workers whose memory is their fraction of `need` bytes; all of it for an infinite need.
@@ -57,7 +58,7 @@ fn shape(kv_heads: u64, queries: u64, keys: u64) -> AttnShape {
 }
 
 fn whole_need(shape: &AttnShape) -> u64 {
-    let line = Line::new(shape, Dtype::F32, tokens_per_cell(shape, None), InspectionBytes::default());
+    let line = Line::new(&request(*shape, WorkerChoice::Auto), tokens_per_cell(shape, None));
     line.resident_bytes(&(0..line.len()))
 }
 
@@ -129,7 +130,7 @@ proptest! {
     #[test]
     fn messages_of_cut_groups_are_counted_as_they_are_routed(call in any_call()) {
         let Some((shape, plan)) = planned(&call, 1 << 18) else { return Ok(()) };
-        let line = Line::new(&shape, Dtype::F32, plan.tokens_per_cell, InspectionBytes::default());
+        let line = Line::new(&request(shape, WorkerChoice::Auto), plan.tokens_per_cell);
         let bytes = Tensor::K.bytes(&shape, 4);
         let runs = Router::new(&plan, &shape, 4).route(Tensor::K, 0, bytes as usize);
         let head_bytes = bytes as usize / shape.n_groups();

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use attnd_kernel::{AttnShape, Dtype, Operator, Outputs};
-use attnd_plan::{Tensor, WorkerChoice};
+use attnd_plan::{AnyTensor, Sides, WorkerChoice};
 use bytes::Bytes;
 
 use crate::convert::{self, small};
@@ -34,6 +34,8 @@ pub struct Begin {
     pub operator: Arc<Operator>,
     /// What is wanted beside the context; `None` if nothing is.
     pub outputs: Option<Arc<Outputs>>,
+    /// What comes beside Q, K and V, made for that shape: the tensors that the operator reads.
+    pub sides: Sides,
     /// NaN and infinities pass unexamined.
     pub allow_non_finite: bool,
     /// A row that sees no key is an error.
@@ -42,14 +44,14 @@ pub struct Begin {
     pub workers: WorkerChoice,
 }
 
-/// Bytes of one operand.
+/// Bytes of one tensor.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorChunk {
     /// Place in the stream, from 0. Whether it is the next one is for the call's state machine to say.
     pub index: u32,
-    /// Which operand.
-    pub tensor: Tensor,
-    /// Where they begin in the operand, in bytes; `None` where its last chunk ended. Whether they may begin there is for
+    /// Which one: an operand, or one of [`Begin::sides`].
+    pub tensor: AnyTensor,
+    /// Where they begin in it, in bytes; `None` where its last chunk ended. Whether they may begin there is for
     /// the call's state machine to say.
     pub offset: Option<u64>,
     /// Whole elements, at least one; the checksum was right.
@@ -77,7 +79,7 @@ impl AttendRequest {
             (Some(Part::Begin(_)), Some(_)) => Err(refusal::duplicate_begin()),
             (Some(Part::Begin(begin)), None) => begin.try_into().map(Self::Begin),
             (Some(Part::Chunk(chunk)), Some(begun)) => {
-                TensorChunk::decode(chunk, begun.dtype).map(Self::Chunk)
+                TensorChunk::decode(chunk, begun.dtype, &begun.sides).map(Self::Chunk)
             }
             (Some(Part::Commit(commit)), Some(_)) => Ok(Self::Commit(commit.into())),
             (Some(Part::Chunk(_) | Part::Commit(_)), None) => Err(refusal::expected_begin()),
@@ -112,6 +114,7 @@ impl TryFrom<proto::AttendBegin> for Begin {
         let dtype = convert::dtype(message.dtype)?;
         let scale = message.scale.unwrap_or_else(|| convert::default_scale(&shape));
         let encoded = Encoded { scale, causal: message.causal, operator: message.operator };
+        let sides = encoded.sides(&shape)?;
         let operator = encoded.decode(&shape)?;
         operator::check_empty_rows(&operator, message.forbid_empty_rows)?;
         let outputs = outputs::decode(message.outputs, &shape, &operator)?;
@@ -120,6 +123,7 @@ impl TryFrom<proto::AttendBegin> for Begin {
             dtype,
             operator,
             outputs,
+            sides,
             allow_non_finite: message.allow_non_finite,
             forbid_empty_rows: message.forbid_empty_rows,
             workers,
@@ -135,7 +139,7 @@ impl From<Begin> for proto::AttendBegin {
             WorkerChoice::AtMost(most) => (small(most), most == 0),
             WorkerChoice::Exactly(asked) => (small(asked), true),
         };
-        let Encoded { scale, causal, operator } = Encoded::from(&*begin.operator);
+        let Encoded { scale, causal, operator } = Encoded::new(&begin.operator, &begin.sides);
         Self {
             shape: Some((&begin.shape).into()),
             dtype: proto::Dtype::from(begin.dtype).into(),
@@ -152,15 +156,16 @@ impl From<Begin> for proto::AttendBegin {
 }
 
 impl TensorChunk {
-    /// Decodes a chunk of elements of `dtype`.
+    /// Decodes a chunk of a call whose operands have elements of `dtype`.
     ///
     /// # Errors
-    /// [`Reason::Tensor`], [`Reason::PayloadLength`], [`Reason::Checksum`].
-    pub fn decode(message: proto::TensorChunk, dtype: Dtype) -> Result<Self, Error> {
+    /// [`Reason::Tensor`], also for one that the call doesn't have, [`Reason::PayloadLength`], [`Reason::Checksum`].
+    pub fn decode(message: proto::TensorChunk, dtype: Dtype, sides: &Sides) -> Result<Self, Error> {
         let tensor = convert::tensor(message.tensor)?;
+        let element = operator::element_bytes(tensor, dtype, sides)?;
         let place = message.offset.map(u64::to_le_bytes);
         let place = place.as_ref().map_or(&[][..], |bytes| bytes);
-        convert::chunk_data(message.index, &message.data, place, message.crc32c, dtype)?;
+        convert::chunk_data(message.index, &message.data, place, message.crc32c, element)?;
         Ok(Self { index: message.index, tensor, offset: message.offset, data: message.data })
     }
 }

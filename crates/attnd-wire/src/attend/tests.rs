@@ -3,13 +3,13 @@
 use std::sync::Arc;
 
 use attnd_kernel::{AttnShape, Causal, Dtype, EmptyRow, Operator};
-use attnd_plan::{Piece, Plan, Tensor, WorkerChoice, WorkerId};
+use attnd_plan::{Piece, Plan, Sides, Tensor, WorkerChoice, WorkerId};
 use proptest::prelude::*;
 use prost::Message as _;
 
 use super::*;
 use crate::error::Reason;
-use crate::operator::tests::operators;
+use crate::operator::dense::tests::operators_and_sides;
 use crate::proto;
 
 pub(crate) fn shapes() -> impl Strategy<Value = AttnShape> {
@@ -36,13 +36,14 @@ fn begins() -> impl Strategy<Value = Begin> {
         (1..5_usize).prop_map(WorkerChoice::AtMost),
         (1..5_usize).prop_map(WorkerChoice::Exactly)
     ];
-    (operators(), dtypes(), any::<[bool; 2]>(), workers).prop_map(
-        |((shape, operator), dtype, [allow_non_finite, forbid], workers)| Begin {
+    (operators_and_sides(), dtypes(), any::<[bool; 2]>(), workers).prop_map(
+        |((shape, operator, sides), dtype, [allow_non_finite, forbid], workers)| Begin {
             shape,
             dtype,
             forbid_empty_rows: forbid && operator.empty_row() == EmptyRow::Zero,
             operator,
             outputs: None,
+            sides,
             allow_non_finite,
             workers,
         },
@@ -73,6 +74,7 @@ fn begin() -> Begin {
         dtype: Dtype::F32,
         operator: Arc::new(Operator::plain(0.5, Causal::None)),
         outputs: None,
+        sides: Sides::default(),
         allow_non_finite: false,
         forbid_empty_rows: false,
         workers: WorkerChoice::Auto,
@@ -121,7 +123,7 @@ fn asking_for_at_most_no_worker_is_not_auto() {
 fn frames_come_in_order() {
     let chunk = AttendRequest::Chunk(TensorChunk {
         index: 0,
-        tensor: Tensor::Q,
+        tensor: Tensor::Q.into(),
         offset: None,
         data: vec![0; 8].into(),
     });
@@ -141,19 +143,23 @@ fn frames_come_in_order() {
 
 #[test]
 fn damaged_chunks_are_found() {
-    let chunk = TensorChunk { index: 2, tensor: Tensor::V, offset: Some(8192), data: vec![1; 4096].into() };
+    let decode = |message| TensorChunk::decode(message, Dtype::F32, &Sides::default());
+    let chunk =
+        TensorChunk { index: 2, tensor: Tensor::V.into(), offset: Some(8192), data: vec![1; 4096].into() };
     let mut message = proto::TensorChunk::from(chunk.clone());
-    assert_eq!(TensorChunk::decode(message.clone(), Dtype::F32), Ok(chunk));
+    assert_eq!(decode(message.clone()), Ok(chunk));
     for offset in [Some(4096), None] {
         let moved = proto::TensorChunk { offset, ..message.clone() };
-        let error = TensorChunk::decode(moved, Dtype::F32).unwrap_err();
+        let error = decode(moved).unwrap_err();
         assert_eq!(error.message(), "CHECKSUM: chunk 2, nothing applied", "the place counts as data does");
     }
     message.data = vec![2; 4096].into();
-    let error = TensorChunk::decode(message.clone(), Dtype::F32).unwrap_err();
+    let error = decode(message.clone()).unwrap_err();
     assert_eq!(error.message(), "CHECKSUM: chunk 2, nothing applied");
-    message.tensor = 4;
-    assert_eq!(TensorChunk::decode(message, Dtype::F32).unwrap_err().message(), "TENSOR: 4");
+    message.tensor = 9;
+    assert_eq!(decode(message.clone()).unwrap_err().message(), "TENSOR: 9");
+    message.tensor = proto::Tensor::Mask.into();
+    assert_eq!(decode(message).unwrap_err().message(), "TENSOR: mask, and Begin has no mask.dense");
 }
 
 #[test]
@@ -224,8 +230,8 @@ proptest! {
 
     #[test]
     fn chunks_return(index in any::<u32>(), tensor in tensors(), offset in any::<Option<u64>>(), dtype in dtypes(), data in proptest::collection::vec(any::<[u8; 4]>(), 1..50)) {
-        let chunk = TensorChunk { index, tensor, offset, data: data.concat().into() };
-        prop_assert_eq!(TensorChunk::decode(chunk.clone().into(), dtype), Ok(chunk));
+        let chunk = TensorChunk { index, tensor: tensor.into(), offset, data: data.concat().into() };
+        prop_assert_eq!(TensorChunk::decode(chunk.clone().into(), dtype, &Sides::default()), Ok(chunk));
     }
 
     #[test]

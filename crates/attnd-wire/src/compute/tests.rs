@@ -6,6 +6,7 @@ use prost::Message as _;
 
 use super::*;
 use crate::attend::tests::{dtypes, shapes, tensors};
+use crate::operator::dense::tests::operators_and_sides;
 use crate::operator::tests::operators;
 
 /// 4 groups of 2 heads, 5 tokens, 300 keys, d = 4, dv = 2.
@@ -25,6 +26,7 @@ fn begin() -> ComputeBegin {
         dtype: Dtype::F32,
         operator: Arc::new(Operator::plain(0.5, Causal::None)),
         outputs: None,
+        sides: Sides::default(),
         allow_non_finite: false,
         pieces: vec![Piece { groups: 1..3, slots: 0..64 }],
         tokens_per_cell: 5,
@@ -63,7 +65,8 @@ fn refused_begin(change: impl FnOnce(&mut proto::ComputeBegin)) -> String {
 }
 
 fn refused_slice(change: impl FnOnce(&mut SliceChunk)) -> String {
-    let mut chunk = SliceChunk { index: 0, tensor: Tensor::K, head: 1, offset: 16, data: vec![0; 32].into() };
+    let mut chunk =
+        SliceChunk { index: 0, tensor: Tensor::K.into(), head: 1, offset: 16, data: vec![0; 32].into() };
     assert_eq!(SliceChunk::decode(chunk.clone().into(), &begin()), Ok(chunk.clone()));
     change(&mut chunk);
     SliceChunk::decode(chunk.into(), &begin()).unwrap_err().message()
@@ -137,10 +140,11 @@ fn slices_lie_inside_their_head_and_share() {
     assert_eq!(refused_slice(|c| c.data = Bytes::new()), "PAYLOAD_LENGTH: chunk 0 has 0 bytes");
     // Query heads 2..6 are those of groups 1 and 2.
     assert_eq!(
-        refused_slice(|c| (c.tensor, c.head) = (Tensor::Q, 6)),
+        refused_slice(|c| (c.tensor, c.head) = (Tensor::Q.into(), 6)),
         "PIECES: q head 6 is not in this share"
     );
-    let chunk = SliceChunk { index: 0, tensor: Tensor::Q, head: 5, offset: 48, data: vec![0; 32].into() };
+    let chunk =
+        SliceChunk { index: 0, tensor: Tensor::Q.into(), head: 5, offset: 48, data: vec![0; 32].into() };
     assert!(SliceChunk::decode(chunk.into(), &begin()).is_ok());
 }
 
@@ -318,12 +322,12 @@ fn what_kernels_make_is_possible() {
 proptest! {
     #[test]
     fn requests_return(
-        (shape, operator) in operators(), dtype in dtypes(),
+        (shape, operator, sides) in operators_and_sides(), dtype in dtypes(),
         call_id in any::<u64>(), allow_non_finite in any::<bool>(), slots in 0..64_usize,
     ) {
         let pieces = vec![Piece { groups: 0..shape.n_groups(), slots: slots..64 }];
         let tokens_per_cell = shape.n_queries();
-        let begin = ComputeBegin { call_id, shape, dtype, operator, outputs: None, allow_non_finite, pieces, tokens_per_cell };
+        let begin = ComputeBegin { call_id, shape, dtype, operator, outputs: None, sides, allow_non_finite, pieces, tokens_per_cell };
         let request = ComputeRequest::Begin(begin);
         prop_assert_eq!(ComputeRequest::decode(request.clone().into(), None), Ok(request));
     }
@@ -331,7 +335,7 @@ proptest! {
     #[test]
     fn slices_return(index in any::<u32>(), tensor in tensors(), at in 0..15_u64, data in proptest::collection::vec(any::<[u8; 4]>(), 1..6)) {
         let head = if tensor == Tensor::Q { 4 } else { 2 };
-        let request = ComputeRequest::Chunk(SliceChunk { index, tensor, head, offset: at * 4, data: data.concat().into() });
+        let request = ComputeRequest::Chunk(SliceChunk { index, tensor: tensor.into(), head, offset: at * 4, data: data.concat().into() });
         prop_assert_eq!(ComputeRequest::decode(request.clone().into(), Some(&begin())), Ok(request));
     }
 

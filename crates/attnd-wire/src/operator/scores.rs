@@ -2,26 +2,28 @@
 
 use attnd_kernel::{Bias, Normaliser};
 
+use crate::convert;
 use crate::error::{Error, Reason};
 use crate::proto;
 use crate::proto::bias::Kind as BiasKind;
 use crate::proto::normaliser::Kind as NormaliserKind;
 
-/// # Panics
-/// If a bias is a tensor beside the call, for which no message has a place.
+/// Biases but the dense one, whose dimensions [`super::dense`] has.
 pub(super) fn encode_biases(biases: &[Bias]) -> Vec<proto::Bias> {
     let encode = |bias: &Bias| match bias {
-        Bias::Dense => panic!("dense biases don't travel"),
+        Bias::Dense => None,
         Bias::Alibi { slopes, by_key } => {
-            BiasKind::Alibi(proto::Alibi { slopes: slopes.to_vec(), by_key: *by_key })
+            Some(BiasKind::Alibi(proto::Alibi { slopes: slopes.to_vec(), by_key: *by_key }))
         }
     };
-    biases.iter().map(|bias| proto::Bias { kind: Some(encode(bias)) }).collect()
+    biases.iter().filter_map(encode).map(|kind| proto::Bias { kind: Some(kind) }).collect()
 }
 
 /// Decodes biases; whether they make sense together and for a shape is for the operator to check.
 pub(super) fn decode_biases(biases: Vec<proto::Bias>) -> Result<Vec<Bias>, Error> {
+    convert::count("biases", biases.len())?;
     let decode = |(at, bias): (usize, proto::Bias)| match bias.kind {
+        Some(BiasKind::Dense(_)) => Ok(Bias::Dense),
         Some(BiasKind::Alibi(proto::Alibi { slopes, by_key })) => {
             Ok(Bias::Alibi { slopes: slopes.into(), by_key })
         }

@@ -81,6 +81,17 @@ fn refusals_have_their_exact_text_and_code() {
             Code::InvalidArgument,
             "SCORE_OVERFLOW: head 9 row 3",
         ),
+        (
+            non_finite_bias([1, 0, 3, 700], f32::INFINITY),
+            Code::InvalidArgument,
+            "NON_FINITE: bias[b=1,h=0,pos=3,key=700] +inf",
+        ),
+        (
+            not_bool([0, 2, 0, 9], 255),
+            Code::InvalidArgument,
+            "DTYPE: mask[b=0,h=2,pos=0,key=9] is 255, a bool is 0 or 1",
+        ),
+        (empty_row_at(5, 3), Code::InvalidArgument, "EMPTY_ROW: head 5 row 3 sees no key"),
         (output_overflow(0, 3), Code::InvalidArgument, "OUTPUT_OVERFLOW: head 0 row 3"),
         (empty_row(2), Code::InvalidArgument, "EMPTY_ROW: rows without a key: 2"),
         (kv_budget(33_554_432, 1_048_576), Code::ResourceExhausted, "KV_BUDGET: need 33554432, free 1048576"),
@@ -154,7 +165,7 @@ fn errors_of_a_call_are_translated() {
         (
             CallError::ChunkPlace {
                 index: 3,
-                tensor: Tensor::K,
+                tensor: Tensor::K.into(),
                 why: Misplaced::InsideOfGroup { start: 4100, group_bytes: 4096 },
             },
             Code::InvalidArgument,
@@ -163,15 +174,29 @@ fn errors_of_a_call_are_translated() {
         (
             CallError::ChunkPlace {
                 index: 3,
-                tensor: Tensor::V,
+                tensor: Tensor::V.into(),
                 why: Misplaced::PastTheEnd { bytes: 8192..9000, need: 8200 },
             },
             Code::InvalidArgument,
             "PAYLOAD_LENGTH: chunk 3 of v brings bytes 8192 to 9000 of 8200",
         ),
+        (
+            CallError::ChunkPlace {
+                index: 2,
+                tensor: SideTensor::Mask.into(),
+                why: Misplaced::Jump { start: 9, expected: 8 },
+            },
+            Code::InvalidArgument,
+            "CHUNK_ORDER: chunk 2 of mask begins at byte 9, expected 8",
+        ),
+        (
+            CallError::SideFirst { index: 2, tensor: Tensor::Q.into(), first: SideTensor::Bias },
+            Code::InvalidArgument,
+            "CHUNK_ORDER: chunk 2 of q: all of bias comes first",
+        ),
         (CallError::EmptyChunk { index: 5 }, Code::InvalidArgument, "PAYLOAD_LENGTH: chunk 5 has 0 bytes"),
         (
-            CallError::PayloadLength { tensor: Tensor::K, need: 4_398_046_511_104, got: 16 },
+            CallError::PayloadLength { tensor: Tensor::K.into(), need: 4_398_046_511_104, got: 16 },
             Code::InvalidArgument,
             "PAYLOAD_LENGTH: shape needs 4398046511104, payload 16 (k)",
         ),
@@ -237,6 +262,7 @@ fn a_failing_worker_is_lost_unless_the_data_are_to_blame() {
         assert_eq!(error.message(), text);
         assert!(error.is_retryable(), "{error}");
     }
-    let what = output_overflow(0, 3);
-    assert_eq!(call(CallError::ShareFailed { worker: worker(), what: what.clone() }), what);
+    for what in [output_overflow(0, 3), not_bool([0; 4], 2), non_finite_bias([0; 4], f32::NAN)] {
+        assert_eq!(call(CallError::ShareFailed { worker: worker(), what: what.clone() }), what);
+    }
 }

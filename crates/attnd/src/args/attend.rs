@@ -31,6 +31,7 @@ Examples:
   attnd attend --endpoint http://10.0.0.1:7400 --q a.safetensors:layer0.q --k a.safetensors:layer0.k \\
                --v a.safetensors:layer0.v --scale 0.125 --json
   attnd attend --workers 2 --q x.npz:q --k x.npz:k --v x.npz:v --causal --window 4096,0 --sinks x.npz:sinks
+  attnd attend --workers 2 --q x.npz:q --k x.npz:k --v x.npz:v --attn-mask mask.npy --bias x.npz:bias
   attnd attend --workers 2 --q x.npz:q --k x.npz:k --v x.npz:v --causal --softcap 50 --alibi auto
   attnd attend --request call.toml --softcap 30 -o out.safetensors
   ATTND_ENDPOINT=http://10.0.0.1:7400 attnd attend --q q.npy --k k.npy --v v.npy")]
@@ -58,6 +59,13 @@ pub struct AttendArgs {
     /// Which keys a query sees beside that.
     #[command(flatten)]
     pub mask: MaskArgs,
+    /// Which keys a query sees of those that other rules leave: bools, `[batch, heads, queries, keys]` or its last
+    /// dimensions, each but keys may be 1; keys that are missing are not seen. Numbers are added to scores instead
+    #[arg(long, value_name = "SRC")]
+    pub attn_mask: Option<Source>,
+    /// Numbers to add to scores, of the same dimensions; -inf hides a key
+    #[arg(long, value_name = "SRC")]
+    pub bias: Option<Source>,
     /// What scores meet between the products and the values.
     #[command(flatten)]
     pub scores: ScoreArgs,
@@ -191,6 +199,8 @@ mod tests {
             &["--chunk", "0"],
             &["--key-end", "-1"],
             &["--empty-row", "one"],
+            &["--attn-mask", "mask.npz"],
+            &["--bias", "bias.txt"],
             &["--softcap", "0"],
             &["--softcap", "nan"],
             &["--alibi", "x"],

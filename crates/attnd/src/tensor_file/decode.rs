@@ -8,6 +8,8 @@ use super::{Fault, Tensor};
 /// Element types that files hold.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Element {
+    /// A byte, 0 or 1; of masks alone.
+    Bool,
     F16,
     Bf16,
     F32,
@@ -17,6 +19,7 @@ pub(super) enum Element {
 impl Element {
     pub(super) fn size(self) -> usize {
         match self {
+            Self::Bool => 1,
             Self::F16 | Self::Bf16 => 2,
             Self::F32 => 4,
             Self::F64 => 8,
@@ -42,11 +45,8 @@ pub(super) fn declared_bytes(shape: &[usize], element: Element) -> u128 {
     shape.iter().fold(element.size() as u128, |bytes, dim| bytes.saturating_mul(*dim as u128))
 }
 
-/// Refuses shapes that are neither an attention operand nor a list of one number a head.
+/// Refuses shapes without elements. How many dimensions there are is for whoever takes the tensor to say.
 pub(super) fn check_shape(shape: &[usize]) -> Result<(), Fault> {
-    if !matches!(shape.len(), 1 | 3 | 4) {
-        return Err(Fault::Rank(shape.to_vec()));
-    }
     if shape.contains(&0) {
         return Err(Fault::Empty(shape.to_vec()));
     }
@@ -54,8 +54,8 @@ pub(super) fn check_shape(shape: &[usize]) -> Result<(), Fault> {
 }
 
 impl Stored {
-    /// Brings the elements into C order, little-endian, of a type that travels.
-    fn into_c_order(mut self) -> Result<(Dtype, Vec<u8>), Fault> {
+    /// The elements in C order, little-endian.
+    pub(super) fn into_bytes_in_c_order(mut self) -> Result<Vec<u8>, Fault> {
         check_shape(&self.shape)?;
         let size = self.element.size();
         if self.big_endian {
@@ -63,16 +63,25 @@ impl Stored {
         }
         if self.fortran {
             self.bytes = match size {
+                1 => c_order::<1>(&self.bytes, &self.shape)?,
                 2 => c_order::<2>(&self.bytes, &self.shape)?,
                 4 => c_order::<4>(&self.bytes, &self.shape)?,
                 _ => c_order::<8>(&self.bytes, &self.shape)?,
             };
         }
-        Ok(match self.element {
-            Element::F16 => (Dtype::F16, self.bytes),
-            Element::Bf16 => (Dtype::Bf16, self.bytes),
-            Element::F32 => (Dtype::F32, self.bytes),
-            Element::F64 => (Dtype::F32, round_to_f32(&self.bytes, &self.shape)?),
+        Ok(self.bytes)
+    }
+
+    /// The same of a type that travels.
+    pub(super) fn into_c_order(self) -> Result<(Dtype, Vec<u8>), Fault> {
+        let (element, shape) = (self.element, self.shape.clone());
+        let bytes = self.into_bytes_in_c_order()?;
+        Ok(match element {
+            Element::Bool => return Err(Fault::Dtype { got: "bool".into(), hint: "" }),
+            Element::F16 => (Dtype::F16, bytes),
+            Element::Bf16 => (Dtype::Bf16, bytes),
+            Element::F32 => (Dtype::F32, bytes),
+            Element::F64 => (Dtype::F32, round_to_f32(&bytes, &shape)?),
         })
     }
 

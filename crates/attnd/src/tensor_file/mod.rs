@@ -4,6 +4,7 @@
 //! What a header declares is compared with the length of the file before memory is asked for.
 
 mod decode;
+mod dense;
 mod npy;
 mod npz;
 mod operands;
@@ -18,6 +19,7 @@ use std::path::Path;
 use attnd_kernel::Dtype;
 use bytes::Bytes;
 
+pub use dense::read_dense;
 pub use operands::{Inputs, OperandError, assemble};
 pub use source::{OutputPath, Source};
 pub use write::{Output, write};
@@ -105,6 +107,9 @@ pub enum Fault {
     /// Neither 3 nor 4 dimensions.
     #[error("shape {0:?}, expected [heads, tokens, dim] or [batch, heads, tokens, dim]")]
     Rank(Vec<usize>),
+    /// No or more than 4 dimensions of a mask or a bias.
+    #[error("shape {0:?}, expected up to 4 dimensions: [batch, heads, queries, keys]")]
+    DenseRank(Vec<usize>),
     /// Not 1 dimension.
     #[error("shape {0:?}, expected [heads]")]
     NoVector(Vec<usize>),

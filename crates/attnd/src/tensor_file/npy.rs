@@ -75,6 +75,7 @@ fn element(header: &Header) -> Result<(Element, bool), Fault> {
         _ => false,
     };
     let element = match kind {
+        "b1" => Element::Bool,
         "f2" => Element::F16,
         "f4" => Element::F32,
         "f8" => Element::F64,

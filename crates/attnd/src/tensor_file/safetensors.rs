@@ -18,6 +18,7 @@ pub(super) fn read(mut file: File, len: u64, name: &str) -> Result<Stored, Fault
         return Err(Fault::NoSuchName { name: name.into(), names: metadata.offset_keys() });
     };
     let element = match info.dtype {
+        Dtype::BOOL => Element::Bool,
         Dtype::F16 => Element::F16,
         Dtype::BF16 => Element::Bf16,
         Dtype::F32 => Element::F32,

@@ -4,6 +4,7 @@ use std::fs;
 use std::io::Write;
 use std::path::PathBuf;
 
+use attnd_client::Element;
 use half::{bf16, f16};
 use ndarray::{Array3, ArrayD};
 use proptest::prelude::*;
@@ -180,6 +181,54 @@ fn safetensors_yield_the_named_tensor() {
     assert_eq!((v.batched, v.rounded_from_f64, values(&v)), (true, true, counting()));
     assert!(files.refusal("m.safetensors:ids").contains("dtype I64 is not supported"));
     assert!(files.refusal("m.safetensors:q").contains("no tensor named 'q'; the file has l.k, l.v, ids"));
+}
+
+#[test]
+fn masks_and_biases_have_bools_or_floats_and_up_to_four_dimensions() {
+    let files = Files::new();
+    let dense = |name: &str| {
+        let source: Source = files.0.path().join(name).to_str().unwrap().parse().unwrap();
+        read_dense(&source).map_err(|error| error.to_string())
+    };
+    // 2 rows of 3: true, false, false and false, true, true.
+    let (rows, columns) = ([1, 0, 0, 0, 1, 1], [1, 0, 0, 1, 0, 1]);
+    for (descr, fortran, stored) in [("'|b1'", false, rows), ("'|b1'", true, columns)] {
+        files.put("m.npy", &npy(descr, fortran, "(2, 3)", &stored));
+        let mask = dense("m.npy").unwrap();
+        assert_eq!((mask.element, mask.shape, &mask.bytes[..]), (Element::Bool, [1, 1, 2, 3], &rows[..]));
+    }
+    for (shape, padded) in
+        [("(6,)", [1, 1, 1, 6]), ("(2, 1, 3)", [1, 2, 1, 3]), ("(1, 2, 3, 1)", [1, 2, 3, 1])]
+    {
+        files.put(
+            "m.npz",
+            &npz(&[("m.npy", npy("'|b1'", false, shape, &rows))], zip::CompressionMethod::Stored),
+        );
+        assert_eq!(dense("m.npz:m").unwrap().shape, padded);
+    }
+    let numbers = [0.5, f64::NEG_INFINITY, -1.0, 2.0, 3.0, 4.0];
+    let data: Vec<u8> = numbers.iter().flat_map(|x| x.to_le_bytes()).collect();
+    files.put("b.npy", &npy("'<f8'", false, "(2, 3)", &data));
+    let bias = dense("b.npy").unwrap();
+    assert_eq!(bias.element, Element::Float(Dtype::F32));
+    assert_eq!(bias.bytes[4..8], f32::NEG_INFINITY.to_le_bytes());
+    let header = r#"{"m":{"dtype":"BOOL","shape":[2,3],"data_offsets":[0,6]},
+        "b":{"dtype":"BF16","shape":[1,3],"data_offsets":[6,12]}}"#;
+    files.put("a.safetensors", &safetensors_file(header, &[&rows[..], &[0; 6]].concat()));
+    assert_eq!(dense("a.safetensors:m").unwrap().element, Element::Bool);
+    assert_eq!(dense("a.safetensors:b").unwrap().element, Element::Float(Dtype::Bf16));
+    assert!(files.refusal("m.npy").contains("shape [2, 3], expected [heads, tokens, dim]"));
+    files.put("q.npy", &npy("'|b1'", false, "(1, 2, 3)", &rows));
+    assert!(files.refusal("q.npy").contains("dtype bool is not supported"));
+    for (name, shape, what) in [
+        ("rank.npy", "(1, 1, 1, 2, 3)", "shape [1, 1, 1, 2, 3], expected up to 4 dimensions"),
+        ("empty.npy", "(2, 0)", "shape [2, 0] has no elements"),
+    ] {
+        files.put(name, &npy("'|b1'", false, shape, if name == "rank.npy" { &rows[..] } else { &[] }));
+        assert!(dense(name).unwrap_err().contains(what), "{:?}", dense(name));
+    }
+    files.put("i.npy", &npy("'<i4'", false, "(6,)", &[0; 24]));
+    assert!(dense("i.npy").unwrap_err().contains("dtype '<i4' is not supported"));
 }
 
 #[test]

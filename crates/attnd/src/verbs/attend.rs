@@ -24,9 +24,10 @@ pub async fn run(args: &AttendArgs) -> anyhow::Result<()> {
     let site = Site::of(args, |key| std::env::var(key).ok())?;
     if let Some(output) = &args.output {
         output.check().map_err(|error| BadInput::new(error.to_string()))?;
-        let sinks = args.sinks.iter().map(|source| ("--sinks", source));
+        let more = [("--sinks", &args.sinks), ("--attn-mask", &args.attn_mask), ("--bias", &args.bias)];
+        let more = more.into_iter().filter_map(|(option, source)| Some((option, source.as_ref()?)));
         let slopes = args.scores.alibi.iter().filter_map(Slopes::source).map(|source| ("--alibi", source));
-        for (option, source) in sources.into_iter().chain(sinks).chain(slopes) {
+        for (option, source) in sources.into_iter().chain(more).chain(slopes) {
             if output.is_file_of(source) {
                 let path = output.path().display();
                 let text =
@@ -106,6 +107,7 @@ fn options(args: &AttendArgs) -> anyhow::Result<AttendOptions> {
     let missing = || BadInput::new("--causal=offset needs --offset");
     let (causal, mask) = args.causal_and_mask().ok_or_else(missing)?;
     let sinks = args.sinks.as_ref().map(tensor_file::read_vector).transpose()?;
+    let dense = |source: &Option<Source>| source.as_ref().map(tensor_file::read_dense).transpose();
     let normaliser = args.scores.sigmoid.map_or(Normaliser::Softmax, |bias| Normaliser::Sigmoid { bias });
     Ok(AttendOptions {
         scale: args.scale,
@@ -113,6 +115,8 @@ fn options(args: &AttendArgs) -> anyhow::Result<AttendOptions> {
         alibi: alibi(&args.scores)?,
         causal,
         mask,
+        dense_mask: dense(&args.attn_mask)?,
+        dense_bias: dense(&args.bias)?,
         normaliser,
         sinks: sinks.map(Into::into),
         empty_row: args.empty_row.into(),

@@ -21,6 +21,14 @@ impl Outgoing {
         Self { worker, requests: Some(requests), sent: Commit { chunks: 0, bytes: 0 }, committed: false }
     }
 
+    /// Counts a message with `len` bytes as sent; returns its index.
+    pub(super) fn count(&mut self, len: usize) -> u32 {
+        let index = self.sent.chunks;
+        self.sent.chunks += 1;
+        self.sent.bytes += len as u64;
+        index
+    }
+
     /// Cuts a run of `data` into messages and counts them as sent. They share the bytes of the client's message.
     pub(super) fn cut(
         &mut self,
@@ -31,10 +39,8 @@ impl Outgoing {
         run.bytes.clone().step_by(limits::CHUNK_BYTES).map(move |start| {
             let slice = start..run.bytes.end.min(start + limits::CHUNK_BYTES);
             let offset = run.head_offset + (start - run.bytes.start) as u64;
-            let index = self.sent.chunks;
-            self.sent.chunks += 1;
-            self.sent.bytes += slice.len() as u64;
-            SliceChunk { index, tensor, head: run.head, offset, data: data.slice(slice) }
+            let index = self.count(slice.len());
+            SliceChunk { index, tensor: tensor.into(), head: run.head, offset, data: data.slice(slice) }
         })
     }
 }

@@ -18,6 +18,7 @@ fn compute_begin() -> ComputeBegin {
         dtype: Dtype::F32,
         operator: Arc::new(Operator::plain(1.0, Causal::None)),
         outputs: None,
+        sides: attnd_plan::Sides::default(),
         allow_non_finite: false,
         pieces: vec![Piece { groups: 0..1, slots: 0..64 }],
         tokens_per_cell: 1,

@@ -25,6 +25,10 @@ fn formula(request: &Request) -> Formula<'_> {
         visible.push(Box::new(move |at| attnd_kernel::reference::masks::dense(shape, &flat)(at)));
     }
     let mut added: Vec<Box<dyn Fn(At) -> f64 + '_>> = Vec::new();
+    let first = match &parts.mask.key_begin {
+        Some(attnd_kernel::PerBatch::Same(begin)) => *begin,
+        _ => 0,
+    };
     for bias in &parts.biases {
         match bias {
             Bias::Dense => {
@@ -32,7 +36,7 @@ fn formula(request: &Request) -> Formula<'_> {
                 let shape = shape_of(request.bias.len(), request.bias[0].len());
                 added.push(Box::new(move |at| biases::dense(shape, &flat, f32::MIN)(at)));
             }
-            Bias::Alibi { slopes, by_key: true } => added.push(Box::new(biases::alibi_by_key(slopes))),
+            Bias::Alibi { slopes, by_key: true } => added.push(Box::new(biases::alibi_by_key(first, slopes))),
             Bias::Alibi { slopes, by_key: false } => added.push(Box::new(biases::alibi(position, slopes))),
         }
     }

@@ -1,0 +1,255 @@
+//! What travels beside the operands of a share, as it arrives: the parts of masks and biases that its kv groups look at
+//! become planes that kernels read.
+//!
+//! The bytes of a part come in ascending order, in any cut, parts of a tensor side by side. A part has a matrix of its
+//! own, with the keys of its slots alone; of each row, the keys of a page are stored as soon as they are complete.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use attnd_kernel::slot::PAGE_KEYS;
+use attnd_kernel::{AttnShape, DensePlane, OutOfMemory};
+use attnd_plan::{Element, Piece, PlanePart, SideLayout, SideTensor, Sides};
+use attnd_wire::{Error, Reason, refusal};
+
+use super::budget::Reservation;
+
+/// Memory that the parts of a share take, in bytes.
+pub(crate) fn bytes_needed(sides: &Sides, pieces: &[Piece], shape: &AttnShape) -> u64 {
+    let of_tensor = |layout: &SideLayout| -> u64 {
+        layout.parts(pieces, shape).iter().map(|part| layout.resident_bytes(part, shape)).sum()
+    };
+    sides.iter().map(of_tensor).sum()
+}
+
+/// The side tensors of a share on their way in.
+#[derive(Debug)]
+pub(crate) struct SideAssembly {
+    shape: AttnShape,
+    tensors: Vec<TensorAssembly>,
+    memory: Reservation,
+}
+
+#[derive(Debug)]
+struct TensorAssembly {
+    layout: SideLayout,
+    parts: Vec<PartAssembly>,
+}
+
+#[derive(Debug)]
+struct PartAssembly {
+    part: PlanePart,
+    pages: Arc<RowPages>,
+    bytes: u64,
+    /// Bytes that are here, `staged` included.
+    got: u64,
+    /// The beginning of a page of a row, where a message ended inside of it.
+    staged: Vec<u8>,
+    /// Created on the first byte, so that what comes later takes nothing yet.
+    plane: Option<DensePlane>,
+}
+
+/// The pages of a row of a part, each with where its keys end in that row, in bytes.
+#[derive(Debug)]
+struct RowPages(Vec<(usize, usize)>);
+
+/// The parts of one tensor, ascending by plane and then by slot.
+type Planes = Vec<(PlanePart, DensePlane)>;
+
+/// The planes of a share. Their memory goes back with the last group that looks at them.
+#[derive(Debug, Default)]
+pub(crate) struct SidePlanes {
+    tensors: Vec<(SideLayout, Planes)>,
+    _memory: Option<Reservation>,
+}
+
+impl SideAssembly {
+    /// Expects the parts of these pieces; `memory` holds what [`bytes_needed`] says.
+    pub(crate) fn new(sides: &Sides, pieces: &[Piece], shape: AttnShape, memory: Reservation) -> Self {
+        let tensors = sides.iter().map(|layout| TensorAssembly::new(*layout, pieces, &shape));
+        Self { shape, tensors: tensors.collect(), memory }
+    }
+
+    /// Bytes that have to arrive, as they are on the wire.
+    pub(crate) fn bytes_expected(&self) -> u64 {
+        self.parts().map(|(_, part)| part.bytes).sum()
+    }
+
+    fn parts(&self) -> impl Iterator<Item = (SideTensor, &PartAssembly)> {
+        self.tensors.iter().flat_map(|of| of.parts.iter().map(move |part| (of.layout.tensor(), part)))
+    }
+
+    /// The first tensor of which something is missing.
+    pub(crate) fn missing(&self) -> Option<SideTensor> {
+        self.parts().find(|(_, part)| part.got < part.bytes).map(|(tensor, _)| tensor)
+    }
+
+    /// Takes the next bytes of a part: `data` begins `offset` bytes into its matrix.
+    ///
+    /// # Errors
+    /// [`Reason::Pieces`] for a part that isn't the share's, [`Reason::ChunkOrder`] for bytes that aren't the next
+    /// ones, [`Reason::NonFinite`] and [`Reason::Dtype`] for an element that is none.
+    pub(crate) fn accept(
+        &mut self,
+        tensor: SideTensor,
+        part: usize,
+        offset: u64,
+        data: &[u8],
+    ) -> Result<(), Error> {
+        let of = self.tensors.iter_mut().find(|of| of.layout.tensor() == tensor);
+        let unexpected = || Error::new(Reason::Pieces, format!("{tensor} part {part} is not expected here"));
+        let TensorAssembly { layout, parts } = of.ok_or_else(unexpected)?;
+        let at = parts.get_mut(part).ok_or_else(unexpected)?;
+        if offset != at.got || data.len() as u64 > at.bytes - at.got {
+            let detail = format!("{tensor} part {part}: expected offset {}, got {offset}", at.got);
+            return Err(Error::new(Reason::ChunkOrder, detail));
+        }
+        at.take(layout, &self.shape, data)
+    }
+
+    /// The planes, once everything is here.
+    ///
+    /// # Errors
+    /// If the system has no memory left.
+    pub(crate) fn finish(self) -> Result<SidePlanes, Error> {
+        let shape = self.shape;
+        let finish = |TensorAssembly { layout, parts }| -> Result<(SideLayout, Planes), OutOfMemory> {
+            let finish = |PartAssembly { part, plane, .. }| -> Result<(PlanePart, DensePlane), OutOfMemory> {
+                // Parts without a key never see a byte.
+                let plane = plane.map_or_else(|| reserve(&layout, &part, &shape), Ok)?;
+                Ok((part, plane))
+            };
+            Ok((layout, parts.into_iter().map(finish).collect::<Result<_, _>>()?))
+        };
+        let tensors = self.tensors.into_iter().map(finish).collect::<Result<_, _>>()?;
+        Ok(SidePlanes { tensors, _memory: Some(self.memory) })
+    }
+}
+
+impl TensorAssembly {
+    fn new(layout: SideLayout, pieces: &[Piece], shape: &AttnShape) -> Self {
+        // Parts of different planes mostly have the same slots.
+        let mut known: Vec<(Range<usize>, Arc<RowPages>)> = Vec::new();
+        let assembly = |part: PlanePart| {
+            let pages = match known.iter().find(|(slots, _)| *slots == part.slots) {
+                Some((_, pages)) => Arc::clone(pages),
+                None => {
+                    let pages = Arc::new(RowPages::new(&layout, &part.slots));
+                    known.push((part.slots.clone(), Arc::clone(&pages)));
+                    pages
+                }
+            };
+            let bytes = layout.rows() as u64 * pages.width() as u64;
+            PartAssembly { part, pages, bytes, got: 0, staged: Vec::new(), plane: None }
+        };
+        Self { layout, parts: layout.parts(pieces, shape).into_iter().map(assembly).collect() }
+    }
+}
+
+impl RowPages {
+    fn new(layout: &SideLayout, slots: &Range<usize>) -> Self {
+        let mut pages = Vec::new();
+        let mut end = 0;
+        for columns in layout.columns_of(slots) {
+            for first in columns.clone().step_by(PAGE_KEYS) {
+                end += (columns.end - first).min(PAGE_KEYS) * layout.element().size();
+                pages.push((first / PAGE_KEYS, end));
+            }
+        }
+        Self(pages)
+    }
+
+    /// Bytes of a row.
+    fn width(&self) -> usize {
+        self.0.last().map_or(0, |(_, end)| *end)
+    }
+}
+
+impl PartAssembly {
+    /// Takes bytes that were checked to be the next ones.
+    fn take(&mut self, layout: &SideLayout, shape: &AttnShape, data: &[u8]) -> Result<(), Error> {
+        let Self { part, pages, got, staged, plane, .. } = self;
+        let width = pages.width() as u64;
+        let mut rest = data;
+        while !rest.is_empty() {
+            let plane = match plane {
+                Some(plane) => plane,
+                None => plane.insert(reserve(layout, part, shape)?),
+            };
+            let (row, in_row) = ((*got / width) as usize, (*got % width) as usize);
+            let next = pages.0.partition_point(|(_, end)| *end <= in_row);
+            let Some((page, end)) = pages.0.get(next).copied() else {
+                return Err(Error::new(Reason::Internal, "a part has no such page"));
+            };
+            let (now, later) = rest.split_at(rest.len().min(end - in_row));
+            *got += now.len() as u64;
+            rest = later;
+            let is_complete = in_row + now.len() == end;
+            if is_complete && staged.is_empty() {
+                store(plane, layout, part, (row, page), now)?;
+                continue;
+            }
+            staged.extend_from_slice(now);
+            if is_complete {
+                store(plane, layout, part, (row, page), staged)?;
+                staged.clear();
+            }
+        }
+        Ok(())
+    }
+}
+
+fn reserve(layout: &SideLayout, part: &PlanePart, shape: &AttnShape) -> Result<DensePlane, OutOfMemory> {
+    match layout.tensor() {
+        SideTensor::Mask => DensePlane::mask(layout.rows(), shape.n_keys(), &part.slots),
+        SideTensor::Bias => DensePlane::bias(layout.rows(), shape.n_keys(), &part.slots),
+    }
+}
+
+/// Stores the keys of a page of a row.
+fn store(
+    plane: &mut DensePlane,
+    layout: &SideLayout,
+    part: &PlanePart,
+    (row, page): (usize, usize),
+    keys: &[u8],
+) -> Result<(), Error> {
+    let [_, heads, ..] = layout.dims();
+    let at = |row: usize, key: usize| [part.plane / heads, part.plane % heads, row, key];
+    match layout.element() {
+        Element::Bool => {
+            if let Some(key) = keys.iter().position(|byte| *byte > 1) {
+                return Err(refusal::not_bool(at(row, page * PAGE_KEYS + key), keys[key]));
+            }
+            plane.write_mask(row, page, keys);
+            Ok(())
+        }
+        Element::Float(dtype) => plane
+            .write_bias(row, page, keys, dtype)
+            .map_err(|found| refusal::non_finite_bias(at(found.row, found.key), found.value)),
+    }
+}
+
+impl SidePlanes {
+    /// The planes that the heads of a kv group look at, one for all or one for each, with these slots at least.
+    pub(crate) fn of_group(
+        &self,
+        tensor: SideTensor,
+        group: usize,
+        slots: &Range<usize>,
+        shape: &AttnShape,
+    ) -> Vec<&DensePlane> {
+        let of = self.tensors.iter().find(|(layout, _)| layout.tensor() == tensor);
+        let Some((layout, parts)) = of else { return Vec::new() };
+        let plane = |plane: usize| {
+            let first = parts.partition_point(|(part, _)| part.plane < plane);
+            let of_plane = parts[first..].iter().take_while(|(part, _)| part.plane == plane);
+            let has_slots = |part: &PlanePart| part.slots.start <= slots.start && slots.end <= part.slots.end;
+            of_plane.map(|(part, here)| (part, here)).find(|(part, _)| has_slots(part)).map(|(_, here)| here)
+        };
+        layout.planes_of(group, shape).filter_map(plane).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,230 @@
+//! Every byte goes exactly where it is used, in any chunking, and what the planner counts is what there is.
+
+use std::collections::BTreeMap;
+
+use attnd_kernel::Dims;
+use proptest::prelude::*;
+
+use super::arrival::SideMisplaced;
+use super::*;
+use crate::arrival::Misplaced::{Jump, PastTheEnd};
+use crate::line::Line;
+use crate::planner::tests::{AnyCall, any_call, planned, request};
+use crate::planner::{Plan, PlanRequest, WorkerChoice};
+
+/// What of `[batch, heads, queries]` is 1, how short of keys it is, and which element type.
+pub(crate) type AnySide = ([bool; 3], f64, usize);
+
+pub(crate) fn any_side() -> impl Strategy<Value = AnySide> {
+    (any::<[bool; 3]>(), prop_oneof![Just(1.0), 0.0..1.0_f64], 0usize..3)
+}
+
+pub(crate) fn layout(tensor: SideTensor, (ones, short, dtype): &AnySide, shape: &AttnShape) -> SideLayout {
+    let full = [shape.batch(), shape.n_heads(), shape.n_queries()];
+    let size = |i: usize| if ones[i] { 1 } else { full[i] };
+    let keys = ((shape.n_keys() as f64 * short).ceil() as usize).clamp(1, shape.n_keys());
+    let element = match tensor {
+        SideTensor::Mask => Element::Bool,
+        SideTensor::Bias => Element::Float([Dtype::F32, Dtype::F16, Dtype::Bf16][*dtype]),
+    };
+    SideLayout::dense(tensor, element, [size(0), size(1), size(2), keys], shape).unwrap()
+}
+
+fn sides(mask: &AnySide, bias: &AnySide, shape: &AttnShape) -> Sides {
+    Sides::new(vec![layout(SideTensor::Bias, bias, shape), layout(SideTensor::Mask, mask, shape)]).unwrap()
+}
+
+/// A plan, and what travels beside its operands: not more than 2^20 bytes, because each is looked at.
+fn drawn(call: &AnyCall, mask: &AnySide, bias: &AnySide) -> Option<(AttnShape, Plan, Sides)> {
+    let (shape, plan) = planned(call, 1 << 15)?;
+    let sides = sides(mask, bias, &shape);
+    (sides.bytes() <= 1 << 20).then_some((shape, plan, sides))
+}
+
+/// Whether a share computes with the element of a plane at a key: said of elements, not of pieces.
+fn needs(shape: &AttnShape, pieces: &[Piece], layout: &SideLayout, plane: usize, key: usize) -> bool {
+    let [batch, heads, ..] = layout.dims();
+    let (of_batch, of_head) = (plane / heads, plane % heads);
+    let slot = slot::slot_of_page(key / PAGE_KEYS);
+    (0..shape.batch() * shape.n_heads()).any(|head| {
+        let (b, h) = (head / shape.n_heads(), head % shape.n_heads());
+        let looks = (batch == 1 || b == of_batch) && (heads == 1 || h == of_head);
+        let group = head / shape.group_size();
+        looks && pieces.iter().any(|piece| piece.groups.contains(&group) && piece.slots.contains(&slot))
+    })
+}
+
+proptest! {
+    #[test]
+    fn every_byte_goes_where_it_is_used(call in any_call(), mask in any_side(), bias in any_side()) {
+        let Some((shape, plan, sides)) = drawn(&call, &mask, &bias) else { return Ok(()) };
+        let cutter = Cutter::new(&plan, &shape, &sides);
+        for layout in sides.iter() {
+            let (size, [_, _, rows, columns]) = (layout.element().size(), layout.dims());
+            let total = layout.bytes() as usize;
+            // Of each share and part, its matrix: which byte of the tensor lies at each place.
+            let mut matrices: BTreeMap<(usize, usize), Vec<usize>> = BTreeMap::new();
+            for Gathered { share, part, offset, runs } in cutter.cut(layout.tensor(), 0, total) {
+                let matrix = matrices.entry((share, part)).or_default();
+                prop_assert_eq!(matrix.len() as u64, offset, "parts come front to back");
+                prop_assert!(runs.windows(2).all(|pair| pair[0].end < pair[1].start), "runs are apart");
+                prop_assert!(runs.iter().all(|run| !run.is_empty()) && !runs.is_empty());
+                matrix.extend(runs.into_iter().flatten());
+            }
+            for (share, of_worker) in plan.shares.iter().enumerate() {
+                let parts = layout.parts(&of_worker.pieces, &shape);
+                let mut got = 0;
+                for (at, part) in parts.iter().enumerate() {
+                    let matrix = matrices.remove(&(share, at)).unwrap_or_default();
+                    got += matrix.len();
+                    prop_assert_eq!(matrix.len() as u64, layout.part_bytes(part));
+                    let wanted = (0..rows).flat_map(|row| {
+                        let of_part = |key: &usize| part.slots.contains(&slot::slot_of_page(key / PAGE_KEYS));
+                        (0..columns).filter(of_part).flat_map(move |key| {
+                            let element = (part.plane * rows + row) * columns + key;
+                            element * size..(element + 1) * size
+                        })
+                    });
+                    prop_assert!(matrix.into_iter().eq(wanted), "share {} part {:?}", share, part);
+                }
+                // Nothing that isn't looked at, nothing twice, nothing missing.
+                let mut needed = 0;
+                for plane in 0..layout.n_planes() {
+                    let of_page = |key: &usize| needs(&shape, &of_worker.pieces, layout, plane, *key);
+                    let keys = (0..columns).step_by(PAGE_KEYS).filter(of_page);
+                    needed += keys.map(|key| slot::keys_in_page(key / PAGE_KEYS, columns)).sum::<usize>();
+                }
+                prop_assert_eq!(got, needed * rows * size);
+                // Who computes a piece finds all of its slots in one part.
+                for piece in &of_worker.pieces {
+                    for group in piece.groups.clone() {
+                        for plane in layout.planes_of(group, &shape) {
+                            let holds = |part: &&PlanePart| part.plane == plane
+                                && part.slots.start <= piece.slots.start && piece.slots.end <= part.slots.end;
+                            prop_assert_eq!(parts.iter().filter(holds).count(), 1);
+                        }
+                    }
+                }
+            }
+            prop_assert!(matrices.is_empty(), "{:?} are parts of nobody", matrices.keys());
+        }
+    }
+
+    #[test]
+    fn chunking_changes_nothing(
+        call in any_call(),
+        mask in any_side(),
+        bias in any_side(),
+        sizes in proptest::collection::vec(1usize..9000, 1..20),
+    ) {
+        let Some((shape, plan, sides)) = drawn(&call, &mask, &bias) else { return Ok(()) };
+        let cutter = Cutter::new(&plan, &shape, &sides);
+        for layout in sides.iter() {
+            let (tensor, total) = (layout.tensor(), layout.bytes() as usize);
+            let put = |matrices: &mut BTreeMap<_, Vec<usize>>, at: usize, gathered: Vec<Gathered>| {
+                for Gathered { share, part, offset, runs } in gathered {
+                    let matrix = matrices.entry((share, part)).or_default();
+                    assert_eq!(matrix.len() as u64, offset);
+                    matrix.extend(runs.into_iter().flatten().map(|byte| at + byte));
+                }
+            };
+            let mut whole = BTreeMap::new();
+            put(&mut whole, 0, cutter.cut(tensor, 0, total));
+            let (mut pieces, mut at) = (BTreeMap::new(), 0);
+            for size in sizes.iter().cycle() {
+                let len = (*size).min(total - at);
+                put(&mut pieces, at, cutter.cut(tensor, at as u64, len));
+                at += len;
+                if at == total { break }
+            }
+            prop_assert_eq!(&pieces, &whole);
+            prop_assert!(cutter.cut(tensor, total as u64, 10).is_empty());
+            prop_assert!(cutter.cut(tensor, u64::MAX - 20, 10).is_empty());
+        }
+    }
+
+    /// The planner's shortcuts against a sum over all parts, for any interval of its line.
+    #[test]
+    fn what_an_interval_costs_is_the_sum_of_its_parts(
+        call in any_call(),
+        mask in any_side(),
+        bias in any_side(),
+        cuts in any::<[prop::sample::Index; 2]>(),
+    ) {
+        let shape = AttnShape::new(call.0).unwrap();
+        let sides = sides(&mask, &bias, &shape);
+        let bare = request(shape, WorkerChoice::Auto);
+        let line = Line::new(&PlanRequest { sides: sides.clone(), ..bare.clone() }, 1);
+        let bare = Line::new(&bare, 1);
+        let [a, b] = cuts.map(|cut| cut.index(line.len() + 1));
+        let places = a.min(b)..a.max(b);
+        let pieces = line.pieces(&places);
+        let (mut sent, mut resident) = (0, 0);
+        for layout in sides.iter() {
+            for part in layout.parts(&pieces, &shape) {
+                sent += layout.part_bytes(&part);
+                resident += layout.resident_bytes(&part, &shape);
+                let is_bias = layout.tensor() == SideTensor::Bias;
+                let plane = DensePlane::bytes_needed(layout.rows(), shape.n_keys(), &part.slots, is_bias);
+                prop_assert_eq!(layout.resident_bytes(&part, &shape), plane, "what a worker allocates");
+            }
+        }
+        prop_assert_eq!(line.side_bytes(&places), sent);
+        prop_assert_eq!(line.resident_bytes(&places) - bare.resident_bytes(&places), resident);
+    }
+}
+
+fn shape() -> AttnShape {
+    let dims = Dims { batch: 2, heads: 4, kv_heads: 2, queries: 3, keys: 600, head_dim: 1, value_dim: 1 };
+    AttnShape::new(dims).unwrap()
+}
+
+#[test]
+fn dimensions_that_are_not_the_calls_are_refused_with_all_numbers() {
+    let dense = |tensor, element, dims| SideLayout::dense(tensor, element, dims, &shape());
+    let (mask, bias, f16) = (SideTensor::Mask, SideTensor::Bias, Element::Float(Dtype::F16));
+    for dims in [[1, 1, 1, 1], [2, 4, 3, 600], [1, 4, 3, 599], [2, 1, 1, 600]] {
+        assert_eq!(dense(mask, Element::Bool, dims).unwrap().dims(), dims);
+        assert_eq!(dense(bias, f16, dims).unwrap().dims(), dims);
+    }
+    for dims in [[0, 1, 1, 1], [3, 4, 3, 600], [1, 2, 3, 600], [1, 1, 2, 600], [1, 1, 1, 601], [1, 1, 1, 0]] {
+        let text = format!("mask.dense is {dims:?}, the call needs [1 or 2, 1 or 4, 1 or 3, 1 to 600]");
+        assert_eq!(dense(mask, Element::Bool, dims).unwrap_err().to_string(), text);
+    }
+    let text = |error: SideError| error.to_string();
+    assert_eq!(
+        text(dense(mask, f16, [1; 4]).unwrap_err()),
+        "mask.dense is f16: a mask is bool, and a mask of numbers is a bias"
+    );
+    assert!(dense(bias, Element::Bool, [1; 4]).is_err());
+    let twice = [[1; 4], [2, 1, 1, 5]].map(|dims| dense(mask, Element::Bool, dims).unwrap());
+    assert_eq!(text(Sides::new(twice.to_vec()).unwrap_err()), "mask.dense twice");
+}
+
+#[test]
+fn tensors_come_in_one_order_and_front_to_back() {
+    let layouts = vec![
+        SideLayout::dense(SideTensor::Bias, Element::Float(Dtype::F32), [1, 1, 3, 600], &shape()).unwrap(),
+        SideLayout::dense(SideTensor::Mask, Element::Bool, [1, 1, 1, 600], &shape()).unwrap(),
+    ];
+    let sides = Sides::new(layouts).unwrap();
+    assert_eq!(sides.bytes(), 600 + 7200);
+    let mut arrivals = SideArrivals::new(&sides);
+    let (mask, bias) = (SideTensor::Mask, SideTensor::Bias);
+    assert_eq!(arrivals.check_operand(), Err(SideMisplaced::Before(mask)));
+    assert_eq!(arrivals.take(bias, None, 4), Err(SideMisplaced::Before(mask)));
+    assert_eq!(arrivals.take(mask, None, 100), Ok(0));
+    let place = |why| Err(SideMisplaced::Place(why));
+    assert_eq!(arrivals.take(mask, Some(99), 1), place(Jump { start: 99, expected: 100 }));
+    assert_eq!(arrivals.take(mask, Some(101), 1), place(Jump { start: 101, expected: 100 }));
+    assert_eq!(arrivals.take(mask, None, 501), place(PastTheEnd { bytes: 100..601, need: 600 }));
+    assert_eq!(arrivals.take(mask, Some(100), 500), Ok(100));
+    assert_eq!(arrivals.check_operand(), Err(SideMisplaced::Before(bias)));
+    assert_eq!(arrivals.take(mask, None, 1), place(PastTheEnd { bytes: 600..601, need: 600 }));
+    assert_eq!(arrivals.take(bias, None, 7200), Ok(0));
+    assert_eq!(arrivals.check_operand(), Ok(()));
+    assert_eq!(arrivals.tensors().iter().map(|arrival| arrival.got).sum::<u64>(), sides.bytes());
+    let mut none = SideArrivals::new(&Sides::default());
+    assert_eq!(none.check_operand(), Ok(()));
+    assert_eq!(none.take(mask, None, 5), place(PastTheEnd { bytes: 0..5, need: 0 }));
+}
