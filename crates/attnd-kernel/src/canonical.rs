@@ -119,7 +119,7 @@ pub(crate) fn lse(m: f32, l: f32) -> f32 {
 /// `log2 x` for a positive normal `x`: `x = 2^e * f` with `f` in `[sqrt(1/2), sqrt 2)`, then the series
 /// `ln f = 2 (z + z^3/3 + z^5/5 + ...)` in `z = (f - 1) / (f + 1)`, `|z| < 0.1716`. Twelve terms leave less than
 /// 2^-60. NaN for anything else.
-fn log2(x: f64) -> f64 {
+pub(crate) fn log2(x: f64) -> f64 {
     const TERMS: u32 = 12;
     if !(x.is_finite() && x >= f64::MIN_POSITIVE) {
         return f64::NAN;

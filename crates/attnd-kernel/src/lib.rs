@@ -68,14 +68,16 @@ mod storage;
 mod widen;
 
 pub use attend::{GroupCall, ScoreOverflow, Side, attend_node};
-pub use bias::Bias;
+pub use bias::{Bias, BiasError, Relative, Shift, Swin};
 pub use buffer::OutOfMemory;
 pub use calibrate::{ReadArea, core_ghz};
 pub use canonical::KERNEL_ID;
 pub use compute::{Compute, Effective, StorageMismatch};
 pub use dispatch::{ISA_VARIABLE, Isa, IsaError, Kernels};
 pub use dtype::{Dtype, first_non_finite, widen};
-pub use mask::{BatchMask, Causal, Documents, Mask, MaskError, PerBatch, Positions, Run, Selection, Window};
+pub use mask::{
+    BatchMask, Causal, Csr, CsrError, Documents, Mask, MaskError, PerBatch, Positions, Run, Selection, Window,
+};
 pub use normaliser::Normaliser;
 pub use operator::{EmptyRow, Operator, OperatorError, OperatorParts, Path};
 pub use pages::{KvHead, NonFinite};

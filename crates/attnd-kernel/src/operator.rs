@@ -5,11 +5,11 @@
 
 use std::sync::Arc;
 
-use crate::bias::{Bias, Ramp};
+use crate::bias::{Bias, BiasError, Ramp, RelativeRow, SwinRow};
 use crate::canonical::{CANONICAL_NAN, query_factor};
 use crate::compute::Compute;
 use crate::dispatch::Kernels;
-use crate::mask::{BatchMask, Causal, Mask, MaskError, Selection};
+use crate::mask::{BatchMask, Causal, Csr, CsrError, Mask, MaskError, Selection};
 use crate::normaliser::Normaliser;
 use crate::partial::{FinishedRows, PartialRows};
 use crate::shape::AttnShape;
@@ -27,6 +27,8 @@ pub struct OperatorParts {
     pub mask: Mask,
     /// Which of these it doesn't see after all.
     pub selection: Option<Selection>,
+    /// Blocks of keys that blocks of queries see, and no others.
+    pub csr: Option<Csr>,
     /// How scores become weights.
     pub normaliser: Normaliser,
     /// A logit for each query head, `[heads]`, that joins the denominator of each of its rows and has no value; -inf is none.
@@ -44,6 +46,7 @@ impl OperatorParts {
             biases: Vec::new(),
             mask: causal.into(),
             selection: None,
+            csr: None,
             normaliser: Normaliser::Softmax,
             sinks: None,
             empty_row: EmptyRow::Zero,
@@ -59,6 +62,10 @@ impl OperatorParts {
             return Err(OperatorError::Twice { bias: pair[0].name() });
         }
         for bias in &self.biases {
+            bias.check_tables(shape)?;
+            if let Bias::Relative(_) = bias {
+                self.mask.check_positions(bias.name(), shape)?;
+            }
             let Bias::Alibi { slopes, by_key } = bias else { continue };
             let (got, heads, batch) = (slopes.len(), shape.n_heads(), shape.batch());
             if got != heads && got != heads * batch {
@@ -165,6 +172,12 @@ pub enum OperatorError {
         /// As given.
         logit: f32,
     },
+    /// The numbers of a bias make no sense by themselves or for the shape.
+    #[error(transparent)]
+    Bias(#[from] BiasError),
+    /// The block mask makes no sense for the shape.
+    #[error(transparent)]
+    Csr(#[from] CsrError),
     /// The mask makes no sense by itself or for the shape.
     #[error(transparent)]
     Mask(#[from] MaskError),
@@ -195,6 +208,9 @@ impl Operator {
             }
         }
         parts.mask.check(shape)?;
+        if let Some(csr) = &parts.csr {
+            csr.check(shape)?;
+        }
         parts.check_biases(shape)?;
         if let Normaliser::Sigmoid { bias } = parts.normaliser {
             if !query_factor(bias).is_finite() {
@@ -229,10 +245,12 @@ impl Operator {
 
     /// Which kernels a call with this operator takes.
     pub fn path(&self) -> Path {
-        let OperatorParts { softcap, biases, selection, normaliser, .. } = &self.parts;
+        let OperatorParts { softcap, biases, selection, csr, mask, normaliser, .. } = &self.parts;
         let is_plain = softcap.is_none()
             && biases.is_empty()
             && selection.is_none()
+            && csr.is_none()
+            && mask.leaves_intervals()
             && *normaliser == Normaliser::Softmax;
         if is_plain { Path::Plain } else { Path::General }
     }
@@ -242,7 +260,7 @@ impl Operator {
     /// # Errors
     /// [`OperatorError::Together`] for dot products of narrow elements on the general path.
     pub fn check_compute(&self, compute: Compute) -> Result<(), OperatorError> {
-        let OperatorParts { softcap, biases, selection, .. } = &self.parts;
+        let OperatorParts { softcap, biases, selection, csr, mask, .. } = &self.parts;
         let one = match compute {
             _ if self.path() == Path::Plain => return Ok(()),
             Compute::F32 => return Ok(()),
@@ -253,6 +271,8 @@ impl Operator {
             (Some(_), _, _) => "softcap",
             (None, Some(bias), _) => bias.name(),
             (None, None, Some(Selection::Dense)) => "mask.dense",
+            (None, None, None) if csr.is_some() => "mask.csr",
+            (None, None, None) if !mask.leaves_intervals() => "mask.documents",
             (None, None, None) => "normaliser=sigmoid",
         };
         Err(OperatorError::Together { one, other })
@@ -286,6 +306,11 @@ impl Operator {
         self.parts.selection
     }
 
+    /// Blocks of keys that blocks of queries see.
+    pub fn csr(&self) -> Option<&Csr> {
+        self.parts.csr.as_ref()
+    }
+
     /// How scores become weights.
     pub fn normaliser(&self) -> Normaliser {
         self.parts.normaliser
@@ -298,7 +323,23 @@ impl Operator {
                 let slope = slopes[head % slopes.len()];
                 Some(Ramp { slope, position: position as f32, by_key: *by_key })
             }
-            Bias::Dense => None,
+            _ => None,
+        })
+    }
+
+    /// The bias by buckets of a row of query head `head`, of one batch element.
+    pub(crate) fn relative(&self, head: usize, position: i64) -> Option<RelativeRow<'_>> {
+        self.parts.biases.iter().find_map(|bias| match bias {
+            Bias::Relative(relative) => Some(relative.of_row(head, position)),
+            _ => None,
+        })
+    }
+
+    /// The bias inside of windows of a row of query head `head`, of one batch element.
+    pub(crate) fn swin(&self, batch: usize, head: usize, token: usize) -> Option<SwinRow<'_>> {
+        self.parts.biases.iter().find_map(|bias| match bias {
+            Bias::Swin(swin) => Some(swin.of_row(batch, head, token)),
+            _ => None,
         })
     }
 
