@@ -169,6 +169,15 @@ async fn numbers_that_mean_nothing() {
     scene.close().await;
 }
 
+fn alibi(slopes: &[f32]) -> proto::Bias {
+    let alibi = proto::Alibi { slopes: slopes.into(), by_key: false };
+    proto::Bias { kind: Some(proto::bias::Kind::Alibi(alibi)) }
+}
+
+fn sigmoid(bias: f32) -> Option<proto::Normaliser> {
+    Some(proto::Normaliser { kind: Some(proto::normaliser::Kind::SigmoidBias(bias)) })
+}
+
 /// Operators that make no sense, by themselves or for 3 queries and 40 keys of 2 heads: refused at Begin.
 #[tokio::test]
 async fn operators_that_make_no_sense() {
@@ -219,6 +228,54 @@ async fn operators_that_make_no_sense() {
         (Causal::None, |o, _| o.sinks = vec![0.0], "OPERATOR: sinks has 1 logits, num_heads is 2"),
         (Causal::None, |o, _| o.sinks = vec![0.0, f32::NAN], "OPERATOR: sinks[1] is NaN"),
         (Causal::None, |o, _| o.empty_row = 2, "OPERATOR: empty_row 2"),
+        (Causal::None, |o, _| o.softcap = Some(0.0), "OPERATOR: softcap is 0, scale is 0.35355338"),
+        (Causal::None, |o, _| o.softcap = Some(-5.0), "OPERATOR: softcap is -5, scale is 0.35355338"),
+        (Causal::None, |o, _| o.softcap = Some(f32::NAN), "OPERATOR: softcap is NaN, scale is 0.35355338"),
+        (
+            Causal::None,
+            |o, _| o.softcap = Some(f32::INFINITY),
+            "OPERATOR: softcap is inf, scale is 0.35355338",
+        ),
+        (
+            Causal::TopLeft,
+            |o, _| o.biases = vec![alibi(&[1.0; 3])],
+            "OPERATOR: bias.alibi has 3 slopes, num_heads is 2, batch is 1",
+        ),
+        (
+            Causal::TopLeft,
+            |o, _| o.biases = vec![alibi(&[1.0, f32::NAN])],
+            "OPERATOR: bias.alibi.slopes[1] is NaN",
+        ),
+        (
+            Causal::TopLeft,
+            |o, _| o.biases = vec![alibi(&[1.0; 2]), alibi(&[1.0; 2])],
+            "COMBINATION: bias.alibi twice",
+        ),
+        (
+            Causal::None,
+            |o, _| o.biases = vec![alibi(&[1.0; 2])],
+            "COMBINATION: bias.alibi and no mask.positions: q_len 3, kv_len 40 can be aligned two ways",
+        ),
+        (
+            Causal::None,
+            |o, _| o.biases = vec![proto::Bias { kind: None }],
+            "OPERATOR: biases[0] is of no kind that this node knows",
+        ),
+        (
+            Causal::None,
+            |o, _| o.normaliser = sigmoid(f32::NEG_INFINITY),
+            "OPERATOR: normaliser.sigmoid_bias is -inf",
+        ),
+        (
+            Causal::None,
+            |o, _| o.normaliser = Some(proto::Normaliser { kind: None }),
+            "OPERATOR: normaliser is of no kind that this node knows",
+        ),
+        (
+            Causal::None,
+            |o, _| (o.normaliser, o.sinks) = (sigmoid(0.0), vec![0.0; 2]),
+            "COMBINATION: normaliser=sigmoid and sinks",
+        ),
     ];
     let mut scene = Scene::open().await;
     let with = |causal: Causal, operator: proto::Operator| {

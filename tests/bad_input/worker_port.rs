@@ -162,6 +162,23 @@ async fn shares_that_nobody_can_compute() {
             Refusal::new(Code::FailedPrecondition, "KERNEL_MIX: c1-f32-op1, this node computes c1-f32"),
         ),
         (
+            "a cap under the name of operators without one",
+            begun(|begin| {
+                begin.operator = Some(proto::Operator { softcap: Some(5.0), ..Default::default() });
+                begin.kernel_id = "c1-f32-op1".into();
+            }),
+            Refusal::new(Code::FailedPrecondition, "KERNEL_MIX: c1-f32-op1, this node computes c1-f32-op2"),
+        ),
+        (
+            "a bias of a newer kind",
+            begun(|begin| {
+                let biases = vec![proto::Bias { kind: None }];
+                begin.operator = Some(proto::Operator { biases, ..Default::default() });
+                begin.kernel_id = "c1-f32-op2".into();
+            }),
+            invalid("OPERATOR: biases[0] is of no kind that this node knows"),
+        ),
+        (
             "a mask for another shape",
             begun(|begin| {
                 let mask = proto::Mask { key_end: vec![41], ..Default::default() };

@@ -1,12 +1,13 @@
-//! Masks of intervals, sinks, empty rows and scales of any sign: the same bits on 1 to 4 workers as in this process.
+//! Masks of intervals, caps, linear biases, sigmoids, sinks, empty rows and scales of any sign: the same bits on 1 to 4 workers as in
+//! this process, and near the f64 oracle.
 
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 
-use attnd_client::{Attended, Client, WorkerChoice};
+use attnd_client::{Alibi, Attended, Client, WorkerChoice};
 use attnd_kernel::{
-    Causal, Compute, Dims, Documents, Dtype, EmptyRow, KERNEL_ID, Kernels, Mask, PerBatch, Positions, Run,
-    Window,
+    Causal, Compute, Dims, Documents, Dtype, EmptyRow, KERNEL_ID, Kernels, Mask, Normaliser, Path, PerBatch,
+    Positions, Run, Window,
 };
 use attnd_wire::{AttendRequest, proto};
 use rand::rngs::SmallRng;
@@ -100,12 +101,23 @@ fn case(seed: u64) -> Case {
     let mut case = Case::new(seed, Data::Normal, Causal::None, dtype, dims);
     case.mask = mask(&dims, &mut rng);
     case.scale *= [1.0, -1.0, 0.0, -7.0][seed as usize / 3 % 4];
-    if rng.random() {
+    case.softcap = maybe(&mut rng).then(|| rng.random_range(0.5..50.0_f32));
+    case.alibi = maybe(&mut rng).then(|| alibi(&dims, &mut rng));
+    if maybe(&mut rng) {
+        case.normaliser = Normaliser::Sigmoid { bias: rng.random_range(-6.0..2.0_f32) };
+    } else if rng.random() {
         let mut logit = |_| if maybe(&mut rng) { f32::NEG_INFINITY } else { rng.random_range(-9.0..9.0) };
         case.sinks = Some((0..dims.heads).map(&mut logit).collect());
     }
     case.empty_row = [EmptyRow::Zero, EmptyRow::Nan][seed as usize % 2];
     case
+}
+
+/// Slopes as published, of each head, or of each head of each element of the batch; some of the wrong sign.
+fn alibi(dims: &Dims, rng: &mut SmallRng) -> Alibi {
+    let heads = [0, dims.heads, dims.heads * dims.batch][rng.random_range(0..3)];
+    let slopes: Vec<f32> = (0..heads).map(|_| rng.random_range(-0.02..0.5_f32)).collect();
+    Alibi { slopes: (heads > 0).then(|| slopes.into()), by_key: rng.random() }
 }
 
 async fn attended(client: &Client, case: &Case, workers: WorkerChoice, what: &str) -> Attended {
@@ -119,13 +131,21 @@ async fn random_operators_have_the_same_bits_on_any_number_of_workers() {
     let client = cluster.client();
     let fast = Kernels::available()[0];
     let (mut empty, mut filled, mut sunk, mut shared) = (0, 0, 0, 0);
+    let (mut general, mut capped, mut biased, mut sigmoids) = (0, 0, 0, 0);
     for seed in 0..CALLS {
         let case = case(seed);
         let wanted = case.compute(fast);
+        let rows = case.sample_rows(seed, 6);
+        let operator = case.operator();
+        wanted.assert_within_operator(
+            &case,
+            &case.operator_reference(&rows),
+            &format!("seed {seed}: {operator:?}"),
+        );
         for count in COUNTS {
-            let what = format!("seed {seed}, {count} workers: {:?}", case.operator());
+            let what = format!("seed {seed}, {count} workers: {operator:?}");
             let attended = attended(&client, &case, WorkerChoice::Exactly(count), &what).await;
-            assert_eq!(attended.kernel_id, case.operator().kernel_id(Compute::F32), "{what}");
+            assert_eq!(attended.kernel_id, operator.kernel_id(Compute::F32), "{what}");
             assert_eq!(attended.plan.kernel_id, attended.kernel_id, "{what}");
             assert_eq!(attended.empty_rows, case.empty_rows(), "{what}");
             shared += usize::from(attended.plan.shares.len() == 4);
@@ -134,9 +154,23 @@ async fn random_operators_have_the_same_bits_on_any_number_of_workers() {
         empty += usize::from(case.empty_rows() > 0);
         filled += usize::from(wanted.context.iter().any(|x| x.is_nan()));
         sunk += usize::from(case.sinks.is_some());
+        general += usize::from(operator.path() == Path::General);
+        capped += usize::from(case.softcap.is_some());
+        biased += usize::from(case.alibi.is_some());
+        sigmoids += usize::from(case.normaliser != Normaliser::Softmax);
     }
-    for (what, met) in [("empty rows", empty), ("NaN rows", filled), ("sinks", sunk), ("four shares", shared)]
-    {
+    let plain = CALLS as usize - general;
+    for (what, met) in [
+        ("empty rows", empty),
+        ("NaN rows", filled),
+        ("sinks", sunk),
+        ("four shares", shared),
+        ("general path", general),
+        ("plain path", plain),
+        ("caps", capped),
+        ("linear biases", biased),
+        ("sigmoids", sigmoids),
+    ] {
         assert!(met >= 8, "{what}: only {met} calls");
     }
 }

@@ -4,12 +4,12 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-use attnd_client::{AttendOptions, Attended, Operands, WorkerChoice};
+use attnd_client::{Alibi, AttendOptions, Attended, Operands, WorkerChoice};
 use attnd_kernel::reference::{ReferenceRow, reference_row};
 use attnd_kernel::slot::{N_SLOTS, Node, PAGE_KEYS, keys_in_page, n_pages};
 use attnd_kernel::{
-    AttnShape, Causal, Dims, Dtype, Effective, EmptyRow, FinishedRows, GroupCall, Kernels, KvHead, Mask,
-    Operator, OperatorParts, Side, attend_node, widen,
+    AttnShape, Bias, Causal, Dims, Dtype, Effective, EmptyRow, FinishedRows, GroupCall, Kernels, KvHead,
+    Mask, Normaliser, Operator, OperatorParts, Side, alibi_slopes, attend_node, widen,
 };
 use bytes::Bytes;
 use half::{bf16, f16};
@@ -49,8 +49,11 @@ pub(crate) struct Case {
     pub(crate) data: Data,
     pub(crate) causal: Causal,
     pub(crate) scale: f32,
+    pub(crate) softcap: Option<f32>,
+    pub(crate) alibi: Option<Alibi>,
     /// Beside the causal rule.
     pub(crate) mask: Mask,
+    pub(crate) normaliser: Normaliser,
     pub(crate) sinks: Option<Arc<[f32]>>,
     pub(crate) empty_row: EmptyRow,
     pub(crate) operands: Operands,
@@ -110,16 +113,35 @@ impl Case {
 
     /// A case of these operands, with a scale and a causal rule and nothing else.
     pub(crate) fn of(data: Data, causal: Causal, scale: f32, operands: Operands) -> Self {
-        let (mask, empty_row) = (Mask::default(), EmptyRow::Zero);
-        Self { data, causal, scale, mask, sinks: None, empty_row, operands }
+        let (mask, normaliser, empty_row) = (Mask::default(), Normaliser::Softmax, EmptyRow::Zero);
+        let (softcap, alibi, sinks) = (None, None, None);
+        Self { data, causal, scale, softcap, alibi, mask, normaliser, sinks, empty_row, operands }
     }
 
     /// What is computed.
     pub(crate) fn operator(&self) -> Operator {
         let mask = attnd_wire::operator::with_causal(self.causal, self.mask.clone()).expect("one position");
-        let (scale, sinks, empty_row) = (self.scale, self.sinks.clone(), self.empty_row);
-        let parts = OperatorParts { mask, sinks, empty_row, ..OperatorParts::plain(scale, Causal::None) };
+        let parts = OperatorParts {
+            softcap: self.softcap,
+            biases: self
+                .slopes()
+                .map(|(slopes, by_key)| Bias::Alibi { slopes, by_key })
+                .into_iter()
+                .collect(),
+            mask,
+            normaliser: self.normaliser,
+            sinks: self.sinks.clone(),
+            empty_row: self.empty_row,
+            ..OperatorParts::plain(self.scale, Causal::None)
+        };
         Operator::new(parts, self.shape()).unwrap_or_else(|error| panic!("{error}"))
+    }
+
+    /// Slopes of the linear bias, and whether it is by key.
+    pub(crate) fn slopes(&self) -> Option<(Arc<[f32]>, bool)> {
+        let Alibi { slopes, by_key } = self.alibi.as_ref()?;
+        let published = || alibi_slopes(self.shape().n_heads()).into();
+        Some((slopes.clone().unwrap_or_else(published), *by_key))
     }
 
     /// A case of ordinary numbers, f32, without a mask.
@@ -136,8 +158,8 @@ impl Case {
             attnd_wire::floats::into_bytes(floats)
         };
         let operands = Operands { shape, dtype: Dtype::F32, q: widened(q), k: widened(k), v: widened(v) };
-        let (mask, sinks) = (self.mask.clone(), self.sinks.clone());
-        Self { operands, mask, sinks, ..*self }
+        let (alibi, mask, sinks) = (self.alibi.clone(), self.mask.clone(), self.sinks.clone());
+        Self { operands, alibi, mask, sinks, ..*self }
     }
 
     pub(crate) fn shape(&self) -> &AttnShape {
@@ -148,8 +170,11 @@ impl Case {
     pub(crate) fn options(&self, workers: WorkerChoice) -> AttendOptions {
         AttendOptions {
             scale: Some(self.scale),
+            softcap: self.softcap,
+            alibi: self.alibi.clone(),
             causal: self.causal,
             mask: self.mask.clone(),
+            normaliser: self.normaliser,
             sinks: self.sinks.clone(),
             empty_row: self.empty_row,
             allow_non_finite: self.data == Data::Poisoned,
@@ -255,15 +280,19 @@ impl Case {
         operator.finish(partial, group, &shape, kernels)
     }
 
-    /// Some rows by the f64 oracle.
-    pub(crate) fn reference(&self, rows: &[Row]) -> Vec<(Row, ReferenceRow)> {
-        let dtype = self.operands.dtype;
-        let floats = |bytes: &Bytes| {
+    /// Q, K and V, widened.
+    pub(crate) fn floats(&self) -> [Vec<f32>; 3] {
+        let Operands { dtype, ref q, ref k, ref v, .. } = self.operands;
+        [q, k, v].map(|bytes| {
             let mut floats = vec![0.0; bytes.len() / dtype.size()];
             widen(bytes, dtype, &mut floats);
             floats
-        };
-        let (q, k, v) = (floats(&self.operands.q), floats(&self.operands.k), floats(&self.operands.v));
+        })
+    }
+
+    /// Some rows by the f64 oracle, of a scale and a causal rule alone.
+    pub(crate) fn reference(&self, rows: &[Row]) -> Vec<(Row, ReferenceRow)> {
+        let [q, k, v] = self.floats();
         let row = |(head, token)| {
             reference_row(self.shape(), self.scale.into(), self.causal, (&q, &k, &v), head, token)
         };

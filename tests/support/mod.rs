@@ -2,6 +2,7 @@
 
 pub(crate) mod cases;
 pub(crate) mod cluster;
+pub(crate) mod formula;
 pub(crate) mod process;
 pub(crate) mod raw_call;
 

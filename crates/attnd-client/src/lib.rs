@@ -27,12 +27,13 @@ mod retry;
 mod upload;
 
 pub use attnd_kernel::{
-    AttnShape, Causal, Dims, Documents, Dtype, EmptyRow, Mask, PerBatch, Positions, Run, ShapeError, Window,
+    AttnShape, Causal, Dims, Documents, Dtype, EmptyRow, Mask, Normaliser, PerBatch, Positions, Run,
+    ShapeError, Window, alibi_slopes,
 };
 pub use attnd_plan::WorkerChoice;
 pub use attnd_wire::deadline::MAX_TIMEOUT;
 pub use attnd_wire::{ClusterStatus, Outcome, PlanSummary, Reason, ShareSummary, Timings, WorkerStatus};
 pub use client::{Attended, Client, Progress};
 pub use error::ClientError;
-pub use operands::{AttendOptions, Operands};
+pub use operands::{Alibi, AttendOptions, Operands};
 pub use retry::MAX_ATTEMPTS;

@@ -3,7 +3,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use attnd_kernel::{AttnShape, Causal, Dtype, EmptyRow, Mask, Operator, OperatorParts};
+use attnd_kernel::{
+    AttnShape, Bias, Causal, Dtype, EmptyRow, Mask, Normaliser, Operator, OperatorParts, alibi_slopes,
+};
 use attnd_plan::{Tensor, WorkerChoice};
 use attnd_wire::{Begin, Error, Reason, convert, operator};
 use bytes::Bytes;
@@ -29,11 +31,17 @@ pub struct Operands {
 pub struct AttendOptions {
     /// What scores are multiplied by: any finite number, of either sign or 0.
     pub scale: Option<f32>,
+    /// Scores become `cap * tanh(score / cap)`, before biases and masks; finite and over 0.
+    pub softcap: Option<f32>,
+    /// A bias linear in the distance.
+    pub alibi: Option<Alibi>,
     /// The causal rule; short for one in `mask`.
     pub causal: Causal,
     /// Which keys a query sees, of those that `causal` lets through. Where it has no positions of its own, those of
     /// `causal` are its.
     pub mask: Mask,
+    /// How scores become weights; no sigmoid has sinks.
+    pub normaliser: Normaliser,
     /// A logit for each query head of one batch element, `[heads]`, that joins the denominator of its rows.
     pub sinks: Option<Arc<[f32]>>,
     /// The context of rows that see neither a key nor a sink.
@@ -47,6 +55,16 @@ pub struct AttendOptions {
     /// Time from the first byte sent to the last row received, all attempts included; at most an hour, longer ones
     /// are cut to that. `None`: the coordinator gives each attempt 300 s.
     pub timeout: Option<Duration>,
+}
+
+/// ALiBi: a bias of `-slope * abs(p - j)`, for the position `p` of a query among the keys (see [`AttendOptions::mask`]) and a key `j`.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Alibi {
+    /// `[heads]`, or `[batch * heads]`; finite. `None`: those that it was published with, see [`alibi_slopes`].
+    pub slopes: Option<Arc<[f32]>>,
+    /// `+slope * (j - first)` instead, where `first` is the first key that is no padding (BLOOM, MPT): with a causal rule the same
+    /// context, and another lse. Needs no positions.
+    pub by_key: bool,
 }
 
 impl Operands {
@@ -79,7 +97,14 @@ impl Operands {
             }
         }
         let scale = options.scale.unwrap_or_else(|| convert::default_scale(&self.shape));
+        let alibi = options.alibi.as_ref().map(|alibi| Bias::Alibi {
+            slopes: alibi.slopes.clone().unwrap_or_else(|| alibi_slopes(self.shape.n_heads()).into()),
+            by_key: alibi.by_key,
+        });
         let parts = OperatorParts {
+            softcap: options.softcap,
+            biases: alibi.into_iter().collect(),
+            normaliser: options.normaliser,
             mask: operator::with_causal(options.causal, options.mask.clone())?,
             sinks: options.sinks.clone(),
             empty_row: options.empty_row,
@@ -126,5 +151,28 @@ pub(crate) mod tests {
             let options = AttendOptions { scale: Some(scale), ..Default::default() };
             assert_eq!(good.begin(&options).unwrap_err().reason, Reason::Scale);
         }
+    }
+
+    #[test]
+    fn what_scores_meet_is_in_the_first_frame() {
+        let dims = Dims { batch: 2, heads: 8, kv_heads: 1, queries: 3, keys: 3, head_dim: 5, value_dim: 6 };
+        let operands = operands(dims, Dtype::F32);
+        let biases = |alibi: Alibi| {
+            let options = AttendOptions { alibi: Some(alibi), softcap: Some(3.0), ..Default::default() };
+            let operator = operands.begin(&options).unwrap().operator;
+            assert_eq!(operator.softcap(), Some(3.0));
+            operator.biases().to_vec()
+        };
+        let published = (1..=8).map(|head| 0.5_f32.powi(head)).collect();
+        assert_eq!(biases(Alibi::default()), [Bias::Alibi { slopes: published, by_key: false }]);
+        let slopes: Arc<[f32]> = (0..16).map(|head| head as f32).collect();
+        let given = Alibi { slopes: Some(Arc::clone(&slopes)), by_key: true };
+        assert_eq!(biases(given), [Bias::Alibi { slopes, by_key: true }]);
+        let (normaliser, sinks) = (Normaliser::Sigmoid { bias: 0.0 }, Some([0.0; 8].into()));
+        let options = AttendOptions { normaliser, sinks, ..Default::default() };
+        assert_eq!(
+            operands.begin(&options).unwrap_err().message(),
+            "COMBINATION: normaliser=sigmoid and sinks"
+        );
     }
 }

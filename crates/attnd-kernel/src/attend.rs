@@ -309,7 +309,7 @@ impl NodeTask<'_> {
             token,
             mask: Side::of_head(side.mask, head),
             bias: Side::of_head(side.bias, head),
-            ramp: operator.ramp(of_batch, mask.position(token)),
+            ramp: operator.ramp(of_batch, token, mask),
             relative: operator.relative(in_batch, mask.position(token)),
             swin: operator.swin(batch, in_batch, token),
             runs: [blocks, mask.scattered(token)],

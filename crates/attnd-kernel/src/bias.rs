@@ -4,7 +4,7 @@
 //! | bias | value for query token `i` at position `p`, key `j` |
 //! |---|---|
 //! | [`Bias::Dense`] | an element of a tensor, which travels beside the call |
-//! | [`Bias::Alibi`] | `fl(-m * abs(p - j))`, or `fl(m * j)` |
+//! | [`Bias::Alibi`] | `fl(-m * abs(p - j))`, or `fl(m * (j - first))` |
 //! | [`Bias::Relative`] | an entry of a table, by the bucket of `j - p` |
 //! | [`Bias::Swin`] | an entry of a table, by the distances of `i` and `j` in a window; `fl(b + between)` across regions |
 
@@ -14,6 +14,7 @@ mod swin;
 
 use std::sync::Arc;
 
+pub use self::alibi::alibi_slopes;
 pub(crate) use self::alibi::{Ramp, fill_ramp};
 pub use self::relative::Relative;
 pub(crate) use self::relative::RelativeRow;
@@ -31,7 +32,8 @@ pub enum Bias {
     Alibi {
         /// Of each head, `[heads]`, or of each head of each batch element, `[batch * heads]`. Finite.
         slopes: Arc<[f32]>,
-        /// `+m * j` instead of `-m * abs(p - j)` (BLOOM, MPT): under a causal mask the same weights, and another lse.
+        /// `+m * (j - first)` instead of `-m * abs(p - j)` (BLOOM, MPT): under a causal mask the same weights, and another lse.
+        /// `first` is the first key that is no padding, in the document of the query.
         by_key: bool,
     },
     /// By buckets of the distance (T5).
@@ -48,6 +50,15 @@ impl Bias {
             Self::Alibi { .. } => 1,
             Self::Relative(_) => 2,
             Self::Swin(_) => 3,
+        }
+    }
+
+    /// Whether it is about where queries stand among the keys.
+    pub(crate) fn uses_positions(&self) -> bool {
+        match self {
+            Self::Dense | Self::Swin(_) => false,
+            Self::Alibi { by_key, .. } => !by_key,
+            Self::Relative(_) => true,
         }
     }
 

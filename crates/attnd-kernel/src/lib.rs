@@ -68,7 +68,7 @@ mod storage;
 mod widen;
 
 pub use attend::{GroupCall, ScoreOverflow, Side, attend_node};
-pub use bias::{Bias, BiasError, Relative, Shift, Swin};
+pub use bias::{Bias, BiasError, Relative, Shift, Swin, alibi_slopes};
 pub use buffer::OutOfMemory;
 pub use calibrate::{ReadArea, core_ghz};
 pub use canonical::KERNEL_ID;

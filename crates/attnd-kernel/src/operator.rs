@@ -63,19 +63,16 @@ impl OperatorParts {
         }
         for bias in &self.biases {
             bias.check_tables(shape)?;
-            if let Bias::Relative(_) = bias {
+            if bias.uses_positions() {
                 self.mask.check_positions(bias.name(), shape)?;
             }
-            let Bias::Alibi { slopes, by_key } = bias else { continue };
+            let Bias::Alibi { slopes, .. } = bias else { continue };
             let (got, heads, batch) = (slopes.len(), shape.n_heads(), shape.batch());
             if got != heads && got != heads * batch {
                 return Err(OperatorError::SlopeCount { got, heads, batch });
             }
             if let Some(at) = slopes.iter().position(|slope| !slope.is_finite()) {
                 return Err(OperatorError::Slope { at, slope: slopes[at] });
-            }
-            if !by_key {
-                self.mask.check_positions(bias.name(), shape)?;
             }
         }
         Ok(())
@@ -212,6 +209,10 @@ impl Operator {
             csr.check(shape)?;
         }
         parts.check_biases(shape)?;
+        // Positions that nothing asks for would be another operator with the same results.
+        if !parts.mask.uses_positions() && !parts.biases.iter().any(Bias::uses_positions) {
+            parts.mask.positions = None;
+        }
         if let Normaliser::Sigmoid { bias } = parts.normaliser {
             if !query_factor(bias).is_finite() {
                 return Err(OperatorError::SigmoidBias { bias });
@@ -316,12 +317,13 @@ impl Operator {
         self.parts.normaliser
     }
 
-    /// The linear bias of a row of query head `head`, flattened over the batch.
-    pub(crate) fn ramp(&self, head: usize, position: i64) -> Option<Ramp> {
+    /// The linear bias of the row of query token `token` of head `head`, flattened over the batch.
+    pub(crate) fn ramp(&self, head: usize, token: usize, mask: &BatchMask<'_>) -> Option<Ramp> {
         self.parts.biases.iter().find_map(|bias| match bias {
             Bias::Alibi { slopes, by_key } => {
                 let slope = slopes[head % slopes.len()];
-                Some(Ramp { slope, position: position as f32, by_key: *by_key })
+                let origin = if *by_key { mask.first_key(token) } else { mask.position(token) };
+                Some(Ramp { slope, origin: origin as f32, by_key: *by_key })
             }
             _ => None,
         })
@@ -364,19 +366,21 @@ impl Operator {
     }
 
     /// Names the order of arithmetic of a call with this operator. What could be asked for before there were operators keeps
-    /// the name it had; all else has a name that nodes of that time refuse.
+    /// the name it had; all else has a name that nodes of that time refuse, and what the general path computes one that nodes
+    /// refuse that have the plain path only.
     pub fn kernel_id(&self, compute: Compute) -> &'static str {
         let OperatorParts { scale, mask, sinks, empty_row, .. } = &self.parts;
-        let plain = self.path() == Path::Plain
-            && *scale > 0.0
-            && mask.as_causal().is_some()
-            && sinks.is_none()
-            && *empty_row == EmptyRow::Zero;
-        match compute {
-            _ if plain => compute.kernel_id(),
-            Compute::F32 => "c1-f32-op1",
-            Compute::Bf16 => "c1-bf16-op1",
-            Compute::Int8 => "c1-int8-op1",
+        let is_old =
+            *scale > 0.0 && mask.as_causal().is_some() && sinks.is_none() && *empty_row == EmptyRow::Zero;
+        match (self.path(), compute) {
+            (Path::Plain, compute) if is_old => compute.kernel_id(),
+            (Path::Plain, Compute::F32) => "c1-f32-op1",
+            (Path::Plain, Compute::Bf16) => "c1-bf16-op1",
+            (Path::Plain, Compute::Int8) => "c1-int8-op1",
+            (Path::General, Compute::F32) => "c1-f32-op2",
+            // Names of orders that no kernel has: `check_compute` refuses both.
+            (Path::General, Compute::Bf16) => "c1-bf16-op2",
+            (Path::General, Compute::Int8) => "c1-int8-op2",
         }
     }
 

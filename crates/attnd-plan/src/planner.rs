@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use attnd_kernel::slot::N_SLOTS;
-use attnd_kernel::{AttnShape, Dtype, Mask};
+use attnd_kernel::{AttnShape, Dtype, Mask, Path};
 
 use crate::cost::{CallCosts, CostModel, Load};
 use crate::line::{Hand, Line};
@@ -33,6 +33,8 @@ pub struct PlanRequest {
     pub shape: AttnShape,
     /// Which keys its rows see; made for that shape.
     pub mask: Mask,
+    /// Which kernels it takes.
+    pub path: Path,
     /// The type of Q, K and V on the wire, and of K and V on the workers.
     pub dtype: Dtype,
     /// How many workers it may use.
@@ -160,7 +162,7 @@ impl<'a> Planner<'a> {
             shape: req.shape,
             dtype: req.dtype,
             line: Line::new(&req.shape, req.dtype, tokens_per_cell),
-            costs: CallCosts::new(costs, &req.shape, &req.mask, req.dtype, tokens_per_cell),
+            costs: CallCosts::new(costs, req, tokens_per_cell),
             tokens_per_cell,
             alive: alive.len(),
             by_speed,

@@ -256,7 +256,8 @@ impl World {
             (_, Some(exactly)) => WorkerChoice::Exactly(exactly as usize),
             _ => WorkerChoice::Auto,
         };
-        let req = PlanRequest { shape, mask: Mask::default(), dtype: Dtype::F32, workers };
+        let (mask, path) = (Mask::default(), attnd_kernel::Path::Plain);
+        let req = PlanRequest { shape, mask, path, dtype: Dtype::F32, workers };
         let plan = match plan(&req, &self.workers, &CostModel::default()) {
             Ok(plan) => plan,
             Err(error) => return vec![format!("refused: {error}")],

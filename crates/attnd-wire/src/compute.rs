@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use attnd_kernel::slot::{Node, PAGE_KEYS, keys_in_slots, n_pages, slot_of_page};
-use attnd_kernel::{AttnShape, Compute, Dtype, Operator, PartialRows};
+use attnd_kernel::{AttnShape, Compute, Dtype, Normaliser, Operator, PartialRows};
 use attnd_plan::{CellId, Piece, Tensor};
 use bytes::Bytes;
 
@@ -304,9 +304,7 @@ impl Partial {
         let seen = keys_seen(&cell, call);
         // Rows are ordered [head in group, token]: the same counts for each head.
         let rows = m.iter().zip(&l).zip(seen.iter().cycle());
-        let impossible = rows
-            .enumerate()
-            .find(|(_, ((m, l), seen))| !is_possible(**m, **l, **seen, call.allow_non_finite));
+        let impossible = rows.enumerate().find(|(_, ((m, l), seen))| !is_possible(**m, **l, **seen, call));
         if let Some((row, ((m, l), seen))) = impossible {
             return Err(invalid(format!("row {row} has m {m}, l {l} over {seen} keys")));
         }
@@ -363,13 +361,16 @@ fn keys_seen(cell: &CellId, call: &CallShape) -> Vec<usize> {
 
 /// Whether a kernel can have made a row with this maximum and this sum over `seen` visible keys.
 ///
-/// The maximum is an integer, so the weight of the largest score is at least `2^-0.5`, and none is over `2^0.5`. Finite
-/// operands have finite scores, so a row is empty if and only if it sees no key.
-fn is_possible(m: f32, l: f32, seen: usize, allow_non_finite: bool) -> bool {
+/// The maximum is an integer, so the weight of the largest score is at least `2^-0.5`, and none is over `2^0.5`; where weights are
+/// sigmoids the maximum is 0, and none is over 1. Finite operands have finite scores, so a row is empty if and only if it sees no key.
+fn is_possible(m: f32, l: f32, seen: usize, call: &CallShape) -> bool {
     let empty = m == f32::NEG_INFINITY && l == 0.0;
-    let most = 1.42 * seen as f32;
-    let regular = m.is_finite() && m.fract() == 0.0 && (0.7..=most).contains(&l);
-    if !allow_non_finite {
+    let keys = seen as f32;
+    let regular = match call.operator.normaliser() {
+        Normaliser::Softmax => m.is_finite() && m.fract() == 0.0 && (0.7..=1.42 * keys).contains(&l),
+        Normaliser::Sigmoid { .. } => m == 0.0 && (0.0..=1.01 * keys).contains(&l),
+    };
+    if !call.allow_non_finite {
         return if seen == 0 { empty } else { regular };
     }
     let poisoned = m.is_nan() || m == f32::INFINITY || !l.is_finite();

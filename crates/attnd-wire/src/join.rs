@@ -11,10 +11,12 @@ use crate::limits::{self, Link};
 use crate::{proto, refusal};
 
 /// Versions of the protocol between nodes that this binary speaks. A worker of version 1 computes a scale and a causal
-/// rule, and refuses calls with more than that.
-pub const WIRE_VERSIONS: RangeInclusive<u32> = 1..=OPERATORS;
-/// The first version with whole operators.
+/// rule, one of version 2 what the plain path computes; they refuse calls with more than that.
+pub const WIRE_VERSIONS: RangeInclusive<u32> = 1..=GENERAL_PATH;
+/// The first version with operators: masks of intervals, sinks, empty rows.
 pub const OPERATORS: u32 = 2;
+/// The first version with what touches single scores: caps, biases, other normalisers.
+pub const GENERAL_PATH: u32 = 3;
 /// Longest time between two beats.
 pub const MAX_HEARTBEAT: Duration = Duration::from_secs(60);
 
@@ -256,7 +258,7 @@ mod tests {
 
     #[test]
     fn each_field_of_a_hello_is_checked() {
-        assert_eq!(refused(|h| h.wire_version = 3), "WIRE: 3 not in 1..2");
+        assert_eq!(refused(|h| h.wire_version = 4), "WIRE: 4 not in 1..3");
         for id in ["", "a\u{1b}", &"x".repeat(65)] {
             assert_eq!(refused(|h| h.worker_id = id.into()), "HELLO: worker_id: 1..64 of [A-Za-z0-9._-]");
         }

@@ -5,7 +5,7 @@ use std::num::NonZeroUsize;
 use std::sync::Arc;
 
 use attnd_kernel::{
-    AttnShape, Causal, EmptyRow, Mask, MaskError, Operator, OperatorError, OperatorParts, Path, PerBatch,
+    AttnShape, Causal, EmptyRow, Mask, MaskError, Operator, OperatorError, OperatorParts, PerBatch,
     Positions, Window,
 };
 
@@ -14,6 +14,7 @@ use crate::error::{Error, Reason};
 use crate::{proto, refusal};
 
 mod documents;
+mod scores;
 
 /// The fields of a Begin that an operator is in.
 #[derive(Clone, Debug, PartialEq)]
@@ -27,7 +28,8 @@ impl From<&Operator> for Encoded {
     /// # Panics
     /// If the operator has parts that no message holds yet, because to leave them out would be to compute something else.
     fn from(operator: &Operator) -> Self {
-        assert_eq!(operator.path(), Path::Plain, "only operators of the plain path travel");
+        assert_eq!(operator.selection(), None, "masks of single keys don't travel");
+        assert_eq!(operator.csr(), None, "masks of blocks don't travel");
         let mask = operator.mask();
         let positions = match &mask.positions {
             None => proto::Positions::Unspecified,
@@ -47,6 +49,9 @@ impl From<&Operator> for Encoded {
             EmptyRow::Nan => proto::EmptyRow::Nan,
         };
         let more = proto::Operator {
+            softcap: operator.softcap(),
+            biases: scores::encode_biases(operator.biases()),
+            normaliser: scores::encode_normaliser(operator.normaliser()),
             mask: mask.as_causal().is_none().then(|| encode_mask(mask, positions)),
             sinks: operator.sinks().unwrap_or_default().to_vec(),
             empty_row: empty_row.into(),
@@ -63,16 +68,19 @@ impl Encoded {
     /// [`Reason::Causal`], [`Reason::Scale`], [`Reason::Combination`], and [`Reason::Operator`] for everything else.
     pub(crate) fn decode(self, shape: &AttnShape) -> Result<Arc<Operator>, Error> {
         let (causal, aligned) = causal(self.causal)?;
-        let proto::Operator { mask, sinks, empty_row } = self.operator.unwrap_or_default();
+        let proto::Operator { softcap, mask, biases, normaliser, sinks, empty_row } =
+            self.operator.unwrap_or_default();
         let mask = decode_mask(mask.unwrap_or_default(), causal, aligned, shape)?;
         let empty_row = match proto::EmptyRow::try_from(empty_row) {
             Ok(proto::EmptyRow::Zero) => EmptyRow::Zero,
             Ok(proto::EmptyRow::Nan) => EmptyRow::Nan,
             Err(_) => return Err(Error::new(Reason::Operator, format!("empty_row {empty_row}"))),
         };
+        let biases = scores::decode_biases(biases)?;
+        let normaliser = scores::decode_normaliser(normaliser)?;
         let sinks = (!sinks.is_empty()).then(|| sinks.into());
         let plain = OperatorParts::plain(self.scale, Causal::None);
-        let parts = OperatorParts { mask, sinks, empty_row, ..plain };
+        let parts = OperatorParts { softcap, biases, mask, normaliser, sinks, empty_row, ..plain };
         Operator::new(parts, shape).map(Arc::new).map_err(Into::into)
     }
 }

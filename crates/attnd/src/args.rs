@@ -13,11 +13,13 @@ use clap::{Args, CommandFactory as _, Parser, Subcommand, ValueEnum};
 
 pub use self::attend::{AttendArgs, EmptyRowArg};
 pub use self::bench::{Bench, BenchArgs, BenchKernelArgs, BenchPeersArgs};
+pub use self::scores::{ScoreArgs, Slopes};
 use self::values::{parse_count, parse_size, parse_workers};
 
 mod attend;
 mod bench;
 mod mask;
+mod scores;
 mod values;
 
 /// Environment variable that stands in for `--endpoint`.

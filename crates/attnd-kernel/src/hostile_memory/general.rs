@@ -58,7 +58,7 @@ fn run(case: &Case, seed: u64, kernels: &Kernels, memory: Memory) -> [Vec<u32>; 
             token: row / group,
             mask: mask.as_ref(),
             bias: bias.as_ref(),
-            ramp: (seed & 4 == 0).then_some(Ramp { slope: 0.1, position: row as f32, by_key: seed & 8 == 0 }),
+            ramp: (seed & 4 == 0).then_some(Ramp { slope: 0.1, origin: row as f32, by_key: seed & 8 == 0 }),
             ..RowTerms::default()
         })
         .collect();

@@ -23,7 +23,7 @@ use crate::shape::AttnShape;
 pub struct Mask {
     /// Whether keys behind a query's position are hidden.
     pub causal: bool,
-    /// Where queries stand on the axis of the keys; needed by `causal`, `window` and `chunk`.
+    /// Where queries stand on the axis of the keys; needed by `causal`, `window` and `chunk`, and by biases of the distance.
     pub positions: Option<Positions>,
     /// How far from its position a query sees.
     pub window: Window,
@@ -254,6 +254,11 @@ impl Mask {
         self.check_alignment(shape)
     }
 
+    /// Whether some rule is about where queries stand.
+    pub(crate) fn uses_positions(&self) -> bool {
+        self.causal || self.window != Window::default() || self.chunk.is_some()
+    }
+
     /// Refuses rules about positions where nobody said which and it matters.
     fn check_alignment(&self, shape: &AttnShape) -> Result<(), MaskError> {
         if self.causal {
@@ -338,6 +343,12 @@ impl<'a> BatchMask<'a> {
             Some(documents) => documents.position(token, self.from_the_end),
             None => self.offset.saturating_add(signed(token)),
         }
+    }
+
+    /// The first key that is no padding, of the document of a query where there are documents; whether or not the query sees it.
+    pub fn first_key(&self, token: usize) -> i64 {
+        let of_document = self.documents.map(|documents| signed(documents.hull(token).start));
+        self.key_begin.max(of_document.unwrap_or(0))
     }
 
     /// Which keys of its interval a query token sees, where its document has keys in several runs.

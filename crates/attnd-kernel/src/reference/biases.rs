@@ -22,9 +22,10 @@ pub fn alibi(offset: i64, slopes: &[f32]) -> impl Fn(At) -> f64 {
     move |at| -f64::from(slopes[at.head]) * (offset + at.token as i64 - at.key as i64).abs() as f64
 }
 
-/// ALiBi as BLOOM and MPT add it: `slope * j`. Contexts are those of [`alibi`] where masks are causal; lse is not.
-pub fn alibi_by_key(slopes: &[f32]) -> impl Fn(At) -> f64 {
-    move |at| f64::from(slopes[at.head]) * at.key as f64
+/// ALiBi as BLOOM and MPT add it: `slope * j`, counted from the first key that is no padding. Contexts are those of [`alibi`] where masks
+/// are causal; lse is not.
+pub fn alibi_by_key(first: usize, slopes: &[f32]) -> impl Fn(At) -> f64 {
+    move |at| f64::from(slopes[at.head]) * (at.key as f64 - first as f64)
 }
 
 /// The slopes that ALiBi was published with: `2^(-8 h / H)` for `h` from 1, where `H` is a power of two; else those of
@@ -117,7 +118,8 @@ mod tests {
         let slopes = alibi_slopes(2);
         let bias = alibi(1, &slopes);
         assert_eq!((bias(at(0, 2, 0)), bias(at(0, 2, 5))), (-3.0 / 16.0, -2.0 / 16.0));
-        assert_eq!(alibi_by_key(&slopes)(at(1, 0, 5)), 5.0 / 256.0);
+        assert_eq!(alibi_by_key(0, &slopes)(at(1, 0, 5)), 5.0 / 256.0);
+        assert_eq!(alibi_by_key(3, &slopes)(at(1, 0, 5)), 2.0 / 256.0);
     }
 
     #[test]

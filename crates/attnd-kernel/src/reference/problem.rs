@@ -89,7 +89,7 @@ impl<'a> Problem<'a> {
                     let heads = shape.n_heads();
                     let slopes = if slopes.len() > heads { &slopes[batch * heads..] } else { slopes };
                     match by_key {
-                        true => Box::new(biases::alibi_by_key(slopes)),
+                        true => Box::new(biases::alibi_by_key(first_key(&parts.mask, batch, token), slopes)),
                         false => Box::new(biases::alibi(offset, slopes)),
                     }
                 }
@@ -166,6 +166,15 @@ fn position(mask: &Mask, shape: &AttnShape, batch: usize, token: usize) -> i64 {
             Some(Positions::Offset(PerBatch::Same(offset))) => *offset,
             Some(Positions::Offset(PerBatch::Each(offsets))) => offsets[batch],
         }
+}
+
+/// The first key that is no padding; in the document of a query, if there are documents.
+fn first_key(mask: &Mask, batch: usize, token: usize) -> usize {
+    let of_document = mask.documents.as_ref().and_then(|documents| {
+        let id = ids(documents.queries(), batch)[token];
+        ids(documents.keys(), batch).iter().position(|other| *other == id)
+    });
+    of_batch(&mask.key_begin, batch).unwrap_or(0).max(of_document.unwrap_or(0))
 }
 
 /// The nth query of a document stands at its nth key, counted from the first or from the last one, and where there is none beyond them.

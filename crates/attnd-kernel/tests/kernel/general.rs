@@ -338,7 +338,7 @@ fn parts_that_make_no_operator_are_refused() {
         (sigmoid(0.0), "normaliser=sigmoid"),
     ] {
         let operator = Operator::new(parts, &shape).unwrap();
-        assert_eq!(operator.kernel_id(Compute::F32), "c1-f32-op1");
+        assert_eq!(operator.kernel_id(Compute::F32), "c1-f32-op2");
         assert_eq!(operator.check_compute(Compute::F32), Ok(()));
         let refused: OperatorError = operator.check_compute(Compute::Bf16).unwrap_err();
         assert_eq!(refused.to_string(), format!("compute=bf16 and {option}"));

@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use attnd_kernel::{Compute, KERNEL_ID};
+use attnd_kernel::{Compute, KERNEL_ID, Path};
 use attnd_plan::{Capacity, Plan, PlanError, PlanRequest, VerifiedPlan};
-use attnd_wire::join::{OPERATORS, WIRE_VERSIONS};
+use attnd_wire::join::{GENERAL_PATH, OPERATORS, WIRE_VERSIONS};
 use attnd_wire::{Begin, ComputeBegin, Deadline, Error, Reason};
 
 use super::Hub;
@@ -53,9 +53,10 @@ pub(crate) async fn place(
 
 /// The first version of workers that can compute the call.
 fn least_version(begin: &Begin) -> u32 {
-    match begin.operator.kernel_id(Compute::F32) {
-        KERNEL_ID => *WIRE_VERSIONS.start(),
-        _newer => OPERATORS,
+    match (begin.operator.path(), begin.operator.kernel_id(Compute::F32)) {
+        (Path::Plain, KERNEL_ID) => *WIRE_VERSIONS.start(),
+        (Path::Plain, _newer) => OPERATORS,
+        (Path::General, _) => GENERAL_PATH,
     }
 }
 
@@ -91,7 +92,8 @@ async fn plan(
 ) -> Result<VerifiedPlan, Error> {
     let capacities: Vec<Capacity> = workers.iter().map(|worker| worker.capacity.clone()).collect();
     let &Begin { shape, dtype, workers, ref operator, .. } = begin;
-    let request = PlanRequest { shape, mask: operator.mask().clone(), dtype, workers };
+    let (mask, path) = (operator.mask().clone(), operator.path());
+    let request = PlanRequest { shape, mask, path, dtype, workers };
     let costs = hub.costs;
     let planned = hub.pool.run(move || {
         let plan = attnd_plan::plan(&request, &capacities, &costs);
@@ -134,7 +136,31 @@ async fn open(
 
 #[cfg(test)]
 mod tests {
+    use attnd_kernel::{AttnShape, Causal, Dims, Dtype, Operator, OperatorParts};
+    use attnd_plan::WorkerChoice;
+
     use super::*;
+
+    #[test]
+    fn old_workers_get_calls_of_old_versions() {
+        let dims = Dims { batch: 1, heads: 1, kv_heads: 1, queries: 1, keys: 1, head_dim: 1, value_dim: 1 };
+        let shape = AttnShape::new(dims).unwrap();
+        let version = |parts: OperatorParts| {
+            least_version(&Begin {
+                shape,
+                dtype: Dtype::F32,
+                operator: Arc::new(Operator::new(parts, &shape).unwrap()),
+                allow_non_finite: false,
+                forbid_empty_rows: false,
+                workers: WorkerChoice::Auto,
+            })
+        };
+        let plain = || OperatorParts::plain(1.0, Causal::TopLeft);
+        assert_eq!(version(plain()), 1);
+        assert_eq!(version(OperatorParts { scale: -1.0, ..plain() }), 2);
+        assert_eq!(version(OperatorParts { softcap: Some(30.0), ..plain() }), 3);
+        assert_eq!(version(OperatorParts { scale: -1.0, softcap: Some(30.0), ..plain() }), 3);
+    }
 
     #[test]
     fn who_needs_more_than_there_is_is_not_asked_to_come_back() {

@@ -108,7 +108,7 @@ impl worker_server::Worker for WorkerService {
 
 #[cfg(test)]
 mod tests {
-    use attnd_kernel::{AttnShape, Causal, Dims, Dtype, Mask, Operator};
+    use attnd_kernel::{AttnShape, Causal, Dims, Dtype, Mask, Operator, Path};
     use attnd_plan::{Capacity, CostModel, PlanRequest, WorkerChoice, WorkerId, plan};
 
     use super::*;
@@ -124,8 +124,8 @@ mod tests {
         let shape = AttnShape::new(dims).unwrap();
         for dtype in [Dtype::F32, Dtype::F16, Dtype::Bf16] {
             for n in 1..=3 {
-                let workers_asked = WorkerChoice::Exactly(n);
-                let req = PlanRequest { shape, mask: Mask::default(), dtype, workers: workers_asked };
+                let (mask, workers_asked) = (Mask::default(), WorkerChoice::Exactly(n));
+                let req = PlanRequest { shape, mask, path: Path::Plain, dtype, workers: workers_asked };
                 let plan = plan(&req, &workers, &CostModel::default()).unwrap();
                 for share in plan.shares {
                     let begin = ComputeBegin {

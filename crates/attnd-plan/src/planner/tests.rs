@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use attnd_kernel::{Dims, KvHead, Storage};
+use attnd_kernel::{Dims, KvHead, Path, Storage};
 use proptest::prelude::*;
 
 use super::*;
@@ -33,7 +33,7 @@ pub(crate) fn planned(call: &AnyCall, most_keys: u64) -> Option<(AttnShape, Plan
 }
 
 fn request(shape: AttnShape, workers: WorkerChoice) -> PlanRequest {
-    PlanRequest { shape, mask: Mask::default(), dtype: Dtype::F32, workers }
+    PlanRequest { shape, mask: Mask::default(), path: Path::Plain, dtype: Dtype::F32, workers }
 }
 
 /// Workers whose memory is their fraction of `need` bytes; all of it for an infinite need.
@@ -214,6 +214,19 @@ fn auto_takes_one_for_little_and_all_for_much() {
     };
     assert_eq!(shares(1, 100), 1);
     assert_eq!(shares(4096, 4096), 4);
+}
+
+#[test]
+fn a_call_of_the_general_path_takes_longer() {
+    let seconds = |path, workers| {
+        let request = PlanRequest { path, ..request(shape(8, 4096, 4096), workers) };
+        plan(&request, &equal_workers(2), &CostModel::default()).unwrap().predicted_seconds
+    };
+    for workers in [1, 2] {
+        let [plain, general] =
+            [Path::Plain, Path::General].map(|path| seconds(path, WorkerChoice::Exactly(workers)));
+        assert!((1.05..1.16).contains(&(general / plain)), "{plain} s and {general} s on {workers}");
+    }
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! Every value returns from its message; nothing a peer sends panics or passes unchecked.
 
-use attnd_kernel::Causal;
+use attnd_kernel::{Causal, OperatorParts};
 use proptest::prelude::*;
 use prost::Message as _;
 
@@ -91,6 +91,12 @@ fn an_operator_and_its_name_travel_together() {
         "KERNEL_MIX: c1-f32-op1, this node computes c1-f32"
     );
     assert_eq!(refused_begin(|b| b.scale = -1.0), "KERNEL_MIX: c1-f32, this node computes c1-f32-op1");
+    // A cap that would be ignored under the name of operators without one.
+    let capped = |b: &mut proto::ComputeBegin| {
+        b.operator = Some(proto::Operator { softcap: Some(5.0), ..Default::default() });
+        b.kernel_id = "c1-f32-op1".into();
+    };
+    assert_eq!(refused_begin(capped), "KERNEL_MIX: c1-f32-op1, this node computes c1-f32-op2");
     let message = proto::ComputeBegin::from(begin());
     assert_eq!(
         (message.kernel_id.as_str(), message.operator),
@@ -277,13 +283,33 @@ fn a_worker_is_to_blame_for_nan_and_the_client_for_overflow() {
 }
 
 #[test]
+fn sums_of_sigmoids_are_between_none_and_all() {
+    let normaliser = Normaliser::Sigmoid { bias: 0.0 };
+    let sigmoid = OperatorParts { normaliser, ..OperatorParts::plain(0.5, Causal::None) };
+    let operator = Arc::new(Operator::new(sigmoid, &call().shape).unwrap());
+    let row = |m: f32, l: f32, allow_non_finite: bool| {
+        is_possible(m, l, 300, &CallShape { operator: Arc::clone(&operator), allow_non_finite, ..call() })
+    };
+    for l in [0.0, f32::MIN_POSITIVE, 1.0, 300.0] {
+        assert!(row(0.0, l, false), "l {l}");
+    }
+    for (m, l) in [(0.0, 304.0), (0.0, -1.0), (1.0, 1.0), (f32::NEG_INFINITY, 1.0)] {
+        assert!(!row(m, l, false) && !row(m, l, true), "m {m}, l {l}");
+    }
+    assert!(!row(f32::NEG_INFINITY, 0.0, false), "keys are seen");
+    for (m, l) in [(0.0, f32::NAN), (f32::NEG_INFINITY, 0.0)] {
+        assert!(row(m, l, true), "m {m}, l {l}");
+    }
+}
+
+#[test]
 fn what_kernels_make_is_possible() {
     // One key whose score is just under a half above an integer, and 256 of them.
     for keys in [1_usize, 256, 1 << 20] {
         for score in [0.5_f32, -0.5, 0.49, 100.25] {
             let m = score.round_ties_even();
             let l = (score - m).exp2() * keys as f32;
-            assert!(is_possible(m, l, keys, false), "{keys} keys of score {score}");
+            assert!(is_possible(m, l, keys, &call()), "{keys} keys of score {score}");
         }
     }
 }

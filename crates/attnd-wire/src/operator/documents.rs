@@ -23,7 +23,7 @@ pub(super) fn decode(message: proto::Documents, shape: &AttnShape) -> Result<Doc
     let keys = batches("mask.documents.keys", message.keys.unwrap_or_default(), shape)?;
     let documents = Documents::new(&queries, &keys).map_err(OperatorError::from)?;
     if documents.is_scattered() {
-        // Kernels have it on the general path, whose operators don't travel.
+        // Kernels have it. What a partial over it may hold, which is less than its interval, no node checks yet.
         let what = "mask.documents.keys: the keys of a document are in several runs";
         return Err(Error::new(Reason::Operator, what));
     }

@@ -1,6 +1,6 @@
 //! Every operator returns from its messages, and every way to be none has its text.
 
-use attnd_kernel::{Causal, Compute, Documents, Run};
+use attnd_kernel::{Bias, Causal, Compute, Documents, Normaliser, Run};
 use proptest::prelude::*;
 
 use super::*;
@@ -72,6 +72,26 @@ fn masks(shape: &AttnShape) -> impl Strategy<Value = Mask> + use<> {
         )
 }
 
+/// What scores meet, often nothing; of the rest of the parts nothing.
+fn stages(shape: &AttnShape) -> impl Strategy<Value = OperatorParts> + use<> {
+    let (heads, batch) = (shape.n_heads(), shape.batch());
+    let slope = -1e30_f32..1e30;
+    let slopes = prop_oneof![Just(heads), Just(heads * batch)]
+        .prop_flat_map(move |n| proptest::collection::vec(slope.clone(), n));
+    let alibi =
+        (slopes, any::<bool>()).prop_map(|(slopes, by_key)| Bias::Alibi { slopes: slopes.into(), by_key });
+    let softcap = proptest::option::weighted(0.3, 1e-3_f32..1e3);
+    let biases = proptest::collection::vec(alibi, 0..=1);
+    let sigmoid = (-100_f32..100.0).prop_map(|bias| Normaliser::Sigmoid { bias });
+    let normaliser = prop_oneof![3 => Just(Normaliser::Softmax), 1 => sigmoid];
+    (softcap, biases, normaliser).prop_map(|(softcap, biases, normaliser)| OperatorParts {
+        softcap,
+        biases,
+        normaliser,
+        ..OperatorParts::plain(1.0, Causal::None)
+    })
+}
+
 /// Shapes and operators that make sense for them, every third of them as calls were before there were operators.
 pub(crate) fn operators() -> impl Strategy<Value = (AttnShape, Arc<Operator>)> {
     let parts = |shape: AttnShape| {
@@ -81,15 +101,15 @@ pub(crate) fn operators() -> impl Strategy<Value = (AttnShape, Arc<Operator>)> {
         let sinks = proptest::option::of(proptest::collection::vec(logit, shape.n_heads()));
         let empty_row = proptest::sample::select(&[EmptyRow::Zero, EmptyRow::Nan][..]);
         let scale = prop_oneof![1e-30_f32..1e30, -10_f32..10.0, Just(0.0)];
-        (Just(shape), scale, mask, sinks, empty_row, any::<bool>())
+        (Just(shape), scale, mask, sinks, empty_row, stages(&shape), any::<bool>())
     };
     shapes().prop_flat_map(parts).prop_filter_map(
         "the parts make no sense together",
-        |(shape, scale, mask, sinks, empty_row, old)| {
+        |(shape, scale, mask, sinks, empty_row, stages, old)| {
             let sinks = sinks.map(Arc::from);
             let parts = match mask.as_causal() {
                 Some(causal) if old => OperatorParts::plain(scale, causal),
-                _ => OperatorParts { mask, sinks, empty_row, ..OperatorParts::plain(scale, Causal::None) },
+                _ => OperatorParts { scale, mask, sinks, empty_row, ..stages },
             };
             Some((shape, Arc::new(Operator::new(parts, &shape).ok()?)))
         },
@@ -217,6 +237,49 @@ fn what_does_not_fit_the_shape_is_named_with_numbers() {
 }
 
 #[test]
+fn what_scores_meet_is_checked_and_named() {
+    let top_left = |operator: proto::Operator| refused(proto::Causal::TopLeft, operator);
+    let cap = |cap: f32| top_left(proto::Operator { softcap: Some(cap), ..Default::default() });
+    assert_eq!(cap(0.0), "OPERATOR: softcap is 0, scale is 1");
+    assert_eq!(cap(-2.0), "OPERATOR: softcap is -2, scale is 1");
+    assert_eq!(cap(f32::NAN), "OPERATOR: softcap is NaN, scale is 1");
+    assert_eq!(cap(f32::INFINITY), "OPERATOR: softcap is inf, scale is 1");
+    let alibi = |slopes: &[f32], by_key| proto::Bias {
+        kind: Some(proto::bias::Kind::Alibi(proto::Alibi { slopes: slopes.into(), by_key })),
+    };
+    let with = |biases: Vec<proto::Bias>| proto::Operator { biases, ..Default::default() };
+    let biases = |biases: Vec<proto::Bias>| top_left(with(biases));
+    assert_eq!(
+        biases(vec![alibi(&[1.0; 3], false)]),
+        "OPERATOR: bias.alibi has 3 slopes, num_heads is 2, batch is 2"
+    );
+    assert_eq!(biases(vec![alibi(&[1.0, f32::INFINITY], false)]), "OPERATOR: bias.alibi.slopes[1] is inf");
+    assert_eq!(
+        biases(vec![alibi(&[1.0; 2], false), alibi(&[1.0; 4], true)]),
+        "COMBINATION: bias.alibi twice"
+    );
+    assert_eq!(
+        biases(vec![alibi(&[1.0; 2], false), proto::Bias { kind: None }]),
+        "OPERATOR: biases[1] is of no kind that this node knows"
+    );
+    assert_eq!(
+        refused(proto::Causal::None, with(vec![alibi(&[1.0; 2], false)])),
+        "COMBINATION: bias.alibi and no mask.positions: q_len 3, kv_len 5 can be aligned two ways"
+    );
+    let normaliser = |bias: Option<f32>, sinks: Vec<f32>| {
+        let kind = bias.map(proto::normaliser::Kind::SigmoidBias);
+        top_left(proto::Operator {
+            normaliser: Some(proto::Normaliser { kind }),
+            sinks,
+            ..Default::default()
+        })
+    };
+    assert_eq!(normaliser(Some(f32::NAN), vec![]), "OPERATOR: normaliser.sigmoid_bias is NaN");
+    assert_eq!(normaliser(Some(0.0), vec![0.0; 2]), "COMBINATION: normaliser=sigmoid and sinks");
+    assert_eq!(normaliser(None, vec![]), "OPERATOR: normaliser is of no kind that this node knows");
+}
+
+#[test]
 fn runs_are_counted_and_bounded() {
     let runs = |ends: usize, ids: usize, count: Vec<u32>| proto::Runs {
         end: (1..=ends as u32).collect(),
@@ -289,13 +352,16 @@ proptest! {
     #[test]
     fn no_operator_panics(
         causal in -1..6_i32, positions in -1..5_i32, offsets in proptest::collection::vec(any::<i64>(), 0..4),
+        softcap in any::<Option<f32>>(), slopes in proptest::option::of(proptest::collection::vec(any::<f32>(), 0..5)), by_key in any::<bool>(),
         sides in any::<Option<[i32; 2]>>(), chunk in any::<u32>(), ends in proptest::collection::vec(0..9_u32, 0..3), scale in any::<f32>(),
     ) {
         let window = sides.map(|[left, right]| proto::Window { left: left.max(-3), right: right.max(-3) });
         let mask = proto::Mask {
             positions, offsets, window, chunk, key_end: ends.clone(), query_end: ends, ..Default::default()
         };
-        let operator = Some(proto::Operator { mask: Some(mask), ..Default::default() });
+        let alibi = slopes.map(|slopes| proto::bias::Kind::Alibi(proto::Alibi { slopes, by_key }));
+        let biases = alibi.map(|kind| proto::Bias { kind: Some(kind) }).into_iter().collect();
+        let operator = Some(proto::Operator { softcap, biases, mask: Some(mask), ..Default::default() });
         if let Ok(operator) = (Encoded { scale, causal, operator }).decode(&shape()) {
             for (group, token) in [(0, 0), (0, 2), (1, 0), (1, 2)] {
                 prop_assert!(operator.mask_of_group(group, &shape()).visible(token).end <= 5);

@@ -7,7 +7,8 @@ use attnd_client::{Causal, EmptyRow, Mask};
 use clap::{Args, ValueEnum};
 
 use super::mask::MaskArgs;
-use super::values::{parse_count, parse_scale, parse_seconds, parse_workers};
+use super::scores::ScoreArgs;
+use super::values::{parse_count, parse_finite, parse_seconds, parse_workers};
 use crate::tensor_file::{OutputPath, Source};
 
 /// Arguments of `attnd attend`.
@@ -23,6 +24,7 @@ Examples:
   attnd attend --endpoint http://10.0.0.1:7400 --q a.safetensors:layer0.q --k a.safetensors:layer0.k \\
                --v a.safetensors:layer0.v --scale 0.125 --json
   attnd attend --workers 2 --q x.npz:q --k x.npz:k --v x.npz:v --causal --window 4096,0 --sinks x.npz:sinks
+  attnd attend --workers 2 --q x.npz:q --k x.npz:k --v x.npz:v --causal --softcap 50 --alibi auto
   ATTND_ENDPOINT=http://10.0.0.1:7400 attnd attend --q q.npy --k k.npy --v v.npy")]
 pub struct AttendArgs {
     /// Queries
@@ -39,11 +41,14 @@ pub struct AttendArgs {
     #[arg(long, value_enum, value_name = "ALIGN", num_args = 0..=1, require_equals = true, default_missing_value = "bottom-right")]
     pub causal: Option<CausalAlign>,
     /// Factor on the scores, of either sign [default: 1 / sqrt(dim)]
-    #[arg(long, value_name = "X", value_parser = parse_scale, allow_hyphen_values = true)]
+    #[arg(long, value_name = "X", value_parser = parse_finite, allow_hyphen_values = true)]
     pub scale: Option<f32>,
     /// Which keys a query sees beside that.
     #[command(flatten)]
     pub mask: MaskArgs,
+    /// What scores meet between the products and the values.
+    #[command(flatten)]
+    pub scores: ScoreArgs,
     /// A logit for each query head, `[heads]`, that joins the sum of exponentials of each of its rows
     #[arg(long, value_name = "SRC")]
     pub sinks: Option<Source>,
@@ -157,6 +162,15 @@ mod tests {
     }
 
     #[test]
+    fn what_scores_meet_may_be_negative() {
+        let typed = attend(&["--softcap", "30", "--alibi", "-0.5,1", "--alibi-by-key", "--sigmoid", "-3"]);
+        let scores = typed.unwrap().scores;
+        assert_eq!((scores.softcap, scores.alibi_by_key, scores.sigmoid), (Some(30.0), true, Some(-3.0)));
+        assert_eq!(scores.alibi, Some(super::super::Slopes::Each(vec![-0.5, 1.0])));
+        assert_eq!(attend(&[]).unwrap().scores, ScoreArgs::default());
+    }
+
+    #[test]
     fn wrong_values_are_refused_with_exit_code_2() {
         for wrong in [
             &["--scale", "inf"][..],
@@ -165,6 +179,11 @@ mod tests {
             &["--chunk", "0"],
             &["--key-end", "-1"],
             &["--empty-row", "one"],
+            &["--softcap", "0"],
+            &["--softcap", "nan"],
+            &["--alibi", "x"],
+            &["--alibi-by-key"],
+            &["--sigmoid", "inf"],
             &["--timeout=-1"],
             &["--timeout", "0"],
             &["--timeout", "1e12"],

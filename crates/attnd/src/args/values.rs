@@ -22,9 +22,14 @@ pub(super) fn parse_count(text: &str) -> Result<NonZeroUsize, String> {
     text.trim().parse().map_err(|_error| "expected a number, at least 1".into())
 }
 
-/// A factor on scores: finite.
-pub(super) fn parse_scale(text: &str) -> Result<f32, String> {
-    text.parse().ok().filter(|scale: &f32| scale.is_finite()).ok_or_else(|| "must be finite".into())
+/// A factor on scores or a term beside them: finite.
+pub(super) fn parse_finite(text: &str) -> Result<f32, String> {
+    text.parse().ok().filter(|x: &f32| x.is_finite()).ok_or_else(|| "must be finite".into())
+}
+
+/// A size of scores: finite and over 0.
+pub(super) fn parse_positive(text: &str) -> Result<f32, String> {
+    parse_finite(text).ok().filter(|x| *x > 0.0).ok_or_else(|| "must be finite and > 0".into())
 }
 
 /// A time in seconds, > 0 and at most [`MAX_TIMEOUT`].

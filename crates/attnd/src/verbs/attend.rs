@@ -3,10 +3,10 @@
 use std::time::Instant;
 
 use anyhow::Context as _;
-use attnd_client::{AttendOptions, Attended, WorkerChoice};
+use attnd_client::{Alibi, AttendOptions, Attended, Normaliser, WorkerChoice};
 use serde::Serialize;
 
-use crate::args::{AttendArgs, ENDPOINT_ENV, EmptyRowArg, endpoint_or_env};
+use crate::args::{AttendArgs, ENDPOINT_ENV, EmptyRowArg, ScoreArgs, Slopes, endpoint_or_env};
 use crate::call_report::{PlanReport, TimingsReport, plan_table, timing_table};
 use crate::embedded::{LocalCluster, LocalOptions};
 use crate::exit::{BadInput, connect};
@@ -24,9 +24,9 @@ pub async fn run(args: &AttendArgs) -> anyhow::Result<()> {
     if let Some(output) = &args.output {
         output.check().map_err(|error| BadInput::new(error.to_string()))?;
         let sinks = args.sinks.iter().map(|source| ("--sinks", source));
-        for (option, source) in
-            [("--q", &args.q), ("--k", &args.k), ("--v", &args.v)].into_iter().chain(sinks)
-        {
+        let slopes = args.scores.alibi.iter().filter_map(Slopes::source).map(|source| ("--alibi", source));
+        let operands = [("--q", &args.q), ("--k", &args.k), ("--v", &args.v)];
+        for (option, source) in operands.into_iter().chain(sinks).chain(slopes) {
             if output.is_file_of(source) {
                 let path = output.path().display();
                 let text =
@@ -93,10 +93,14 @@ fn options(args: &AttendArgs) -> anyhow::Result<AttendOptions> {
     let missing = || BadInput::new("--causal=offset needs --offset");
     let (causal, mask) = args.causal_and_mask().ok_or_else(missing)?;
     let sinks = args.sinks.as_ref().map(tensor_file::read_vector).transpose()?;
+    let normaliser = args.scores.sigmoid.map_or(Normaliser::Softmax, |bias| Normaliser::Sigmoid { bias });
     Ok(AttendOptions {
         scale: args.scale,
+        softcap: args.scores.softcap,
+        alibi: alibi(&args.scores)?,
         causal,
         mask,
+        normaliser,
         sinks: sinks.map(Into::into),
         empty_row: args.empty_row.into(),
         allow_non_finite: args.allow_non_finite,
@@ -104,6 +108,16 @@ fn options(args: &AttendArgs) -> anyhow::Result<AttendOptions> {
         timeout: Some(args.timeout),
         ..AttendOptions::default()
     })
+}
+
+fn alibi(scores: &ScoreArgs) -> anyhow::Result<Option<Alibi>> {
+    let slopes = match &scores.alibi {
+        None => return Ok(None),
+        Some(Slopes::Published) => None,
+        Some(Slopes::Each(slopes)) => Some(slopes.as_slice().into()),
+        Some(Slopes::File(source)) => Some(tensor_file::read_vector(source)?.into()),
+    };
+    Ok(Some(Alibi { slopes, by_key: scores.alibi_by_key }))
 }
 
 async fn call(endpoint: &str, options: &AttendOptions, inputs: &Inputs) -> anyhow::Result<(Attended, f64)> {

@@ -2,6 +2,7 @@
 
 use std::rc::Rc;
 
+use attnd_kernel::reference::biases;
 use attnd_kernel::reference::operator::{At, Formula, Score};
 use attnd_kernel::reference::problem::{Dense, Problem};
 use attnd_kernel::{Bias, FinishedRows, Normaliser, Relative, Swin};
@@ -25,12 +26,13 @@ pub(super) enum Fault {
     NoBlocks,
     BlocksOfOtherKeys,
     NoDocuments,
+    AlibiFromPadding,
     SoftmaxForSigmoid,
     NoSigmoidBias,
 }
 
 impl Fault {
-    pub(super) const ALL: [Self; 16] = [
+    pub(super) const ALL: [Self; 17] = [
         Self::NoCap,
         Self::CapAfterBias,
         Self::NoBias,
@@ -45,6 +47,7 @@ impl Fault {
         Self::NoBlocks,
         Self::BlocksOfOtherKeys,
         Self::NoDocuments,
+        Self::AlibiFromPadding,
         Self::SoftmaxForSigmoid,
         Self::NoSigmoidBias,
     ];
@@ -96,6 +99,7 @@ impl Fault {
             }
             Self::CapAfterBias
             | Self::AlibiByOtherEnd
+            | Self::AlibiFromPadding
             | Self::RelativeByOtherEnd
             | Self::BlocksOfOtherKeys => {}
         }
@@ -113,6 +117,12 @@ impl Fault {
             let right = formula.biases.remove(nth);
             let wrong = move |at: At| right(At { token: at.token + 1, ..at });
             formula.biases.insert(nth, Box::new(wrong));
+        }
+        for (nth, bias) in request.parts.biases.iter().enumerate() {
+            if let (Self::AlibiFromPadding, Bias::Alibi { slopes, by_key: true }) = (self, bias) {
+                let slopes = slopes.clone();
+                formula.biases[nth] = Box::new(move |at| biases::alibi_by_key(0, &slopes)(at));
+            }
         }
         // Blocks are the last rule of a formula.
         if self == Self::BlocksOfOtherKeys && request.parts.csr.is_some() {

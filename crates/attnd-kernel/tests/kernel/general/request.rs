@@ -7,7 +7,8 @@ use attnd_kernel::slot::{
 };
 use attnd_kernel::{
     Bias, Csr, DensePlane, Documents, Dtype, Effective, FinishedRows, GroupCall, Kernels, Mask, Normaliser,
-    Operator, OperatorParts, PartialRows, Positions, Relative, Selection, Shift, Side, Swin, attend_node,
+    Operator, OperatorParts, PartialRows, PerBatch, Positions, Relative, Selection, Shift, Side, Swin,
+    attend_node,
 };
 use rand::RngExt;
 use rand::rngs::SmallRng;
@@ -92,13 +93,16 @@ impl Request {
             0 => Mask { causal: true, positions: Some(Positions::BottomRight), ..Mask::default() },
             1 => Mask { causal: true, positions: Some(Positions::TopLeft), ..Mask::default() },
             2 => Mask {
-                positions: Some(Positions::Offset(attnd_kernel::PerBatch::Same(rng.random_range(-3..50)))),
+                positions: Some(Positions::Offset(PerBatch::Same(rng.random_range(-3..50)))),
                 window: attnd_kernel::Window { left: Some(rng.random_range(0..90)), right: Some(7) },
                 ..Mask::default()
             },
             _ => Mask { positions: Some(Positions::TopLeft), ..Mask::default() },
         };
         let (heads, queries, keys) = (case.shape.n_heads(), case.shape.n_queries(), case.shape.n_keys());
+        if rng.random_range(0..3) == 0 {
+            parts.mask.key_begin = Some(PerBatch::Same(rng.random_range(0..=keys)));
+        }
         let mut request = Self::new(case, parts);
         let which = rng.random_range(1..256_u32);
         if which & 1 != 0 {

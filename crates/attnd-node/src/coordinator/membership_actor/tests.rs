@@ -3,7 +3,7 @@
 use attnd_kernel::{AttnShape, Causal, Dims, Dtype, Operator};
 use attnd_plan::Piece;
 use attnd_plan::membership::MAX_FLAPS;
-use attnd_wire::join::OPERATORS;
+use attnd_wire::join::{GENERAL_PATH, OPERATORS};
 use attnd_wire::{ComputeBegin, Deadline, Link, limits};
 use kameo::error::SendError;
 
@@ -128,7 +128,7 @@ async fn a_worker_that_a_share_cannot_connect_to_gets_nothing_for_a_while() {
 }
 
 #[tokio::test]
-async fn a_worker_of_the_first_version_gets_no_call_that_it_cannot_compute() {
+async fn a_worker_of_an_older_version_gets_no_call_that_it_cannot_compute() {
     let cluster = MembershipActor::spawn(());
     let old = join(1);
     let old = Join { hello: Hello { wire_version: 1, ..old.hello }, ..old };
@@ -141,6 +141,15 @@ async fn a_worker_of_the_first_version_gets_no_call_that_it_cannot_compute() {
     let Candidates { usable, .. } =
         cluster.ask(Capacities { least_version: OPERATORS }).send().await.unwrap();
     assert_eq!((usable.len(), usable[0].capacity.id.to_string()), (1, "w2".into()));
+
+    let second = join_as("w3", 1);
+    let second = Join { hello: Hello { wire_version: OPERATORS, ..second.hello }, ..second };
+    cluster.ask(second).send().await.unwrap();
+    let able = |least_version| cluster.ask(Capacities { least_version }).send();
+    let Candidates { usable, .. } = able(OPERATORS).await.unwrap();
+    assert_eq!(usable.len(), 2);
+    let Candidates { usable, unused } = able(GENERAL_PATH).await.unwrap();
+    assert_eq!((usable.len(), unused.to_string()), (1, "2 too old for such a call".into()));
 }
 
 #[tokio::test]
