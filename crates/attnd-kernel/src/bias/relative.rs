@@ -177,7 +177,7 @@ mod tests {
     #[test]
     fn buckets_are_those_of_transformers() {
         let mut sizes: Vec<(usize, u32)> =
-            vec![(32, 128), (32, 256), (4, 2), (5, 3), (8, 1000), (64, 128), (320, 800)];
+            vec![(32, 128), (32, 256), (4, 3), (5, 3), (8, 1000), (64, 128), (320, 800)];
         sizes.extend(
             (4..40).flat_map(|buckets| [20, 27, 50, 100, 128, 1000, 4096].map(|most| (buckets, most))),
         );
