@@ -322,15 +322,20 @@ impl NodeTask<'_> {
 
 impl GroupCall<'_> {
     /// What the scores of a row meet.
-    pub(crate) fn terms(&self, (head, token): (usize, usize), mask: &BatchMask<'_>) -> RowTerms<'_> {
+    pub(crate) fn terms<'s>(&'s self, (head, token): (usize, usize), mask: &BatchMask<'s>) -> RowTerms<'s> {
         let GroupCall { shape, operator, group, side, .. } = self;
         let (batch, kv_head) = (group / shape.n_kv_heads(), group % shape.n_kv_heads());
-        let of_batch = batch * shape.n_heads() + kv_head * shape.group_size() + head;
+        let in_batch = kv_head * shape.group_size() + head;
+        let of_batch = batch * shape.n_heads() + in_batch;
+        let blocks = operator.csr().map(|csr| csr.of_row(of_batch, token));
         RowTerms {
             token,
             mask: Side::of_head(side.mask, head),
             bias: Side::of_head(side.bias, head),
             ramp: operator.ramp(of_batch, token, mask),
+            relative: operator.relative(in_batch, mask.position(token)),
+            swin: operator.swin(batch, in_batch, token),
+            runs: [blocks, mask.scattered(token)],
         }
     }
 }

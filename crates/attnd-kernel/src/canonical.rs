@@ -24,7 +24,7 @@
 //! 12. `tanh(z)`: see [`functions`], whose scalar code is the definition. Divisions are IEEE's.
 //! 13. Biases, one kind after the other in the order of `bias.rs`: `s = fma(b, log2 e, s)`, `b` in natural units as the file of its kind
 //!     computes it. ALiBi: `b = fl(-m * abs(p - j))`, or `fl(m * (j - first))` by key, for the position `p` of the query and the first key
-//!     that is no padding.
+//!     that is no padding. Tables: their entries; across the regions of shifted windows `fl(entry + between)`.
 //! 14. A key that a selection masks is invisible to all rules above, like one outside the interval: its score becomes -inf by a select,
 //!     whatever it was.
 //! 15. Weights that are sigmoids: `s = fma(bias, log2 e, s)`, then `t = P(-|s|, 0)` and `p = t / (1 + t)` where `s < 0`, else `1 / (1 + t)`.

@@ -72,7 +72,7 @@ mod storage;
 mod widen;
 
 pub use attend::{GroupCall, ScoreOverflow, Side, attend_node};
-pub use bias::{Bias, alibi_slopes};
+pub use bias::{Bias, BiasError, Relative, Shift, Swin, alibi_slopes};
 pub use buffer::OutOfMemory;
 pub use calibrate::{ReadArea, core_ghz};
 pub use canonical::KERNEL_ID;
@@ -83,7 +83,9 @@ pub use inspect::{
     ElementTile, FinishedReport, Heat, NodeReport, Outputs, OutputsError, OutputsParts, Ranked, Rectangle,
     ReportError, RowSums, Stage, inspect_node, sink_weights,
 };
-pub use mask::{BatchMask, Causal, Documents, Mask, MaskError, PerBatch, Positions, Run, Selection, Window};
+pub use mask::{
+    BatchMask, Causal, Csr, CsrError, Documents, Mask, MaskError, PerBatch, Positions, Run, Selection, Window,
+};
 pub use normaliser::Normaliser;
 pub use operator::{EmptyRow, Operator, OperatorError, OperatorParts, Path};
 pub use pages::{KvHead, NonFinite};

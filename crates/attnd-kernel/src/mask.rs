@@ -1,15 +1,20 @@
 //! Which keys a query token sees. Most masks are one interval of keys per row: `interval.rs` has the rules that
 //! make it, `documents.rs` the runs of sequences that are packed into one. Kernels compute the pages of that interval and
-//! look at no other. `selection.rs` has what masks single keys of the interval besides, which takes the general path.
+//! look at no other. What masks single keys of the interval besides takes the general path: `selection.rs` has the bits of a page, `csr.rs`
+//! blocks, and `runs.rs` how lists become bits.
 
+mod csr;
 mod documents;
 mod interval;
+mod runs;
 mod selection;
 
 use std::ops::Range;
 
+pub use self::csr::{Csr, CsrError};
 pub use self::documents::{Documents, Run};
 pub use self::interval::{BatchMask, Mask, MaskError, PerBatch, Positions, Window};
+pub(crate) use self::runs::KeyRuns;
 pub(crate) use self::selection::PageBits;
 pub use self::selection::Selection;
 use crate::shape::AttnShape;

@@ -8,12 +8,12 @@ mod transform;
 use std::sync::Arc;
 
 pub(crate) use self::transform::Queries;
-use crate::bias::{Bias, Ramp};
+use crate::bias::{Bias, BiasError, Ramp, RelativeRow, SwinRow};
 use crate::canonical::{CANONICAL_NAN, query_factor};
 use crate::compute::Compute;
 use crate::dispatch::Kernels;
 use crate::general::reduce::Reducer;
-use crate::mask::{BatchMask, Causal, Mask, MaskError, Selection};
+use crate::mask::{BatchMask, Causal, Csr, CsrError, Mask, MaskError, Selection};
 use crate::normaliser::Normaliser;
 use crate::partial::{FinishedRows, PartialRows};
 use crate::score::{BoundScore, Score, ScoreError};
@@ -34,6 +34,8 @@ pub struct OperatorParts {
     pub mask: Mask,
     /// Which of these it doesn't see after all.
     pub selection: Option<Selection>,
+    /// Blocks of keys that blocks of queries see, and no others.
+    pub csr: Option<Csr>,
     /// How scores become weights.
     pub normaliser: Normaliser,
     /// A logit for each query head, `[heads]`, that joins the denominator of each of its rows and has no value; -inf is none.
@@ -52,6 +54,7 @@ impl OperatorParts {
             biases: Vec::new(),
             mask: causal.into(),
             selection: None,
+            csr: None,
             normaliser: Normaliser::Softmax,
             sinks: None,
             empty_row: EmptyRow::Zero,
@@ -67,6 +70,10 @@ impl OperatorParts {
             return Err(OperatorError::Twice { bias: pair[0].name() });
         }
         for bias in &self.biases {
+            bias.check_tables(shape)?;
+            if bias.uses_positions() {
+                self.mask.check_positions(bias.name(), shape)?;
+            }
             let Bias::Alibi { slopes, .. } = bias else { continue };
             let (got, heads, batch) = (slopes.len(), shape.n_heads(), shape.batch());
             if got != heads && got != heads * batch {
@@ -74,9 +81,6 @@ impl OperatorParts {
             }
             if let Some(at) = slopes.iter().position(|slope| !slope.is_finite()) {
                 return Err(OperatorError::Slope { at, slope: slopes[at] });
-            }
-            if bias.uses_positions() {
-                self.mask.check_positions(bias.name(), shape)?;
             }
         }
         Ok(())
@@ -184,6 +188,12 @@ pub enum OperatorError {
     /// The score function or its parameters make no sense for the shape.
     #[error(transparent)]
     Score(#[from] ScoreError),
+    /// The numbers of a bias make no sense by themselves or for the shape.
+    #[error(transparent)]
+    Bias(#[from] BiasError),
+    /// The block mask makes no sense for the shape.
+    #[error(transparent)]
+    Csr(#[from] CsrError),
     /// The mask makes no sense by itself or for the shape.
     #[error(transparent)]
     Mask(#[from] MaskError),
@@ -222,6 +232,9 @@ impl Operator {
             }
         }
         parts.mask.check(shape)?;
+        if let Some(csr) = &parts.csr {
+            csr.check(shape)?;
+        }
         parts.check_biases(shape)?;
         // Positions that nothing asks for would be another operator with the same results.
         if !parts.mask.uses_positions() && !parts.biases.iter().any(Bias::uses_positions) {
@@ -254,6 +267,11 @@ impl Operator {
         Self { parts: OperatorParts::plain(scale, causal), score: None }
     }
 
+    /// What makes a score of a query and a key.
+    pub fn score(&self) -> &Score {
+        &self.parts.score
+    }
+
     /// What scores are multiplied by.
     pub fn scale(&self) -> f32 {
         self.parts.scale
@@ -261,12 +279,14 @@ impl Operator {
 
     /// Which kernels a call with this operator takes.
     pub fn path(&self) -> Path {
-        let OperatorParts { softcap, biases, selection, normaliser, .. } = &self.parts;
+        let OperatorParts { softcap, biases, selection, csr, mask, normaliser, .. } = &self.parts;
         let is_dot = self.score.as_ref().is_none_or(|score| score.reducer() == Reducer::Dot);
         let is_plain = is_dot
             && softcap.is_none()
             && biases.is_empty()
             && selection.is_none()
+            && csr.is_none()
+            && mask.leaves_intervals()
             && *normaliser == Normaliser::Softmax;
         if is_plain { Path::Plain } else { Path::General }
     }
@@ -277,7 +297,7 @@ impl Operator {
     /// [`OperatorError::Together`] for dot products of narrow elements on the general path, and
     /// [`OperatorError::ComputeOfScore`] for those of rows that aren't as they were sent.
     pub fn check_compute(&self, compute: Compute) -> Result<(), OperatorError> {
-        let OperatorParts { softcap, biases, selection, .. } = &self.parts;
+        let OperatorParts { softcap, biases, selection, csr, mask, .. } = &self.parts;
         let one = match compute {
             Compute::F32 => return Ok(()),
             _ if self.path() == Path::Plain && self.parts.score.is_scaled_dot() => return Ok(()),
@@ -292,6 +312,8 @@ impl Operator {
             (Some(_), _, _) => "softcap",
             (None, Some(bias), _) => bias.name(),
             (None, None, Some(Selection::Dense)) => "mask.dense",
+            (None, None, None) if csr.is_some() => "mask.csr",
+            (None, None, None) if !mask.leaves_intervals() => "mask.documents",
             (None, None, None) => "normaliser=sigmoid",
         };
         Err(OperatorError::Together { one, other })
@@ -325,6 +347,11 @@ impl Operator {
         self.parts.selection
     }
 
+    /// Blocks of keys that blocks of queries see.
+    pub fn csr(&self) -> Option<&Csr> {
+        self.parts.csr.as_ref()
+    }
+
     /// How scores become weights.
     pub fn normaliser(&self) -> Normaliser {
         self.parts.normaliser
@@ -338,7 +365,23 @@ impl Operator {
                 let origin = if *by_key { mask.first_key(token) } else { mask.position(token) };
                 Some(Ramp { slope, origin: origin as f32, by_key: *by_key })
             }
-            Bias::Dense => None,
+            _ => None,
+        })
+    }
+
+    /// The bias by buckets of a row of query head `head`, of one batch element.
+    pub(crate) fn relative(&self, head: usize, position: i64) -> Option<RelativeRow<'_>> {
+        self.parts.biases.iter().find_map(|bias| match bias {
+            Bias::Relative(relative) => Some(relative.of_row(head, position)),
+            _ => None,
+        })
+    }
+
+    /// The bias inside of windows of a row of query head `head`, of one batch element.
+    pub(crate) fn swin(&self, batch: usize, head: usize, token: usize) -> Option<SwinRow<'_>> {
+        self.parts.biases.iter().find_map(|bias| match bias {
+            Bias::Swin(swin) => Some(swin.of_row(batch, head, token)),
+            _ => None,
         })
     }
 

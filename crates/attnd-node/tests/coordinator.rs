@@ -510,7 +510,8 @@ async fn a_mask_goes_to_the_workers_that_need_it_and_to_each_only_what_it_needs(
                 }
             }
             let mut replies = cluster.attend(requests, None).await.unwrap();
-            let planned = AttendReply::decode(replies.message().await.unwrap().unwrap(), &shape).unwrap();
+            let planned =
+                AttendReply::decode(replies.message().await.unwrap().unwrap(), &shape, None).unwrap();
             let AttendReply::Planned(plan) = planned else { panic!("{planned:?}") };
             assert_eq!(plan.shares.len(), n);
             let mask = attnd_wire::proto::Tensor::Mask as i32;

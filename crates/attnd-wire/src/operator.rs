@@ -32,6 +32,8 @@ pub(crate) struct Encoded {
 impl From<&Operator> for Encoded {
     /// All of it but the dense tensors, which are with what travels beside.
     fn from(operator: &Operator) -> Self {
+        assert_eq!(operator.csr(), None, "masks of blocks don't travel");
+        assert!(operator.score().is_scaled_dot(), "score functions don't travel");
         let mask = operator.mask();
         let positions = match &mask.positions {
             None => proto::Positions::Unspecified,

@@ -4,17 +4,17 @@ use std::ops::Range;
 
 use super::reduce::Layout;
 use super::walk::Walk;
-use crate::bias::Ramp;
+use crate::bias::{Ramp, RelativeRow, SwinRow};
 use crate::block::{Place, QueryLayout, RowBlock, RowPartials, Seen, Visible};
 use crate::compute::Compute;
 use crate::dispatch::{GeneralEntries, Kernels};
-use crate::mask::PageBits;
+use crate::mask::{KeyRuns, PageBits};
 use crate::normaliser::Normaliser;
 use crate::pages::{KvHead, PANEL_KEYS, padded_columns};
 use crate::plane::DensePlane;
 use crate::rows::partials_alive;
 use crate::rows::tile::Start;
-use crate::slot::PAGE_KEYS;
+use crate::slot::{PAGE_KEYS, n_pages};
 use crate::widen::widened_floats;
 
 /// What the scores of one row meet.
@@ -26,6 +26,10 @@ pub(crate) struct RowTerms<'a> {
     /// Added in this order.
     pub(crate) bias: Option<&'a DensePlane>,
     pub(crate) ramp: Option<Ramp>,
+    pub(crate) relative: Option<RelativeRow<'a>>,
+    pub(crate) swin: Option<SwinRow<'a>>,
+    /// The row sees keys that are in each of them.
+    pub(crate) runs: [Option<KeyRuns<'a>>; 2],
 }
 
 /// A block whose rows are more than dot products of what they see.
@@ -70,9 +74,11 @@ pub(crate) fn attend(
     let (scores, scratch) = scratch.split_at_mut(n_rows * PAGE_KEYS);
     let (partials, widened) = scratch.split_at_mut(partials_alive(n_rows) * n_rows * (columns + 2));
     let intervals = Visible::new(block.rows.visible, kv.n_keys());
+    let listed = block.listed(kv.n_keys());
     let mut pages: Vec<usize> = block.rows.pages.to_vec();
     pages.retain(|page| {
-        intervals.of_page(*page) != Seen::Nothing
+        listed.as_ref().is_none_or(|listed| listed[*page])
+            && intervals.of_page(*page) != Seen::Nothing
             && (0..n_rows).any(|row| !block.seen(&intervals, row, *page).is_empty())
     });
     let mut overflow: Option<usize> = None;
@@ -111,7 +117,33 @@ impl GeneralBlock<'_> {
         let terms = &self.terms[row];
         let planes = [terms.mask, terms.bias].into_iter().flatten();
         let interval = PageBits::of(intervals.of_row(row, page));
-        planes.fold(interval, |seen, plane| seen.and(plane.visible(terms.token, page)))
+        let seen = planes.fold(interval, |seen, plane| seen.and(plane.visible(terms.token, page)));
+        terms.runs.iter().flatten().fold(seen, |seen, runs| seen.and(&runs.of_page(page)))
+    }
+
+    /// Which pages some list of runs has keys in, where there are lists: looking at each page for each row would cost more than the pages
+    /// that they leave.
+    fn listed(&self, n_keys: usize) -> Option<Vec<bool>> {
+        let mut listed: Option<Vec<bool>> = None;
+        for nth in 0..2 {
+            if self.terms.iter().any(|terms| terms.runs[nth].is_none()) {
+                continue;
+            }
+            let mut pages = vec![false; n_pages(n_keys)];
+            let mut last: Option<KeyRuns<'_>> = None;
+            for runs in self.terms.iter().filter_map(|terms| terms.runs[nth]) {
+                // Heads, and the queries of a block, have their list in common.
+                if !last.is_some_and(|last| last.is_same(&runs)) {
+                    runs.mark_pages(&mut pages);
+                }
+                last = Some(runs);
+            }
+            listed = Some(match listed {
+                None => pages,
+                Some(others) => others.iter().zip(&pages).map(|(one, other)| *one && *other).collect(),
+            });
+        }
+        listed
     }
 }
 
@@ -199,6 +231,16 @@ pub(crate) fn add_and_mask(
     if let Some(ramp) = terms.ramp {
         let mut bias = [0.0; PAGE_KEYS];
         entries.fill_ramp(ramp, page, &mut bias);
+        entries.add_bias(s, vectors.clone(), &bias);
+    }
+    if let Some(relative) = terms.relative {
+        let mut bias = [0.0; PAGE_KEYS];
+        relative.fill(page, &mut bias);
+        entries.add_bias(s, vectors.clone(), &bias);
+    }
+    if let Some(swin) = terms.swin {
+        let mut bias = [0.0; PAGE_KEYS];
+        swin.fill(page, &mut bias);
         entries.add_bias(s, vectors.clone(), &bias);
     }
     entries.mask(s, vectors, seen)

@@ -61,6 +61,7 @@ fn run(case: &Case, seed: u64, kernels: &Kernels, memory: Memory) -> [Vec<u32>; 
             mask: mask.as_ref(),
             bias: bias.as_ref(),
             ramp: (seed & 4 == 0).then_some(Ramp { slope: 0.1, origin: row as f32, by_key: seed & 8 == 0 }),
+            ..RowTerms::default()
         })
         .collect();
     let pages: Vec<usize> = (0..n_pages(case.shape.n_keys())).collect();

@@ -1,12 +1,13 @@
-//! The rules that leave each row one interval of keys. They all do, and what several intervals have in common is one too, so
-//! any of them compose and no kernel knows which there are.
+//! The rules that leave each row one interval of keys. What several intervals have in common is one too, so any of them compose and
+//! no kernel knows which there are. Only documents may be scattered: then the interval reaches from the first key to the last one.
 
 use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::sync::Arc;
 
 use super::Causal;
-use super::documents::{DocumentRun, Documents};
+use super::documents::{BatchDocuments, Documents};
+use super::runs::KeyRuns;
 use crate::shape::AttnShape;
 
 /// Which keys the rows of a call see: those that every rule here lets through. The default lets all through.
@@ -36,7 +37,7 @@ pub struct Mask {
     pub key_end: Option<PerBatch<usize>>,
     /// Queries before the padding on the right; those behind see nothing.
     pub query_end: Option<PerBatch<usize>>,
-    /// Sequences packed into one. They go with none of `chunk`, `prefix`, `key_end`, `query_end` and offsets: padding is a document,
+    /// Sequences packed into one. One whose keys are in several runs makes this the only rule that leaves no interval. They go with none of `chunk`, `prefix`, `key_end`, `query_end` and offsets: padding is a document,
     /// too.
     pub documents: Option<Arc<Documents>>,
 }
@@ -166,18 +167,6 @@ pub enum MaskError {
         /// Where it begins.
         before: usize,
     },
-    /// A document whose keys are no interval.
-    #[error("mask.documents.keys[{batch}]: document {id} ends at {first} and again at {second}")]
-    Scattered {
-        /// Of which element of the batch.
-        batch: usize,
-        /// Which document.
-        id: u32,
-        /// Where its first run ends.
-        first: usize,
-        /// Where its second run ends.
-        second: usize,
-    },
 }
 
 impl Mask {
@@ -186,6 +175,11 @@ impl Mask {
         [Causal::None, Causal::BottomRight, Causal::TopLeft]
             .into_iter()
             .find(|rule| Self::from(*rule) == *self)
+    }
+
+    /// Whether what a row sees is an interval: always, but for documents whose keys are in several runs.
+    pub(crate) fn leaves_intervals(&self) -> bool {
+        !self.documents.as_ref().is_some_and(|documents| documents.is_scattered())
     }
 
     /// The mask of one element of the batch.
@@ -339,32 +333,38 @@ pub struct BatchMask<'a> {
     key_begin: i64,
     key_end: i64,
     query_end: usize,
-    documents: Option<&'a [DocumentRun]>,
+    documents: Option<&'a BatchDocuments>,
 }
 
-impl BatchMask<'_> {
+impl<'a> BatchMask<'a> {
     /// Where a query stands on the axis of the keys; before its beginning or behind its end where it has no key at all there.
     pub fn position(&self, token: usize) -> i64 {
         match self.documents {
-            Some(runs) => DocumentRun::of_token(runs, token).position(token, self.from_the_end),
+            Some(documents) => documents.position(token, self.from_the_end),
             None => self.offset.saturating_add(signed(token)),
         }
     }
 
     /// The first key that is no padding, of the document of a query where there are documents; whether or not the query sees it.
     pub fn first_key(&self, token: usize) -> i64 {
-        let of_document = self.documents.map(|runs| signed(DocumentRun::of_token(runs, token).keys.start));
+        let of_document = self.documents.map(|documents| signed(documents.hull(token).start));
         self.key_begin.max(of_document.unwrap_or(0))
     }
 
-    /// The keys that a query token sees; `0..0` if there are none.
+    /// Which keys of its interval a query token sees, where its document has keys in several runs.
+    pub(crate) fn scattered(&self, token: usize) -> Option<KeyRuns<'a>> {
+        self.documents?.scattered(token).map(KeyRuns::Ranges)
+    }
+
+    /// The interval of keys that a query token sees, `0..0` if there are none. Of a document that has keys in several runs it sees no
+    /// others in that interval.
     pub fn visible(&self, token: usize) -> Range<usize> {
         if token >= self.query_end {
             return 0..0;
         }
         let (mut begin, mut end) = (self.key_begin, self.key_end);
-        if let Some(runs) = self.documents {
-            let keys = &DocumentRun::of_token(runs, token).keys;
+        if let Some(documents) = self.documents {
+            let keys = documents.hull(token);
             (begin, end) = (begin.max(signed(keys.start)), end.min(signed(keys.end)));
         }
         let p = self.position(token);

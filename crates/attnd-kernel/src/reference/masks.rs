@@ -53,6 +53,28 @@ pub fn documents(of_tokens: &[u32], of_keys: &[u32]) -> impl Fn(At) -> bool {
     move |at| of_tokens[at.token] == of_keys[at.key]
 }
 
+/// Blocks of `query_block` times `key_block` elements that are seen, as sparse matrices in the form of CSR: one for all heads, one for each head,
+/// or one for each head of each batch element. Each has its own row pointers, from 0 on; their columns follow each other.
+pub fn csr<'a>(
+    (query_block, key_block): (usize, usize),
+    layouts: usize,
+    (row_ptr, columns): (&'a [u32], &'a [u32]),
+    heads: usize,
+) -> impl Fn(At) -> bool + 'a {
+    let matrices: Vec<&[u32]> = row_ptr.chunks(row_ptr.len() / layouts).collect();
+    move |at| {
+        let layout = match layouts {
+            1 => 0,
+            n if n == heads => at.head,
+            _ => at.batch * heads + at.head,
+        };
+        let before: u32 = matrices[..layout].iter().map(|pointers| pointers[pointers.len() - 1]).sum();
+        let row = at.token / query_block;
+        let [from, to] = [row, row + 1].map(|row| (before + matrices[layout][row]) as usize);
+        columns[from..to].contains(&((at.key / key_block) as u32))
+    }
+}
+
 /// A matrix of `[batch, heads, tokens, keys]`, of which the first three may be 1, for all, and the last may be short:
 /// what it lacks is not seen.
 ///
@@ -97,6 +119,19 @@ mod tests {
         assert_eq!(seen(1, 5, keys(1, 3)), ["12"]);
         assert_eq!(seen(2, 2, queries(1)), ["01", ""]);
         assert_eq!(seen(3, 4, documents(&[7, 8, 9], &[8, 7, 7, 8])), ["12", "03", ""]);
+    }
+
+    #[test]
+    fn block_masks_see_the_blocks_that_their_rows_list() {
+        let one = csr((2, 3), 1, (&[0, 1, 3], &[1, 0, 1]), 2);
+        assert_eq!(seen(3, 5, one), ["34", "34", "01234"]);
+        let two = csr((1, 1), 2, (&[0, 1, 0, 2], &[3, 0, 1]), 2);
+        let row = |at: At| (0..4).filter(|key| two(At { key: *key, ..at })).collect::<Vec<_>>();
+        let at = At { batch: 1, head: 0, token: 0, key: 0 };
+        assert_eq!([row(at), row(At { head: 1, ..at })], [vec![3], vec![0, 1]]);
+        let four = csr((1, 1), 4, (&[0, 0, 0, 1, 0, 1, 0, 1], &[3, 0, 2]), 2);
+        assert!(four(At { batch: 1, head: 1, token: 0, key: 2 }) && !four(At { key: 2, ..at }));
+        assert!(four(At { key: 0, ..at }));
     }
 
     #[test]

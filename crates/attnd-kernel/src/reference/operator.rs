@@ -248,7 +248,8 @@ impl Formula<'_> {
         let column = |(a, l): (&f64, &f64)| relative * a + flushed * l + (n + merges + 2.0) * UNDERFLOW * 2.0;
         let bound = Bound {
             context: amplitude.iter().zip(&largest).map(column).collect(),
-            lse: relative + if lse.is_finite() { flushed / sum + lse.abs() * UNIT_ROUNDOFF } else { 0.0 },
+            lse: relative
+                + if lse.is_finite() { lost(flushed / sum) + lse.abs() * UNIT_ROUNDOFF } else { 0.0 },
         };
         OperatorRow { context, lse, stages: Stages { raw, capped, masked, weights }, entropy, bound }
     }
@@ -261,6 +262,11 @@ impl Formula<'_> {
         };
         Weighed { weights: vec![weight; self.keys], lse: f64::NEG_INFINITY, sum: 0.0 }
     }
+}
+
+/// What a logarithm may lose where that share of its argument may be missing: everything, if all of it may.
+fn lost(share: f64) -> f64 {
+    if share < 1.0 { -(-share).ln_1p() } else { f64::INFINITY }
 }
 
 fn softmax(masked: &[f64], seen: &[usize], sink: f64) -> Weighed {

@@ -220,7 +220,7 @@ fn documents(rng: &mut SmallRng, queries: usize, keys: usize) -> (Vec<u32>, Vec<
 }
 
 /// Tokens' documents as runs.
-fn runs(ids: &[u32]) -> Vec<Run> {
+pub(crate) fn runs(ids: &[u32]) -> Vec<Run> {
     let mut runs: Vec<Run> = Vec::new();
     for (at, id) in ids.iter().copied().enumerate() {
         match runs.last_mut() {

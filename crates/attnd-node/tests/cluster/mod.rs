@@ -121,7 +121,7 @@ impl Worker for CountingService {
                         *received.messages.entry(chunk.tensor).or_default() += 1;
                     }
                     Some(Part::Commit(_)) => received.is_whole = true,
-                    Some(Part::Begin(_)) | None => {}
+                    Some(Part::Begin(_) | Part::Sums(_)) | None => {}
                 }
             }
             std::future::pending().await

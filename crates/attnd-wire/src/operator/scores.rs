@@ -9,9 +9,13 @@ use crate::proto::bias::Kind as BiasKind;
 use crate::proto::normaliser::Kind as NormaliserKind;
 
 /// Biases but the dense one, whose dimensions [`super::dense`] has.
+///
+/// # Panics
+/// If a bias has a table, for which no message has a place.
 pub(super) fn encode_biases(biases: &[Bias]) -> Vec<proto::Bias> {
     let encode = |bias: &Bias| match bias {
         Bias::Dense => None,
+        Bias::Relative(_) | Bias::Swin(_) => panic!("tables of biases don't travel"),
         Bias::Alibi { slopes, by_key } => {
             Some(BiasKind::Alibi(proto::Alibi { slopes: slopes.to_vec(), by_key: *by_key }))
         }

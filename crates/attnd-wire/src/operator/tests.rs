@@ -308,7 +308,7 @@ fn runs_are_counted_and_bounded() {
     let documents = proto::Documents { queries: Some(runs(3, 3, vec![3])), keys: Some(keys) };
     assert_eq!(
         refused_mask(proto::Causal::None, |m| m.documents = Some(documents)),
-        "OPERATOR: mask.documents.keys[0]: document 0 ends at 2 and again at 5"
+        "OPERATOR: mask.documents.keys: the keys of a document are in several runs"
     );
 }
 

@@ -196,6 +196,7 @@ fn begin(outputs: Option<Arc<Outputs>>) -> ComputeBegin {
         dtype: attnd_kernel::Dtype::F32,
         operator: Arc::new(plain()),
         outputs,
+        sides: attnd_plan::Sides::default(),
         allow_non_finite: false,
         pieces: vec![
             attnd_plan::Piece { groups: 1..3, slots: 0..40 },

@@ -1,7 +1,11 @@
-//! The operator in f64, element by element and in its own words, and faults that it can be given.
+//! Results against the oracle, which works out positions and who sees what by itself, and faults that its formula can be given.
 
-use attnd_kernel::reference::UNIT_ROUNDOFF;
-use attnd_kernel::{Bias, FinishedRows, Normaliser, PerBatch};
+use std::rc::Rc;
+
+use attnd_kernel::reference::biases;
+use attnd_kernel::reference::operator::{At, Formula, Score};
+use attnd_kernel::reference::problem::{Dense, Problem};
+use attnd_kernel::{Bias, FinishedRows, Normaliser, Relative, Swin};
 
 use super::request::Request;
 
@@ -15,13 +19,20 @@ pub(super) enum Fault {
     BiasMaskIsData,
     AlibiByOtherEnd,
     NoAlibi,
+    OtherDirection,
+    RelativeByOtherEnd,
+    SwinTransposed,
+    NoRegions,
+    NoBlocks,
+    BlocksOfOtherKeys,
+    NoDocuments,
     AlibiFromPadding,
     SoftmaxForSigmoid,
     NoSigmoidBias,
 }
 
 impl Fault {
-    pub(super) const ALL: [Self; 10] = [
+    pub(super) const ALL: [Self; 17] = [
         Self::NoCap,
         Self::CapAfterBias,
         Self::NoBias,
@@ -29,10 +40,113 @@ impl Fault {
         Self::BiasMaskIsData,
         Self::AlibiByOtherEnd,
         Self::NoAlibi,
+        Self::OtherDirection,
+        Self::RelativeByOtherEnd,
+        Self::SwinTransposed,
+        Self::NoRegions,
+        Self::NoBlocks,
+        Self::BlocksOfOtherKeys,
+        Self::NoDocuments,
         Self::AlibiFromPadding,
         Self::SoftmaxForSigmoid,
         Self::NoSigmoidBias,
     ];
+
+    /// A request that means the wrong formula, where parts can say it.
+    fn of(self, right: &Request) -> Request {
+        let mut request = right.clone();
+        let parts = &mut request.parts;
+        let is_masked = |bias: f32| bias <= f32::MIN;
+        match self {
+            Self::NoCap => parts.softcap = None,
+            Self::NoBias => {
+                let all = request.bias.iter_mut().flatten().filter(|bias| !is_masked(**bias));
+                all.for_each(|bias| *bias = 0.0);
+            }
+            Self::NoMask => request.mask.clear(),
+            Self::BiasMaskIsData => {
+                let all = request.bias.iter_mut().flatten().filter(|bias| is_masked(**bias));
+                all.for_each(|bias| *bias = 0.0);
+            }
+            Self::NoAlibi => parts.biases.retain(|bias| !matches!(bias, Bias::Alibi { .. })),
+            Self::OtherDirection => {
+                for bias in &mut parts.biases {
+                    if let Bias::Relative(right) = bias {
+                        let (table, buckets) = (right.table().into(), right.buckets());
+                        let distance = right.max_distance();
+                        *right = Relative::new(table, buckets, distance, !right.bidirectional()).unwrap();
+                    }
+                }
+            }
+            Self::SwinTransposed | Self::NoRegions => {
+                for bias in &mut parts.biases {
+                    if let Bias::Swin(Swin { height, width, shift, .. }) = bias {
+                        if self == Self::NoRegions {
+                            *shift = None;
+                        } else {
+                            std::mem::swap(height, width);
+                        }
+                    }
+                }
+            }
+            Self::NoBlocks => parts.csr = None,
+            Self::NoDocuments => parts.mask.documents = None,
+            Self::SoftmaxForSigmoid => parts.normaliser = Normaliser::Softmax,
+            Self::NoSigmoidBias => {
+                if let Normaliser::Sigmoid { bias } = &mut parts.normaliser {
+                    *bias = 0.0;
+                }
+            }
+            Self::CapAfterBias
+            | Self::AlibiByOtherEnd
+            | Self::AlibiFromPadding
+            | Self::RelativeByOtherEnd
+            | Self::BlocksOfOtherKeys => {}
+        }
+        request
+    }
+
+    /// What only a formula can say.
+    fn edit(self, request: &Request, formula: &mut Formula<'_>) {
+        let is_by_distance = |bias: &Bias| match self {
+            Self::AlibiByOtherEnd => matches!(bias, Bias::Alibi { by_key: false, .. }),
+            Self::RelativeByOtherEnd => matches!(bias, Bias::Relative(_)),
+            _ => false,
+        };
+        if let Some(nth) = request.parts.biases.iter().position(is_by_distance) {
+            let right = formula.biases.remove(nth);
+            let wrong = move |at: At| right(At { token: at.token + 1, ..at });
+            formula.biases.insert(nth, Box::new(wrong));
+        }
+        for (nth, bias) in request.parts.biases.iter().enumerate() {
+            if let (Self::AlibiFromPadding, Bias::Alibi { slopes, by_key: true }) = (self, bias) {
+                let slopes = slopes.clone();
+                formula.biases[nth] = Box::new(move |at| biases::alibi_by_key(0, &slopes)(at));
+            }
+        }
+        // Blocks are the last rule of a formula.
+        if self == Self::BlocksOfOtherKeys && request.parts.csr.is_some() {
+            let right = formula.visible.pop().unwrap();
+            formula.visible.push(Box::new(move |at| right(At { key: at.key + 1, ..at })));
+        }
+        if self == Self::CapAfterBias && formula.softcap.is_some() {
+            let biases = Rc::new(std::mem::take(&mut formula.biases));
+            let right = std::mem::replace(&mut formula.score, Box::new(|at| panic!("{at:?}")));
+            let added = biases.clone();
+            formula.score = Box::new(move |at| {
+                let score = right(at);
+                let added = added.iter().map(|bias| bias(at)).filter(|bias| bias.is_finite());
+                Score { value: score.value + added.sum::<f64>(), ..score }
+            });
+            formula.visible.push(Box::new(move |at| biases.iter().all(|bias| bias(at).is_finite())));
+        }
+    }
+}
+
+/// A dense tensor as the oracle takes it.
+fn dense<T: Copy>(planes: &[Vec<T>], n_keys: usize) -> Option<Dense<T>> {
+    let rows = planes.first()?.len() / n_keys;
+    Some(Dense { shape: [1, planes.len(), rows, n_keys], elements: planes.concat() })
 }
 
 /// The worst error of a result over the bound; at most 1 is right.
@@ -41,141 +155,30 @@ pub(super) fn worst_ratio(request: &Request, got: &FinishedRows) -> f64 {
 }
 
 pub(super) fn worst_ratio_with(request: &Request, got: &FinishedRows, fault: Option<Fault>) -> f64 {
-    let dv = request.case.shape.value_dim();
+    let request = &fault.map_or_else(|| request.clone(), |fault| fault.of(request));
+    let (case, dv) = (&request.case, request.case.shape.value_dim());
+    let mask = dense(&request.mask, request.n_keys());
+    let bias = dense(&request.bias, request.n_keys());
+    let problem = Problem {
+        shape: case.shape,
+        parts: &request.parts,
+        q: &case.q,
+        k: &case.k,
+        v: &case.v,
+        mask: mask.as_ref(),
+        bias: bias.as_ref(),
+    };
     let mut worst: f64 = 0.0;
-    for head in 0..request.group() {
-        for token in 0..request.n_queries() {
+    for token in 0..request.n_queries() {
+        let mut formula = problem.formula(0, token);
+        if let Some(fault) = fault {
+            fault.edit(request, &mut formula);
+        }
+        for head in 0..request.group() {
             let row = head * request.n_queries() + token;
             let context = &got.context[row * dv..][..dv];
-            worst = worst.max(row_ratio(request, head, token, context, got.lse[row], fault));
+            worst = worst.max(formula.row(0, head, token).worst_ratio(context, got.lse[row]));
         }
-    }
-    worst
-}
-
-/// The element of a dense tensor, `[1 or heads][1 or queries, keys]`.
-fn element<T: Copy>(planes: &[Vec<T>], head: usize, token: usize, key: usize, n_keys: usize) -> T {
-    let plane = if planes.len() == 1 { &planes[0] } else { &planes[head] };
-    if plane.len() == n_keys { plane[key] } else { plane[token * n_keys + key] }
-}
-
-fn row_ratio(
-    request: &Request,
-    head: usize,
-    token: usize,
-    context: &[f32],
-    lse: f32,
-    fault: Option<Fault>,
-) -> f64 {
-    let (case, parts) = (&request.case, &request.parts);
-    let (d, dv, n_keys) = (case.shape.head_dim(), case.shape.value_dim(), request.n_keys());
-    let q = &case.q[(head * request.n_queries() + token) * d..][..d];
-    let operator = request.operator();
-    let position = operator.mask_of_group(0, &case.shape).position(token) as f64;
-    let interval = operator.mask_of_group(0, &case.shape).visible(token);
-    let first = match &parts.mask.key_begin {
-        Some(PerBatch::Same(begin)) => *begin as f64,
-        _ => 0.0,
-    };
-
-    let (mut scores, mut magnitude) = (Vec::new(), 0.0_f64);
-    for j in interval {
-        let masked = !request.mask.is_empty() && !element(&request.mask, head, token, j, n_keys);
-        if masked && fault != Some(Fault::NoMask) {
-            continue;
-        }
-        let products = q.iter().zip(&case.k[j * d..]).map(|(q, k)| f64::from(*q) * f64::from(*k));
-        let scale = f64::from(parts.scale);
-        let mut size = scale.abs() * products.clone().map(f64::abs).sum::<f64>();
-        let mut score = scale * products.sum::<f64>();
-        let cap = |score: f64| match parts.softcap {
-            Some(cap) if fault != Some(Fault::NoCap) => f64::from(cap) * (score / f64::from(cap)).tanh(),
-            _ => score,
-        };
-        if fault != Some(Fault::CapAfterBias) {
-            score = cap(score);
-        }
-        if parts.softcap.is_some() {
-            size += 5.0 * score.abs();
-        }
-        let mut is_masked = false;
-        for bias in &parts.biases {
-            let value = match bias {
-                Bias::Dense => {
-                    let value = element(&request.bias, head, token, j, n_keys);
-                    if value == f32::NEG_INFINITY || value == f32::MIN {
-                        is_masked = fault != Some(Fault::BiasMaskIsData);
-                        0.0
-                    } else if fault == Some(Fault::NoBias) {
-                        0.0
-                    } else {
-                        f64::from(value)
-                    }
-                }
-                Bias::Alibi { slopes, by_key } => {
-                    let (slope, j) = (f64::from(slopes[head]), j as f64);
-                    match (fault, by_key) {
-                        (Some(Fault::NoAlibi), _) => 0.0,
-                        (Some(Fault::AlibiByOtherEnd), false) => -slope * (position + 1.0 - j).abs(),
-                        (Some(Fault::AlibiFromPadding), true) => slope * j,
-                        (_, true) => slope * (j - first),
-                        (_, false) => -slope * (position - j).abs(),
-                    }
-                }
-            };
-            score += value;
-            size += value.abs();
-        }
-        if fault == Some(Fault::CapAfterBias) {
-            score = cap(score);
-        }
-        if !is_masked {
-            scores.push((j, score));
-            magnitude = magnitude.max(size);
-        }
-    }
-
-    let max = scores.iter().map(|(_, score)| *score).fold(f64::NEG_INFINITY, f64::max);
-    let (weights, want_lse): (Vec<f64>, f64) = match parts.normaliser {
-        Normaliser::Sigmoid { bias } if fault != Some(Fault::SoftmaxForSigmoid) => {
-            let bias = if fault == Some(Fault::NoSigmoidBias) { 0.0 } else { f64::from(bias) };
-            magnitude += bias.abs();
-            let weights: Vec<f64> =
-                scores.iter().map(|(_, score)| 1.0 / (1.0 + (-(score + bias)).exp())).collect();
-            let sum = weights.iter().sum::<f64>();
-            (weights, sum.ln())
-        }
-        _ => {
-            let sum = scores.iter().map(|(_, score)| (score - max).exp()).sum::<f64>();
-            (scores.iter().map(|(_, score)| (score - max).exp() / sum).collect(), max + sum.ln())
-        }
-    };
-    let bound = 8.0 * UNIT_ROUNDOFF * (8.0 + magnitude);
-    let ratio = |got: f32, want: f64, bound: f64| {
-        let off = (f64::from(got) - want).abs();
-        if f64::from(got) == want {
-            0.0
-        } else if off.is_nan() {
-            f64::INFINITY
-        } else {
-            off / bound
-        }
-    };
-    let want_lse = if scores.is_empty() { f64::NEG_INFINITY } else { want_lse };
-    // Sums of weights that are all flushed have no logarithm.
-    let mut worst = if want_lse < -80.0 && matches!(parts.normaliser, Normaliser::Sigmoid { .. }) {
-        0.0
-    } else {
-        ratio(lse, want_lse, bound + want_lse.abs() * UNIT_ROUNDOFF)
-    };
-    for (c, got) in context.iter().enumerate() {
-        let (mut want, mut amplitude) = (0.0, 0.0);
-        for ((j, _), weight) in scores.iter().zip(&weights) {
-            let value = f64::from(case.v[j * dv + c]);
-            want += weight * value;
-            amplitude += weight * value.abs();
-        }
-        worst = worst.max(ratio(*got, want, bound * amplitude + 1e-35));
     }
     worst
 }

@@ -6,13 +6,15 @@ use attnd_kernel::slot::{
     N_SLOTS, Node, PAGE_KEYS, cover, keys_in_page, keys_in_slots, n_pages, slot_of_page,
 };
 use attnd_kernel::{
-    Bias, DensePlane, Dtype, Effective, FinishedRows, GroupCall, Kernels, Mask, Normaliser, Operator,
-    OperatorParts, PartialRows, PerBatch, Positions, Selection, Side, attend_node,
+    Bias, Csr, DensePlane, Documents, Dtype, Effective, FinishedRows, GroupCall, Kernels, Mask, Normaliser,
+    Operator, OperatorParts, PartialRows, PerBatch, Positions, Relative, Selection, Shift, Side, Swin,
+    attend_node,
 };
 use rand::RngExt;
 use rand::rngs::SmallRng;
 
 use crate::cases::{Case, merge_up};
+use crate::masks::runs;
 
 #[derive(Clone)]
 pub(super) struct Request {
@@ -32,12 +34,58 @@ pub(super) fn random_cuts(rng: &mut SmallRng) -> Vec<usize> {
     cuts
 }
 
+/// Blocks of any size, from none of a row to all of it.
+pub(super) fn random_csr(rng: &mut SmallRng, layouts: usize, queries: usize, keys: usize) -> Csr {
+    let sizes = [1, 2, 3, 16, 64, 100, 256, 300];
+    let block = |rng: &mut SmallRng| sizes[rng.random_range(0..sizes.len())];
+    let (query_block, key_block) = (block(rng), block(rng));
+    let (mut row_ptr, mut columns) = (Vec::new(), Vec::new());
+    for _ in 0..layouts {
+        row_ptr.push(0);
+        let begin = columns.len();
+        for _ in 0..queries.div_ceil(query_block) {
+            let share = [0.0, 0.1, 0.5, 0.9, 1.0][rng.random_range(0..5)];
+            columns.extend((0..keys.div_ceil(key_block) as u32).filter(|_| rng.random_bool(share)));
+            row_ptr.push((columns.len() - begin) as u32);
+        }
+    }
+    Csr::new((query_block, key_block), layouts, row_ptr.into(), columns.into()).unwrap()
+}
+
+/// Documents in runs that come again, of queries and of keys; some have none of either.
+pub(super) fn scattered_documents(rng: &mut SmallRng, queries: usize, keys: usize) -> Documents {
+    let mut of = |tokens: usize| {
+        let mut ids: Vec<u32> = Vec::new();
+        while ids.len() < tokens {
+            let run = rng.random_range(1..=tokens.div_ceil(3)).min(tokens - ids.len());
+            ids.extend(std::iter::repeat_n(rng.random_range(0..4), run));
+        }
+        vec![runs(&ids)]
+    };
+    let queries = of(queries);
+    Documents::new(&queries, &of(keys)).unwrap()
+}
+
+/// A bias of windows with so many tokens, shifted or not.
+fn random_swin(rng: &mut SmallRng, heads: usize, tokens: usize) -> Swin {
+    let heights: Vec<usize> = (1..=tokens).filter(|height| tokens.is_multiple_of(*height)).collect();
+    let height = heights[rng.random_range(0..heights.len())];
+    let width = tokens / height;
+    let table =
+        (0..(2 * height - 1) * (2 * width - 1) * heads).map(|_| rng.random_range(-3.0..3.0)).collect();
+    let shift = rng.random::<bool>().then(|| Shift {
+        regions: (0..tokens).map(|_| rng.random_range(0..3)).collect(),
+        between: [-100.0, -2.0][rng.random_range(0..2)],
+    });
+    Swin { height, width, table, shift }
+}
+
 impl Request {
     pub(super) fn new(case: Case, parts: OperatorParts) -> Self {
         Self { case, parts, mask: Vec::new(), bias: Vec::new() }
     }
 
-    /// Any part or none, with at least one that takes the general path.
+    /// Any part or none, nearly always with at least one that takes the general path.
     pub(super) fn random(case: Case, rng: &mut SmallRng) -> Self {
         let scale = case.scale * [1.0, -0.7, 0.0, 2.0][rng.random_range(0..4)];
         let mut parts = OperatorParts::plain(scale, attnd_kernel::Causal::None);
@@ -56,7 +104,7 @@ impl Request {
             parts.mask.key_begin = Some(PerBatch::Same(rng.random_range(0..=keys)));
         }
         let mut request = Self::new(case, parts);
-        let which = rng.random_range(1..32_u32);
+        let which = rng.random_range(1..256_u32);
         if which & 1 != 0 {
             request.parts.softcap = Some([0.5, 5.0, 50.0][rng.random_range(0..3)]);
         }
@@ -91,6 +139,24 @@ impl Request {
         if which & 8 != 0 {
             let slopes: Vec<f32> = (0..heads).map(|_| rng.random_range(-0.01..0.3)).collect();
             request.parts.biases.push(Bias::Alibi { slopes: slopes.into(), by_key: rng.random() });
+        }
+        if which & 32 != 0 {
+            let buckets = rng.random_range(4..40);
+            let table = (0..buckets * heads).map(|_| rng.random_range(-3.0..3.0)).collect();
+            let relative = Relative::new(table, buckets, rng.random_range(20..300), rng.random());
+            request.parts.biases.push(Bias::Relative(relative.unwrap()));
+        }
+        if queries == keys && rng.random() {
+            request.parts.biases.push(Bias::Swin(random_swin(rng, heads, keys)));
+        }
+        if which & 64 != 0 {
+            let layouts = if rng.random() { 1 } else { heads };
+            request.parts.csr = Some(random_csr(rng, layouts, queries, keys));
+        }
+        if which & 128 != 0 && !matches!(request.parts.mask.positions, Some(Positions::Offset(_))) {
+            request.parts.mask.documents = Some(scattered_documents(rng, queries, keys).into());
+        } else if which & 127 == 0 {
+            request.parts.softcap = Some(20.0);
         }
         if which & 16 != 0 {
             request.parts.normaliser = Normaliser::Sigmoid { bias: rng.random_range(-4.0..1.0_f32) };

@@ -46,6 +46,7 @@ pub(crate) fn operators_and_sides() -> impl Strategy<Value = (AttnShape, Arc<Ope
             normaliser: operator.normaliser(),
             sinks: operator.sinks().map(Arc::from),
             empty_row: operator.empty_row(),
+            ..OperatorParts::plain(1.0, Causal::None)
         };
         let operator = Arc::new(Operator::new(parts, &shape).unwrap());
         let sides = Sides::new(bias.into_iter().chain(mask).collect()).unwrap();
@@ -83,6 +84,7 @@ fn begin() -> ComputeBegin {
         shape: shape(),
         dtype: Dtype::F32,
         operator: Arc::new(Operator::new(parts, &shape()).unwrap()),
+        outputs: None,
         sides: Sides::new(vec![layout]).unwrap(),
         allow_non_finite: false,
         pieces: vec![Piece { groups: 0..2, slots: 0..64 }],
