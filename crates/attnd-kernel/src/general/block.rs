@@ -1,6 +1,8 @@
 //! A block of rows on the general path: what of each page its rows see, and the stages over it.
 
-use super::reduce::Layout;
+use std::ops::Range;
+
+use super::reduce::{Layout, Located};
 use super::walk::Walk;
 use crate::bias::Ramp;
 use crate::block::{Place, QueryLayout, RowBlock, RowPartials, Seen, Visible};
@@ -24,6 +26,8 @@ pub(crate) struct RowTerms<'a> {
     /// Added in this order.
     pub(crate) bias: Option<&'a DensePlane>,
     pub(crate) ramp: Option<Ramp>,
+    /// What the score function asks for beside the two rows.
+    pub(crate) located: Option<Located<'a>>,
 }
 
 /// A block whose rows are more than dot products of what they see.
@@ -98,6 +102,11 @@ pub(crate) fn attend(
 }
 
 impl GeneralBlock<'_> {
+    /// Scores of all rows against some panels of page `page`, before anything is done to them: `s[row * 256 + key]`.
+    pub(crate) fn scores(&self, (k, page): (&[f32], usize), panels: Range<usize>, s: &mut [f32]) {
+        self.layout.scores(self.rows.q, (k, page), panels, |row| self.terms[row].located, s);
+    }
+
     /// The keys of a page that a row sees.
     fn seen(&self, intervals: &Visible<'_>, row: usize, page: usize) -> PageBits {
         let terms = &self.terms[row];
@@ -127,7 +136,7 @@ impl Stages<'_> {
         let vectors = seen.iter().fold(PageBits::default(), |hull, row| hull.or(row)).vectors();
 
         let panels = vectors.start / PANEL_KEYS..vectors.end.div_ceil(PANEL_KEYS);
-        block.layout.scores(block.rows.q, k, panels, self.scores);
+        block.scores((k, page), panels, self.scores);
         let mut overflow = None;
         for (row, seen) in seen.iter().enumerate() {
             let s = row_of(self.scores, row);
@@ -168,7 +177,7 @@ fn shape(
     row: usize,
     page: usize,
     seen: &PageBits,
-    vectors: std::ops::Range<usize>,
+    vectors: Range<usize>,
     s: &mut [f32; PAGE_KEYS],
 ) -> bool {
     let terms = &block.terms[row];

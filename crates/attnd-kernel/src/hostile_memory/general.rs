@@ -60,6 +60,7 @@ fn run(case: &Case, seed: u64, kernels: &Kernels, memory: Memory) -> [Vec<u32>; 
             token: row / group,
             mask: mask.as_ref(),
             bias: bias.as_ref(),
+            located: None,
             ramp: (seed & 4 == 0).then_some(Ramp { slope: 0.1, position: row as f32, by_key: seed & 8 == 0 }),
         })
         .collect();
