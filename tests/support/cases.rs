@@ -310,7 +310,7 @@ impl Case {
             let (q, kv) = (self.queries(group), self.resident(group));
             let planes = self.planes(group);
             let [mask, bias] = planes.each_ref().map(|planes| planes.iter().collect::<Vec<_>>());
-            let side = Side { mask: &mask, bias: &bias };
+            let side = Side { mask: &mask, bias: &bias, ..Side::default() };
             let call = GroupCall { shape, operator, group, q: &q, kv: &kv, side, compute: Effective::F32 };
             let tokens = 0..shape.n_queries();
             let (partial, _overflow) = attend_node(kernels, &call, Node::ROOT, tokens.clone());
@@ -356,7 +356,7 @@ impl Case {
             group,
             q: &q,
             kv: &kv,
-            side: Side { mask: &mask, bias: &bias },
+            side: Side { mask: &mask, bias: &bias, ..Side::default() },
             compute: Effective::F32,
         };
         let (partial, _overflow) = attend_node(kernels, &call, Node::ROOT, tokens);

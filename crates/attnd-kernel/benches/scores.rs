@@ -56,6 +56,7 @@ struct Call {
     operator: Operator,
     q: Vec<f32>,
     kv: KvHead,
+    previous: Option<Vec<f32>>,
 }
 
 impl Call {
@@ -71,9 +72,9 @@ impl Call {
             Symbol::One | Symbol::Batch | Symbol::Heads | Symbol::KvHeads => 1,
             Symbol::BothDims => 2 * DIM as usize,
             Symbol::Queries | Symbol::Positions => TOKENS as usize,
-            Symbol::QueryDim | Symbol::KeyDim | Symbol::Units | Symbol::Filters | Symbol::Taps => {
-                DIM as usize
-            }
+            Symbol::QueryDim | Symbol::KeyDim | Symbol::Units => DIM as usize,
+            Symbol::Filters => 4,
+            Symbol::Taps => 31,
         };
         let tensors = function.parameters.iter().map(|parameter| {
             let shape: Vec<usize> = parameter.shapes[0].iter().map(size).collect();
@@ -96,11 +97,13 @@ impl Call {
             kv.write_k(page, &bytes(&rows), Dtype::F32, false).unwrap();
             kv.write_v(page, &bytes(&v), Dtype::F32, false).unwrap();
         }
-        Self { name: function.name, shape, operator, q: uniform((TOKENS * DIM) as usize, -1.0), kv }
+        let previous = operator.reads_previous().then(|| uniform((TOKENS * TOKENS) as usize, 0.0));
+        Self { previous, name: function.name, shape, operator, q: uniform((TOKENS * DIM) as usize, -1.0), kv }
     }
 
     fn seconds(&self, kernels: &Kernels) -> f64 {
-        let (side, compute) = (Side::default(), Effective::F32);
+        let (side, compute) =
+            (Side { previous: self.previous.as_deref(), ..Side::default() }, Effective::F32);
         let Self { shape, operator, q, kv, .. } = self;
         let call = GroupCall { shape: *shape, operator, group: 0, q, kv, side, compute };
         let start = Instant::now();

@@ -15,7 +15,7 @@ use crate::buffer::Buffer;
 use crate::compute::{Compute, Effective};
 use crate::dispatch::Kernels;
 use crate::float_env::FloatEnvironment;
-use crate::general::reduce::Layout;
+use crate::general::reduce::{Layout, Located};
 use crate::general::{self, GeneralBlock, RowTerms};
 use crate::mask::{BatchMask, Selection};
 use crate::operator::{Operator, Path, Queries};
@@ -58,6 +58,8 @@ pub struct Side<'a> {
     pub mask: &'a [&'a DensePlane],
     /// For [`Bias::Dense`].
     pub bias: &'a [&'a DensePlane],
+    /// The weights that rows had before, `[group_size, n_queries, n_keys]`, where [`Operator::reads_previous`].
+    pub previous: Option<&'a [f32]>,
 }
 
 impl<'a> Side<'a> {
@@ -66,6 +68,9 @@ impl<'a> Side<'a> {
     fn check(&self, call: &GroupCall<'_>) {
         let (operator, shape) = (call.operator, &call.shape);
         let has_bias = operator.biases().contains(&Bias::Dense);
+        let of_group = shape.group_size() * shape.n_queries() * shape.n_keys();
+        let previous = operator.reads_previous().then_some(of_group);
+        assert_eq!(self.previous.map(<[f32]>::len), previous, "previous weights");
         let has_mask = operator.selection() == Some(Selection::Dense);
         for (planes, is_there, is_bias) in [(self.mask, has_mask, false), (self.bias, has_bias, true)] {
             let counts = if is_there { [1, shape.group_size()] } else { [0; 2] };
@@ -336,6 +341,10 @@ impl GroupCall<'_> {
             relative: operator.relative(in_batch, mask.position(token)),
             swin: operator.swin(batch, in_batch, token),
             runs: [blocks, mask.scattered(token)],
+            located: side.previous.zip(operator.filters(shape, *group, head)).map(|(previous, filters)| {
+                let first = (head * shape.n_queries() + token) * shape.n_keys();
+                Located { previous: &previous[first..][..shape.n_keys()], filters }
+            }),
         }
     }
 }

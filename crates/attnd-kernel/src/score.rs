@@ -17,7 +17,7 @@ pub use self::parameters::{Parameter, ScoreError, Symbol, Tensor};
 use crate::buffer::OutOfMemory;
 use crate::dispatch::Kernels;
 use crate::float_env::FloatEnvironment;
-use crate::general::reduce::{Reducer, flagged_exponentials};
+use crate::general::reduce::{Filters, Reducer, flagged_exponentials};
 use crate::shape::AttnShape;
 use crate::storage::Storage;
 
@@ -43,6 +43,7 @@ functions! {
     keras_additive,
     keras_concat,
     location,
+    location_aware,
     scaled_dot,
 }
 
@@ -201,6 +202,11 @@ pub(crate) trait ScoreFunction: Debug + Send + Sync {
     fn weights(&self, _head: usize) -> &[f32] {
         &[]
     }
+
+    /// What becomes of the weights that a row had before, where the reducer asks for it.
+    fn filters(&self, _head: usize) -> Option<Filters<'_>> {
+        None
+    }
 }
 
 /// A score function of an operator. Cheap to clone.
@@ -235,6 +241,10 @@ impl BoundScore {
 
     pub(crate) fn weights(&self, head: usize) -> &[f32] {
         self.0.weights(head)
+    }
+
+    pub(crate) fn filters(&self, head: usize) -> Option<Filters<'_>> {
+        self.0.filters(head)
     }
 
     /// Rows of queries as the reducer packs them.

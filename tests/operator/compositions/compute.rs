@@ -117,7 +117,7 @@ fn partials(
         group,
         q: &case.q[group * rows..][..rows],
         kv: &resident(case, group, slots),
-        side: Side { mask: &mask, bias: &bias },
+        side: Side { mask: &mask, bias: &bias, ..Side::default() },
         compute: Effective::F32,
     };
     let of_node = |node: &Node| {

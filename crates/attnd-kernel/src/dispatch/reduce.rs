@@ -6,12 +6,14 @@ use super::Kernels;
 use super::isa::Isa;
 use crate::arch;
 use crate::general::reduce::{
-    DirectRow, Distance, Leaky, Tanh, TiledRows, WideRow, direct_scores, key_exponentials, row_exponentials,
-    row_words, tiles, wide_scores,
+    DirectRow, Distance, Leaky, Tanh, TiledRows, WideRow, convolve, direct_scores, key_exponentials,
+    located_scores, row_exponentials, row_words, tiles, wide_scores,
 };
 use crate::lanes::LANES;
 use crate::pages::PANEL_KEYS;
 use crate::slot::PAGE_KEYS;
+
+type LocatedScores = unsafe fn(&[f32], &[f32], &[f32], &[f32], Range<usize>, &mut [f32]);
 
 /// The entries of one ISA. [`Kernels::reduce`] hands them out only where the CPU has its features.
 pub(crate) struct ReduceEntries {
@@ -26,6 +28,8 @@ pub(crate) struct ReduceEntries {
     direct: unsafe fn(DirectRow, *const f32, u16, *mut f32),
     key_exponentials: unsafe fn(&[f32], &mut [f32]) -> bool,
     row_exponentials: unsafe fn(&[f32], &mut [f32], &mut [f32]) -> bool,
+    convolve: unsafe fn(&[f32], &[f32], &mut [f32]),
+    located: LocatedScores,
 }
 
 impl Kernels {
@@ -147,6 +151,26 @@ impl ReduceEntries {
         // SAFETY: above.
         unsafe { (self.row_exponentials)(a, e1, e2) }
     }
+
+    /// [`convolve`].
+    pub(crate) fn convolve(&self, taps: &[f32], around: &[f32], to: &mut [f32]) {
+        // SAFETY: above.
+        unsafe { (self.convolve)(taps, around, to) }
+    }
+
+    /// [`located_scores`].
+    pub(crate) fn located(
+        &self,
+        row: &[f32],
+        units: &[f32],
+        responses: &[f32],
+        k: &[f32],
+        panels: Range<usize>,
+        s: &mut [f32],
+    ) {
+        // SAFETY: above.
+        unsafe { (self.located)(row, units, responses, k, panels, s) }
+    }
 }
 
 /// Stamps the entries of one ISA, with tiles of rows by vectors of keys.
@@ -191,6 +215,23 @@ macro_rules! instantiate {
                 // SAFETY: the features are enabled on this function.
                 unsafe { row_exponentials::<$lanes>(a, e1, e2) }
             }
+            $(#[$features])?
+            unsafe fn convolve_entry(taps: &[f32], around: &[f32], to: &mut [f32]) {
+                // SAFETY: the features are enabled on this function.
+                unsafe { convolve::<$lanes>(taps, around, to) }
+            }
+            $(#[$features])?
+            unsafe fn located_entry(
+                row: &[f32],
+                units: &[f32],
+                responses: &[f32],
+                k: &[f32],
+                panels: Range<usize>,
+                s: &mut [f32],
+            ) {
+                // SAFETY: the features are enabled on this function.
+                unsafe { located_scores::<$lanes>(row, units, responses, k, panels, s) }
+            }
             ReduceEntries {
                 tile_rows: $mr,
                 tanh_rows: $tr,
@@ -201,6 +242,8 @@ macro_rules! instantiate {
                 direct: direct_entry,
                 key_exponentials: key_exponentials_entry,
                 row_exponentials: row_exponentials_entry,
+                convolve: convolve_entry,
+                located: located_entry,
             }
         };
     };

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::reduce::Layout;
+use super::reduce::{Layout, Located};
 use super::walk::Walk;
 use crate::bias::{Ramp, RelativeRow, SwinRow};
 use crate::block::{Place, QueryLayout, RowBlock, RowPartials, Seen, Visible};
@@ -30,6 +30,8 @@ pub(crate) struct RowTerms<'a> {
     pub(crate) swin: Option<SwinRow<'a>>,
     /// The row sees keys that are in each of them.
     pub(crate) runs: [Option<KeyRuns<'a>>; 2],
+    /// What the score function asks for beside the two rows.
+    pub(crate) located: Option<Located<'a>>,
 }
 
 /// A block whose rows are more than dot products of what they see.
@@ -106,10 +108,10 @@ pub(crate) fn attend(
 }
 
 impl GeneralBlock<'_> {
-    /// Sums of all rows with whole panels of a page around `vectors`.
-    pub(crate) fn products(&self, k: &[f32], vectors: &Range<usize>, scores: &mut [f32]) {
+    /// Scores of all rows against whole panels of page `page` around `vectors`, before anything is done to them: `s[row * 256 + key]`.
+    pub(crate) fn scores(&self, (k, page): (&[f32], usize), vectors: &Range<usize>, s: &mut [f32]) {
         let panels = vectors.start / PANEL_KEYS..vectors.end.div_ceil(PANEL_KEYS);
-        self.layout.scores(self.rows.q, k, panels, scores);
+        self.layout.scores(self.rows.q, (k, page), panels, |row| self.terms[row].located, s);
     }
 
     /// The keys of a page that a row sees.
@@ -166,7 +168,7 @@ impl Stages<'_> {
         let seen: Vec<PageBits> = (0..n_rows).map(|row| block.seen(&self.intervals, row, page)).collect();
         let vectors = seen.iter().fold(PageBits::default(), |hull, row| hull.or(row)).vectors();
 
-        block.products(k, &vectors, self.scores);
+        block.scores((k, page), &vectors, self.scores);
         let mut overflow = None;
         for (row, seen) in seen.iter().enumerate() {
             let s = row_of(self.scores, row);

@@ -9,9 +9,11 @@
 //! | [`Reducer::Distance`] | `(q_x - k_x)^2`, the sum times `-1 / (2 width^2)` |
 //! | [`Reducer::Leaky`] | `w_x leaky(a_x + b_x)` |
 //! | [`Reducer::Tanh`] | `w_x tanh(a_x + b_x)` |
+//! | [`Reducer::Located`] | the same with what previous weights say |
 
 mod distance;
 mod leaky;
+mod located;
 mod tanh;
 mod tile;
 
@@ -19,6 +21,7 @@ use std::ops::Range;
 
 pub(crate) use self::distance::Distance;
 pub(crate) use self::leaky::Leaky;
+pub(crate) use self::located::{Filters, Located, convolve, located_scores};
 pub(crate) use self::tanh::{
     DirectRow, Tanh, WideRow, direct_scores, flagged_exponentials, key_exponentials, row_exponentials,
     row_words, wide_scores,
@@ -27,6 +30,7 @@ pub(crate) use self::tile::{TiledRows, tiles};
 use crate::block::QueryLayout;
 use crate::dispatch::{GeneralEntries, Kernels, ReduceEntries};
 use crate::pages::PANEL_KEYS;
+use crate::slot::PAGE_KEYS;
 
 /// A kind of sum over the elements of two rows.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -44,13 +48,15 @@ pub(crate) enum Reducer {
     },
     /// Weighted sums of hyperbolic tangents.
     Tanh,
+    /// The same, for rows that had weights before.
+    Located,
 }
 
 impl Reducer {
     /// Elements of a resident key behind those of its row.
     pub(crate) fn flags(self) -> usize {
         match self {
-            Self::Dot | Self::Distance { .. } | Self::Leaky { .. } => 0,
+            Self::Dot | Self::Distance { .. } | Self::Leaky { .. } | Self::Located => 0,
             Self::Tanh => 1,
         }
     }
@@ -86,6 +92,7 @@ impl Layout {
         match self.reducer {
             Reducer::Dot | Reducer::Distance { .. } => (self.d, 0),
             Reducer::Leaky { .. } => (2 * self.d, 0),
+            Reducer::Located => (0, 2 * self.d),
             Reducer::Tanh => (tanh::tile_words(self.d), tanh::row_words(self.d)),
         }
     }
@@ -112,6 +119,13 @@ impl Layout {
                 };
                 interleave(self.entries.tile_rows, self.n_rows, q, of_row);
             }
+            Reducer::Located => {
+                for (to, (row, weights)) in q.chunks_exact_mut(2 * self.d).zip(rows.iter().zip(weights)) {
+                    let (a, w) = to.split_at_mut(self.d);
+                    a.copy_from_slice(row);
+                    w.iter_mut().zip(*weights).for_each(|(to, w)| *to = w * factor);
+                }
+            }
             Reducer::Tanh => {
                 let (tiles, apart) = q.split_at_mut(self.n_rows * tanh::tile_words(self.d));
                 let size = tanh::row_words(self.d);
@@ -124,11 +138,19 @@ impl Layout {
         }
     }
 
-    /// Scores of packed rows against some panels of a page: `s[row * 256 + key]`. What is masked may be anything.
+    /// Scores of packed rows against some panels of page `page`: `s[row * 256 + key]`. What is masked may be anything. `located`
+    /// says where a row's attention was before, if the reducer asks for it.
     ///
     /// # Panics
-    /// If a slice is too short.
-    pub(crate) fn scores(&self, q: &[f32], k: &[f32], panels: Range<usize>, s: &mut [f32]) {
+    /// If a slice is too short, or a row has nothing before that should.
+    pub(crate) fn scores<'a>(
+        &self,
+        q: &[f32],
+        (k, page): (&[f32], usize),
+        panels: Range<usize>,
+        located: impl Fn(usize) -> Option<Located<'a>>,
+        s: &mut [f32],
+    ) {
         let (n_rows, d) = (self.n_rows, self.d);
         match self.reducer {
             Reducer::Dot => self.general.scores(q, n_rows, d, k, panels, s),
@@ -139,6 +161,13 @@ impl Layout {
             }
             Reducer::Leaky { slope } => {
                 self.entries.leaky(Leaky { slope }, q, (n_rows, d), k, panels, s);
+            }
+            Reducer::Located => {
+                let rows = q.chunks_exact(2 * d).zip(s.chunks_exact_mut(PAGE_KEYS));
+                for (i, (row, s)) in rows.enumerate() {
+                    let Some(located) = located(i) else { panic!("row {i} has no previous weights") };
+                    located::scores(self.entries, row, located, (k, page), panels.clone(), s);
+                }
             }
             Reducer::Tanh => {
                 let (tiles, apart) = q.split_at(n_rows * tanh::tile_words(d));

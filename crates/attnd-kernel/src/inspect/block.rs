@@ -191,7 +191,7 @@ impl Walk<'_, '_> {
         if !vectors.is_empty() {
             let Some(view) = call.kv.page(page) else { panic!("page {page} is not resident") };
             let k = self.inspect.key_panels(call.kv, view, self.widened);
-            self.block.products(k, &vectors, self.scores);
+            self.block.scores((k, page), &vectors, self.scores);
         }
         if seen.iter().any(|row| !row.is_empty()) {
             for collected in [&mut self.mass, &mut self.heat].into_iter().flatten() {

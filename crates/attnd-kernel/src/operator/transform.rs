@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use super::Operator;
 use crate::dispatch::Kernels;
-use crate::general::reduce::Reducer;
+use crate::general::reduce::{Filters, Reducer};
 use crate::score::{KeyRows, QueryRows};
 use crate::shape::AttnShape;
 use crate::storage::Storage;
@@ -104,6 +104,22 @@ impl Operator {
     /// What makes a score of two transformed rows.
     pub(crate) fn reducer(&self) -> Reducer {
         self.score.as_ref().map_or(Reducer::Dot, |score| score.reducer())
+    }
+
+    /// Whether scores ask for the weights that rows had before, `Side::previous`.
+    pub fn reads_previous(&self) -> bool {
+        self.reducer() == Reducer::Located
+    }
+
+    /// What becomes of these for a head of a group.
+    pub(crate) fn filters(
+        &self,
+        shape: &AttnShape,
+        group: usize,
+        head_in_group: usize,
+    ) -> Option<Filters<'_>> {
+        let head = group % shape.n_kv_heads() * shape.group_size() + head_in_group;
+        self.score.as_ref().and_then(|score| score.filters(head))
     }
 
     /// The weights of that sum for a head of a group.

@@ -14,10 +14,13 @@ use rand::rngs::SmallRng;
 use self::problem::{Given, Problem};
 use crate::cases::differing_bits;
 
-/// A score function and its formula: of a scale, what the function is given, a query, and a key at a position.
+/// A formula: of a scale, what the function is given, a query, and a key at a position.
+type OfPair = fn(f64, &Given<'_>, &[f32], (usize, &[f32])) -> Score;
+
+/// A score function and its formula.
 struct Row {
     name: &'static str,
-    formula: fn(f64, &Given<'_>, &[f32], (usize, &[f32])) -> Score,
+    formula: OfPair,
 }
 
 const TABLE: &[Row] = &[
@@ -47,6 +50,18 @@ const TABLE: &[Row] = &[
             let (v, w_q, w_k) = (given.of("v"), given.of("w_q"), given.of("w_k"));
             let bias = given.spread("b", v.len());
             scores::additive(scale, Additive { v: &v, w_q: &w_q, w_k: &w_k, bias: &bias }, q, k)
+        },
+    },
+    Row {
+        name: "location_aware",
+        formula: |scale, given, q, (key, k)| {
+            let (v, w_q, w_k, u) = (given.of("v"), given.of("w_q"), given.of("w_k"), given.of("u"));
+            let bias = given.spread("b", v.len());
+            let parameters = Additive { v: &v, w_q: &w_q, w_k: &w_k, bias: &bias };
+            let filters = given.of("filters");
+            let features =
+                scores::convolved(given.previous, &filters, filters.len() * v.len() / u.len(), key);
+            scores::location_aware(scale, parameters, (&u, &features), q, k)
         },
     },
     Row {

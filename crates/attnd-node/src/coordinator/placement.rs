@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use attnd_kernel::{Compute, KERNEL_ID, Path};
 use attnd_plan::{Capacity, Plan, PlanError, PlanRequest, VerifiedPlan};
-use attnd_wire::join::{GENERAL_PATH, OPERATORS, WIRE_VERSIONS};
+use attnd_wire::join::{GENERAL_PATH, OPERATORS, OUTPUTS, WIRE_VERSIONS};
 use attnd_wire::{Begin, ComputeBegin, Deadline, Error, Reason};
 
 use super::Hub;
@@ -54,6 +54,7 @@ pub(crate) async fn place(
 /// The first version of workers that can compute the call.
 fn least_version(begin: &Begin) -> u32 {
     match (begin.operator.path(), begin.operator.kernel_id(Compute::F32)) {
+        _ if begin.outputs.is_some() => OUTPUTS,
         (Path::Plain, KERNEL_ID) => *WIRE_VERSIONS.start(),
         (Path::Plain, _newer) => OPERATORS,
         (Path::General, _) => GENERAL_PATH,
@@ -139,7 +140,7 @@ async fn open(
 
 #[cfg(test)]
 mod tests {
-    use attnd_kernel::{AttnShape, Causal, Dims, Dtype, Operator, OperatorParts};
+    use attnd_kernel::{AttnShape, Causal, Dims, Dtype, Operator, OperatorParts, OutputsParts};
     use attnd_plan::WorkerChoice;
 
     use super::*;
@@ -148,18 +149,22 @@ mod tests {
     fn old_workers_get_calls_of_old_versions() {
         let dims = Dims { batch: 1, heads: 1, kv_heads: 1, queries: 1, keys: 1, head_dim: 1, value_dim: 1 };
         let shape = AttnShape::new(dims).unwrap();
-        let version = |parts: OperatorParts| {
+        let with_outputs = |parts: OperatorParts, outputs| {
+            let operator = Operator::new(parts, &shape).unwrap();
             least_version(&Begin {
                 shape,
                 dtype: Dtype::F32,
-                operator: Arc::new(Operator::new(parts, &shape).unwrap()),
+                outputs: attnd_wire::outputs::checked(outputs, &shape, &operator).unwrap(),
+                operator: Arc::new(operator),
                 sides: attnd_plan::Sides::default(),
                 allow_non_finite: false,
                 forbid_empty_rows: false,
                 workers: WorkerChoice::Auto,
             })
         };
+        let version = |parts| with_outputs(parts, OutputsParts::default());
         let plain = || OperatorParts::plain(1.0, Causal::TopLeft);
+        assert_eq!(with_outputs(plain(), OutputsParts { top_k: 1, ..OutputsParts::default() }), 4);
         assert_eq!(version(plain()), 1);
         assert_eq!(version(OperatorParts { scale: -1.0, ..plain() }), 2);
         assert_eq!(version(OperatorParts { softcap: Some(30.0), ..plain() }), 3);

@@ -54,7 +54,7 @@ impl ReadyGroup {
         let (Operands { q, kv }, group) = (&self.operands, self.group);
         let planes = |tensor| self.planes.of_group(tensor, group, &kv.slots(), &shape);
         let (mask, bias) = (planes(SideTensor::Mask), planes(SideTensor::Bias));
-        let side = Side { mask: &mask, bias: &bias };
+        let side = Side { mask: &mask, bias: &bias, ..Side::default() };
         work(GroupCall { shape, operator, group, q, kv, side, compute: Effective::F32 })
     }
 }

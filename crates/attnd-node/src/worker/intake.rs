@@ -373,7 +373,7 @@ mod tests {
         let begin = || {
             let need = bytes_needed(&layout, &sides, &pieces()).unwrap();
             assert_eq!(need, bytes_needed(&layout, &Sides::default(), &pieces()).unwrap() + 2 * 32);
-            Intake::new(layout, &sides, &pieces(), &mut budget.reserve(need).unwrap())
+            Intake::new(layout, &sides, &pieces(), SumsDue::default(), &mut budget.reserve(need).unwrap())
         };
         let text = |said: Result<Progress, Error>| said.unwrap_err().message();
         let mut intake = begin();

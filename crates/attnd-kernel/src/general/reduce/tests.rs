@@ -102,7 +102,7 @@ fn every_isa_gives_the_bits_of_the_definitions() {
                     }
                 }
                 let mut s = vec![f32::NAN; n_rows * PAGE_KEYS];
-                layout.scores(&q, &panels, 0..4, &mut s);
+                layout.scores(&q, (&panels, 0), 0..4, |_| None, &mut s);
                 for (at, got) in s.iter().enumerate() {
                     let (row, key) = (at / PAGE_KEYS, at % PAGE_KEYS);
                     let w: Vec<f32> = weights[row].iter().map(|w| w * factor).collect();
@@ -119,6 +119,48 @@ fn every_isa_gives_the_bits_of_the_definitions() {
                     let isa = kernels.isa();
                     assert!(same, "seed {seed} {reducer:?} {isa}: {got:e} for {want:e}, {a:?} and {b:?}");
                 }
+            }
+        }
+    }
+}
+
+/// The same of what previous weights say, in the first page and in one behind it.
+#[test]
+fn every_isa_gives_the_bits_of_the_located_definition() {
+    for seed in 0..10 {
+        let mut rng = SmallRng::seed_from_u64(960 + seed);
+        let (d, n_filters, n_taps) =
+            (rng.random_range(1..=9_usize), rng.random_range(1..=4_usize), rng.random_range(1..=40_usize));
+        let mut random = |n: usize| -> Vec<f32> { (0..n).map(|_| rng.random_range(-2.0..2.0)).collect() };
+        let (a, w, keys) = (random(d), random(d), random(PAGE_KEYS * d));
+        let (taps, units, previous) = (random(n_filters * n_taps), random(d * n_filters), random(300));
+        let mut panels = vec![0.0; PAGE_KEYS * d];
+        for (key, row) in keys.chunks(d).enumerate() {
+            for (x, element) in row.iter().enumerate() {
+                panels[panel_at(key / PANEL_KEYS, d) + x * PANEL_KEYS + key % PANEL_KEYS] = *element;
+            }
+        }
+        let located =
+            Located { previous: &previous, filters: Filters { taps: &taps, n_taps, units: &units } };
+        for (page, kernels) in
+            (0..2).flat_map(|page| Kernels::available().into_iter().map(move |k| (page, k)))
+        {
+            let layout = Layout::new(Reducer::Located, 1, d, 0.75, kernels);
+            let (mut q, mut s) = (vec![f32::NAN; layout.words()], vec![f32::NAN; PAGE_KEYS]);
+            layout.pack(kernels, &[&a], &[&w], &mut q);
+            layout.scores(&q, (&panels, page), 0..4, |_| Some(located), &mut s);
+            for (key, got) in s.iter().enumerate() {
+                let at = |t: usize| (page * PAGE_KEYS + key + t).checked_sub(n_taps / 2);
+                let response = |c: usize| {
+                    let around = |t: usize| at(t).and_then(|at| previous.get(at)).copied().unwrap_or(0.0);
+                    (0..n_taps).fold(0.0, |sum: f32, t| taps[c * n_taps + t].mul_add(around(t), sum))
+                };
+                let want = (0..d).fold(0.0, |sum: f32, x| {
+                    let t = a[x] + keys[key * d + x];
+                    let t = (0..n_filters).fold(t, |t, c| units[x * n_filters + c].mul_add(response(c), t));
+                    (w[x] * 0.75).mul_add(tanh(t), sum)
+                });
+                assert_eq!(got.to_bits(), want.to_bits(), "seed {seed}, key {key} on {}", kernels.isa());
             }
         }
     }

@@ -144,9 +144,19 @@ impl Fault {
 }
 
 /// A dense tensor as the oracle takes it.
-fn dense<T: Copy>(planes: &[Vec<T>], n_keys: usize) -> Option<Dense<T>> {
+pub(super) fn dense<T: Copy>(planes: &[Vec<T>], n_keys: usize) -> Option<Dense<T>> {
     let rows = planes.first()?.len() / n_keys;
     Some(Dense { shape: [1, planes.len(), rows, n_keys], elements: planes.concat() })
+}
+
+/// A request in the oracle's words.
+pub(super) fn problem<'a>(
+    request: &'a Request,
+    mask: Option<&'a Dense<bool>>,
+    bias: Option<&'a Dense<f32>>,
+) -> Problem<'a> {
+    let case = &request.case;
+    Problem { shape: case.shape, parts: &request.parts, q: &case.q, k: &case.k, v: &case.v, mask, bias }
 }
 
 /// The worst error of a result over the bound; at most 1 is right.
@@ -156,18 +166,10 @@ pub(super) fn worst_ratio(request: &Request, got: &FinishedRows) -> f64 {
 
 pub(super) fn worst_ratio_with(request: &Request, got: &FinishedRows, fault: Option<Fault>) -> f64 {
     let request = &fault.map_or_else(|| request.clone(), |fault| fault.of(request));
-    let (case, dv) = (&request.case, request.case.shape.value_dim());
+    let dv = request.case.shape.value_dim();
     let mask = dense(&request.mask, request.n_keys());
     let bias = dense(&request.bias, request.n_keys());
-    let problem = Problem {
-        shape: case.shape,
-        parts: &request.parts,
-        q: &case.q,
-        k: &case.k,
-        v: &case.v,
-        mask: mask.as_ref(),
-        bias: bias.as_ref(),
-    };
+    let problem = problem(request, mask.as_ref(), bias.as_ref());
     let mut worst: f64 = 0.0;
     for token in 0..request.n_queries() {
         let mut formula = problem.formula(0, token);

@@ -229,7 +229,7 @@ impl Request {
             group: 0,
             q: &self.case.q,
             kv: &kv,
-            side: Side { mask: &mask, bias: &bias },
+            side: Side { mask: &mask, bias: &bias, ..Side::default() },
             compute: Effective::F32,
         })
     }

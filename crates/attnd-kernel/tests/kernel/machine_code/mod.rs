@@ -39,10 +39,12 @@ const fn widened(what: &'static str, mr: usize, registers: usize, steps: usize) 
     Tile { widens: true, ..tile(what, mr, registers, steps) }
 }
 
-/// Loops that spill today, why, and how many vectors at most go to the stack or come from it in an iteration.
+/// Loops that spill today, why, and how many vectors at most go to the stack or come from it in an iteration, or to memory of a
+/// tile.
 struct Allowance {
     of: fn(&HotLoop) -> bool,
     most: usize,
+    stores: usize,
     why: &'static str,
 }
 
@@ -100,7 +102,7 @@ const AVX512_BF16: Expected = Expected {
     peak: Some("dot_loop_entry"),
     entries: &["rows_dots_entry", "queries_dots_entry"],
     tiles: &[tile("rows 4 x 4", 4, 4, 4), tile("queries 8 x 3", 8, 3, 4), tile("queries 8 x 2", 8, 2, 4)],
-    allowed: &[Allowance { of: |found| found.kind == Kind::Softmax, most: 22, why: SUMS }],
+    allowed: &[Allowance { of: |found| found.kind == Kind::Softmax, most: 22, stores: 0, why: SUMS }],
 };
 
 const AVX512_INT8: Expected = Expected {
@@ -126,15 +128,17 @@ const AVX2: Expected = Expected {
         Allowance {
             of: |found| found.widens,
             most: 57,
+            stores: 0,
             why: "eight accumulators, words, what is widened of them, scales, constants and a broadcast are more than 16 \
                  registers; the compiler also hoists broadcasts of later steps",
         },
         Allowance {
             of: |found| found.kind == Kind::Edge,
             most: 16,
+            stores: 0,
             why: "the bounds of the lanes and what is selected; partial pages with values that are no numbers only",
         },
-        Allowance { of: |found| found.kind == Kind::Softmax, most: 40, why: SUMS },
+        Allowance { of: |found| found.kind == Kind::Softmax, most: 40, stores: 0, why: SUMS },
     ],
 };
 
@@ -163,7 +167,7 @@ const AVX2_GENERAL: Expected = Expected {
     peak: None,
     entries: GENERAL,
     tiles: &[tile("scores and context 6 x 1", 6, 2, 4)],
-    allowed: &[Allowance { of: |found| found.kind == Kind::Softmax, most: 6, why: FUNCTIONS }],
+    allowed: &[Allowance { of: |found| found.kind == Kind::Softmax, most: 6, stores: 0, why: FUNCTIONS }],
 };
 
 /// The entries of reducers with tiles or polynomials.
@@ -179,7 +183,12 @@ const AVX512_REDUCE: Expected = Expected {
         Tile { at_least: 1, multiply_adds: 32, ..tile("leaky sums 4 x 4", 4, 4, 2) },
         Tile { at_least: 1, broadcasts: Some(16), ..tile("pairs of tangents 4 x 2", 4, 2, 3) },
     ],
-    allowed: &[],
+    allowed: &[Allowance {
+        of: |found| found.kind == Kind::Tile && found.multiply_adds == 24,
+        most: 6,
+        stores: 0,
+        why: "words of rows that the compiler broadcasts before it needs them; the divisions take longer",
+    }],
 };
 
 const AVX2_REDUCE: Expected = Expected {
@@ -192,7 +201,15 @@ const AVX2_REDUCE: Expected = Expected {
         Tile { at_least: 1, ..tile("leaky sums 2 x 1", 2, 2, 2) },
         Tile { at_least: 1, broadcasts: Some(4), ..tile("pairs of tangents 1 x 1", 1, 2, 3) },
     ],
-    allowed: &[Allowance { of: |found| found.kind == Kind::Softmax, most: 6, why: FUNCTIONS }],
+    allowed: &[
+        Allowance { of: |found| found.kind == Kind::Softmax, most: 6, stores: 0, why: FUNCTIONS },
+        Allowance {
+            of: |found| found.multiply_adds == 8 && found.broadcasts == 12,
+            most: 0,
+            stores: 8,
+            why: "sums of one tangent, of which no loop over elements is left: each is written",
+        },
+    ],
 };
 
 const UNTUNED: &str =
@@ -205,14 +222,15 @@ const NEON: Expected = Expected {
     entries: ENTRIES,
     tiles: &[Tile { at_least: 4, broadcasts: None, ..tile("rows 6 x 1 and queries 6 x 1", 6, 4, 4) }],
     allowed: &[
-        Allowance { of: |found| found.widens, most: 80, why: UNTUNED },
+        Allowance { of: |found| found.widens, most: 80, stores: 0, why: UNTUNED },
         Allowance {
             of: |found| found.kind == Kind::Tile && found.multiply_adds > 12,
             most: 16,
+            stores: 0,
             why: UNTUNED,
         },
-        Allowance { of: |found| found.kind == Kind::Edge, most: 74, why: UNTUNED },
-        Allowance { of: |found| found.kind == Kind::Softmax, most: 581, why: SUMS },
+        Allowance { of: |found| found.kind == Kind::Edge, most: 74, stores: 0, why: UNTUNED },
+        Allowance { of: |found| found.kind == Kind::Softmax, most: 581, stores: 0, why: SUMS },
     ],
 };
 
@@ -226,9 +244,10 @@ const NEON_GENERAL: Expected = Expected {
         Allowance {
             of: |found| found.kind == Kind::Tile && found.multiply_adds > 12,
             most: 16,
+            stores: 0,
             why: UNTUNED,
         },
-        Allowance { of: |found| found.kind == Kind::Softmax, most: 80, why: FUNCTIONS },
+        Allowance { of: |found| found.kind == Kind::Softmax, most: 80, stores: 0, why: FUNCTIONS },
     ],
 };
 
@@ -242,7 +261,7 @@ const NEON_REDUCE: Expected = Expected {
         Tile { at_least: 1, broadcasts: None, ..tile("leaky sums 2 x 1", 2, 4, 2) },
         Tile { at_least: 1, broadcasts: None, ..tile("pairs of tangents 1 x 1", 1, 4, 3) },
     ],
-    allowed: &[Allowance { of: |found| found.kind == Kind::Softmax, most: 80, why: FUNCTIONS }],
+    allowed: &[Allowance { of: |found| found.kind == Kind::Softmax, most: 80, stores: 0, why: FUNCTIONS }],
 };
 
 #[test]
@@ -309,9 +328,9 @@ fn complaints_about(expected: &Expected, architecture: Architecture, listing: &s
     }
     for found in found {
         let allowance = allowed.iter().find(|allowance| (allowance.of)(&found));
-        let (most, why) =
-            allowance.map_or((0, "none is allowed"), |allowance| (allowance.most, allowance.why));
-        if found.spills > most || found.kind == Kind::Tile && found.stores > 0 {
+        let (most, stores, why) = allowance
+            .map_or((0, 0, "none is allowed"), |allowance| (allowance.most, allowance.stores, allowance.why));
+        if found.spills > most || found.kind == Kind::Tile && found.stores > stores {
             let at = found.address;
             complaints.push(format!("{table}, {at:x}: {found:?}; spills allowed: {most}, {why}"));
         }

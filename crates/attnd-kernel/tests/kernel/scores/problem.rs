@@ -33,6 +33,8 @@ pub(super) struct Problem {
     q: Vec<f32>,
     k: Vec<f32>,
     v: Vec<f32>,
+    /// `[batch, heads, queries, keys]`; empty where the function doesn't ask for it.
+    previous: Vec<f32>,
     /// `[queries, keys]`, of all heads; empty for none.
     mask: Vec<bool>,
 }
@@ -56,6 +58,8 @@ pub(super) struct Given<'a> {
     tensors: &'a [Tensor],
     shape: &'a AttnShape,
     at: At,
+    /// Of the row.
+    pub(super) previous: &'a [f32],
 }
 
 impl Given<'_> {
@@ -198,7 +202,11 @@ impl Problem {
         k.chunks_mut(shape.head_dim())
             .chain(v.chunks_mut(shape.value_dim()))
             .for_each(|row| round_row(row, sent));
+        let n_previous =
+            if name == "location_aware" { q.len() / shape.query_dim() * shape.n_keys() } else { 0 };
+        let previous = (0..n_previous).map(|_| rng.random_range(0.0..1.0_f32)).collect();
         let mut problem = Self {
+            previous,
             shape,
             parts,
             sent,
@@ -282,6 +290,7 @@ impl Problem {
     pub(super) fn attend(&self, group: usize, kernels: &[&Kernels], cuts: &[usize]) -> FinishedRows {
         let (operator, shape) = (self.operator(), self.shape);
         let of_group = shape.group_size() * shape.n_queries() * shape.query_dim();
+        let of_previous = shape.group_size() * shape.n_queries() * shape.n_keys();
         let edges = [&[0], cuts, &[N_SLOTS]].concat();
         let mut parts = Vec::new();
         for (i, edge) in edges.windows(2).enumerate() {
@@ -294,10 +303,11 @@ impl Problem {
                 group,
                 q: &self.q[group * of_group..][..of_group],
                 kv: &kv,
-                side: if self.mask.is_empty() {
-                    Side::default()
-                } else {
-                    Side { mask: &plane, ..Side::default() }
+                side: Side {
+                    mask: if self.mask.is_empty() { &[] } else { &plane },
+                    previous: (!self.previous.is_empty())
+                        .then(|| &self.previous[group * of_previous..][..of_previous]),
+                    ..Side::default()
                 },
                 compute: Effective::F32,
             };
@@ -329,7 +339,9 @@ impl Problem {
             let row = (at.batch * shape.n_heads() + at.head) * shape.n_queries() + at.token;
             let (q, k) = (&self.q[row * dq..][..dq], &self.k[row_of_kv(at) * d..][..d]);
             let tensors = self.parts.score.parameters();
-            let given = Given { function: self.parts.score.function(), tensors, shape, at };
+            let previous =
+                if self.previous.is_empty() { &[] } else { &self.previous[row * n_keys..][..n_keys] };
+            let given = Given { function: self.parts.score.function(), tensors, shape, at, previous };
             formula(self.parts.scale.into(), &given, q, (at.key, k))
         };
         let mut visible: Vec<Predicate<'_>> =
@@ -357,7 +369,10 @@ impl Problem {
         for (row, lse) in got.lse.iter().enumerate() {
             let (head, token) = (row / shape.n_queries(), row % shape.n_queries());
             let exact = formula.row(batch, kv_head * shape.group_size() + head, token);
-            worst = worst.max(exact.worst_ratio(&got.context[row * dv..][..dv], *lse));
+            // Sums of sigmoids that are all flushed have no logarithm.
+            let is_flushed = exact.lse < -80.0 && self.parts.normaliser != Normaliser::Softmax;
+            let lse = if is_flushed { exact.lse as f32 } else { *lse };
+            worst = worst.max(exact.worst_ratio(&got.context[row * dv..][..dv], lse));
         }
         worst
     }

@@ -164,7 +164,7 @@ fn any_cut_of_the_bytes_gives_the_same_planes() {
                         let nodes = slot::cover(piece.slots.clone()).into_iter();
                         nodes.map(|node| attend_node(kernels, &call, node, 0..5).0).collect()
                     };
-                    let here = attend(Side { mask: &mask, bias: &bias });
+                    let here = attend(Side { mask: &mask, bias: &bias, ..Side::default() });
                     let there = attend(Side { mask: &whole_mask, bias: &whole_bias });
                     assert_eq!(here, there, "seed {seed} group {group} slots {:?}", piece.slots);
                 }

@@ -1,66 +1,12 @@
 //! What a view should be, by the oracle of the whole operator.
 
-use attnd_kernel::reference::operator::{At, EmptyRow, Formula, Normaliser, OperatorRow, Score};
-use attnd_kernel::reference::{UNIT_ROUNDOFF, biases};
-use attnd_kernel::{Bias, FinishedReport, Outputs, Stage};
+use attnd_kernel::reference::UNIT_ROUNDOFF;
+use attnd_kernel::reference::operator::{At, Formula, OperatorRow};
+use attnd_kernel::{FinishedReport, Outputs, Stage};
 
+use super::super::formula::{dense, problem};
 use super::super::request::Request;
 use super::view::View;
-
-/// The request in the oracle's words.
-fn formula(request: &Request) -> Formula<'_> {
-    let (case, parts) = (&request.case, &request.parts);
-    let (d, dv, n_keys, n_queries) =
-        (case.shape.head_dim(), case.shape.value_dim(), request.n_keys(), request.n_queries());
-    let scale = f64::from(parts.scale);
-    let operator = request.operator();
-    let position = operator.mask_of_group(0, &case.shape).position(0);
-    let intervals = request.intervals();
-    let mut visible: Vec<Box<dyn Fn(At) -> bool + '_>> =
-        vec![Box::new(move |at| intervals[at.token * n_keys + at.key])];
-    let shape_of = |planes: usize, elements: usize| [1, planes, elements / n_keys, n_keys];
-    if let Some(plane) = request.mask.first() {
-        let flat: Vec<bool> = request.mask.concat();
-        let shape = shape_of(request.mask.len(), plane.len());
-        visible.push(Box::new(move |at| attnd_kernel::reference::masks::dense(shape, &flat)(at)));
-    }
-    let mut added: Vec<Box<dyn Fn(At) -> f64 + '_>> = Vec::new();
-    let first = match &parts.mask.key_begin {
-        Some(attnd_kernel::PerBatch::Same(begin)) => *begin,
-        _ => 0,
-    };
-    for bias in &parts.biases {
-        match bias {
-            Bias::Dense => {
-                let flat: Vec<f32> = request.bias.concat();
-                let shape = shape_of(request.bias.len(), request.bias[0].len());
-                added.push(Box::new(move |at| biases::dense(shape, &flat, f32::MIN)(at)));
-            }
-            Bias::Alibi { slopes, by_key: true } => added.push(Box::new(biases::alibi_by_key(first, slopes))),
-            Bias::Alibi { slopes, by_key: false } => added.push(Box::new(biases::alibi(position, slopes))),
-        }
-    }
-    let sinks = parts.sinks.clone();
-    Formula {
-        keys: n_keys,
-        value_dim: dv,
-        value: Box::new(move |at| &case.v[at.key * dv..][..dv]),
-        score: Box::new(move |at| {
-            let q = &case.q[(at.head * n_queries + at.token) * d..][..d];
-            Score::dot(scale, q, &case.k[at.key * d..][..d])
-        }),
-        softcap: parts.softcap.map(f64::from),
-        biases: added,
-        visible,
-        normaliser: match parts.normaliser {
-            attnd_kernel::Normaliser::Softmax => Normaliser::Softmax,
-            attnd_kernel::Normaliser::Sigmoid { bias } => Normaliser::Sigmoid { bias: bias.into() },
-        },
-        sink: sinks
-            .map(|sinks| Box::new(move |head: usize| f64::from(sinks[head])) as Box<dyn Fn(usize) -> f64>),
-        empty_row: EmptyRow::Zero,
-    }
-}
 
 /// The worst of some errors over what they may be.
 #[derive(Default)]
@@ -85,14 +31,17 @@ pub(super) fn worst_ratio(
     finished: &FinishedReport,
     means: &[f32],
 ) -> f64 {
-    let formula = formula(request);
+    let (mask, bias) = (dense(&request.mask, request.n_keys()), dense(&request.bias, request.n_keys()));
+    let problem = problem(request, mask.as_ref(), bias.as_ref());
+    let formulas: Vec<Formula<'_>> =
+        (0..request.n_queries()).map(|token| problem.formula(0, token)).collect();
     let (n_queries, n_keys) = (request.n_queries(), request.n_keys());
     let mut worst = Worst::default();
     let heads = wanted.heads_of_group(0);
     let rows: Vec<OperatorRow> = heads
         .clone()
         .flat_map(|head| (0..n_queries).map(move |token| (head, token)))
-        .map(|(head, token)| formula.row(0, head, token))
+        .map(|(head, token)| formulas[token].row(0, head, token))
         .collect();
     let at = |head: usize, token: usize| &rows[(head - heads.start) * n_queries + token];
 
@@ -102,7 +51,7 @@ pub(super) fn worst_ratio(
             for token in rectangle.tokens.clone() {
                 for key in rectangle.keys.clone() {
                     let row = at(head, token);
-                    let score = (formula.score)(At { batch: 0, head, token, key });
+                    let score = (formulas[token].score)(At { batch: 0, head, token, key });
                     // Of a masked key, which has no part in the row's bound.
                     let own = 16.0 * UNIT_ROUNDOFF * (1.0 + 6.0 * score.magnitude);
                     let (want, bound) = match rectangle.stage {
