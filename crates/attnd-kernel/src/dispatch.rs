@@ -150,7 +150,7 @@ impl Kernels {
     /// ahead of their use, and hold the scores of a page against two vectors of queries (32 KiB). Older ones lose up to a
     /// third of their bandwidth to such requests, and three vectors load less per multiply-add.
     pub(crate) fn tiles(&self) -> Tiles {
-        #[cfg(target_arch = "x86_64")]
+        #[cfg(all(target_arch = "x86_64", not(miri)))]
         {
             static FIRST_LEVEL: OnceLock<Option<usize>> = OnceLock::new();
             let bytes = *FIRST_LEVEL.get_or_init(crate::cache::first_level_bytes);
@@ -158,7 +158,7 @@ impl Kernels {
             let query_vectors = self.tiles.query_vectors.min(if is_newer { 2 } else { 3 });
             Tiles { prefetch: is_newer, query_vectors, ..self.tiles }
         }
-        #[cfg(not(target_arch = "x86_64"))]
+        #[cfg(not(all(target_arch = "x86_64", not(miri))))]
         self.tiles
     }
 
@@ -471,6 +471,22 @@ mod tests {
         for kernels in Kernels::available() {
             for len in [0, 1, 127, 128, 1000, 4096] {
                 assert_eq!(kernels.read_loop(&vec![1.0; len]), len as f32, "{kernels:?}, {len}");
+            }
+        }
+    }
+
+    /// Twelve chains of sixteen lanes, or fewer that take as many rounds more: `x = 0.9999 x + 0.0001` from 0.
+    #[test]
+    fn the_loop_of_multiply_adds_does_as_many_as_it_says() {
+        for kernels in Kernels::available() {
+            for rounds in [0, 1, 7] {
+                let lanes = |chains: u64| {
+                    let steps = (rounds * FLOP_PER_ROUND / (chains * 32)) as i32;
+                    (chains * 16) as f64 * (1.0 - 0.999_9_f64.powi(steps))
+                };
+                let got = f64::from(kernels.peak_loop(Compute::F32, rounds));
+                let is_one = [12, 6, 2].map(|chains| (got - lanes(chains)).abs() <= 1e-5 * got);
+                assert!(is_one.contains(&true), "{kernels:?}, {rounds} rounds: {got}");
             }
         }
     }
