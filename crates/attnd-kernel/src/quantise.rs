@@ -84,16 +84,16 @@ mod tests {
     /// between.
     fn maxima() -> Vec<f32> {
         let mut rng = SmallRng::seed_from_u64(1);
-        let step = if cfg!(miri) { 9_973 } else { 1 };
+        let step = if cfg!(miri) { 997 } else { 1 };
         let mut bits: Vec<u32> = (0..200_000 / step).map(|_| rng.random_range(1..0x7f80_0000)).collect();
         let per_exponent: Vec<u32> = (0..255_u32)
             .flat_map(|exponent| [0, 1, 2, 0x0040_0000, 0x007e_0000, 0x0060_0000].map(|f| exponent << 23 | f))
             .collect();
-        bits.extend(per_exponent.iter().step_by(step).flat_map(|b| b.saturating_sub(2)..b + 3));
+        bits.extend(per_exponent.iter().flat_map(|b| b.saturating_sub(2)..b + 3));
         // Subnormals, and the largest numbers.
-        bits.extend((1..3000).chain(0x7f80_0000 - 3000..0x7f80_0000).step_by(step));
+        bits.extend((1..3000).chain(0x7f80_0000 - 3000..0x7f80_0000));
         let positive = bits.into_iter().filter(|bits| (1..0x7f80_0000).contains(bits));
-        positive.map(f32::from_bits).collect()
+        positive.step_by(step).map(f32::from_bits).collect()
     }
 
     #[test]
