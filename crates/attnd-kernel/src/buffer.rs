@@ -12,6 +12,8 @@ use std::ptr::NonNull;
 
 /// A cache line, and the widest vector.
 const LINE: usize = 64;
+/// Bytes of the smallest allocation. Under Miri allocations end with what was asked for, so that no access behind it is missed.
+const LEAST: usize = if cfg!(miri) { 1 } else { LINE };
 /// Buffers of at least this many bytes are aligned to it and advised to use huge pages.
 #[cfg(all(target_os = "linux", not(miri)))]
 const HUGE_PAGE: usize = 2 << 20;
@@ -61,8 +63,8 @@ impl Buffer {
         if bytes >= HUGE_PAGE {
             return Self::mapped(len, bytes).ok_or(refused);
         }
-        let layout = Layout::from_size_align(bytes.max(LINE), LINE).map_err(|_too_large| refused)?;
-        // SAFETY: the layout's size is at least LINE.
+        let layout = Layout::from_size_align(bytes.max(LEAST), LINE).map_err(|_too_large| refused)?;
+        // SAFETY: the layout's size is at least LEAST, which isn't 0.
         let memory = unsafe { alloc_zeroed(layout) };
         let start = NonNull::new(memory.cast::<f32>()).ok_or(refused)?;
         Ok(Self { start, len, origin: Origin::Allocator(layout) })
@@ -129,6 +131,20 @@ impl Drop for Buffer {
                 let _cannot_fail = unsafe { libc::munmap(base, bytes) };
             }
         }
+    }
+}
+
+/// Fills memory by doubling what is filled: an interpreter copies at once, and takes a millisecond for a word of a loop.
+#[cfg(test)]
+pub(crate) fn fill_by_copies(words: &mut [f32], word: f32) {
+    if let Some(first) = words.first_mut() {
+        *first = word;
+    }
+    let mut filled = 1;
+    while filled < words.len() {
+        let more = filled.min(words.len() - filled);
+        words.copy_within(..more, filled);
+        filled += more;
     }
 }
 

@@ -1,7 +1,7 @@
 //! Size of the first-level data cache, which decides how many queries a tile takes.
 
-/// Bytes of a core's first-level data cache, where the CPU tells.
-#[cfg(target_arch = "x86_64")]
+/// Bytes of a core's first-level data cache, where the CPU tells. Miri has none, and no instruction to ask it with.
+#[cfg(all(target_arch = "x86_64", not(miri)))]
 pub(crate) fn first_level_bytes() -> Option<usize> {
     use std::arch::x86_64::__cpuid_count;
     /// Cache topology: Intel's leaf and AMD's; both fill the registers in the same way.

@@ -181,7 +181,7 @@ mod tests {
         while x < 1e38 {
             let error = (log2(x) - x.log2()).abs();
             assert!(error <= 4e-16 * x.log2().abs().max(1.0), "log2({x}) is off by {error}");
-            x *= 1.000_1;
+            x *= if cfg!(miri) { 1.1 } else { 1.000_1 };
         }
         assert_eq!(log2(1.0), 0.0);
         assert_eq!(log2(0.25), -2.0);

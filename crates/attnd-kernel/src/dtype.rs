@@ -93,15 +93,16 @@ mod tests {
 
     #[test]
     fn widening_is_exact_for_every_16_bit_pattern() {
-        let bytes: Vec<u8> = (0..=u16::MAX).flat_map(u16::to_le_bytes).collect();
-        let mut out = vec![0.0; 65_536];
+        let all = || (0..=u16::MAX).step_by(if cfg!(miri) { 257 } else { 1 });
+        let bytes: Vec<u8> = all().flat_map(u16::to_le_bytes).collect();
+        let mut out = vec![0.0; bytes.len() / 2];
         widen(&bytes, Dtype::F16, &mut out);
-        for (bits, value) in (0..=u16::MAX).zip(&out) {
+        for (bits, value) in all().zip(&out) {
             let back = f16::from_f32(*value);
             assert!(back.to_bits() == bits || (back.is_nan() && f16::from_bits(bits).is_nan()), "{bits:#x}");
         }
         widen(&bytes, Dtype::Bf16, &mut out);
-        for (bits, value) in (0..=u16::MAX).zip(&out) {
+        for (bits, value) in all().zip(&out) {
             assert!(value.to_bits() == u32::from(bits) << 16 || value.is_nan(), "{bits:#x}");
         }
     }
@@ -109,7 +110,7 @@ mod tests {
     #[test]
     fn finite_elements_are_told_from_others_in_every_type() {
         for dtype in [Dtype::F16, Dtype::Bf16] {
-            for bits in 0..=u16::MAX {
+            for bits in (0..=u16::MAX).step_by(if cfg!(miri) { 257 } else { 1 }) {
                 let mut value = [0.0];
                 widen(&bits.to_le_bytes(), dtype, &mut value);
                 let bytes = [[0; 2], bits.to_le_bytes(), [0xff, 0x3b]].concat();

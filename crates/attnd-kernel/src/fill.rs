@@ -255,7 +255,8 @@ mod tests {
     #[test]
     fn every_isa_transposes_any_width_and_sees_each_word_that_is_no_number() {
         for kernels in Kernels::available() {
-            for width in [1, 15, 16, 17, 40, 64] {
+            let widths: &[usize] = if cfg!(miri) { &[1, 17] } else { &[1, 15, 16, 17, 40, 64] };
+            for width in widths.iter().copied() {
                 let mut rows: Vec<f32> = (0..16 * width).map(|i| i as f32 - 7.0).collect();
                 let mut panel = vec![-1.0; 64 * width];
                 assert!(kernels.transpose_words(&rows, width, &mut panel, 32), "{kernels:?}");
@@ -284,7 +285,12 @@ mod tests {
             (Dtype::F16, |x| f16::from_f32(x).to_bits().into()),
             (Dtype::Bf16, |x| bf16::from_f32(x).to_bits().into()),
         ] {
-            for (n_keys, d, dv) in [(300, 40, 70), (287, 33, 65), (17, 1, 1)] {
+            let shapes: &[_] = if cfg!(miri) {
+                &[(17, 18, 3), (3, 1, 65)]
+            } else {
+                &[(300, 40, 70), (287, 33, 65), (17, 1, 1)]
+            };
+            for (n_keys, d, dv) in shapes.iter().copied() {
                 let mut as_sent = KvHead::with_storage(n_keys, d, dv, 0..64, dtype.into()).unwrap();
                 let mut rounded = KvHead::with_storage(n_keys, d, dv, 0..64, dtype.into()).unwrap();
                 for page in 0..n_pages(n_keys) {
@@ -320,8 +326,9 @@ mod tests {
             (Dtype::F16, f16::NEG_INFINITY.to_le_bytes().to_vec(), f16::ONE.to_le_bytes().to_vec()),
             (Dtype::Bf16, bf16::NEG_INFINITY.to_le_bytes().to_vec(), bf16::ONE.to_le_bytes().to_vec()),
         ] {
-            for dim in [3, 6] {
-                for (token, at) in [(256, 0), (256 + 15, dim - 1), (256 + 16, 1), (256 + 42, 2)] {
+            for dim in [3, 6].into_iter().take(if cfg!(miri) { 1 } else { 2 }) {
+                let places = [(256, 0), (256 + 15, dim - 1), (256 + 16, 1), (256 + 42, 2)];
+                for (token, at) in places.into_iter().take(if cfg!(miri) { 2 } else { 4 }) {
                     // A later one, which is not the first.
                     let place = (token - 256) * dim + at;
                     let element = |i| if i == place || i == 43 * dim - 1 { bad.clone() } else { one.clone() };

@@ -223,7 +223,7 @@ impl KvHead {
     /// Fills all pages with what must never be used.
     #[cfg(test)]
     pub(crate) fn poison(&mut self, word: f32) {
-        self.memory.fill(word);
+        crate::buffer::fill_by_copies(&mut self.memory, word);
     }
 
     fn page_mut(&mut self, page: usize) -> PageParts<'_> {

@@ -150,7 +150,7 @@ impl DensePlane {
     #[cfg(test)]
     pub(crate) fn poison(&mut self, word: f32) {
         if let Some(values) = &mut self.values {
-            values.fill(word);
+            crate::buffer::fill_by_copies(values, word);
         }
     }
 

@@ -3,6 +3,7 @@
 // It is a command line program: its output is its purpose.
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
+mod miri;
 mod neon;
 mod step;
 mod suite;
@@ -15,6 +16,7 @@ usage: cargo xtask VERB
   test      everything a change must pass: format, clippy, docs, release build, all tests
   nightly   all tests with their long lists (ATTND_NIGHTLY=1): big shapes, more kills
   neon      the kernel crate's tests for aarch64 under qemu; says which Debian packages it needs
+  miri      the kernel crate's unit tests under Miri; says which toolchain it needs
 ";
 
 fn main() -> ExitCode {
@@ -23,6 +25,7 @@ fn main() -> ExitCode {
         ["test"] => suite::test(),
         ["nightly"] => suite::nightly(),
         ["neon"] => neon::test(),
+        ["miri"] => miri::test(),
         [] | ["help" | "--help" | "-h"] => {
             print!("{HELP}");
             Ok(())

@@ -12,6 +12,8 @@ pub(crate) fn root() -> &'static Path {
 
 /// A cargo command.
 pub(crate) struct Step {
+    /// rustup's, where it isn't the one that runs this.
+    toolchain: Option<&'static str>,
     arguments: String,
     environment: Vec<(&'static str, String)>,
 }
@@ -19,7 +21,13 @@ pub(crate) struct Step {
 impl Step {
     /// `arguments`: what follows `cargo`, separated by single spaces.
     pub(crate) fn cargo(arguments: impl Into<String>) -> Self {
-        Self { arguments: arguments.into(), environment: Vec::new() }
+        Self { toolchain: None, arguments: arguments.into(), environment: Vec::new() }
+    }
+
+    /// Takes the cargo of another toolchain.
+    pub(crate) fn toolchain(mut self, name: &'static str) -> Self {
+        self.toolchain = Some(name);
+        self
     }
 
     /// Sets a variable of its environment.
@@ -29,8 +37,16 @@ impl Step {
     }
 
     fn run(&self) -> Result<(), String> {
-        let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-        let status = Command::new(cargo)
+        let mut command = match self.toolchain {
+            None => Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into())),
+            // `+name` is for rustup's own cargo, and what `CARGO` names is that of a toolchain.
+            Some(toolchain) => {
+                let mut rustup = Command::new("rustup");
+                rustup.args(["run", toolchain, "cargo"]);
+                rustup
+            }
+        };
+        let status = command
             .args(self.arguments.split(' '))
             .envs(self.environment.iter().map(|(key, value)| (key, value)))
             .current_dir(root())
@@ -50,7 +66,11 @@ impl std::fmt::Display for Step {
                 write!(f, "{key}={value} ")?;
             }
         }
-        write!(f, "cargo {}", self.arguments)
+        f.write_str("cargo ")?;
+        if let Some(toolchain) = self.toolchain {
+            write!(f, "+{toolchain} ")?;
+        }
+        f.write_str(&self.arguments)
     }
 }
 

@@ -9,9 +9,36 @@ pub(crate) struct Portable;
 
 type V = [f32; 16];
 
+/// Each lane by its number. Counted by hand, for Miri's sake: iterators make one call of an operation a dozen.
 #[inline(always)]
-fn zip(a: V, b: V, f: impl Fn(f32, f32) -> f32) -> V {
-    std::array::from_fn(|i| f(a[i], b[i]))
+fn each(f: impl Fn(usize) -> f32) -> V {
+    let mut v = [0.0; 16];
+    let mut i = 0;
+    while i < 16 {
+        v[i] = f(i);
+        i += 1;
+    }
+    v
+}
+
+#[inline(always)]
+fn map(mut a: V, f: impl Fn(f32) -> f32) -> V {
+    let mut i = 0;
+    while i < 16 {
+        a[i] = f(a[i]);
+        i += 1;
+    }
+    a
+}
+
+#[inline(always)]
+fn zip(mut a: V, b: V, f: impl Fn(f32, f32) -> f32) -> V {
+    let mut i = 0;
+    while i < 16 {
+        a[i] = f(a[i], b[i]);
+        i += 1;
+    }
+    a
 }
 
 // SAFETY: needs no CPU feature; pointer duties are the trait's.
@@ -40,30 +67,35 @@ unsafe impl Lanes for Portable {
     fn prefetch(_at: *const f32) {}
     #[inline(always)]
     unsafe fn low_bf16(words: V) -> V {
-        words.map(|word| f32::from_bits(word.to_bits() << 16))
+        map(words, |word| f32::from_bits(word.to_bits() << 16))
     }
     #[inline(always)]
     unsafe fn high_bf16(words: V) -> V {
-        words.map(|word| f32::from_bits(word.to_bits() & 0xffff_0000))
+        map(words, |word| f32::from_bits(word.to_bits() & 0xffff_0000))
     }
     #[inline(always)]
     unsafe fn low_f16(words: V) -> V {
-        words.map(|word| half::f16::from_bits((word.to_bits() & 0xffff) as u16).to_f32())
+        map(words, |word| half::f16::from_bits((word.to_bits() & 0xffff) as u16).to_f32())
     }
     #[inline(always)]
     unsafe fn high_f16(words: V) -> V {
-        words.map(|word| half::f16::from_bits((word.to_bits() >> 16) as u16).to_f32())
+        map(words, |word| half::f16::from_bits((word.to_bits() >> 16) as u16).to_f32())
     }
     #[inline(always)]
     unsafe fn integer<const BITS: usize>(words: V, at: usize) -> V {
-        words.map(|word| {
+        map(words, |word| {
             let upper = (word.to_bits() << (32 - BITS * (at + 1))).cast_signed();
             (upper >> (32 - BITS)) as f32
         })
     }
     #[inline(always)]
     unsafe fn fma(a: V, b: V, c: V) -> V {
-        std::array::from_fn(|i| a[i].mul_add(b[i], c[i]))
+        let (mut sum, mut i) = (c, 0);
+        while i < 16 {
+            sum[i] = a[i].mul_add(b[i], c[i]);
+            i += 1;
+        }
+        sum
     }
     #[inline(always)]
     unsafe fn add(a: V, b: V) -> V {
@@ -95,7 +127,7 @@ unsafe impl Lanes for Portable {
     }
     #[inline(always)]
     unsafe fn abs(a: V) -> V {
-        a.map(f32::abs)
+        map(a, f32::abs)
     }
     #[inline(always)]
     unsafe fn copy_sign(a: V, sign: V) -> V {
@@ -103,7 +135,7 @@ unsafe impl Lanes for Portable {
     }
     #[inline(always)]
     unsafe fn rint(a: V) -> V {
-        a.map(f32::round_ties_even)
+        map(a, f32::round_ties_even)
     }
     #[inline(always)]
     unsafe fn scale_or_flush(y: V, e: V) -> V {
@@ -122,11 +154,11 @@ unsafe impl Lanes for Portable {
     }
     #[inline(always)]
     unsafe fn select_between(at: V, lo: V, hi: V, yes: V, no: V) -> V {
-        std::array::from_fn(|i| if lo[i] <= at[i] && at[i] < hi[i] { yes[i] } else { no[i] })
+        each(|i| if lo[i] <= at[i] && at[i] < hi[i] { yes[i] } else { no[i] })
     }
     #[inline(always)]
     unsafe fn select_bits(bits: u16, yes: V, no: V) -> V {
-        std::array::from_fn(|i| if bits >> i & 1 == 1 { yes[i] } else { no[i] })
+        each(|i| if bits >> i & 1 == 1 { yes[i] } else { no[i] })
     }
     #[inline(always)]
     unsafe fn at_least(a: V, least: V) -> u16 {
@@ -134,7 +166,7 @@ unsafe impl Lanes for Portable {
     }
     #[inline(always)]
     unsafe fn canonical_nan(a: V) -> V {
-        a.map(|x| if x.is_nan() { CANONICAL_NAN } else { x })
+        map(a, |x| if x.is_nan() { CANONICAL_NAN } else { x })
     }
     #[inline(always)]
     unsafe fn halving_sum(mut t: V) -> f32 {

@@ -89,7 +89,7 @@ fn run(case: &Case, seed: u64, kernels: &Kernels, memory: Memory) -> [Vec<u32>; 
 fn the_general_path_stays_inside_its_operands_and_uses_no_padding() {
     for kernels in Kernels::available() {
         let (cases, products) = match kernels.isa() {
-            _ if cfg!(miri) => (6, 6_144),
+            _ if cfg!(miri) => (12, 2_400),
             // Without the CPU's multiply-add.
             Isa::Portable => (60, 200_000),
             _ => (240, 4_000_000),

@@ -165,7 +165,7 @@ fn any_cut_of_the_bytes_gives_the_same_planes() {
                         nodes.map(|node| attend_node(kernels, &call, node, 0..5).0).collect()
                     };
                     let here = attend(Side { mask: &mask, bias: &bias, ..Side::default() });
-                    let there = attend(Side { mask: &whole_mask, bias: &whole_bias });
+                    let there = attend(Side { mask: &whole_mask, bias: &whole_bias, ..Side::default() });
                     assert_eq!(here, there, "seed {seed} group {group} slots {:?}", piece.slots);
                 }
             }
