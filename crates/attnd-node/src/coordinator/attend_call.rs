@@ -24,12 +24,12 @@ use std::time::Instant;
 
 use attnd_kernel::{AttnShape, Compute, Mask, PartialRows};
 use attnd_plan::call::STREAM_IDLE;
-use attnd_plan::{Call, CallAction, CallEvent, Gathered, Plan, Ready, ReportId, Run, SideTensor, Tensor};
+use attnd_plan::{Call, CallAction, CallEvent, Gathered, Plan, Ready, Run, SideTensor, Tensor};
 use attnd_wire::limits::STALL;
 use attnd_wire::proto;
 use attnd_wire::{
-    AttendReply, AttendRequest, Begin, Commit, ComputeReply, ComputeRequest, Deadline, Done, Elements, Error,
-    Partial, PlanSummary, Reason, ShareReport, Status, TensorChunk, operator, refusal,
+    AttendReply, AttendRequest, Begin, Commit, ComputeReply, ComputeRequest, Deadline, Done, Error, Partial,
+    PlanSummary, Reason, Status, TensorChunk, operator, refusal,
 };
 use bytes::Bytes;
 use futures::future::BoxFuture;
@@ -46,13 +46,14 @@ use super::backlog::{Backlog, RowKey, bytes_of};
 use super::finish::{Checks, Finish, finish};
 use super::incoming::{Incoming, Said};
 use super::placement::{Placement, place};
-use super::second_pass::{self, Reported, SecondPass, numbers};
+use super::second_pass::{Reported, SecondPass, numbers};
 use super::worker_actor::OpenedShare;
 use crate::compute_pool::WorkError;
 use crate::shutdown::Calls;
 
 mod clock;
 mod outgoing;
+mod reports;
 mod side;
 
 /// Rows of a group whose partials are complete and wait for the pool. With more, no partials are read.
@@ -358,39 +359,6 @@ impl<'a> Flow<'a> {
             None => CallEvent::WorkerLost { share },
         };
         self.event(event, &Bytes::new())
-    }
-
-    /// Elements are handed on as they are.
-    fn take_elements(&mut self, share: usize, elements: Elements) -> Result<(), Error> {
-        let id = self.rows_of(elements.head / self.begin.shape.group_size(), elements.tokens.start);
-        if elements.tokens.end > id.first_token + id.tokens {
-            let worker = self.shares.get(share).map(|share| share.worker.clone());
-            let detail = format!("elements of tokens {:?}, over the end of a cell", elements.tokens);
-            return Err(worker.map_or_else(gone, |worker| refusal::worker_lost(&worker, &detail)));
-        }
-        let n = (elements.tokens.len() * elements.keys.len()) as u64;
-        self.event(CallEvent::Elements { share, id, elements: n }, &Bytes::new())?;
-        self.outbox.push_back(AttendReply::Elements(elements).into());
-        Ok(())
-    }
-
-    /// The rows of a cell with that token.
-    fn rows_of(&self, group: usize, token: usize) -> ReportId {
-        let first_token = token / self.tokens_per_cell * self.tokens_per_cell;
-        let tokens = self.tokens_per_cell.min(self.begin.shape.n_queries().saturating_sub(first_token));
-        ReportId { group, first_token, tokens }
-    }
-
-    fn take_report(&mut self, share: usize, report: ShareReport) -> Result<(), Error> {
-        let id =
-            ReportId { group: report.group, first_token: report.tokens.start, tokens: report.tokens.len() };
-        let key = (id.group, id.first_token);
-        self.backlog.took_report(share, key, second_pass::bytes_of(&report.report));
-        if let Some(second) = &mut self.second {
-            second.reported(report);
-        }
-        // If it is refused, the call ends.
-        self.event(CallEvent::Report { share, id }, &Bytes::new())
     }
 
     fn start_merging(&mut self) {
