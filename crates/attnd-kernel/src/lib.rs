@@ -20,11 +20,11 @@
 //! **Map.** [`slot`] and [`shape`] are the vocabulary; `mask.rs` makes an interval of keys for each row; [`KvHead`] holds
 //! keys and values as the kernels read them; [`attend_node`] computes a [`PartialRows`]; partials merge and finish. Inside:
 //! `block.rs` (a block of rows, and which family takes it), `rows.rs` and `queries.rs` (the families: rows broadcast, lanes =
-//! queries), `score.rs` (functions of a query and a key, which transform rows by `project.rs`), `general.rs` (stages between
-//! products and weights: cap, biases of `bias.rs`, masks and other normalisers), `inspect.rs` (what a second pass over the scores
-//! gives), `product.rs` (the register tile), `arithmetic.rs` (how it multiplies), `widen.rs` (whole pages in f32), `fold.rs` (the order
-//! of merges), `lanes.rs` and `arch/` (vectors), `dispatch.rs` (which ISA), `free_order.rs` (what the canonical order is
-//! measured against).
+//! queries), `score.rs` (functions of a query and a key, which transform rows by `project.rs`), `general.rs` (sums that are no dot
+//! products, and stages between scores and weights: cap, biases of `bias.rs`, masks and other normalisers), `inspect.rs` (what a
+//! second pass over the scores gives), `product.rs` (the register tile), `arithmetic.rs` (how it multiplies), `widen.rs` (whole
+//! pages in f32), `fold.rs` (the order of merges), `lanes.rs` and `arch/` (vectors), `dispatch.rs` (which ISA), `free_order.rs`
+//! (what the canonical order is measured against).
 //! This is the only crate of the project with unsafe code.
 
 #![allow(unsafe_code)]
