@@ -113,7 +113,7 @@ fn a_file_is_the_flags_that_it_has_the_names_of() {
     assert!(wanted != result(&["--request", "call.json", "--softcap=2.4"], "json.safetensors"));
 
     // What is typed wins, also over what would exclude it.
-    let other = TOML.replace("2.5", "0.5").replace("200", "3").replace("workers = 2\n", "");
+    let other = TOML.replace("2.5", "0.5").replace("200", "3").replace("\nworkers = 2\n", "\n");
     fs::write(folder.join("other.toml"), format!("{other}\nendpoint = \"http://127.0.0.1:9\"")).unwrap();
     let typed =
         ["--request=other.toml", "--softcap=2.5", "--window=200,", "--workers=2", "-o", "typed.safetensors"];
