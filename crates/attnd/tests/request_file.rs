@@ -164,7 +164,7 @@ fn what_is_wrong_with_a_file_is_said_in_one_line() {
         ("scale = ", "call.toml: line 4: "),
         (
             "workers = 2\nendpoint = 'http://h:1'",
-            "call.toml: the argument '--endpoint <URL>' cannot be used with",
+            "call.toml: the argument '--workers <N>' cannot be used with '--endpoint <URL>'",
         ),
         (
             "threads-per-worker = 2",
