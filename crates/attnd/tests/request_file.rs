@@ -113,7 +113,7 @@ fn a_file_is_the_flags_that_it_has_the_names_of() {
     assert!(wanted != result(&["--request", "call.json", "--softcap=2.4"], "json.safetensors"));
 
     // What is typed wins, also over what would exclude it.
-    let other = TOML.replace("2.5", "0.5").replace("200", "3").replace("workers = 2\n", "");
+    let other = TOML.replace("2.5", "0.5").replace("200", "3").replace("\nworkers = 2\n", "\n");
     fs::write(folder.join("other.toml"), format!("{other}\nendpoint = \"http://127.0.0.1:9\"")).unwrap();
     let typed =
         ["--request=other.toml", "--softcap=2.5", "--window=200,", "--workers=2", "-o", "typed.safetensors"];
@@ -164,7 +164,7 @@ fn what_is_wrong_with_a_file_is_said_in_one_line() {
         ("scale = ", "call.toml: line 4: "),
         (
             "workers = 2\nendpoint = 'http://h:1'",
-            "call.toml: the argument '--endpoint <URL>' cannot be used with",
+            "call.toml: the argument '--workers <N>' cannot be used with '--endpoint <URL>'",
         ),
         (
             "threads-per-worker = 2",
