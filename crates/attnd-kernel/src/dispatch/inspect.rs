@@ -12,6 +12,7 @@ use crate::slot::PAGE_KEYS;
 use crate::widen::key_panels;
 
 type Row = [f32; PAGE_KEYS];
+type MomentsOf = unsafe fn((&Row, &Row), Range<usize>, f32, f32, usize) -> Moments;
 type KeyPanels = for<'m> unsafe fn(&KvHead, PageView<'m>, &'m mut [f32]) -> &'m [f32];
 
 /// The entries of one ISA. [`Kernels::inspect`] hands them out only where the CPU has its features.
@@ -19,7 +20,7 @@ pub(crate) struct InspectEntries {
     key_panels: KeyPanels,
     weights: unsafe fn(&Row, Range<usize>, f32, &mut Row),
     segment_sums: unsafe fn(&Row, &[u16], &mut [f32]),
-    moments: unsafe fn((&Row, &Row), Range<usize>, f32, f32, usize) -> Moments,
+    moments: MomentsOf,
     highest: unsafe fn(&Row, Range<usize>) -> f32,
     at_least: unsafe fn(&Row, Range<usize>, f32) -> PageBits,
 }
