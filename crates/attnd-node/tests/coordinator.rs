@@ -458,10 +458,11 @@ async fn where_no_worker_may_be_used_it_is_said_who_is_there() {
 fn masked(shape: &AttnShape, dims: [usize; 4]) -> attnd_wire::Begin {
     let parts =
         OperatorParts { selection: Some(Selection::Dense), ..OperatorParts::plain(1.0, Causal::None) };
-    let layout = SideLayout::dense(SideTensor::Mask, Element::Bool, dims, shape).unwrap();
+    let layout =
+        SideLayout::dense(SideTensor::Mask, Element::Bool, dims, shape).expect("dimensions that fit");
     attnd_wire::Begin {
-        operator: Arc::new(Operator::new(parts, shape).unwrap()),
-        sides: Sides::new(vec![layout]).unwrap(),
+        operator: Arc::new(Operator::new(parts, shape).expect("an operator of the shape")),
+        sides: Sides::new(vec![layout]).expect("one tensor"),
         ..begin(shape)
     }
 }

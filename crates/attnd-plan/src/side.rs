@@ -272,7 +272,8 @@ impl SideLayout {
         }
         let mut parts = Vec::new();
         for (planes, slots) in needed.into_values() {
-            let runs = if self.tensor.is_along_keys() { joined(slots) } else { vec![0..N_SLOTS] };
+            let whole = 0..N_SLOTS;
+            let runs = if self.tensor.is_along_keys() { joined(slots) } else { vec![whole] };
             let of_plane = |plane| runs.iter().map(move |slots| PlanePart { plane, slots: slots.clone() });
             parts.extend(planes.flat_map(of_plane));
         }

@@ -169,7 +169,7 @@ impl World {
                 });
                 Some(Vec::new())
             }
-            ("mask" | "bias", [dims @ ..]) => {
+            ("mask" | "bias", dims) => {
                 let (tensor, element) = match *verb {
                     "mask" => (SideTensor::Mask, Element::Bool),
                     _ => (SideTensor::Bias, Element::Float(Dtype::F32)),

@@ -41,13 +41,13 @@ pub(super) fn random_csr(rng: &mut SmallRng, layouts: usize, queries: usize, key
     let (query_block, key_block) = (block(rng), block(rng));
     let (mut row_ptr, mut columns) = (Vec::new(), Vec::new());
     for _ in 0..layouts {
-        row_ptr.push(0);
         let begin = columns.len();
-        for _ in 0..queries.div_ceil(query_block) {
+        let row = |_| {
             let share = [0.0, 0.1, 0.5, 0.9, 1.0][rng.random_range(0..5)];
             columns.extend((0..keys.div_ceil(key_block) as u32).filter(|_| rng.random_bool(share)));
-            row_ptr.push((columns.len() - begin) as u32);
-        }
+            (columns.len() - begin) as u32
+        };
+        row_ptr.extend([0].into_iter().chain((0..queries.div_ceil(query_block)).map(row)));
     }
     Csr::new((query_block, key_block), layouts, row_ptr.into(), columns.into()).unwrap()
 }
