@@ -3,16 +3,17 @@
 use std::time::Instant;
 
 use anyhow::Context as _;
-use attnd_client::{AttendOptions, Attended, WorkerChoice};
+use attnd_client::{AttendOptions, Attended, Operands, WorkerChoice};
 use serde::Serialize;
 
-use crate::args::{AttendArgs, ENDPOINT_ENV, EmptyRowArg, endpoint_or_env};
+use crate::args::{AttendArgs, ENDPOINT_ENV, EmptyRowArg, OperatorArgs, SiteArgs, endpoint_or_env};
 use crate::call_report::{PlanReport, TimingsReport, plan_table, timing_table};
 use crate::embedded::{LocalCluster, LocalOptions};
 use crate::exit::{BadInput, connect};
 use crate::output;
+use crate::outputs;
 use crate::progress::CallProgress;
-use crate::tensor_file::{self, Inputs, Output};
+use crate::tensor_file::{self, Array, Inputs, Output, OutputPath};
 
 /// Runs the verb.
 ///
@@ -20,10 +21,11 @@ use crate::tensor_file::{self, Inputs, Output};
 /// [`BadInput`] and the errors of reading files end the process with code 2, others with 1, among them a result that
 /// can't be written.
 pub async fn run(args: &AttendArgs) -> anyhow::Result<()> {
-    let site = Site::of(args, |key| std::env::var(key).ok())?;
+    let site = Site::of(&args.site, |key| std::env::var(key).ok())?;
     if let Some(output) = &args.output {
+        check_room(args, output)?;
         output.check().map_err(|error| BadInput::new(error.to_string()))?;
-        let sinks = args.sinks.iter().map(|source| ("--sinks", source));
+        let sinks = args.operator.sinks.iter().map(|source| ("--sinks", source));
         for (option, source) in
             [("--q", &args.q), ("--k", &args.k), ("--v", &args.v)].into_iter().chain(sinks)
         {
@@ -40,29 +42,37 @@ pub async fn run(args: &AttendArgs) -> anyhow::Result<()> {
     let inputs = tensor_file::assemble(q, k, v)?;
     inputs.notes.iter().for_each(|note| output::note(note));
 
-    let (attended, seconds) = match site {
-        Site::Remote(endpoint) => call(&endpoint, &options, &inputs).await.with_context(|| endpoint)?,
-        Site::Local(local) => {
-            let cluster = LocalCluster::start(local).await?;
-            let outcome = call(cluster.endpoint(), &options, &inputs).await;
-            cluster.stop().await;
-            outcome?
-        }
-    };
+    let parts = args.outputs.parts(&inputs.operands.shape);
+    let options = AttendOptions { outputs: parts.clone(), ..options };
+    let (attended, seconds) =
+        site.ask(async |endpoint| call(endpoint, &options, &inputs.operands).await).await?;
+    let shape = &inputs.operands.shape;
+    let arrays = outputs::arrays(&attended.inspected, &parts, shape, inputs.batched);
     let written = args.output.as_ref().map(|to| {
         let shape = result_shape(&inputs);
-        let (context, lse) = (&attended.context, &attended.lse);
-        tensor_file::write(to, &Output { shape: &shape, context, lse, kernel_id: &attended.kernel_id })
+        let (context, lse, kernel_id) = (&attended.context, &attended.lse, &attended.kernel_id);
+        tensor_file::write(to, &Output { shape: &shape, context, lse, kernel_id, arrays: &arrays })
     });
     // The call was made and may have taken hours: what is known of it is printed even where the disk is full.
-    let reported = report(args, &inputs, &attended, seconds, matches!(written, Some(Ok(()))));
+    let reported = report(args, &inputs, &attended, &arrays, seconds, matches!(written, Some(Ok(()))));
     written.transpose()?;
     reported
 }
 
-/// Where the call is computed.
+/// Refuses a file that has no room for what is wanted.
+fn check_room(args: &AttendArgs, output: &OutputPath) -> Result<(), BadInput> {
+    match output {
+        OutputPath::Npy(path) if !args.outputs.is_empty() => Err(BadInput::new(format!(
+            "--output {}: .npy holds the context only, and more than that is asked for; name a .safetensors file",
+            path.display()
+        ))),
+        _ => Ok(()),
+    }
+}
+
+/// Where calls are computed.
 #[derive(Debug)]
-enum Site {
+pub(super) enum Site {
     /// By a cluster that runs already.
     Remote(String),
     /// By processes started for this call.
@@ -71,7 +81,7 @@ enum Site {
 
 impl Site {
     /// `--workers` typed wins over an endpoint in the environment.
-    fn of(args: &AttendArgs, env: impl Fn(&str) -> Option<String>) -> Result<Self, BadInput> {
+    pub(super) fn of(args: &SiteArgs, env: impl Fn(&str) -> Option<String>) -> Result<Self, BadInput> {
         if let Some(workers) = args.workers {
             if let Some(used) = args.use_workers.filter(|used| *used > workers) {
                 let text = format!("--use-workers {used} needs more workers than --workers {workers} starts");
@@ -86,10 +96,35 @@ impl Site {
             ))
         })
     }
+
+    /// Has `ask` make its calls at the endpoint, and stops what was started for them, whatever came of it.
+    ///
+    /// # Errors
+    /// Those of `ask`, or that no processes can be started.
+    pub(super) async fn ask<T>(self, ask: impl AsyncFnOnce(&str) -> anyhow::Result<T>) -> anyhow::Result<T> {
+        match self {
+            Self::Remote(endpoint) => ask(&endpoint).await.with_context(|| endpoint),
+            Self::Local(local) => {
+                let cluster = LocalCluster::start(local).await?;
+                let outcome = ask(cluster.endpoint()).await;
+                cluster.stop().await;
+                outcome
+            }
+        }
+    }
 }
 
 /// What is asked for, as the client takes it.
 fn options(args: &AttendArgs) -> anyhow::Result<AttendOptions> {
+    Ok(AttendOptions {
+        empty_row: args.empty_row.into(),
+        allow_non_finite: args.allow_non_finite,
+        ..operator_options(&args.operator, &args.site)?
+    })
+}
+
+/// What is to be computed, by whom, and for how long at most.
+pub(super) fn operator_options(args: &OperatorArgs, site: &SiteArgs) -> anyhow::Result<AttendOptions> {
     let missing = || BadInput::new("--causal=offset needs --offset");
     let (causal, mask) = args.causal_and_mask().ok_or_else(missing)?;
     let sinks = args.sinks.as_ref().map(tensor_file::read_vector).transpose()?;
@@ -98,19 +133,22 @@ fn options(args: &AttendArgs) -> anyhow::Result<AttendOptions> {
         causal,
         mask,
         sinks: sinks.map(Into::into),
-        empty_row: args.empty_row.into(),
-        allow_non_finite: args.allow_non_finite,
-        workers: args.use_workers.map_or(WorkerChoice::Auto, |n| WorkerChoice::Exactly(n.into())),
-        timeout: Some(args.timeout),
+        workers: site.use_workers.map_or(WorkerChoice::Auto, |n| WorkerChoice::Exactly(n.into())),
+        timeout: Some(site.timeout),
         ..AttendOptions::default()
     })
 }
 
-async fn call(endpoint: &str, options: &AttendOptions, inputs: &Inputs) -> anyhow::Result<(Attended, f64)> {
+/// One call, with a progress bar, and the seconds that it took.
+pub(super) async fn call(
+    endpoint: &str,
+    options: &AttendOptions,
+    operands: &Operands,
+) -> anyhow::Result<(Attended, f64)> {
     let client = connect(endpoint)?;
     let progress = CallProgress::new();
     let begin = Instant::now();
-    let attended = client.attend(&inputs.operands, options, &mut |event| progress.update(&event)).await?;
+    let attended = client.attend(operands, options, &mut |event| progress.update(&event)).await?;
     Ok((attended, begin.elapsed().as_secs_f64()))
 }
 
@@ -135,14 +173,25 @@ struct AttendReport {
     attempts: u32,
     retried_after: Vec<&'static str>,
     kernel_id: String,
+    /// What was told beside the context.
+    outputs: Vec<ArrayReport>,
     /// What was written, if anything.
     output: Option<String>,
+}
+
+/// An array beside the context.
+#[derive(Debug, Serialize)]
+struct ArrayReport {
+    name: String,
+    shape: Vec<usize>,
+    dtype: &'static str,
 }
 
 fn report(
     args: &AttendArgs,
     inputs: &Inputs,
     attended: &Attended,
+    arrays: &[Array<'_>],
     seconds: f64,
     written: bool,
 ) -> anyhow::Result<()> {
@@ -160,6 +209,14 @@ fn report(
         attempts: attended.attempts,
         retried_after: attended.retried_after.iter().map(|reason| reason.name()).collect(),
         kernel_id: attended.kernel_id.clone(),
+        outputs: arrays
+            .iter()
+            .map(|Array { name, shape, elements }| ArrayReport {
+                name: name.clone(),
+                shape: shape.clone(),
+                dtype: elements.dtype(),
+            })
+            .collect(),
         output: args.output.as_ref().filter(|_| written).map(|output| output.path().display().to_string()),
     };
     if args.json {
@@ -169,7 +226,7 @@ fn report(
     output::line(&plan_table(&report.plan).to_string())?;
     output::line(&timing_table(&report.timings, seconds).to_string())?;
     if report.empty_rows > 0 {
-        let filled = match (&args.sinks, args.empty_row) {
+        let filled = match (&args.operator.sinks, args.empty_row) {
             (Some(_), _) => "",
             (None, EmptyRowArg::Zero) => ": their context is 0 and their lse -inf",
             (None, EmptyRowArg::Nan) => ": their context is NaN and their lse -inf",
@@ -183,9 +240,11 @@ fn report(
             report.retried_after.join(", ")
         ))?;
     }
+    let more = report.outputs.iter().map(|array| format!(", {} {:?}", array.name, array.shape));
+    let result = format!("context {:?}, f32{}", report.context_shape, more.collect::<String>());
     match &report.output {
-        Some(path) => output::line(&format!("wrote {path}: context {:?}, f32", report.context_shape)),
+        Some(path) => output::line(&format!("wrote {path}: {result}")),
         None if args.output.is_some() => Ok(()),
-        None => output::line(&format!("context {:?}, f32; -o FILE writes it", report.context_shape)),
+        None => output::line(&format!("{result}; -o FILE writes it")),
     }
 }
