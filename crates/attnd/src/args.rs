@@ -13,13 +13,21 @@ use clap::{Args, CommandFactory as _, Parser, Subcommand, ValueEnum};
 
 pub use self::attend::{AttendArgs, EmptyRowArg};
 pub use self::bench::{Bench, BenchArgs, BenchKernelArgs, BenchPeersArgs};
+pub use self::explain::{ExplainArgs, HeadChoice, PicturePath};
+pub use self::operator::OperatorArgs;
 pub use self::scores::{ScoreArgs, Slopes};
+pub use self::site::SiteArgs;
 use self::values::{parse_count, parse_size, parse_workers};
 
 mod attend;
 mod bench;
+mod explain;
 mod mask;
+mod operator;
+mod outputs;
 mod scores;
+mod site;
+mod span;
 mod values;
 
 /// Environment variable that stands in for `--endpoint`.
@@ -38,6 +46,8 @@ Start here:
   attnd demo                       real data through 1, 2, 3 and 4 local worker processes, checked
   attnd attend --workers 2 --q q.npy --k k.npy --v v.npy -o out.npy
                                    your own tensors on this machine
+  attnd explain --workers 2 --q q.npy --k k.npy --heatmap map.png
+                                   who attends to what in them
 
 A cluster of several machines:
   attnd coordinator --listen 0.0.0.0:7400                                     on one of them
@@ -92,6 +102,8 @@ pub enum Verb {
     Demo(DemoArgs),
     /// Compute attention over tensors from files
     Attend(Box<AttendArgs>),
+    /// Show which keys queries attend to, head by head, with words and a heatmap
+    Explain(Box<ExplainArgs>),
     /// Run a coordinator and N worker processes on this machine
     Local(LocalArgs),
     /// Show the workers of a cluster: instruction set, memory, load

@@ -81,6 +81,7 @@ fn is_about_the_input(reason: Reason) -> bool {
             | PayloadLength
             | Scale
             | Operator
+            | Outputs
             | Combination
             | NonFinite
             | ScoreOverflow

@@ -8,9 +8,11 @@ mod call_report;
 mod demo;
 mod embedded;
 mod exit;
+mod explain;
 mod heatmap;
 mod logging;
 mod output;
+mod outputs;
 mod progress;
 mod request_file;
 mod table;
@@ -51,6 +53,7 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
         match &cli.verb {
             Verb::Demo(args) => verbs::demo::run(args).await,
             Verb::Attend(args) => verbs::attend::run(args).await,
+            Verb::Explain(args) => verbs::explain::run(args).await,
             Verb::Local(args) => verbs::local::run(args).await,
             Verb::Status(args) => verbs::status::run(args).await,
             Verb::Coordinator(args) => verbs::coordinator::run(args).await,

@@ -1,15 +1,13 @@
 //! The flags of `attnd attend`: where the tensors are, what to compute over them, and who computes it.
 
-use std::num::NonZeroUsize;
 use std::path::PathBuf;
-use std::time::Duration;
 
-use attnd_client::{Causal, EmptyRow, Mask};
+use attnd_client::EmptyRow;
 use clap::{Args, ValueEnum};
 
-use super::mask::MaskArgs;
-use super::scores::ScoreArgs;
-use super::values::{parse_count, parse_finite, parse_seconds, parse_workers};
+use super::operator::OperatorArgs;
+use super::outputs::OutputArgs;
+use super::site::SiteArgs;
 use crate::tensor_file::{OutputPath, Source};
 
 /// Arguments of `attnd attend`.
@@ -25,6 +23,15 @@ where attnd runs:
   causal = true
   window = [4096, 0]
 
+What is told beside the context is exact, costs a second pass over the scores, and is in the .safetensors file. Each
+array begins with [heads, queries], or [batch, heads, queries] where q has a batch; heads are those of --output-heads:
+  --top-k N                     top_keys [.., N], i64, by falling score, -1 behind the last; top_weights, top_scores
+  --mass-block N                mass [.., blocks of N keys]
+  --entropy, --distance, --max-score      entropy in nats, distance in tokens, max_score
+  --stage STAGE                 weights, raw, capped or masked [.., keys]
+  --heatmap R,C                 heat [batch, heads, R, C]; a cell is the mean of its queries' sums over its keys
+  --rectangle S:H:T:K           rectangle.0, rectangle.1, ... [batch, heads, tokens, keys], in the order of the flags
+
 Examples:
   attnd attend --workers 2 --q q.npy --k k.npy --v v.npy -o context.npy
   attnd attend --workers 2 --q x.npz:q --k x.npz:k --v x.npz:v --causal -o out.safetensors
@@ -34,6 +41,8 @@ Examples:
   attnd attend --workers 2 --q x.npz:q --k x.npz:k --v x.npz:v --attn-mask mask.npy --bias x.npz:bias
   attnd attend --workers 2 --q x.npz:q --k x.npz:k --v x.npz:v --causal --softcap 50 --alibi auto
   attnd attend --request call.toml --softcap 30 -o out.safetensors
+  attnd attend --workers 2 --q x.npz:q --k x.npz:k --v x.npz:v --top-k 8 --entropy -o out.safetensors
+  attnd attend --workers 2 --q x.npz:q --k x.npz:k --v x.npz:v --rectangle weights:0-3:last:0-99 -o out.safetensors
   ATTND_ENDPOINT=http://10.0.0.1:7400 attnd attend --q q.npy --k k.npy --v v.npy")]
 pub struct AttendArgs {
     /// Take options from FILE, which ends in .toml or .json and has them by the names of these flags. What is typed wins
@@ -49,68 +58,27 @@ pub struct AttendArgs {
     /// Values
     #[arg(long, value_name = "SRC", required_unless_present = "request")]
     pub v: Option<Source>,
-    /// Hide later keys: with bottom-right the last query sees every key, with top-left query i sees keys 0 to i,
-    /// with offset as --offset says [without a value: bottom-right]
-    #[arg(long, value_enum, value_name = "ALIGN", num_args = 0..=1, require_equals = true, default_missing_value = "bottom-right")]
-    pub causal: Option<CausalAlign>,
-    /// Factor on the scores, of either sign [default: 1 / sqrt(dim)]
-    #[arg(long, value_name = "X", value_parser = parse_finite, allow_hyphen_values = true)]
-    pub scale: Option<f32>,
-    /// Which keys a query sees beside that.
+    /// What is computed over them.
     #[command(flatten)]
-    pub mask: MaskArgs,
-    /// Which keys a query sees of those that other rules leave: bools, `[batch, heads, queries, keys]` or its last
-    /// dimensions, each but keys may be 1; keys that are missing are not seen. Numbers are added to scores instead
-    #[arg(long, value_name = "SRC")]
-    pub attn_mask: Option<Source>,
-    /// Numbers to add to scores, of the same dimensions; -inf hides a key
-    #[arg(long, value_name = "SRC")]
-    pub bias: Option<Source>,
-    /// What scores meet between the products and the values.
-    #[command(flatten)]
-    pub scores: ScoreArgs,
-    /// A logit for each query head, `[heads]`, that joins the sum of exponentials of each of its rows
-    #[arg(long, value_name = "SRC")]
-    pub sinks: Option<Source>,
+    pub operator: OperatorArgs,
     /// Context of rows that see neither a key nor a sink
     #[arg(long, value_enum, value_name = "WHAT", default_value = "zero")]
     pub empty_row: EmptyRowArg,
-    /// Where the result goes: .npy (context) or .safetensors (context and lse)
+    /// Where the result goes: .npy (context) or .safetensors (context, lse, and what else is asked for)
     #[arg(short, long, value_name = "FILE")]
     pub output: Option<OutputPath>,
-    /// Coordinator of a running cluster, such as http://127.0.0.1:7400 [env: ATTND_ENDPOINT]
-    #[arg(long, value_name = "URL", conflicts_with_all = ["workers", "threads_per_worker"])]
-    pub endpoint: Option<String>,
-    /// Start this many worker processes on this machine for this call only
-    #[arg(long, value_name = "N", value_parser = parse_workers)]
-    pub workers: Option<NonZeroUsize>,
-    /// Compute threads of each of those workers [default: the cores, divided evenly]
-    #[arg(long, value_name = "N", requires = "workers", value_parser = parse_count)]
-    pub threads_per_worker: Option<NonZeroUsize>,
-    /// Use exactly N of the cluster's workers [default: as many as pay off]
-    #[arg(long, value_name = "N", value_parser = parse_count)]
-    pub use_workers: Option<NonZeroUsize>,
+    /// What is told beside it.
+    #[command(flatten)]
+    pub outputs: OutputArgs,
+    /// Who computes it.
+    #[command(flatten)]
+    pub site: SiteArgs,
     /// Let NaN and infinities through; they then follow IEEE 754 into the rows that see them
     #[arg(long)]
     pub allow_non_finite: bool,
-    /// Give up after this many seconds, at most 3600. They cover the call: sending, computing, receiving, and sending
-    /// again after a loss; not reading files, starting --workers, or writing the result
-    #[arg(long, value_name = "SECONDS", default_value = "300", value_parser = parse_seconds)]
-    pub timeout: Duration,
     /// Print one JSON object instead of a table
     #[arg(long)]
     pub json: bool,
-}
-
-/// Alignments of the causal rule, as typed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum CausalAlign {
-    /// Query i sees keys j <= i + (keys - queries), as for a cache that was just appended to
-    BottomRight,
-    /// Query i sees keys j <= i, as torch's is_causal
-    TopLeft,
-    /// Query i sees keys j <= i + N of --offset
-    Offset,
 }
 
 /// What rows are that see nothing, as typed.
@@ -131,25 +99,12 @@ impl From<EmptyRowArg> for EmptyRow {
     }
 }
 
-impl AttendArgs {
-    /// The causal rule, and the mask beside it; `None` if a rule needs an offset and none was typed.
-    pub fn causal_and_mask(&self) -> Option<(Causal, Mask)> {
-        let mask = self.mask.mask();
-        match self.causal {
-            None => Some((Causal::None, mask)),
-            Some(CausalAlign::BottomRight) => Some((Causal::BottomRight, mask)),
-            Some(CausalAlign::TopLeft) => Some((Causal::TopLeft, mask)),
-            Some(CausalAlign::Offset) => {
-                mask.positions.is_some().then_some((Causal::None, Mask { causal: true, ..mask }))
-            }
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use attnd_client::{Causal, Mask};
     use clap::Parser as _;
 
+    use super::super::operator::CausalAlign;
     use super::super::{Cli, Verb};
     use super::*;
 
@@ -163,31 +118,31 @@ mod tests {
 
     #[test]
     fn causal_takes_an_optional_value() {
-        assert_eq!(attend(&[]).unwrap().causal, None);
-        assert_eq!(attend(&["--causal"]).unwrap().causal, Some(CausalAlign::BottomRight));
-        assert_eq!(attend(&["--causal=top-left"]).unwrap().causal, Some(CausalAlign::TopLeft));
+        assert_eq!(attend(&[]).unwrap().operator.causal, None);
+        assert_eq!(attend(&["--causal"]).unwrap().operator.causal, Some(CausalAlign::BottomRight));
+        assert_eq!(attend(&["--causal=top-left"]).unwrap().operator.causal, Some(CausalAlign::TopLeft));
         assert!(attend(&["--causal=left"]).is_err());
     }
 
     #[test]
     fn masks_compose_with_the_causal_rule() {
-        let typed = |extra: &[&str]| attend(extra).unwrap().causal_and_mask();
+        let typed = |extra: &[&str]| attend(extra).unwrap().operator.causal_and_mask();
         assert_eq!(typed(&[]), Some((Causal::None, Mask::default())));
         let (causal, mask) = typed(&["--causal=top-left", "--window", "-1,0", "--key-end", "3,4"]).unwrap();
         assert_eq!((causal, mask.window.right, mask.causal), (Causal::TopLeft, Some(0), false));
         let (causal, mask) = typed(&["--causal=offset", "--offset", "-2"]).unwrap();
         assert_eq!((causal, mask.causal), (Causal::None, true));
         assert_eq!(typed(&["--causal=offset"]), None);
-        assert_eq!(attend(&["--scale", "-0.5"]).unwrap().scale, Some(-0.5));
+        assert_eq!(attend(&["--scale", "-0.5"]).unwrap().operator.scale, Some(-0.5));
     }
 
     #[test]
     fn what_scores_meet_may_be_negative() {
         let typed = attend(&["--softcap", "30", "--alibi", "-0.5,1", "--alibi-by-key", "--sigmoid", "-3"]);
-        let scores = typed.unwrap().scores;
+        let scores = typed.unwrap().operator.scores;
         assert_eq!((scores.softcap, scores.alibi_by_key, scores.sigmoid), (Some(30.0), true, Some(-3.0)));
         assert_eq!(scores.alibi, Some(super::super::Slopes::Each(vec![-0.5, 1.0])));
-        assert_eq!(attend(&[]).unwrap().scores, ScoreArgs::default());
+        assert_eq!(attend(&[]).unwrap().operator.scores, super::super::ScoreArgs::default());
     }
 
     #[test]
@@ -217,6 +172,12 @@ mod tests {
             &["--workers", "2", "--endpoint", "http://h:1"],
             &["--threads-per-worker", "2"],
             &["-o", "out.txt"],
+            &["--top-k", "0"],
+            &["--heatmap", "3"],
+            &["--heatmap", "0,4"],
+            &["--stage", "logits"],
+            &["--rectangle", "weights:0:0"],
+            &["--output-heads", "3-1"],
         ] {
             assert_eq!(attend(wrong).unwrap_err().exit_code(), 2, "{wrong:?}");
         }
@@ -224,7 +185,7 @@ mod tests {
 
     #[test]
     fn a_timeout_is_seconds_up_to_an_hour() {
-        let seconds = |extra: &[&str]| attend(extra).unwrap().timeout.as_secs_f64();
+        let seconds = |extra: &[&str]| attend(extra).unwrap().site.timeout.as_secs_f64();
         assert_eq!(seconds(&[]), 300.0);
         assert_eq!(seconds(&["--timeout", "3600"]), 3600.0);
         assert_eq!(seconds(&["--timeout", "0.5"]), 0.5);

@@ -22,7 +22,7 @@ use bytes::Bytes;
 pub use dense::read_dense;
 pub use operands::{Inputs, OperandError, assemble};
 pub use source::{OutputPath, Source};
-pub use write::{Output, write};
+pub use write::{Array, Elements, Output, WriteError, check, is_file_of, replace, write};
 
 /// A tensor in memory, `[batch, heads, tokens, dim]` in C order, little-endian.
 #[derive(Debug, Clone)]
@@ -147,6 +147,15 @@ pub fn read(source: &Source) -> Result<Tensor, ReadError> {
 /// As [`read`], for a tensor that hasn't 1 dimension.
 pub fn read_vector(source: &Source) -> Result<Vec<f32>, ReadError> {
     read_as(source, decode::Stored::into_vector)
+}
+
+/// What the header of the `.safetensors` file at `path` says under `key` beside its tensors; nothing if it doesn't.
+///
+/// # Errors
+/// If it can't be opened or is no such file.
+pub fn read_entry(path: &Path, key: &str) -> Result<Option<String>, ReadError> {
+    let entry = open(path).and_then(|(file, len)| safetensors::read_entry(file, len, key));
+    entry.map_err(|fault| ReadError { origin: path.display().to_string(), fault })
 }
 
 fn read_as<T>(source: &Source, decode: fn(decode::Stored) -> Result<T, Fault>) -> Result<T, ReadError> {

@@ -34,6 +34,12 @@ pub(super) fn read(mut file: File, len: u64, name: &str) -> Result<Stored, Fault
     Ok(Stored { shape: info.shape.clone(), element, big_endian: false, fortran: false, bytes })
 }
 
+/// What the header of a file of `len` bytes says under `key` beside its tensors; nothing if it doesn't.
+pub(super) fn read_entry(mut file: File, len: u64, key: &str) -> Result<Option<String>, Fault> {
+    let (metadata, _) = read_header(&mut file, len)?;
+    Ok(metadata.metadata().as_ref().and_then(|entries| entries.get(key)).cloned())
+}
+
 /// Reads the header; returns it and where the data begins.
 fn read_header(file: &mut File, len: u64) -> Result<(Metadata, u64), Fault> {
     let wrong = |detail: String| Fault::WrongFormat { format: "safetensors", detail };

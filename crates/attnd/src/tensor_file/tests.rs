@@ -296,7 +296,13 @@ fn unreadable_input_is_refused_with_the_reason() {
 fn what_is_written_can_be_read_back() {
     let files = Files::new();
     let (context, lse) = (counting(), vec![0.5, f32::NEG_INFINITY, -1.0, 3.0, 4.0, 5.0]);
-    let output = Output { shape: &[2, 3, 2], context: &context, lse: &lse, kernel_id: "c1-f32" };
+    let keys = [3, u32::MAX, 0, 1, 2, 4];
+    let arrays = [
+        Array { name: "top_keys".into(), shape: vec![2, 3, 1], elements: Elements::Keys(&keys) },
+        Array { name: "mass".into(), shape: vec![2, 3, 2], elements: Elements::F32(&context) },
+    ];
+    let output =
+        Output { shape: &[2, 3, 2], context: &context, lse: &lse, kernel_id: "c1-f32", arrays: &arrays };
     for name in ["o.npy", "o.safetensors"] {
         let path: OutputPath = files.0.path().join(name).to_str().unwrap().parse().unwrap();
         path.check().unwrap();
@@ -310,6 +316,11 @@ fn what_is_written_can_be_read_back() {
     let file = ::safetensors::SafeTensors::deserialize(&bytes).unwrap();
     let stored = file.tensor("lse").unwrap();
     assert_eq!((stored.shape(), stored.data()), (&[2, 3][..], &decode::le_bytes(&lse)[..]));
+    assert_eq!(values(&files.read("o.safetensors:mass").unwrap()), context);
+    let stored = file.tensor("top_keys").unwrap();
+    let indices: Vec<u8> = [3, -1, 0, 1, 2, 4_i64].iter().flat_map(|key| key.to_le_bytes()).collect();
+    assert_eq!((stored.shape(), stored.dtype()), (&[2, 3, 1][..], ::safetensors::Dtype::I64));
+    assert_eq!(stored.data(), indices);
     assert_eq!(fs::read_dir(files.0.path()).unwrap().count(), 2, "a temporary file is left");
 }
 
@@ -318,7 +329,8 @@ fn a_failed_write_leaves_the_earlier_file_and_nothing_else() {
     let files = Files::new();
     let path = files.put("o.npy", b"earlier");
     let to = OutputPath::Npy(path.clone());
-    let wrong = Output { shape: &[2, 3, 3], context: &counting(), lse: &[], kernel_id: "c1-f32" };
+    let wrong =
+        Output { shape: &[2, 3, 3], context: &counting(), lse: &[], kernel_id: "c1-f32", arrays: &[] };
     write(&to, &wrong).unwrap_err();
     assert_eq!(fs::read(&path).unwrap(), b"earlier");
     assert_eq!(fs::read_dir(files.0.path()).unwrap().count(), 1);
@@ -352,7 +364,8 @@ fn a_link_to_a_destination_stays_a_link() {
     let at = |name: &str| files.0.path().join(name);
     fs::create_dir(at("store")).unwrap();
     files.put("store/earlier.npy", b"earlier");
-    let output = Output { shape: &[2, 3, 2], context: &counting(), lse: &[], kernel_id: "c1-f32" };
+    let output =
+        Output { shape: &[2, 3, 2], context: &counting(), lse: &[], kernel_id: "c1-f32", arrays: &[] };
     // One to a file, one through another link to what isn't there yet.
     for (link, to) in
         [("a.npy", "store/earlier.npy"), ("b.npy", "store/c.npy"), ("store/c.npy", "../store/new.npy")]

@@ -28,6 +28,46 @@ pub struct Output<'a> {
     pub lse: &'a [f32],
     /// Order of arithmetic that made it.
     pub kernel_id: &'a str,
+    /// What else was asked for; only a `.safetensors` file has room for it.
+    pub arrays: &'a [Array<'a>],
+}
+
+/// A named array beside the context.
+#[derive(Debug, Clone)]
+pub struct Array<'a> {
+    /// Its name in the file.
+    pub name: String,
+    /// Its dimensions.
+    pub shape: Vec<usize>,
+    /// What is in it, C order.
+    pub elements: Elements<'a>,
+}
+
+/// The elements of an array.
+#[derive(Debug, Clone, Copy)]
+pub enum Elements<'a> {
+    /// Numbers.
+    F32(&'a [f32]),
+    /// Keys, `u32::MAX` for none; written as i64 and -1, which other libraries take as an index.
+    Keys(&'a [u32]),
+}
+
+impl Elements<'_> {
+    /// Their type, as files call it.
+    pub fn dtype(self) -> &'static str {
+        match self {
+            Self::F32(_) => "f32",
+            Self::Keys(_) => "i64",
+        }
+    }
+
+    fn stored(self) -> (Dtype, Vec<u8>) {
+        let index = |key: &u32| if *key == u32::MAX { -1 } else { i64::from(*key) };
+        match self {
+            Self::F32(values) => (Dtype::F32, le_bytes(values)),
+            Self::Keys(keys) => (Dtype::I64, keys.iter().flat_map(|key| index(key).to_le_bytes()).collect()),
+        }
+    }
 }
 
 /// Why a result could not be written.
@@ -73,64 +113,84 @@ pub enum WriteFault {
 }
 
 impl OutputPath {
-    /// Refuses a destination that [`write()`] can't write; worth asking before hours of computing. Makes the temporary
-    /// file and removes it again, so that a process that is killed meanwhile leaves none behind.
+    /// As [`check()`], of this destination.
     ///
     /// # Errors
     /// [`WriteFault::NoDirectory`], [`WriteFault::NotAFile`], [`WriteFault::NotWritable`].
     pub fn check(&self) -> Result<(), WriteError> {
-        self.probe().map_err(|fault| WriteError { path: self.path().into(), fault })
+        check(self.path())
     }
 
-    fn probe(&self) -> Result<(), WriteFault> {
-        let target = self.target();
-        let directory = directory_of(&target);
-        if !directory.is_dir() {
-            return Err(WriteFault::NoDirectory(directory.into()));
-        }
-        // The target itself is a link only where the links never end.
-        if fs::symlink_metadata(&target).is_ok_and(|existing| !existing.is_file()) {
-            return Err(WriteFault::NotAFile);
-        }
-        let temporary = temporary_beside(&target);
-        let made = File::create(&temporary).and_then(|_empty| fs::remove_file(&temporary));
-        made.map_err(|source| WriteFault::NotWritable { directory: directory.into(), source })
-    }
-
-    /// Whether the destination exists and is the very file that `source` is read from, under whatever names. It would
-    /// be replaced by the result.
+    /// As [`is_file_of()`], of this destination.
     pub fn is_file_of(&self, source: &Source) -> bool {
-        let identity = |path: &Path| fs::metadata(path).ok().map(|file| (file.dev(), file.ino()));
-        identity(self.path()).is_some_and(|file| Some(file) == identity(source.path()))
+        is_file_of(self.path(), source)
     }
+}
 
-    /// What a rename has to replace: the path, or what it names in the end where it is a link, so that links stay.
-    fn target(&self) -> PathBuf {
-        let mut target = self.path().to_path_buf();
-        for _ in 0..MAX_LINKS {
-            let Ok(link) = fs::read_link(&target) else { break };
-            target = directory_of(&target).join(link);
-        }
-        target
+/// Refuses a destination that [`replace()`] can't write; worth asking before hours of computing. Makes the temporary
+/// file and removes it again, so that a process that is killed meanwhile leaves none behind.
+///
+/// # Errors
+/// [`WriteFault::NoDirectory`], [`WriteFault::NotAFile`], [`WriteFault::NotWritable`].
+pub fn check(path: &Path) -> Result<(), WriteError> {
+    probe(path).map_err(|fault| WriteError { path: path.into(), fault })
+}
+
+fn probe(path: &Path) -> Result<(), WriteFault> {
+    let target = target(path);
+    let directory = directory_of(&target);
+    if !directory.is_dir() {
+        return Err(WriteFault::NoDirectory(directory.into()));
     }
+    // The target itself is a link only where the links never end.
+    if fs::symlink_metadata(&target).is_ok_and(|existing| !existing.is_file()) {
+        return Err(WriteFault::NotAFile);
+    }
+    let temporary = temporary_beside(&target);
+    let made = File::create(&temporary).and_then(|_empty| fs::remove_file(&temporary));
+    made.map_err(|source| WriteFault::NotWritable { directory: directory.into(), source })
+}
+
+/// Whether a destination exists and is the very file that `source` is read from, under whatever names. It would be
+/// replaced by the result.
+pub fn is_file_of(path: &Path, source: &Source) -> bool {
+    let identity = |path: &Path| fs::metadata(path).ok().map(|file| (file.dev(), file.ino()));
+    identity(path).is_some_and(|file| Some(file) == identity(source.path()))
+}
+
+/// What a rename has to replace: the path, or what it names in the end where it is a link, so that links stay.
+fn target(path: &Path) -> PathBuf {
+    let mut target = path.to_path_buf();
+    for _ in 0..MAX_LINKS {
+        let Ok(link) = fs::read_link(&target) else { break };
+        target = directory_of(&target).join(link);
+    }
+    target
 }
 
 /// Writes `output` in the format that the extension names. A link stays one: what it names is written.
 ///
 /// # Errors
-/// If the file system refuses; nothing is left behind then, and an earlier file of that name is untouched.
+/// As [`replace()`].
 pub fn write(to: &OutputPath, output: &Output<'_>) -> Result<(), WriteError> {
-    let target = to.target();
+    replace(to.path(), |temporary| match to {
+        OutputPath::Npy(_) => write_npy(temporary, output),
+        OutputPath::Safetensors(_) => write_safetensors(temporary, output),
+    })
+}
+
+/// Has `write` make a file beside `path`, and renames it there.
+///
+/// # Errors
+/// If the file system refuses; nothing is left behind then, and an earlier file of that name is untouched.
+pub fn replace(path: &Path, write: impl FnOnce(&Path) -> Result<(), WriteFault>) -> Result<(), WriteError> {
+    let target = target(path);
     let temporary = temporary_beside(&target);
-    let written = match to {
-        OutputPath::Npy(_) => write_npy(&temporary, output),
-        OutputPath::Safetensors(_) => write_safetensors(&temporary, output),
-    };
-    let renamed = written.and_then(|()| Ok(fs::rename(&temporary, &target)?));
+    let renamed = write(&temporary).and_then(|()| Ok(fs::rename(&temporary, &target)?));
     renamed.map_err(|fault| {
         // The first error is the one to report; the temporary file may not even exist.
         fs::remove_file(&temporary).ok();
-        WriteError { path: to.path().into(), fault }
+        WriteError { path: path.into(), fault }
     })
 }
 
@@ -157,10 +217,14 @@ fn write_npy(path: &Path, output: &Output<'_>) -> Result<(), WriteFault> {
 fn write_safetensors(path: &Path, output: &Output<'_>) -> Result<(), WriteFault> {
     let (context, lse) = (le_bytes(output.context), le_bytes(output.lse));
     let rows = output.shape.split_last().map_or(output.shape, |(_, rows)| rows);
-    let tensors = [
+    let stored: Vec<_> = output.arrays.iter().map(|array| (array, array.elements.stored())).collect();
+    let mut tensors = vec![
         ("context", TensorView::new(Dtype::F32, output.shape.into(), &context)?),
         ("lse", TensorView::new(Dtype::F32, rows.into(), &lse)?),
     ];
+    for (Array { name, shape, .. }, (dtype, bytes)) in &stored {
+        tensors.push((name, TensorView::new(*dtype, shape.clone(), bytes)?));
+    }
     // One entry only: the map has no order, and equal results are to make equal files.
     let metadata = HashMap::from([("kernel_id".to_owned(), output.kernel_id.to_owned())]);
     // Not `serialize_to_file`: that makes a file which only its owner may read, whatever the umask says.

@@ -3,16 +3,19 @@
 use std::time::Instant;
 
 use anyhow::Context as _;
-use attnd_client::{Alibi, AttendOptions, Attended, Normaliser, WorkerChoice};
+use attnd_client::{Alibi, AttendOptions, Attended, Normaliser, Operands, WorkerChoice};
 use serde::Serialize;
 
-use crate::args::{AttendArgs, ENDPOINT_ENV, EmptyRowArg, ScoreArgs, Slopes, endpoint_or_env};
+use crate::args::{
+    AttendArgs, ENDPOINT_ENV, EmptyRowArg, OperatorArgs, ScoreArgs, SiteArgs, Slopes, endpoint_or_env,
+};
 use crate::call_report::{PlanReport, TimingsReport, plan_table, timing_table};
 use crate::embedded::{LocalCluster, LocalOptions};
 use crate::exit::{BadInput, connect};
 use crate::output;
+use crate::outputs;
 use crate::progress::CallProgress;
-use crate::tensor_file::{self, Inputs, Output, Source};
+use crate::tensor_file::{self, Array, Inputs, Output, OutputPath, Source};
 
 /// Runs the verb.
 ///
@@ -21,13 +24,11 @@ use crate::tensor_file::{self, Inputs, Output, Source};
 /// can't be written.
 pub async fn run(args: &AttendArgs) -> anyhow::Result<()> {
     let sources = sources(args)?;
-    let site = Site::of(args, |key| std::env::var(key).ok())?;
+    let site = Site::of(&args.site, |key| std::env::var(key).ok())?;
     if let Some(output) = &args.output {
+        check_room(args, output)?;
         output.check().map_err(|error| BadInput::new(error.to_string()))?;
-        let more = [("--sinks", &args.sinks), ("--attn-mask", &args.attn_mask), ("--bias", &args.bias)];
-        let more = more.into_iter().filter_map(|(option, source)| Some((option, source.as_ref()?)));
-        let slopes = args.scores.alibi.iter().filter_map(Slopes::source).map(|source| ("--alibi", source));
-        for (option, source) in sources.into_iter().chain(more).chain(slopes) {
+        for (option, source) in sources.into_iter().chain(args.operator.sources()) {
             if output.is_file_of(source) {
                 let path = output.path().display();
                 let text =
@@ -42,22 +43,19 @@ pub async fn run(args: &AttendArgs) -> anyhow::Result<()> {
     let inputs = tensor_file::assemble(q, k, v)?;
     inputs.notes.iter().for_each(|note| output::note(note));
 
-    let (attended, seconds) = match site {
-        Site::Remote(endpoint) => call(&endpoint, &options, &inputs).await.with_context(|| endpoint)?,
-        Site::Local(local) => {
-            let cluster = LocalCluster::start(local).await?;
-            let outcome = call(cluster.endpoint(), &options, &inputs).await;
-            cluster.stop().await;
-            outcome?
-        }
-    };
+    let parts = args.outputs.parts(&inputs.operands.shape);
+    let options = AttendOptions { outputs: parts.clone(), ..options };
+    let (attended, seconds) =
+        site.ask(async |endpoint| call(endpoint, &options, &inputs.operands).await).await?;
+    let shape = &inputs.operands.shape;
+    let arrays = outputs::arrays(&attended.inspected, &parts, shape, inputs.batched);
     let written = args.output.as_ref().map(|to| {
         let shape = result_shape(&inputs);
-        let (context, lse) = (&attended.context, &attended.lse);
-        tensor_file::write(to, &Output { shape: &shape, context, lse, kernel_id: &attended.kernel_id })
+        let (context, lse, kernel_id) = (&attended.context, &attended.lse, &attended.kernel_id);
+        tensor_file::write(to, &Output { shape: &shape, context, lse, kernel_id, arrays: &arrays })
     });
     // The call was made and may have taken hours: what is known of it is printed even where the disk is full.
-    let reported = report(args, &inputs, &attended, seconds, matches!(written, Some(Ok(()))));
+    let reported = report(args, &inputs, &attended, &arrays, seconds, matches!(written, Some(Ok(()))));
     written.transpose()?;
     reported
 }
@@ -74,9 +72,20 @@ fn sources(args: &AttendArgs) -> Result<[(&'static str, &Source); 3], BadInput> 
     Err(BadInput::new(format!("{flag} is missing: not typed{file}")))
 }
 
-/// Where the call is computed.
+/// Refuses a file that has no room for what is wanted.
+fn check_room(args: &AttendArgs, output: &OutputPath) -> Result<(), BadInput> {
+    match output {
+        OutputPath::Npy(path) if !args.outputs.is_empty() => Err(BadInput::new(format!(
+            "--output {}: .npy holds the context only, and more than that is asked for; name a .safetensors file",
+            path.display()
+        ))),
+        _ => Ok(()),
+    }
+}
+
+/// Where calls are computed.
 #[derive(Debug)]
-enum Site {
+pub(super) enum Site {
     /// By a cluster that runs already.
     Remote(String),
     /// By processes started for this call.
@@ -85,7 +94,7 @@ enum Site {
 
 impl Site {
     /// `--workers` typed wins over an endpoint in the environment.
-    fn of(args: &AttendArgs, env: impl Fn(&str) -> Option<String>) -> Result<Self, BadInput> {
+    pub(super) fn of(args: &SiteArgs, env: impl Fn(&str) -> Option<String>) -> Result<Self, BadInput> {
         if let Some(workers) = args.workers {
             if let Some(used) = args.use_workers.filter(|used| *used > workers) {
                 let text = format!("--use-workers {used} needs more workers than --workers {workers} starts");
@@ -100,10 +109,35 @@ impl Site {
             ))
         })
     }
+
+    /// Has `ask` make its calls at the endpoint, and stops what was started for them, whatever came of it.
+    ///
+    /// # Errors
+    /// Those of `ask`, or that no processes can be started.
+    pub(super) async fn ask<T>(self, ask: impl AsyncFnOnce(&str) -> anyhow::Result<T>) -> anyhow::Result<T> {
+        match self {
+            Self::Remote(endpoint) => ask(&endpoint).await.with_context(|| endpoint),
+            Self::Local(local) => {
+                let cluster = LocalCluster::start(local).await?;
+                let outcome = ask(cluster.endpoint()).await;
+                cluster.stop().await;
+                outcome
+            }
+        }
+    }
 }
 
 /// What is asked for, as the client takes it.
 fn options(args: &AttendArgs) -> anyhow::Result<AttendOptions> {
+    Ok(AttendOptions {
+        empty_row: args.empty_row.into(),
+        allow_non_finite: args.allow_non_finite,
+        ..operator_options(&args.operator, &args.site)?
+    })
+}
+
+/// What is to be computed, by whom, and for how long at most.
+pub(super) fn operator_options(args: &OperatorArgs, site: &SiteArgs) -> anyhow::Result<AttendOptions> {
     let missing = || BadInput::new("--causal=offset needs --offset");
     let (causal, mask) = args.causal_and_mask().ok_or_else(missing)?;
     let sinks = args.sinks.as_ref().map(tensor_file::read_vector).transpose()?;
@@ -119,10 +153,8 @@ fn options(args: &AttendArgs) -> anyhow::Result<AttendOptions> {
         dense_bias: dense(&args.bias)?,
         normaliser,
         sinks: sinks.map(Into::into),
-        empty_row: args.empty_row.into(),
-        allow_non_finite: args.allow_non_finite,
-        workers: args.use_workers.map_or(WorkerChoice::Auto, |n| WorkerChoice::Exactly(n.into())),
-        timeout: Some(args.timeout),
+        workers: site.use_workers.map_or(WorkerChoice::Auto, |n| WorkerChoice::Exactly(n.into())),
+        timeout: Some(site.timeout),
         ..AttendOptions::default()
     })
 }
@@ -137,11 +169,16 @@ fn alibi(scores: &ScoreArgs) -> anyhow::Result<Option<Alibi>> {
     Ok(Some(Alibi { slopes, by_key: scores.alibi_by_key }))
 }
 
-async fn call(endpoint: &str, options: &AttendOptions, inputs: &Inputs) -> anyhow::Result<(Attended, f64)> {
+/// One call, with a progress bar, and the seconds that it took.
+pub(super) async fn call(
+    endpoint: &str,
+    options: &AttendOptions,
+    operands: &Operands,
+) -> anyhow::Result<(Attended, f64)> {
     let client = connect(endpoint)?;
     let progress = CallProgress::new();
     let begin = Instant::now();
-    let attended = client.attend(&inputs.operands, options, &mut |event| progress.update(&event)).await?;
+    let attended = client.attend(operands, options, &mut |event| progress.update(&event)).await?;
     Ok((attended, begin.elapsed().as_secs_f64()))
 }
 
@@ -166,14 +203,25 @@ struct AttendReport {
     attempts: u32,
     retried_after: Vec<&'static str>,
     kernel_id: String,
+    /// What was told beside the context.
+    outputs: Vec<ArrayReport>,
     /// What was written, if anything.
     output: Option<String>,
+}
+
+/// An array beside the context.
+#[derive(Debug, Serialize)]
+struct ArrayReport {
+    name: String,
+    shape: Vec<usize>,
+    dtype: &'static str,
 }
 
 fn report(
     args: &AttendArgs,
     inputs: &Inputs,
     attended: &Attended,
+    arrays: &[Array<'_>],
     seconds: f64,
     written: bool,
 ) -> anyhow::Result<()> {
@@ -191,6 +239,14 @@ fn report(
         attempts: attended.attempts,
         retried_after: attended.retried_after.iter().map(|reason| reason.name()).collect(),
         kernel_id: attended.kernel_id.clone(),
+        outputs: arrays
+            .iter()
+            .map(|Array { name, shape, elements }| ArrayReport {
+                name: name.clone(),
+                shape: shape.clone(),
+                dtype: elements.dtype(),
+            })
+            .collect(),
         output: args.output.as_ref().filter(|_| written).map(|output| output.path().display().to_string()),
     };
     if args.json {
@@ -200,7 +256,7 @@ fn report(
     output::line(&plan_table(&report.plan).to_string())?;
     output::line(&timing_table(&report.timings, seconds).to_string())?;
     if report.empty_rows > 0 {
-        let filled = match (&args.sinks, args.empty_row) {
+        let filled = match (&args.operator.sinks, args.empty_row) {
             (Some(_), _) => "",
             (None, EmptyRowArg::Zero) => ": their context is 0 and their lse -inf",
             (None, EmptyRowArg::Nan) => ": their context is NaN and their lse -inf",
@@ -214,9 +270,11 @@ fn report(
             report.retried_after.join(", ")
         ))?;
     }
+    let more = report.outputs.iter().map(|array| format!(", {} {:?}", array.name, array.shape));
+    let result = format!("context {:?}, f32{}", report.context_shape, more.collect::<String>());
     match &report.output {
-        Some(path) => output::line(&format!("wrote {path}: context {:?}, f32", report.context_shape)),
+        Some(path) => output::line(&format!("wrote {path}: {result}")),
         None if args.output.is_some() => Ok(()),
-        None => output::line(&format!("context {:?}, f32; -o FILE writes it", report.context_shape)),
+        None => output::line(&format!("{result}; -o FILE writes it")),
     }
 }

@@ -1,0 +1,259 @@
+//! One element of a batch and some of its queries, as a call of their own.
+//!
+//! Outputs of rows come for all queries of a call. Of a few queries out of 65,536 they are asked in a call that has no others:
+//! it costs their rows of scores, where the whole call would compute and send those of all. Nothing is lost by that: a
+//! row's bits don't depend on which other rows there are, and what a mask says of a query it says by its position, which goes
+//! along.
+
+use std::ops::Range;
+
+use attnd_client::{
+    Alibi, AttnShape, Causal, DenseTensor, Dims, Mask, Operands, PerBatch, Positions, Window,
+};
+use attnd_kernel::{Operator, OperatorParts};
+
+use crate::exit::BadInput;
+
+/// Positions further out than this are taken for no place among tokens.
+const FAR: u64 = 1 << 30;
+
+/// Who sees what in one element of the batch of a call.
+#[derive(Debug)]
+pub struct Rules {
+    mask: Mask,
+    shape: AttnShape,
+    batch: usize,
+    /// Where the first query stands, if anybody said so, or there is only one way.
+    first_position: Option<i64>,
+}
+
+impl Rules {
+    /// The rules of element `batch`, which there is, under a causal rule and a mask beside it.
+    ///
+    /// # Errors
+    /// If they make no sense together or for the shape.
+    pub fn new(causal: Causal, mask: Mask, shape: AttnShape, batch: usize) -> Result<Self, BadInput> {
+        let rule = Mask::from(causal);
+        if rule.causal && mask.positions.is_some() {
+            let text = "both --causal and --offset say where queries stand; write --causal=offset";
+            return Err(BadInput::new(text));
+        }
+        let mask = Mask {
+            causal: rule.causal || mask.causal,
+            positions: mask.positions.clone().or(rule.positions.filter(|_| rule.causal)),
+            ..mask
+        };
+        let parts = OperatorParts { mask: mask.clone(), ..OperatorParts::plain(1.0, Causal::None) };
+        Operator::new(parts, &shape).map_err(|error| BadInput::new(error.to_string()))?;
+        let of = |ends: &Option<PerBatch<usize>>, all| ends.as_ref().map_or(all, |ends| ends.of(batch));
+        let (queries, keys) = (of(&mask.query_end, shape.n_queries()), of(&mask.key_end, shape.n_keys()));
+        let first = mask.of_batch(batch, &shape).position(0);
+        let is_known = mask.positions.is_some() || queries == keys;
+        Ok(Self { first_position: is_known.then_some(first), mask, shape, batch })
+    }
+
+    /// The shape of the whole call.
+    pub fn shape(&self) -> &AttnShape {
+        &self.shape
+    }
+
+    /// Where a query stands on the axis of the keys.
+    pub fn position(&self, query: usize) -> Option<i64> {
+        Some(self.first_position?.saturating_add(i64::try_from(query).ok()?))
+    }
+
+    /// Whether distances between queries and keys mean anything.
+    pub fn has_distances(&self) -> bool {
+        self.first_position.is_some_and(|first| first.unsigned_abs() < FAR)
+    }
+
+    /// The first key that is no padding, or the last one if all are.
+    pub fn first_key(&self) -> usize {
+        let begin = self.mask.key_begin.as_ref().map_or(0, |begins| begins.of(self.batch));
+        begin.min(self.shape.n_keys().saturating_sub(1))
+    }
+
+    /// The mask of a call that has only this element of the batch, and of it only these queries.
+    pub fn mask_of(&self, queries: &Range<usize>) -> Mask {
+        let same = |lengths: &Option<PerBatch<usize>>| {
+            lengths.as_ref().map(|all| PerBatch::Same(all.of(self.batch)))
+        };
+        let Mask { causal, window, chunk, .. } = self.mask;
+        let is_positional = causal || window != Window::default() || chunk.is_some();
+        // A window that hides nothing. Positions are part of what is computed only where a rule needs them, and distances
+        // are to be counted from these.
+        let open = Window { left: Some(i32::MAX as usize), right: None };
+        let query_end =
+            self.mask.query_end.as_ref().map(|ends| {
+                PerBatch::Same(ends.of(self.batch).saturating_sub(queries.start).min(queries.len()))
+            });
+        Mask {
+            causal,
+            positions: self.position(queries.start).map(|first| Positions::Offset(PerBatch::Same(first))),
+            window: if !is_positional && self.has_distances() { open } else { window },
+            chunk,
+            prefix: same(&self.mask.prefix),
+            key_begin: same(&self.mask.key_begin),
+            key_end: same(&self.mask.key_end),
+            query_end,
+            documents: None,
+        }
+    }
+
+    /// What such a call has of a tensor of the scores; one that isn't of the call's shape is left for the client to refuse.
+    pub fn dense_of(&self, whole: &DenseTensor, queries: &Range<usize>) -> DenseTensor {
+        let [batch, heads, rows, keys] = whole.shape;
+        let row = keys * whole.element.size();
+        let fits = [1, self.shape.batch()].contains(&batch) && [1, self.shape.n_queries()].contains(&rows);
+        if !fits || row == 0 || whole.bytes.len() != batch * heads * rows * row {
+            return whole.clone();
+        }
+        let element = if batch == 1 { 0 } else { self.batch };
+        let of_batch = whole.bytes.slice(element * heads * rows * row..(element + 1) * heads * rows * row);
+        let wanted = if rows == 1 { 0..1 } else { queries.clone() };
+        let bytes = if wanted.len() == rows {
+            of_batch
+        } else {
+            let of_heads = of_batch.chunks(rows * row);
+            let rows = of_heads.filter_map(|head| head.get(wanted.start * row..wanted.end * row));
+            rows.collect::<Vec<_>>().concat().into()
+        };
+        DenseTensor { element: whole.element, shape: [1, heads, wanted.len(), keys], bytes }
+    }
+
+    /// The slopes of such a call, of which the whole one may have some for each element of the batch.
+    pub fn alibi_of(&self, whole: Alibi) -> Alibi {
+        let heads = self.shape.n_heads();
+        let slopes =
+            whole.slopes.map(|slopes| match slopes.get(self.batch * heads..(self.batch + 1) * heads) {
+                Some(own) if slopes.len() == self.shape.batch() * heads => own.into(),
+                _ => slopes,
+            });
+        Alibi { slopes, ..whole }
+    }
+
+    /// The operands of such a call. `whole` are those of all.
+    ///
+    /// # Errors
+    /// Never for queries that there are.
+    pub fn operands_of(&self, whole: &Operands, queries: &Range<usize>) -> Result<Operands, BadInput> {
+        let shape = &self.shape;
+        let part = Dims {
+            batch: 1,
+            heads: shape.n_heads() as u64,
+            kv_heads: shape.n_kv_heads() as u64,
+            queries: queries.len() as u64,
+            keys: shape.n_keys() as u64,
+            head_dim: shape.head_dim() as u64,
+            value_dim: shape.value_dim() as u64,
+        };
+        let part = AttnShape::new(part).map_err(|error| BadInput::new(format!("--query: {error}")))?;
+        let element = |bytes: &bytes::Bytes| {
+            let size = bytes.len() / shape.batch();
+            bytes.slice(self.batch * size..(self.batch + 1) * size)
+        };
+        let (q, k, v) = (element(&whole.q), element(&whole.k), element(&whole.v));
+        let q = if queries.len() == shape.n_queries() {
+            q
+        } else {
+            let row = shape.head_dim() * whole.dtype.size();
+            let heads = q.chunks(shape.n_queries() * row);
+            let rows = heads.filter_map(|head| head.get(queries.start * row..queries.end * row));
+            rows.collect::<Vec<_>>().concat().into()
+        };
+        Ok(Operands { shape: part, dtype: whole.dtype, q, k, v })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use attnd_client::Dtype;
+
+    use super::*;
+
+    fn shape(batch: u64, queries: u64, keys: u64) -> AttnShape {
+        let dims = Dims { batch, heads: 4, kv_heads: 2, queries, keys, head_dim: 3, value_dim: 1 };
+        AttnShape::new(dims).unwrap()
+    }
+
+    /// What every query sees, as the kernels read a mask.
+    fn visible(mask: &Mask, shape: &AttnShape, batch: usize) -> Vec<Range<usize>> {
+        let mask = mask.of_batch(batch, shape);
+        (0..shape.n_queries()).map(|query| mask.visible(query)).collect()
+    }
+
+    #[test]
+    fn queries_see_in_a_call_of_their_own_what_they_saw() {
+        let each = |numbers: [usize; 2]| Some(PerBatch::Each(numbers.into()));
+        let offset = Some(Positions::Offset(PerBatch::Each([-2, 4].into())));
+        let window = Window { left: Some(2), right: Some(1) };
+        let masks = [
+            (Causal::None, Mask::default()),
+            (Causal::BottomRight, Mask::default()),
+            (Causal::TopLeft, Mask { window, ..Mask::default() }),
+            (Causal::BottomRight, Mask { key_end: each([9, 5]), query_end: each([6, 3]), ..Mask::default() }),
+            (Causal::None, Mask { causal: true, positions: offset.clone(), ..Mask::default() }),
+            (Causal::None, Mask { positions: offset, window, ..Mask::default() }),
+            (Causal::BottomRight, Mask { chunk: std::num::NonZeroUsize::new(4), ..Mask::default() }),
+            (Causal::TopLeft, Mask { prefix: each([3, 0]), key_begin: each([1, 2]), ..Mask::default() }),
+        ];
+        for (queries, keys) in [(7, 9), (9, 9)] {
+            let shape = shape(2, queries, keys);
+            for (causal, mask) in &masks {
+                for batch in 0..2 {
+                    let rules = Rules::new(*causal, mask.clone(), shape, batch).unwrap();
+                    let all = visible(&rules.mask, &shape, batch);
+                    for rows in [0..shape.n_queries(), 2..5, shape.n_queries() - 1..shape.n_queries()] {
+                        let part = AttnShape::new(Dims {
+                            batch: 1,
+                            heads: 4,
+                            kv_heads: 2,
+                            queries: rows.len() as u64,
+                            keys,
+                            head_dim: 3,
+                            value_dim: 1,
+                        });
+                        let seen = visible(&rules.mask_of(&rows), &part.unwrap(), 0);
+                        assert_eq!(seen, all[rows.clone()], "{causal:?} {mask:?} batch {batch} {rows:?}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn positions_are_known_where_they_are_said_or_there_is_only_one_way() {
+        let rules = |causal, mask, queries| Rules::new(causal, mask, shape(1, queries, 9), 0);
+        let position = |causal, queries| rules(causal, Mask::default(), queries).unwrap().position(1);
+        assert_eq!(position(Causal::None, 7), None);
+        assert_eq!(position(Causal::None, 9), Some(1));
+        assert_eq!(position(Causal::TopLeft, 7), Some(1));
+        assert_eq!(position(Causal::BottomRight, 7), Some(3));
+        let offset = Mask { positions: Some(Positions::Offset(PerBatch::Same(5))), ..Mask::default() };
+        assert_eq!(rules(Causal::None, offset.clone(), 7).unwrap().position(1), Some(6));
+        let refusal = rules(Causal::TopLeft, offset, 7).unwrap_err().to_string();
+        assert!(refusal.contains("--causal=offset"), "{refusal}");
+        let wrong = Mask { key_end: Some(PerBatch::Each([1, 2].into())), ..Mask::default() };
+        assert!(rules(Causal::None, wrong, 7).unwrap_err().to_string().contains("batch is 1"));
+    }
+
+    #[test]
+    fn operands_are_those_of_the_rows() {
+        let shape = shape(2, 5, 6);
+        let bytes = |n: u64| (0..2 * n).map(|i| (i % 251) as u8).collect::<Vec<u8>>();
+        let (q, k, v) = (bytes(shape.q_elements()), bytes(shape.k_elements()), bytes(shape.v_elements()));
+        let (q_bytes, dtype) = (q.clone(), Dtype::Bf16);
+        let whole = Operands { shape, dtype, q: q.into(), k: k.clone().into(), v: v.into() };
+        let rules = Rules::new(Causal::None, Mask::default(), shape, 1).unwrap();
+        let part = rules.operands_of(&whole, &(2..4)).unwrap();
+        assert_eq!((part.shape.batch(), part.shape.n_queries(), part.dtype), (1, 2, Dtype::Bf16));
+        assert_eq!(part.k[..], k[k.len() / 2..]);
+        let mut expected = Vec::new();
+        for head in 4..8 {
+            expected.extend_from_slice(&q_bytes[(head * 5 + 2) * 6..(head * 5 + 4) * 6]);
+        }
+        assert_eq!(part.q[..], expected);
+        let all = rules.operands_of(&whole, &(0..5)).unwrap();
+        assert_eq!(all.q[..], q_bytes[q_bytes.len() / 2..]);
+    }
+}
