@@ -236,10 +236,6 @@ impl Operator {
             csr.check(shape)?;
         }
         parts.check_biases(shape)?;
-        // Positions that nothing asks for would be another operator with the same results.
-        if !parts.mask.uses_positions() && !parts.biases.iter().any(Bias::uses_positions) {
-            parts.mask.positions = None;
-        }
         if let Normaliser::Sigmoid { bias } = parts.normaliser {
             if !query_factor(bias).is_finite() {
                 return Err(OperatorError::SigmoidBias { bias });
@@ -412,9 +408,12 @@ impl Operator {
         if !self.parts.score.is_scaled_dot() {
             return kernel_id_of_scores(compute);
         }
-        let OperatorParts { scale, mask, sinks, empty_row, .. } = &self.parts;
-        let is_old =
-            *scale > 0.0 && mask.as_causal().is_some() && sinks.is_none() && *empty_row == EmptyRow::Zero;
+        let OperatorParts { scale, mask, biases, sinks, empty_row, .. } = &self.parts;
+        // Positions that no rule asks for change no bit; outputs may ask for them.
+        let asks = mask.uses_positions() || biases.iter().any(Bias::uses_positions);
+        let is_causal = mask.as_causal().is_some()
+            || !asks && Mask { positions: None, ..mask.clone() }.as_causal().is_some();
+        let is_old = *scale > 0.0 && is_causal && sinks.is_none() && *empty_row == EmptyRow::Zero;
         match (self.path(), compute) {
             (Path::Plain, compute) if is_old => compute.kernel_id(),
             (Path::Plain, Compute::F32) => "c1-f32-op1",

@@ -164,8 +164,9 @@ fn only_what_old_nodes_know_has_their_name() {
     // Where queries stand is nothing to a call without rules about it.
     for positions in [Positions::TopLeft, Positions::BottomRight, Positions::Offset(PerBatch::Same(2))] {
         let mask = Mask { positions: Some(positions), ..Mask::default() };
-        let operator = Operator::new(OperatorParts { mask, ..parts() }, &shape()).unwrap();
-        assert_eq!(operator, Operator::plain(0.5, Causal::None));
+        for compute in Compute::ALL {
+            assert_eq!(id(OperatorParts { mask: mask.clone(), ..parts() }, compute), compute.kernel_id());
+        }
     }
     let window = Window { left: Some(2), right: None };
     for new in [
