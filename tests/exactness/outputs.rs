@@ -3,7 +3,7 @@
 use std::num::NonZeroUsize;
 
 use attnd_client::{AttendOptions, Inspected, OutputsParts, Rectangle, Stage, WorkerChoice};
-use attnd_kernel::{EmptyRow, Kernels, Outputs};
+use attnd_kernel::{EmptyRow, Kernels, Normaliser, Outputs};
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 
@@ -40,7 +40,7 @@ fn parts(case: &Case, seed: u64) -> OutputsParts {
         rectangles: (0..rng.random_range(0..3)).map(|_| rectangle(&mut rng)).collect(),
         top_k: if maybe(&mut rng) { rng.random_range(1..20) } else { 0 },
         mass_block: maybe(&mut rng).then(|| rng.random_range(1..=shape.n_keys())).and_then(NonZeroUsize::new),
-        entropy: maybe(&mut rng),
+        entropy: maybe(&mut rng) && case.normaliser == Normaliser::Softmax,
         distance: maybe(&mut rng),
         max_score: maybe(&mut rng),
         heatmap: maybe(&mut rng).then(|| {
@@ -112,7 +112,7 @@ async fn rows_of_weights_sum_to_one() {
     let (mut rows, mut sunk) = (0, 0);
     for seed in 0..24 {
         let mut case = case(seed);
-        case.empty_row = EmptyRow::Zero;
+        (case.empty_row, case.normaliser) = (EmptyRow::Zero, Normaliser::Softmax);
         let parts = OutputsParts {
             stages: vec![Stage::Weights],
             mass_block: NonZeroUsize::new(100),
