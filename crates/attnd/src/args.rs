@@ -13,11 +13,15 @@ use clap::{Args, CommandFactory as _, Parser, Subcommand, ValueEnum};
 
 pub use self::attend::{AttendArgs, EmptyRowArg};
 pub use self::bench::{Bench, BenchArgs, BenchKernelArgs, BenchPeersArgs};
+pub use self::layer::LayerArgs;
+pub use self::site::SiteArgs;
 use self::values::{parse_count, parse_size, parse_workers};
 
 mod attend;
 mod bench;
+mod layer;
 mod mask;
+mod site;
 mod values;
 
 /// Environment variable that stands in for `--endpoint`.
@@ -90,6 +94,8 @@ pub enum Verb {
     Demo(DemoArgs),
     /// Compute attention over tensors from files
     Attend(Box<AttendArgs>),
+    /// Compute a layer of multi-head attention: its matrices here, its attention on the cluster
+    Layer(Box<LayerArgs>),
     /// Run a coordinator and N worker processes on this machine
     Local(LocalArgs),
     /// Show the workers of a cluster: instruction set, memory, load

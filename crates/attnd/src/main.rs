@@ -12,6 +12,7 @@ mod heatmap;
 mod logging;
 mod output;
 mod progress;
+mod site;
 mod table;
 mod tensor_file;
 mod verbs;
@@ -49,6 +50,7 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
         match &cli.verb {
             Verb::Demo(args) => verbs::demo::run(args).await,
             Verb::Attend(args) => verbs::attend::run(args).await,
+            Verb::Layer(args) => verbs::layer::run(args).await,
             Verb::Local(args) => verbs::local::run(args).await,
             Verb::Status(args) => verbs::status::run(args).await,
             Verb::Coordinator(args) => verbs::coordinator::run(args).await,

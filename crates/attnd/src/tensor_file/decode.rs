@@ -42,9 +42,9 @@ pub(super) fn declared_bytes(shape: &[usize], element: Element) -> u128 {
     shape.iter().fold(element.size() as u128, |bytes, dim| bytes.saturating_mul(*dim as u128))
 }
 
-/// Refuses shapes that are neither an attention operand nor a list of one number a head.
+/// Refuses shapes that nothing takes. Which of the others are right is for whoever takes the tensor to say.
 pub(super) fn check_shape(shape: &[usize]) -> Result<(), Fault> {
-    if !matches!(shape.len(), 1 | 3 | 4) {
+    if !(1..=4).contains(&shape.len()) {
         return Err(Fault::Rank(shape.to_vec()));
     }
     if shape.contains(&0) {
@@ -101,6 +101,15 @@ impl Stored {
         let mut numbers = vec![0.0; heads];
         attnd_kernel::widen(&bytes, dtype, &mut numbers);
         Ok(numbers)
+    }
+
+    /// Elements of any shape.
+    pub(super) fn into_floats(self) -> Result<(Vec<usize>, Vec<f32>), Fault> {
+        let shape = self.shape.clone();
+        let (dtype, bytes) = self.into_c_order()?;
+        let mut values = vec![0.0; bytes.len() / dtype.size()];
+        attnd_kernel::widen(&bytes, dtype, &mut values);
+        Ok((shape, values))
     }
 }
 

@@ -7,6 +7,7 @@ mod decode;
 mod npy;
 mod npz;
 mod operands;
+mod rows;
 mod safetensors;
 mod source;
 mod write;
@@ -19,8 +20,9 @@ use attnd_kernel::Dtype;
 use bytes::Bytes;
 
 pub use operands::{Inputs, OperandError, assemble};
+pub use rows::{RowTensor, read_rows, read_state};
 pub use source::{OutputPath, Source};
-pub use write::{Output, write};
+pub use write::{Output, write, write_named};
 
 /// A tensor in memory, `[batch, heads, tokens, dim]` in C order, little-endian.
 #[derive(Debug, Clone)]
@@ -108,6 +110,9 @@ pub enum Fault {
     /// Not 1 dimension.
     #[error("shape {0:?}, expected [heads]")]
     NoVector(Vec<usize>),
+    /// Neither 2 nor 3 dimensions.
+    #[error("shape {0:?}, expected [tokens, width] or [batch, tokens, width]")]
+    NoRows(Vec<usize>),
     /// A dimension is zero.
     #[error("shape {0:?} has no elements")]
     Empty(Vec<usize>),

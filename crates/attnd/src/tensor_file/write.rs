@@ -30,6 +30,9 @@ pub struct Output<'a> {
     pub kernel_id: &'a str,
 }
 
+/// A tensor that goes into a file: its name, its shape, its elements in C order.
+pub type Named<'a> = (&'a str, &'a [usize], &'a [f32]);
+
 /// Why a result could not be written.
 #[derive(Debug, thiserror::Error)]
 #[error("{}: {fault}", path.display())]
@@ -120,11 +123,21 @@ impl OutputPath {
 /// # Errors
 /// If the file system refuses; nothing is left behind then, and an earlier file of that name is untouched.
 pub fn write(to: &OutputPath, output: &Output<'_>) -> Result<(), WriteError> {
+    let rows = output.shape.split_last().map_or(output.shape, |(_, rows)| rows);
+    write_named(to, &[("context", output.shape, output.context), ("lse", rows, output.lse)], output.kernel_id)
+}
+
+/// Writes tensors, each a name, a shape and elements in C order, as [`write()`]: all of them into `.safetensors`, the first alone into
+/// `.npy`.
+///
+/// # Errors
+/// As [`write()`].
+pub fn write_named(to: &OutputPath, tensors: &[Named<'_>], kernel_id: &str) -> Result<(), WriteError> {
     let target = to.target();
     let temporary = temporary_beside(&target);
     let written = match to {
-        OutputPath::Npy(_) => write_npy(&temporary, output),
-        OutputPath::Safetensors(_) => write_safetensors(&temporary, output),
+        OutputPath::Npy(_) => write_npy(&temporary, tensors),
+        OutputPath::Safetensors(_) => write_safetensors(&temporary, tensors, kernel_id),
     };
     let renamed = written.and_then(|()| Ok(fs::rename(&temporary, &target)?));
     renamed.map_err(|fault| {
@@ -147,24 +160,26 @@ fn directory_of(path: &Path) -> &Path {
     }
 }
 
-fn write_npy(path: &Path, output: &Output<'_>) -> Result<(), WriteFault> {
+fn write_npy(path: &Path, tensors: &[Named<'_>]) -> Result<(), WriteFault> {
     let mut file = BufWriter::new(File::create(path)?);
-    ArrayView::from_shape(IxDyn(output.shape), output.context)?.write_npy(&mut file)?;
+    if let Some((_, shape, elements)) = tensors.first() {
+        ArrayView::from_shape(IxDyn(shape), *elements)?.write_npy(&mut file)?;
+    }
     file.flush()?;
     Ok(file.get_ref().sync_all()?)
 }
 
-fn write_safetensors(path: &Path, output: &Output<'_>) -> Result<(), WriteFault> {
-    let (context, lse) = (le_bytes(output.context), le_bytes(output.lse));
-    let rows = output.shape.split_last().map_or(output.shape, |(_, rows)| rows);
-    let tensors = [
-        ("context", TensorView::new(Dtype::F32, output.shape.into(), &context)?),
-        ("lse", TensorView::new(Dtype::F32, rows.into(), &lse)?),
-    ];
+fn write_safetensors(path: &Path, tensors: &[Named<'_>], kernel_id: &str) -> Result<(), WriteFault> {
+    let bytes: Vec<Vec<u8>> = tensors.iter().map(|(_, _, elements)| le_bytes(elements)).collect();
+    let views = tensors
+        .iter()
+        .zip(&bytes)
+        .map(|((name, shape, _), bytes)| Ok((*name, TensorView::new(Dtype::F32, shape.to_vec(), bytes)?)));
+    let views = views.collect::<Result<Vec<_>, SafeTensorError>>()?;
     // One entry only: the map has no order, and equal results are to make equal files.
-    let metadata = HashMap::from([("kernel_id".to_owned(), output.kernel_id.to_owned())]);
+    let metadata = HashMap::from([("kernel_id".to_owned(), kernel_id.to_owned())]);
     // Not `serialize_to_file`: that makes a file which only its owner may read, whatever the umask says.
-    let bytes = safetensors::serialize(tensors, Some(metadata))?;
+    let bytes = safetensors::serialize(views, Some(metadata))?;
     let mut file = File::create(path)?;
     file.write_all(&bytes)?;
     Ok(file.sync_all()?)

@@ -5,6 +5,7 @@ pub mod bench;
 pub mod completions;
 pub mod coordinator;
 pub mod demo;
+pub mod layer;
 pub mod local;
 pub mod status;
 pub mod worker;
