@@ -35,7 +35,8 @@ impl Fixture {
         let tensors = SafeTensors::deserialize(&bytes).expect("a safetensors file");
         let (_, header) = SafeTensors::read_metadata(&bytes).expect("a header");
         let texts = header.metadata().as_ref().expect("metadata");
-        let cases: Vec<Value> = serde_json::from_str(&texts["cases"]).expect("cases are JSON");
+        let contents: Value = serde_json::from_str(&texts["contents"]).expect("contents are JSON");
+        let cases = contents["cases"].as_array().expect("cases");
         cases.iter().enumerate().map(|(at, case)| Self::read(format!("{at:02}"), case, &tensors)).collect()
     }
 

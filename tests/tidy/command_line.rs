@@ -34,8 +34,7 @@ impl CommandLine {
         let port = address.rsplit(':').next().and_then(|port| port.parse().ok());
         let declared = Self { verbs, flags, coordinator_port: port.expect("an address has a port") };
         assert!(declared.verbs.iter().any(|v| v == "worker"), "verbs found: {:?}", declared.verbs);
-        for (flag, file) in
-            [("listen", "args.rs"), ("use-workers", "args/attend.rs"), ("isa", "args/bench.rs")]
+        for (flag, file) in [("listen", "args.rs"), ("use-workers", "args/site.rs"), ("isa", "args/bench.rs")]
         {
             let found = declared.flags.iter().any(|f| f == flag);
             assert!(found, "{flag} of {file} is not among the flags found: {:?}", declared.flags);

@@ -20,10 +20,10 @@ pub struct ProjectedKv {
     dims: LayerDims,
     batch: usize,
     /// The learnt one included.
-    keys: usize,
+    pub(super) keys: usize,
     has_learnt: bool,
-    k: Bytes,
-    v: Bytes,
+    pub(super) k: Bytes,
+    pub(super) v: Bytes,
 }
 
 impl ProjectedKv {

@@ -27,9 +27,9 @@ impl fmt::Display for ProjectionPlan {
         let Self { operand_bytes, input_bytes, weight_bytes, flops } = self;
         write!(
             f,
-            "projections run on the client, {:.3} GFLOP; {operand_bytes} bytes of Q, K and V travel (workers can't project yet: \
+            "projections run on the client, {:.1} MFLOP; {operand_bytes} bytes of Q, K and V travel (workers can't project yet: \
              {input_bytes} bytes of rows and {weight_bytes} of weights would travel to each)",
-            *flops as f64 / 1e9
+            *flops as f64 / 1e6
         )
     }
 }

@@ -1,13 +1,11 @@
 //! The flags of `attnd attend`: where the tensors are, what to compute over them, and who computes it.
 
-use std::num::NonZeroUsize;
-use std::time::Duration;
-
 use attnd_client::{Causal, EmptyRow, Mask};
 use clap::{Args, ValueEnum};
 
 use super::mask::MaskArgs;
-use super::values::{parse_count, parse_scale, parse_seconds, parse_workers};
+use super::site::SiteArgs;
+use super::values::parse_scale;
 use crate::tensor_file::{OutputPath, Source};
 
 /// Arguments of `attnd attend`.
@@ -53,25 +51,12 @@ pub struct AttendArgs {
     /// Where the result goes: .npy (context) or .safetensors (context and lse)
     #[arg(short, long, value_name = "FILE")]
     pub output: Option<OutputPath>,
-    /// Coordinator of a running cluster, such as http://127.0.0.1:7400 [env: ATTND_ENDPOINT]
-    #[arg(long, value_name = "URL", conflicts_with_all = ["workers", "threads_per_worker"])]
-    pub endpoint: Option<String>,
-    /// Start this many worker processes on this machine for this call only
-    #[arg(long, value_name = "N", value_parser = parse_workers)]
-    pub workers: Option<NonZeroUsize>,
-    /// Compute threads of each of those workers [default: the cores, divided evenly]
-    #[arg(long, value_name = "N", requires = "workers", value_parser = parse_count)]
-    pub threads_per_worker: Option<NonZeroUsize>,
-    /// Use exactly N of the cluster's workers [default: as many as pay off]
-    #[arg(long, value_name = "N", value_parser = parse_count)]
-    pub use_workers: Option<NonZeroUsize>,
+    /// Who computes.
+    #[command(flatten)]
+    pub site: SiteArgs,
     /// Let NaN and infinities through; they then follow IEEE 754 into the rows that see them
     #[arg(long)]
     pub allow_non_finite: bool,
-    /// Give up after this many seconds, at most 3600. They cover the call: sending, computing, receiving, and sending
-    /// again after a loss; not reading files, starting --workers, or writing the result
-    #[arg(long, value_name = "SECONDS", default_value = "300", value_parser = parse_seconds)]
-    pub timeout: Duration,
     /// Print one JSON object instead of a table
     #[arg(long)]
     pub json: bool,
@@ -188,7 +173,7 @@ mod tests {
 
     #[test]
     fn a_timeout_is_seconds_up_to_an_hour() {
-        let seconds = |extra: &[&str]| attend(extra).unwrap().timeout.as_secs_f64();
+        let seconds = |extra: &[&str]| attend(extra).unwrap().site.timeout.as_secs_f64();
         assert_eq!(seconds(&[]), 300.0);
         assert_eq!(seconds(&["--timeout", "3600"]), 3600.0);
         assert_eq!(seconds(&["--timeout", "0.5"]), 0.5);

@@ -20,7 +20,7 @@ use attnd_kernel::Dtype;
 use bytes::Bytes;
 
 pub use operands::{Inputs, OperandError, assemble};
-pub use rows::{RowTensor, read_rows, read_state};
+pub use rows::{read_rows, read_state};
 pub use source::{OutputPath, Source};
 pub use write::{Output, write, write_named};
 

@@ -3,15 +3,16 @@
 use std::time::Instant;
 
 use anyhow::Context as _;
-use attnd_client::{AttendOptions, Attended, WorkerChoice};
+use attnd_client::{AttendOptions, Attended};
 use serde::Serialize;
 
-use crate::args::{AttendArgs, ENDPOINT_ENV, EmptyRowArg, endpoint_or_env};
+use crate::args::{AttendArgs, EmptyRowArg};
 use crate::call_report::{PlanReport, TimingsReport, plan_table, timing_table};
-use crate::embedded::{LocalCluster, LocalOptions};
+use crate::embedded::LocalCluster;
 use crate::exit::{BadInput, connect};
 use crate::output;
 use crate::progress::CallProgress;
+use crate::site::{Site, worker_choice};
 use crate::tensor_file::{self, Inputs, Output};
 
 /// Runs the verb.
@@ -20,7 +21,7 @@ use crate::tensor_file::{self, Inputs, Output};
 /// [`BadInput`] and the errors of reading files end the process with code 2, others with 1, among them a result that
 /// can't be written.
 pub async fn run(args: &AttendArgs) -> anyhow::Result<()> {
-    let site = Site::of(args, |key| std::env::var(key).ok())?;
+    let site = Site::of(&args.site, |key| std::env::var(key).ok())?;
     if let Some(output) = &args.output {
         output.check().map_err(|error| BadInput::new(error.to_string()))?;
         let sinks = args.sinks.iter().map(|source| ("--sinks", source));
@@ -60,34 +61,6 @@ pub async fn run(args: &AttendArgs) -> anyhow::Result<()> {
     reported
 }
 
-/// Where the call is computed.
-#[derive(Debug)]
-enum Site {
-    /// By a cluster that runs already.
-    Remote(String),
-    /// By processes started for this call.
-    Local(LocalOptions),
-}
-
-impl Site {
-    /// `--workers` typed wins over an endpoint in the environment.
-    fn of(args: &AttendArgs, env: impl Fn(&str) -> Option<String>) -> Result<Self, BadInput> {
-        if let Some(workers) = args.workers {
-            if let Some(used) = args.use_workers.filter(|used| *used > workers) {
-                let text = format!("--use-workers {used} needs more workers than --workers {workers} starts");
-                return Err(BadInput::new(text));
-            }
-            let threads_per_worker = args.threads_per_worker.map(Into::into);
-            return Ok(Self::Local(LocalOptions { workers: workers.into(), threads_per_worker }));
-        }
-        endpoint_or_env(args.endpoint.as_deref(), env).map(Self::Remote).ok_or_else(|| {
-            BadInput::new(format!(
-                "where to compute? --workers N starts N processes here, --endpoint URL or {ENDPOINT_ENV} names a cluster"
-            ))
-        })
-    }
-}
-
 /// What is asked for, as the client takes it.
 fn options(args: &AttendArgs) -> anyhow::Result<AttendOptions> {
     let missing = || BadInput::new("--causal=offset needs --offset");
@@ -100,8 +73,8 @@ fn options(args: &AttendArgs) -> anyhow::Result<AttendOptions> {
         sinks: sinks.map(Into::into),
         empty_row: args.empty_row.into(),
         allow_non_finite: args.allow_non_finite,
-        workers: args.use_workers.map_or(WorkerChoice::Auto, |n| WorkerChoice::Exactly(n.into())),
-        timeout: Some(args.timeout),
+        workers: worker_choice(&args.site),
+        timeout: Some(args.site.timeout),
         ..AttendOptions::default()
     })
 }
