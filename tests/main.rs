@@ -4,6 +4,7 @@
 mod bad_input;
 mod conformance;
 mod exactness;
+mod layers;
 mod lifecycle;
 mod loss;
 mod memory;

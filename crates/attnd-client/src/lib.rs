@@ -23,6 +23,7 @@ mod client;
 mod context;
 mod error;
 mod inspected;
+pub mod layer;
 mod operands;
 mod retry;
 mod side;

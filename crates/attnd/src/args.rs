@@ -14,6 +14,7 @@ use clap::{Args, CommandFactory as _, Parser, Subcommand, ValueEnum};
 pub use self::attend::{AttendArgs, EmptyRowArg};
 pub use self::bench::{Bench, BenchArgs, BenchKernelArgs, BenchPeersArgs};
 pub use self::explain::{ExplainArgs, HeadChoice, PicturePath};
+pub use self::layer::LayerArgs;
 pub use self::operator::OperatorArgs;
 pub use self::scores::{ScoreArgs, Slopes};
 pub use self::site::SiteArgs;
@@ -22,6 +23,7 @@ use self::values::{parse_count, parse_size, parse_workers};
 mod attend;
 mod bench;
 mod explain;
+mod layer;
 mod mask;
 mod operator;
 mod outputs;
@@ -104,6 +106,8 @@ pub enum Verb {
     Attend(Box<AttendArgs>),
     /// Show which keys queries attend to, head by head, with words and a heatmap
     Explain(Box<ExplainArgs>),
+    /// Compute a layer of multi-head attention: its matrices here, its attention on the cluster
+    Layer(Box<LayerArgs>),
     /// Run a coordinator and N worker processes on this machine
     Local(LocalArgs),
     /// Show the workers of a cluster: instruction set, memory, load

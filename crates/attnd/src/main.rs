@@ -15,6 +15,7 @@ mod output;
 mod outputs;
 mod progress;
 mod request_file;
+mod site;
 mod table;
 mod tensor_file;
 mod verbs;
@@ -54,6 +55,7 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
             Verb::Demo(args) => verbs::demo::run(args).await,
             Verb::Attend(args) => verbs::attend::run(args).await,
             Verb::Explain(args) => verbs::explain::run(args).await,
+            Verb::Layer(args) => verbs::layer::run(args).await,
             Verb::Local(args) => verbs::local::run(args).await,
             Verb::Status(args) => verbs::status::run(args).await,
             Verb::Coordinator(args) => verbs::coordinator::run(args).await,

@@ -57,14 +57,19 @@ impl OperatorArgs {
 
     /// The causal rule, and the mask beside it; `None` if a rule needs an offset and none was typed.
     pub fn causal_and_mask(&self) -> Option<(Causal, Mask)> {
-        let mask = self.mask.mask();
-        match self.causal {
-            None => Some((Causal::None, mask)),
-            Some(CausalAlign::BottomRight) => Some((Causal::BottomRight, mask)),
-            Some(CausalAlign::TopLeft) => Some((Causal::TopLeft, mask)),
-            Some(CausalAlign::Offset) => {
-                mask.positions.is_some().then_some((Causal::None, Mask { causal: true, ..mask }))
-            }
+        causal_and_mask(self.causal, &self.mask)
+    }
+}
+
+/// The causal rule as typed, and the mask beside it; `None` if it needs an offset and none was typed.
+pub(super) fn causal_and_mask(causal: Option<CausalAlign>, mask: &MaskArgs) -> Option<(Causal, Mask)> {
+    let mask = mask.mask();
+    match causal {
+        None => Some((Causal::None, mask)),
+        Some(CausalAlign::BottomRight) => Some((Causal::BottomRight, mask)),
+        Some(CausalAlign::TopLeft) => Some((Causal::TopLeft, mask)),
+        Some(CausalAlign::Offset) => {
+            mask.positions.is_some().then_some((Causal::None, Mask { causal: true, ..mask }))
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Who computes a call, and how long it may take.
+//! The flags that say who computes a call, and how long it may take.
 
 use std::num::NonZeroUsize;
 use std::time::Duration;

@@ -111,6 +111,15 @@ impl Stored {
         attnd_kernel::widen(&bytes, dtype, &mut numbers);
         Ok(numbers)
     }
+
+    /// Elements of any shape.
+    pub(super) fn into_floats(self) -> Result<(Vec<usize>, Vec<f32>), Fault> {
+        let shape = self.shape.clone();
+        let (dtype, bytes) = self.into_c_order()?;
+        let mut values = vec![0.0; bytes.len() / dtype.size()];
+        attnd_kernel::widen(&bytes, dtype, &mut values);
+        Ok((shape, values))
+    }
 }
 
 /// f32 values as little-endian bytes.

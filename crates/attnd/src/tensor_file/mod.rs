@@ -8,6 +8,7 @@ mod dense;
 mod npy;
 mod npz;
 mod operands;
+mod rows;
 mod safetensors;
 mod source;
 mod write;
@@ -21,8 +22,9 @@ use bytes::Bytes;
 
 pub use dense::read_dense;
 pub use operands::{Inputs, OperandError, assemble};
+pub use rows::{read_rows, read_state};
 pub use source::{OutputPath, Source};
-pub use write::{Array, Elements, Output, WriteError, check, is_file_of, replace, write};
+pub use write::{Array, Elements, Output, WriteError, check, is_file_of, replace, write, write_named};
 
 /// A tensor in memory, `[batch, heads, tokens, dim]` in C order, little-endian.
 #[derive(Debug, Clone)]
@@ -113,6 +115,9 @@ pub enum Fault {
     /// Not 1 dimension.
     #[error("shape {0:?}, expected [heads]")]
     NoVector(Vec<usize>),
+    /// Neither 2 nor 3 dimensions.
+    #[error("shape {0:?}, expected [tokens, width] or [batch, tokens, width]")]
+    NoRows(Vec<usize>),
     /// A dimension is zero.
     #[error("shape {0:?} has no elements")]
     Empty(Vec<usize>),

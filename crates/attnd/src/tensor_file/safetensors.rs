@@ -14,6 +14,30 @@ const MAX_HEADER: u64 = 100_000_000;
 /// Reads the tensor `name` of a file of `len` bytes.
 pub(super) fn read(mut file: File, len: u64, name: &str) -> Result<Stored, Fault> {
     let (metadata, data_start) = read_header(&mut file, len)?;
+    read_tensor(&mut file, &metadata, data_start, name)
+}
+
+/// Reads the tensors of a file of `len` bytes whose names are wanted, in the order in which they lie there.
+pub(super) fn read_some(
+    mut file: File,
+    len: u64,
+    is_wanted: impl Fn(&str) -> bool,
+) -> Result<Vec<(String, Result<Stored, Fault>)>, Fault> {
+    let (metadata, data_start) = read_header(&mut file, len)?;
+    let names = metadata.offset_keys().into_iter().filter(|name| is_wanted(name));
+    let read = names.map(|name| {
+        let stored = read_tensor(&mut file, &metadata, data_start, &name);
+        (name, stored)
+    });
+    Ok(read.collect())
+}
+
+/// The names of all tensors of a file of `len` bytes.
+pub(super) fn names(mut file: File, len: u64) -> Result<Vec<String>, Fault> {
+    read_header(&mut file, len).map(|(metadata, _)| metadata.offset_keys())
+}
+
+fn read_tensor(file: &mut File, metadata: &Metadata, data_start: u64, name: &str) -> Result<Stored, Fault> {
     let Some(info) = metadata.info(name) else {
         return Err(Fault::NoSuchName { name: name.into(), names: metadata.offset_keys() });
     };

@@ -62,13 +62,20 @@ impl Elements<'_> {
     }
 
     fn stored(self) -> (Dtype, Vec<u8>) {
-        let index = |key: &u32| if *key == u32::MAX { -1 } else { i64::from(*key) };
         match self {
             Self::F32(values) => (Dtype::F32, le_bytes(values)),
             Self::Keys(keys) => (Dtype::I64, keys.iter().flat_map(|key| index(key).to_le_bytes()).collect()),
         }
     }
 }
+
+/// A key as an index that other libraries take for none where there is none.
+fn index(key: &u32) -> i64 {
+    if *key == u32::MAX { -1 } else { i64::from(*key) }
+}
+
+/// A tensor that goes into a file: its name, its shape, its elements in C order.
+pub type Named<'a> = (&'a str, &'a [usize], Elements<'a>);
 
 /// Why a result could not be written.
 #[derive(Debug, thiserror::Error)]
@@ -173,9 +180,22 @@ fn target(path: &Path) -> PathBuf {
 /// # Errors
 /// As [`replace()`].
 pub fn write(to: &OutputPath, output: &Output<'_>) -> Result<(), WriteError> {
+    let rows = output.shape.split_last().map_or(output.shape, |(_, rows)| rows);
+    let context = ("context", output.shape, Elements::F32(output.context));
+    let lse = ("lse", rows, Elements::F32(output.lse));
+    let more = output.arrays.iter().map(|array| (array.name.as_str(), &array.shape[..], array.elements));
+    let tensors: Vec<Named<'_>> = [context, lse].into_iter().chain(more).collect();
+    write_named(to, &tensors, output.kernel_id)
+}
+
+/// Writes tensors, as [`write()`]: all of them into `.safetensors`, the first alone into `.npy`.
+///
+/// # Errors
+/// As [`replace()`].
+pub fn write_named(to: &OutputPath, tensors: &[Named<'_>], kernel_id: &str) -> Result<(), WriteError> {
     replace(to.path(), |temporary| match to {
-        OutputPath::Npy(_) => write_npy(temporary, output),
-        OutputPath::Safetensors(_) => write_safetensors(temporary, output),
+        OutputPath::Npy(_) => write_npy(temporary, tensors),
+        OutputPath::Safetensors(_) => write_safetensors(temporary, tensors, kernel_id),
     })
 }
 
@@ -207,28 +227,32 @@ fn directory_of(path: &Path) -> &Path {
     }
 }
 
-fn write_npy(path: &Path, output: &Output<'_>) -> Result<(), WriteFault> {
+fn write_npy(path: &Path, tensors: &[Named<'_>]) -> Result<(), WriteFault> {
     let mut file = BufWriter::new(File::create(path)?);
-    ArrayView::from_shape(IxDyn(output.shape), output.context)?.write_npy(&mut file)?;
+    match tensors.first() {
+        Some((_, shape, Elements::F32(values))) => {
+            ArrayView::from_shape(IxDyn(shape), values)?.write_npy(&mut file)?;
+        }
+        Some((_, shape, Elements::Keys(keys))) => {
+            let keys: Vec<i64> = keys.iter().map(index).collect();
+            ArrayView::from_shape(IxDyn(shape), &keys)?.write_npy(&mut file)?;
+        }
+        None => {}
+    }
     file.flush()?;
     Ok(file.get_ref().sync_all()?)
 }
 
-fn write_safetensors(path: &Path, output: &Output<'_>) -> Result<(), WriteFault> {
-    let (context, lse) = (le_bytes(output.context), le_bytes(output.lse));
-    let rows = output.shape.split_last().map_or(output.shape, |(_, rows)| rows);
-    let stored: Vec<_> = output.arrays.iter().map(|array| (array, array.elements.stored())).collect();
-    let mut tensors = vec![
-        ("context", TensorView::new(Dtype::F32, output.shape.into(), &context)?),
-        ("lse", TensorView::new(Dtype::F32, rows.into(), &lse)?),
-    ];
-    for (Array { name, shape, .. }, (dtype, bytes)) in &stored {
-        tensors.push((name, TensorView::new(*dtype, shape.clone(), bytes)?));
-    }
+fn write_safetensors(path: &Path, tensors: &[Named<'_>], kernel_id: &str) -> Result<(), WriteFault> {
+    let stored: Vec<(Dtype, Vec<u8>)> = tensors.iter().map(|(_, _, elements)| elements.stored()).collect();
+    let views = tensors.iter().zip(&stored).map(|((name, shape, _), (dtype, bytes))| {
+        Ok((*name, TensorView::new(*dtype, shape.to_vec(), bytes)?))
+    });
+    let views = views.collect::<Result<Vec<_>, SafeTensorError>>()?;
     // One entry only: the map has no order, and equal results are to make equal files.
-    let metadata = HashMap::from([("kernel_id".to_owned(), output.kernel_id.to_owned())]);
+    let metadata = HashMap::from([("kernel_id".to_owned(), kernel_id.to_owned())]);
     // Not `serialize_to_file`: that makes a file which only its owner may read, whatever the umask says.
-    let bytes = safetensors::serialize(tensors, Some(metadata))?;
+    let bytes = safetensors::serialize(views, Some(metadata))?;
     let mut file = File::create(path)?;
     file.write_all(&bytes)?;
     Ok(file.sync_all()?)

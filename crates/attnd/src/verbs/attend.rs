@@ -2,19 +2,16 @@
 
 use std::time::Instant;
 
-use anyhow::Context as _;
-use attnd_client::{Alibi, AttendOptions, Attended, Normaliser, Operands, WorkerChoice};
+use attnd_client::{Alibi, AttendOptions, Attended, Normaliser, Operands};
 use serde::Serialize;
 
-use crate::args::{
-    AttendArgs, ENDPOINT_ENV, EmptyRowArg, OperatorArgs, ScoreArgs, SiteArgs, Slopes, endpoint_or_env,
-};
+use crate::args::{AttendArgs, EmptyRowArg, OperatorArgs, ScoreArgs, SiteArgs, Slopes};
 use crate::call_report::{PlanReport, TimingsReport, plan_table, timing_table};
-use crate::embedded::{LocalCluster, LocalOptions};
 use crate::exit::{BadInput, connect};
 use crate::output;
 use crate::outputs;
 use crate::progress::CallProgress;
+use crate::site::{Site, worker_choice};
 use crate::tensor_file::{self, Array, Inputs, Output, OutputPath, Source};
 
 /// Runs the verb.
@@ -83,50 +80,6 @@ fn check_room(args: &AttendArgs, output: &OutputPath) -> Result<(), BadInput> {
     }
 }
 
-/// Where calls are computed.
-#[derive(Debug)]
-pub(super) enum Site {
-    /// By a cluster that runs already.
-    Remote(String),
-    /// By processes started for this call.
-    Local(LocalOptions),
-}
-
-impl Site {
-    /// `--workers` typed wins over an endpoint in the environment.
-    pub(super) fn of(args: &SiteArgs, env: impl Fn(&str) -> Option<String>) -> Result<Self, BadInput> {
-        if let Some(workers) = args.workers {
-            if let Some(used) = args.use_workers.filter(|used| *used > workers) {
-                let text = format!("--use-workers {used} needs more workers than --workers {workers} starts");
-                return Err(BadInput::new(text));
-            }
-            let threads_per_worker = args.threads_per_worker.map(Into::into);
-            return Ok(Self::Local(LocalOptions { workers: workers.into(), threads_per_worker }));
-        }
-        endpoint_or_env(args.endpoint.as_deref(), env).map(Self::Remote).ok_or_else(|| {
-            BadInput::new(format!(
-                "where to compute? --workers N starts N processes here, --endpoint URL or {ENDPOINT_ENV} names a cluster"
-            ))
-        })
-    }
-
-    /// Has `ask` make its calls at the endpoint, and stops what was started for them, whatever came of it.
-    ///
-    /// # Errors
-    /// Those of `ask`, or that no processes can be started.
-    pub(super) async fn ask<T>(self, ask: impl AsyncFnOnce(&str) -> anyhow::Result<T>) -> anyhow::Result<T> {
-        match self {
-            Self::Remote(endpoint) => ask(&endpoint).await.with_context(|| endpoint),
-            Self::Local(local) => {
-                let cluster = LocalCluster::start(local).await?;
-                let outcome = ask(cluster.endpoint()).await;
-                cluster.stop().await;
-                outcome
-            }
-        }
-    }
-}
-
 /// What is asked for, as the client takes it.
 fn options(args: &AttendArgs) -> anyhow::Result<AttendOptions> {
     Ok(AttendOptions {
@@ -153,7 +106,7 @@ pub(super) fn operator_options(args: &OperatorArgs, site: &SiteArgs) -> anyhow::
         dense_bias: dense(&args.bias)?,
         normaliser,
         sinks: sinks.map(Into::into),
-        workers: site.use_workers.map_or(WorkerChoice::Auto, |n| WorkerChoice::Exactly(n.into())),
+        workers: worker_choice(site),
         timeout: Some(site.timeout),
         ..AttendOptions::default()
     })

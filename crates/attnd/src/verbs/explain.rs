@@ -7,7 +7,7 @@ use std::ops::Range;
 use attnd_client::{AttendOptions, Attended, Inspected, Operands, OutputsParts, Rectangle, Stage};
 use attnd_kernel::Dtype;
 
-use super::attend::{Site, call, operator_options};
+use super::attend::{call, operator_options};
 use crate::args::{ExplainArgs, HeadChoice, PicturePath};
 use crate::exit::BadInput;
 use crate::explain::part::Rules;
@@ -16,6 +16,7 @@ use crate::explain::views::{Answer, Explanation, HeatmapView};
 use crate::explain::words::{self, Words};
 use crate::heatmap::{HeadPanel, Maps};
 use crate::output;
+use crate::site::Site;
 use crate::tensor_file::{self, Inputs, Tensor};
 
 /// Keys are listed for at most so many queries: more than that nobody reads.

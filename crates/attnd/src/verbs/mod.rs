@@ -6,6 +6,7 @@ pub mod completions;
 pub mod coordinator;
 pub mod demo;
 pub mod explain;
+pub mod layer;
 pub mod local;
 pub mod status;
 pub mod worker;

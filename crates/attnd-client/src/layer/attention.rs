@@ -1,0 +1,358 @@
+//! A call of a layer: rows become heads, heads go to the cluster, contexts become rows again.
+
+use std::sync::Arc;
+
+use attnd_kernel::{AttnShape, Causal, Dims, Dtype, Linear, OutputsParts, Stage};
+use attnd_wire::{Error, floats, operator};
+use bytes::Bytes;
+
+use super::learnt::behind_learnt_key;
+use super::rope::Turns;
+use super::{Inner, Layer, LayerDims, LayerError, Rows};
+use crate::client::{Attended, Client, Progress};
+use crate::context::zeros;
+use crate::error::ClientError;
+use crate::operands::{AttendOptions, Operands};
+
+/// Keys and values, projected: any number of calls of their layer can attend to them. Cloning copies nothing.
+#[derive(Clone, Debug)]
+pub struct ProjectedKv {
+    dims: LayerDims,
+    batch: usize,
+    /// The learnt one included.
+    pub(super) keys: usize,
+    has_learnt: bool,
+    pub(super) k: Bytes,
+    pub(super) v: Bytes,
+}
+
+impl ProjectedKv {
+    /// Keys of each problem, without a learnt one.
+    pub fn tokens(&self) -> usize {
+        self.keys - usize::from(self.has_learnt)
+    }
+
+    /// Bytes that every call sends again.
+    pub fn bytes(&self) -> u64 {
+        (self.k.len() + self.v.len()) as u64
+    }
+}
+
+/// Which weights a call tells.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LayerWeights {
+    /// Means over the heads, `[batch, queries, keys]`: summed in f64, head by head, and rounded once.
+    Averaged,
+    /// `[batch, heads, queries, keys]`.
+    PerHead,
+}
+
+/// How to call a layer. The default: no mask, no weights.
+#[derive(Clone, Debug, Default)]
+pub struct LayerCall {
+    /// As for attention without a layer; a scale here wins over the layer's. Keys of masks are those of the input.
+    pub options: AttendOptions,
+    /// Rotary position of the first query.
+    pub position: usize,
+    /// Which weights are wanted. They cost a second pass over the scores.
+    pub weights: Option<LayerWeights>,
+}
+
+/// What a layer answers.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LayerAnswer {
+    /// `[batch, queries, output width]`.
+    pub output: Vec<f32>,
+    /// As [`LayerWeights`] says; the last dimension has the keys of the input, then the learnt key, then the zero key, of those that
+    /// the layer has. Empty if none were wanted.
+    pub weights: Vec<f32>,
+    /// The call to the cluster: heads before the gate and the last projection. Its keys begin with the learnt one, if there is one,
+    /// and its sinks are the zero key.
+    pub attended: Attended,
+}
+
+impl Layer {
+    /// Projects what keys and values are made of. `position` is the rotary one of the first key.
+    ///
+    /// # Errors
+    /// [`LayerError::Rows`] for rows of another width than the layer's or of another number than each other's,
+    /// [`LayerError::Rope`] past the end of tables, [`LayerError::RowMemory`].
+    pub async fn project(
+        &self,
+        key: &Rows,
+        value: &Rows,
+        position: usize,
+    ) -> Result<ProjectedKv, LayerError> {
+        let (layer, key, value) = (Arc::clone(&self.inner), key.clone(), value.clone());
+        off_the_runtime(move || layer.keys_and_values(&key, &value, position)).await
+    }
+
+    /// Attends with the queries of some rows to projected keys and values.
+    ///
+    /// # Errors
+    /// As [`Self::project`] for the rows of queries, [`LayerError::Together`] for options that exclude each other or parts of the
+    /// layer, and [`LayerError::Call`]: see [`Client::attend`].
+    pub async fn attend(
+        &self,
+        client: &Client,
+        query: &Rows,
+        kv: &ProjectedKv,
+        call: &LayerCall,
+        progress: &mut (dyn FnMut(Progress) + Send),
+    ) -> Result<LayerAnswer, LayerError> {
+        let options = self.inner.options(call)?;
+        let (layer, rows, to, position) = (Arc::clone(&self.inner), query.clone(), kv.clone(), call.position);
+        let (operands, gate) = off_the_runtime(move || layer.operands(&rows, &to, position)).await?;
+        let attended = client.attend(&operands, &options, progress).await?;
+        let (layer, wanted) = (Arc::clone(&self.inner), call.weights);
+        let weights_at = options.outputs.stages.iter().position(|stage| *stage == Stage::Weights);
+        off_the_runtime(move || {
+            let output = layer.output(&operands.shape, &attended.context, gate)?;
+            let elements = weights_at.and_then(|at| attended.inspected.elements.get(at));
+            let weights = match (wanted, elements) {
+                (Some(wanted), Some(elements)) => {
+                    layer.weights(&operands.shape, elements, &attended.lse, wanted)?
+                }
+                _ => Vec::new(),
+            };
+            Ok(LayerAnswer { output, weights, attended })
+        })
+        .await
+    }
+}
+
+impl Inner {
+    /// Rows through a matrix, on all cores.
+    fn apply(&self, linear: &Linear, rows: &[f32], what: &'static str) -> Result<Vec<f32>, LayerError> {
+        let elements = (rows.len() / linear.inputs()).saturating_mul(linear.outputs());
+        let mut out = zeros(elements).ok_or(LayerError::RowMemory { what, elements })?;
+        linear.apply(self.kernels, rows, &mut out);
+        Ok(out)
+    }
+
+    /// The options of the call to the cluster.
+    pub(super) fn options(&self, call: &LayerCall) -> Result<AttendOptions, LayerError> {
+        let mut options = call.options.clone();
+        options.scale = options.scale.or(self.scale);
+        if self.add_zero_attn {
+            // Its score is 0 in every row, and its value adds nothing: it joins the sum of exponentials and no more.
+            if options.sinks.is_some() {
+                let why = Some("the zero key is one");
+                return Err(LayerError::Together { one: "add_zero_attn", other: "sinks", why });
+            }
+            options.sinks = Some(vec![0.0; self.dims.heads].into());
+        }
+        if self.learnt.is_some() {
+            if options.outputs != OutputsParts::default() {
+                let why = Some("weights are told in the order of the input, other outputs aren't");
+                return Err(LayerError::Together { one: "a learnt key", other: "outputs", why });
+            }
+            let mask = std::mem::take(&mut options.mask);
+            let mask = operator::with_causal(options.causal, mask).map_err(ClientError::from)?;
+            options.mask = behind_learnt_key(mask)?;
+            options.causal = Causal::None;
+        }
+        if call.weights.is_some() {
+            if options.outputs.heads.is_some() {
+                let why = Some("weights are those of all heads");
+                return Err(LayerError::Together { one: "weights", other: "outputs.heads", why });
+            }
+            if !options.outputs.stages.contains(&Stage::Weights) {
+                options.outputs.stages.push(Stage::Weights);
+            }
+        }
+        Ok(options)
+    }
+
+    pub(super) fn keys_and_values(
+        &self,
+        key: &Rows,
+        value: &Rows,
+        position: usize,
+    ) -> Result<ProjectedKv, LayerError> {
+        expect("width of keys", key.width(), self.key.inputs())?;
+        expect("width of values", value.width(), self.value.inputs())?;
+        expect("batch of values", value.batch(), key.batch())?;
+        expect("number of values", value.tokens(), key.tokens())?;
+        let LayerDims { kv_heads, head_dim, value_dim, .. } = self.dims;
+        let (batch, tokens) = (key.batch(), key.tokens());
+        let learnt = self.learnt.as_ref();
+        let turns = self.rope.as_ref().map(|rope| rope.turns(head_dim, position, tokens)).transpose()?;
+        let k = self.apply(&self.key, key.values(), "keys")?;
+        let k =
+            into_heads(&k, [batch, tokens, kv_heads, head_dim], learnt.map(|l| &l.key[..]), turns.as_ref())?;
+        let v = self.apply(&self.value, value.values(), "values")?;
+        let v = into_heads(&v, [batch, tokens, kv_heads, value_dim], learnt.map(|l| &l.value[..]), None)?;
+        Ok(ProjectedKv {
+            dims: self.dims,
+            batch,
+            keys: tokens + usize::from(learnt.is_some()),
+            has_learnt: learnt.is_some(),
+            k: floats::into_bytes(k),
+            v: floats::into_bytes(v),
+        })
+    }
+
+    /// The operands of the call to the cluster, and what the gate makes of the rows.
+    pub(super) fn operands(
+        &self,
+        query: &Rows,
+        kv: &ProjectedKv,
+        position: usize,
+    ) -> Result<(Operands, Option<Vec<f32>>), LayerError> {
+        expect("width of queries", query.width(), self.query.inputs())?;
+        expect("batch of keys", kv.batch, query.batch())?;
+        let LayerDims { heads, kv_heads, head_dim, value_dim } = self.dims;
+        expect("kv heads of projected keys", kv.dims.kv_heads, kv_heads)?;
+        expect("dimension of projected keys", kv.dims.head_dim, head_dim)?;
+        expect("dimension of projected values", kv.dims.value_dim, value_dim)?;
+        expect("learnt keys among the projected ones", kv.has_learnt.into(), self.learnt.is_some().into())?;
+        let (batch, queries) = (query.batch(), query.tokens());
+        let dims = [batch, heads, kv_heads, queries, kv.keys, head_dim, value_dim].map(|n| n as u64);
+        let [batch_, heads_, kv_heads, queries_, keys, head_dim_, value_dim] = dims;
+        let shape = AttnShape::new(Dims {
+            batch: batch_,
+            heads: heads_,
+            kv_heads,
+            queries: queries_,
+            keys,
+            head_dim: head_dim_,
+            value_dim,
+        });
+        let shape = shape.map_err(|error| ClientError::from(Error::from(error)))?;
+        let turns = self.rope.as_ref().map(|rope| rope.turns(head_dim, position, queries)).transpose()?;
+        let q = self.apply(&self.query, query.values(), "queries")?;
+        let q = into_heads(&q, [batch, queries, heads, head_dim], None, turns.as_ref())?;
+        let gate = self.gate.as_ref().map(|gate| self.apply(gate, query.values(), "gates")).transpose()?;
+        let (k, v) = (kv.k.clone(), kv.v.clone());
+        Ok((Operands { shape, dtype: Dtype::F32, q: floats::into_bytes(q), k, v }, gate))
+    }
+
+    /// The layer's result of the heads' contexts.
+    pub(super) fn output(
+        &self,
+        shape: &AttnShape,
+        context: &[f32],
+        gate: Option<Vec<f32>>,
+    ) -> Result<Vec<f32>, LayerError> {
+        let mut rows = into_rows(context, shape)?;
+        for (element, gate) in rows.iter_mut().zip(gate.iter().flatten()) {
+            *element *= (1.0 / (1.0 + (-f64::from(*gate)).exp())) as f32;
+        }
+        match &self.output {
+            Some(output) => self.apply(output, &rows, "results"),
+            None => Ok(rows),
+        }
+    }
+
+    /// Weights in the order of the input's keys, of the elements `[batch, heads, queries, keys]` of a call.
+    pub(super) fn weights(
+        &self,
+        shape: &AttnShape,
+        elements: &[f32],
+        lse: &[f32],
+        wanted: LayerWeights,
+    ) -> Result<Vec<f32>, LayerError> {
+        let learnt = usize::from(self.learnt.is_some());
+        let keys = shape.n_keys() + usize::from(self.add_zero_attn);
+        let rows = elements.chunks_exact(shape.n_keys()).zip(lse);
+        let of_row = |(row, lse): (&[f32], &f32), out: &mut [f32]| {
+            let (first, rest) = row.split_at(learnt);
+            // A score of 0 over the sum of all exponentials.
+            let zero = self.add_zero_attn.then(|| (-f64::from(*lse)).exp() as f32);
+            let ordered = rest.iter().chain(first).copied().chain(zero);
+            out.iter_mut().zip(ordered).for_each(|(to, weight)| *to = weight);
+        };
+        let room = |rows: usize| {
+            let elements = rows.saturating_mul(keys);
+            zeros(elements).ok_or(LayerError::RowMemory { what: "weights", elements })
+        };
+        let (heads, queries) = (shape.n_heads(), shape.n_queries());
+        match wanted {
+            LayerWeights::PerHead => {
+                let mut weights = room(shape.batch() * heads * queries)?;
+                rows.zip(weights.chunks_exact_mut(keys)).for_each(|(row, out)| of_row(row, out));
+                Ok(weights)
+            }
+            LayerWeights::Averaged => {
+                let mut weights = room(shape.batch() * queries)?;
+                let elements = queries.saturating_mul(keys);
+                let sums = zeros(elements).ok_or(LayerError::RowMemory { what: "sums of weights", elements });
+                let (mut row, mut sums): (Vec<f32>, Vec<f64>) = (room(1)?, sums?);
+                for (at, from) in rows.enumerate() {
+                    of_row(from, &mut row);
+                    let (batch, head, token) = (at / queries / heads, at / queries % heads, at % queries);
+                    let sums = &mut sums[token * keys..][..keys];
+                    sums.iter_mut()
+                        .zip(&row)
+                        .for_each(|(sum, weight): (&mut f64, _)| *sum += f64::from(*weight));
+                    if head + 1 == heads {
+                        let out = &mut weights[(batch * queries + token) * keys..][..keys];
+                        let means = sums.iter_mut().map(|sum| std::mem::take(sum) / heads as f64);
+                        out.iter_mut().zip(means).for_each(|(to, mean)| *to = mean as f32);
+                    }
+                }
+                Ok(weights)
+            }
+        }
+    }
+}
+
+fn expect(what: &'static str, got: usize, expected: usize) -> Result<(), LayerError> {
+    if got == expected { Ok(()) } else { Err(LayerError::Rows { what, got, expected }) }
+}
+
+/// Rows `[batch, tokens, heads * dim]` as heads, `[batch, heads, tokens, dim]`, each turned, and behind a row of `front`,
+/// `[heads, dim]`, that isn't.
+fn into_heads(
+    rows: &[f32],
+    [batch, tokens, heads, dim]: [usize; 4],
+    front: Option<&[f32]>,
+    turns: Option<&Turns>,
+) -> Result<Vec<f32>, LayerError> {
+    let elements = rows.len() + front.map_or(0, |front| batch * front.len());
+    let mut out = Vec::new();
+    out.try_reserve_exact(elements).map_err(|_refused| LayerError::RowMemory { what: "heads", elements })?;
+    for problem in rows.chunks_exact(tokens * heads * dim) {
+        for head in 0..heads {
+            let of_head = head * dim..(head + 1) * dim;
+            out.extend(front.and_then(|front| front.get(of_head.clone())).into_iter().flatten());
+            for (token, row) in problem.chunks_exact(heads * dim).enumerate() {
+                let first = out.len();
+                out.extend_from_slice(&row[of_head.clone()]);
+                if let Some(turns) = turns {
+                    turns.turn(token, &mut out[first..]);
+                }
+            }
+        }
+    }
+    Ok(out)
+}
+
+/// Contexts `[batch, heads, queries, dim]` as rows, `[batch, queries, heads * dim]`.
+fn into_rows(context: &[f32], shape: &AttnShape) -> Result<Vec<f32>, LayerError> {
+    let (heads, queries, dim) = (shape.n_heads(), shape.n_queries(), shape.value_dim());
+    let elements = context.len();
+    let mut rows = zeros(elements).ok_or(LayerError::RowMemory { what: "contexts", elements })?;
+    for (head, of_head) in context.chunks_exact(queries * dim).enumerate() {
+        let (batch, head) = (head / heads, head % heads);
+        for (token, from) in of_head.chunks_exact(dim).enumerate() {
+            let row: &mut [f32] = &mut rows[((batch * queries + token) * heads + head) * dim..][..dim];
+            row.copy_from_slice(from);
+        }
+    }
+    Ok(rows)
+}
+
+/// Runs what takes a while and all cores where it holds up nothing else.
+async fn off_the_runtime<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, LayerError> + Send + 'static,
+) -> Result<T, LayerError> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(done) => done,
+        Err(ended) => match ended.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            Err(_cancelled) => Err(LayerError::Stopped),
+        },
+    }
+}

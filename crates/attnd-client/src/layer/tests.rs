@@ -1,0 +1,298 @@
+//! Parts of a layer against their formulas in f64.
+
+use attnd_kernel::{Causal, Dims, Mask, PerBatch};
+use rand::rngs::SmallRng;
+use rand::{RngExt, SeedableRng};
+
+use super::*;
+use crate::operands::AttendOptions;
+
+const U: f64 = 1.0 / (1_u64 << 24) as f64;
+
+fn random(rng: &mut SmallRng, n: usize) -> Vec<f32> {
+    (0..n).map(|_| rng.random_range(-1.5..1.5)).collect()
+}
+
+fn matrix(rng: &mut SmallRng, [outputs, inputs]: [usize; 2], has_bias: bool) -> Matrix {
+    let name = format!("{outputs}x{inputs}");
+    let bias = has_bias.then(|| random(rng, outputs));
+    Matrix { name, outputs, inputs, weight: random(rng, outputs * inputs), bias }
+}
+
+/// A layer of 4 heads over 2, 6 wide for keys and 5 for values.
+fn parts(rng: &mut SmallRng) -> LayerParts {
+    let weights = Weights {
+        query: matrix(rng, [24, 7], true),
+        key: matrix(rng, [12, 8], false),
+        value: matrix(rng, [10, 9], true),
+        output: Some(matrix(rng, [11, 20], true)),
+        gate: Some(matrix(rng, [20, 7], true)),
+        learnt: None,
+    };
+    LayerParts { weights, heads: 4, kv_heads: 2, scale: None, rope: None, add_zero_attn: false }
+}
+
+/// An output of a matrix, and the sum of the magnitudes that made it.
+fn project(matrix: &Matrix, row: &[f32], output: usize) -> (f64, f64) {
+    let bias = matrix.bias.as_ref().map_or(0.0, |bias| f64::from(bias[output]));
+    let weights = &matrix.weight[output * matrix.inputs..][..matrix.inputs];
+    let products = || row.iter().zip(weights).map(|(x, w)| f64::from(*x) * f64::from(*w));
+    (products().sum::<f64>() + bias, products().map(f64::abs).sum::<f64>() + bias.abs())
+}
+
+fn floats(bytes: &[u8]) -> Vec<f64> {
+    attnd_wire::floats::from_bytes(bytes).into_iter().map(f64::from).collect()
+}
+
+#[test]
+fn heads_are_parts_of_projected_rows_and_turn_with_their_positions() {
+    for (style, first, dims) in [
+        (RopeStyle::HalfSplit, 0, None),
+        (RopeStyle::Interleaved, 0, None),
+        (RopeStyle::HalfSplit, 0, Some(4)),
+        (RopeStyle::Interleaved, 2, Some(4)),
+    ] {
+        let mut rng = SmallRng::seed_from_u64(7);
+        let mut parts = parts(&mut rng);
+        parts.rope = Some(Rope { first, dims, ..Rope::new(style, 100.0) });
+        let layer = Layer::new(parts.clone()).unwrap();
+        let (batch, tokens, queries, position) = (2, 5, 3, 1000);
+        let key = Rows::new(random(&mut rng, batch * tokens * 8), [batch, tokens, 8]).unwrap();
+        let value = Rows::new(random(&mut rng, batch * tokens * 9), [batch, tokens, 9]).unwrap();
+        let query = Rows::new(random(&mut rng, batch * queries * 7), [batch, queries, 7]).unwrap();
+        let kv = layer.inner.keys_and_values(&key, &value, position).unwrap();
+        let (operands, gate) = layer.inner.operands(&query, &kv, position + 2).unwrap();
+        assert_eq!(operands.shape.n_kv_heads(), 2);
+        assert_eq!(gate.unwrap().len(), batch * queries * 20);
+
+        // The element, and the one that it turns with.
+        let rotary = dims.unwrap_or(6);
+        let turned = |matrix: &Matrix, row: &[f32], head: usize, element: usize, position: usize| {
+            let of = |element: usize| project(matrix, row, head * 6 + element);
+            let (own, size) = of(element);
+            let Some(at) = element.checked_sub(first).filter(|at| *at < rotary) else { return (own, size) };
+            let (pair, other, sign) = match style {
+                RopeStyle::HalfSplit if at < rotary / 2 => (at, at + rotary / 2, -1.0),
+                RopeStyle::HalfSplit => (at - rotary / 2, at - rotary / 2, 1.0),
+                RopeStyle::Interleaved if at % 2 == 0 => (at / 2, at + 1, -1.0),
+                RopeStyle::Interleaved => (at / 2, at - 1, 1.0),
+            };
+            let angle = position as f64 / 100.0_f64.powf(2.0 * pair as f64 / rotary as f64);
+            let (other, other_size) = of(first + other);
+            (own * angle.cos() + sign * other * angle.sin(), size + other_size)
+        };
+        let (q, k, v) = (floats(&operands.q), floats(&operands.k), floats(&operands.v));
+        let mut largest: f64 = 0.0;
+        let mut near = |got: f64, (want, size): (f64, f64)| {
+            largest = largest.max((got - want).abs() / (U * size));
+            // At most 9 fused steps, a bias, and 4 roundings of a turn, counting those of the tables.
+            assert!((got - want).abs() <= 14.0 * U * size, "{style:?} {first} {dims:?}: {got}, {want}");
+        };
+        for b in 0..batch {
+            for token in 0..tokens {
+                let row = |rows: &Rows| {
+                    let width = rows.width();
+                    rows.values()[(b * rows.tokens() + token) * width..][..width].to_vec()
+                };
+                for head in 0..2 {
+                    let at = (b * 2 + head) * tokens + token;
+                    for x in 0..6 {
+                        let want = turned(&parts.weights.key, &row(&key), head, x, position + token);
+                        near(k[at * 6 + x], want);
+                    }
+                    for x in 0..5 {
+                        near(v[at * 5 + x], project(&parts.weights.value, &row(&value), head * 5 + x));
+                    }
+                }
+                for head in (0..4).filter(|_| token < queries) {
+                    for x in 0..6 {
+                        let want = turned(&parts.weights.query, &row(&query), head, x, position + 2 + token);
+                        near(q[((b * 4 + head) * queries + token) * 6 + x], want);
+                    }
+                }
+            }
+        }
+        assert!(largest > 0.1, "{largest} roundings: nothing was compared");
+    }
+}
+
+#[test]
+fn tables_of_ones_and_zeros_turn_nothing_and_end_somewhere() {
+    let mut rng = SmallRng::seed_from_u64(8);
+    let plain = parts(&mut rng);
+    let rope = Rope {
+        angles: Angles::Table { cos: vec![1.0; 3 * 9].into(), sin: vec![0.0; 3 * 9].into() },
+        ..Rope::new(RopeStyle::HalfSplit, 2.0)
+    };
+    let key = Rows::new(random(&mut rng, 5 * 8), [1, 5, 8]).unwrap();
+    let value = Rows::new(random(&mut rng, 5 * 9), [1, 5, 9]).unwrap();
+    let turning = Layer::new(LayerParts { rope: Some(rope), ..plain.clone() }).unwrap();
+    let still = Layer::new(plain).unwrap();
+    let [turned, still] =
+        [&turning, &still].map(|layer| layer.inner.keys_and_values(&key, &value, 4).unwrap());
+    assert_eq!(floats(&turned.k), floats(&still.k));
+    let past = turning.inner.keys_and_values(&key, &value, 5).unwrap_err().to_string();
+    assert_eq!(past, "rope: positions to 10, the tables have 9");
+}
+
+#[test]
+fn contexts_are_gated_element_by_element_and_projected_row_by_row() {
+    let mut rng = SmallRng::seed_from_u64(9);
+    let parts = parts(&mut rng);
+    let layer = Layer::new(parts.clone()).unwrap();
+    let (batch, queries) = (2, 3);
+    let dims = Dims { batch: 2, heads: 4, kv_heads: 2, queries: 3, keys: 1, head_dim: 6, value_dim: 5 };
+    let shape = attnd_kernel::AttnShape::new(dims).unwrap();
+    let context = random(&mut rng, batch * 4 * queries * 5);
+    let gate = random(&mut rng, batch * queries * 20);
+    let got = layer.inner.output(&shape, &context, Some(gate.clone())).unwrap();
+    assert_eq!(got.len(), batch * queries * 11);
+    let matrix = parts.weights.output.unwrap();
+    for (at, got) in got.iter().enumerate() {
+        let (row, output) = (at / 11, at % 11);
+        let (b, token) = (row / queries, row % queries);
+        let mut gated = (0.0, 0.0);
+        for element in 0..20 {
+            let context = f64::from(context[((b * 4 + element / 5) * queries + token) * 5 + element % 5]);
+            let open = 1.0 / (1.0 + (-f64::from(gate[row * 20 + element])).exp());
+            let product = context * open * f64::from(matrix.weight[output * 20 + element]);
+            gated = (gated.0 + product, gated.1 + product.abs());
+        }
+        let bias = f64::from(matrix.bias.as_ref().unwrap()[output]);
+        let error = (f64::from(*got) - gated.0 - bias).abs();
+        assert!(error <= 24.0 * U * (gated.1 + bias.abs()), "{at}: {got}, {}", gated.0 + bias);
+    }
+}
+
+#[test]
+fn weights_come_in_the_order_of_the_input_then_the_learnt_and_the_zero_key() {
+    let mut rng = SmallRng::seed_from_u64(10);
+    let mut parts = parts(&mut rng);
+    parts.weights.learnt = Some(Learnt { key: random(&mut rng, 12), value: random(&mut rng, 10) });
+    parts.add_zero_attn = true;
+    let layer = Layer::new(parts).unwrap();
+    let dims = Dims { batch: 1, heads: 4, kv_heads: 2, queries: 2, keys: 3, head_dim: 6, value_dim: 5 };
+    let shape = attnd_kernel::AttnShape::new(dims).unwrap();
+    let elements: Vec<f32> = (0..24).map(|i| i as f32).collect();
+    let lse = vec![2.0_f32.ln(); 8];
+    let each = layer.inner.weights(&shape, &elements, &lse, LayerWeights::PerHead).unwrap();
+    assert_eq!(each[..8], [1.0, 2.0, 0.0, 0.5, 4.0, 5.0, 3.0, 0.5]);
+    // Head h, token t, key k is 6h + 3t + k; the mean of 6h over four heads is 9.
+    let mean = layer.inner.weights(&shape, &elements, &lse, LayerWeights::Averaged).unwrap();
+    assert_eq!(mean, [10.0, 11.0, 9.0, 0.5, 13.0, 14.0, 12.0, 0.5]);
+}
+
+#[test]
+fn a_learnt_key_stands_before_the_others_and_belongs_to_its_head() {
+    let mut rng = SmallRng::seed_from_u64(11);
+    let mut parts = parts(&mut rng);
+    parts.weights.learnt = Some(Learnt { key: random(&mut rng, 12), value: random(&mut rng, 10) });
+    let learnt = parts.weights.learnt.clone().unwrap();
+    parts.rope = Some(Rope::new(RopeStyle::HalfSplit, 10.0));
+    let layer = Layer::new(parts).unwrap();
+    let key = Rows::new(random(&mut rng, 2 * 4 * 8), [2, 4, 8]).unwrap();
+    let value = Rows::new(random(&mut rng, 2 * 4 * 9), [2, 4, 9]).unwrap();
+    let kv = layer.inner.keys_and_values(&key, &value, 9).unwrap();
+    assert_eq!((kv.tokens(), kv.keys), (4, 5));
+    let (k, v) = (attnd_wire::floats::from_bytes(&kv.k), attnd_wire::floats::from_bytes(&kv.v));
+    for (head, (k, v)) in k.chunks(5 * 6).zip(v.chunks(5 * 5)).enumerate() {
+        assert_eq!(k[..6], learnt.key[head % 2 * 6..][..6]);
+        assert_eq!(v[..5], learnt.value[head % 2 * 5..][..5]);
+    }
+}
+
+#[test]
+fn options_go_to_the_cluster_as_the_layer_needs_them() {
+    let mut rng = SmallRng::seed_from_u64(12);
+    let plain = parts(&mut rng);
+    let layer = |change: &dyn Fn(&mut LayerParts)| {
+        let mut parts = plain.clone();
+        change(&mut parts);
+        Layer::new(parts).unwrap()
+    };
+    let zero = layer(&|parts| parts.add_zero_attn = true);
+    let options = zero.inner.options(&LayerCall::default()).unwrap();
+    assert_eq!(options.sinks.as_deref(), Some(&[0.0; 4][..]));
+    let own = AttendOptions { sinks: Some(vec![1.0; 4].into()), ..AttendOptions::default() };
+    let text =
+        zero.inner.options(&LayerCall { options: own, ..LayerCall::default() }).unwrap_err().to_string();
+    assert_eq!(text, "add_zero_attn and sinks: the zero key is one");
+
+    let scaled = layer(&|parts| parts.scale = Some(0.5));
+    assert_eq!(scaled.inner.options(&LayerCall::default()).unwrap().scale, Some(0.5));
+
+    let learnt = Learnt { key: vec![0.0; 12], value: vec![0.0; 10] };
+    let learnt = layer(&|parts| parts.weights.learnt = Some(learnt.clone()));
+    let mask = Mask { key_end: Some(PerBatch::Each([2, 4].into())), ..Mask::default() };
+    let options = AttendOptions { causal: Causal::TopLeft, mask, ..AttendOptions::default() };
+    let call = LayerCall { options, weights: Some(LayerWeights::PerHead), ..LayerCall::default() };
+    let options = learnt.inner.options(&call).unwrap();
+    assert_eq!((options.causal, options.mask.causal), (Causal::None, true));
+    assert_eq!(options.mask.key_end, Some(PerBatch::Each([3, 5].into())));
+    assert_eq!(options.outputs.stages, [attnd_kernel::Stage::Weights]);
+}
+
+#[test]
+fn rows_and_matrices_that_do_not_fit_are_refused_with_numbers() {
+    let mut rng = SmallRng::seed_from_u64(13);
+    let plain = parts(&mut rng);
+    let layer = Layer::new(plain.clone()).unwrap();
+    let rows = |shape: [usize; 3]| Rows::new(vec![0.5; shape.iter().product()], shape).unwrap();
+    let refused = |key: [usize; 3], value: [usize; 3]| {
+        layer.inner.keys_and_values(&rows(key), &rows(value), 0).unwrap_err().to_string()
+    };
+    assert_eq!(refused([1, 3, 7], [1, 3, 9]), "width of keys 7, expected 8");
+    assert_eq!(refused([2, 3, 8], [1, 3, 9]), "batch of values 1, expected 2");
+    assert_eq!(refused([1, 3, 8], [1, 4, 9]), "number of values 4, expected 3");
+    assert_eq!(
+        Rows::new(vec![0.0; 5], [1, 2, 3]).unwrap_err().to_string(),
+        "rows of shape [1, 2, 3] with 5 elements"
+    );
+    assert!(Rows::new(vec![], [1, 0, 3]).is_err());
+
+    let error = |change: &dyn Fn(&mut LayerParts)| {
+        let mut parts = plain.clone();
+        change(&mut parts);
+        Layer::new(parts).unwrap_err().to_string()
+    };
+    assert_eq!(error(&|parts| parts.kv_heads = 3), "4 heads over 3 kv heads");
+    assert_eq!(
+        error(&|parts| parts.heads = 8),
+        "tensor 12x8 is [12, 8], expected 6 outputs: 2 kv heads of 3"
+    );
+    let rope = |rope: Rope| error(&move |parts| parts.rope = Some(rope.clone()));
+    let half = Rope::new(RopeStyle::HalfSplit, 1e4);
+    assert_eq!(rope(Rope { dims: Some(5), ..half.clone() }), "rope: 5 elements are no pairs");
+    assert_eq!(
+        rope(Rope { dims: Some(4), first: 4, ..half.clone() }),
+        "rope: 4 elements from 4 on, rows of a head have 6"
+    );
+    assert!(rope(Rope::new(RopeStyle::HalfSplit, f64::NAN)).contains("base NaN"));
+}
+
+#[test]
+fn the_plan_counts_rows_once_and_says_that_workers_can_not_project() {
+    let mut rng = SmallRng::seed_from_u64(14);
+    let weights = Weights {
+        query: matrix(&mut rng, [8, 4], true),
+        key: matrix(&mut rng, [8, 4], true),
+        value: matrix(&mut rng, [8, 4], true),
+        output: Some(matrix(&mut rng, [4, 8], false)),
+        gate: None,
+        learnt: None,
+    };
+    let parts = LayerParts { weights, heads: 2, kv_heads: 2, scale: None, rope: None, add_zero_attn: false };
+    let layer = Layer::new(parts).unwrap();
+    let x = Rows::new(vec![0.0; 2 * 3 * 4], [2, 3, 4]).unwrap();
+    let plan = layer.plan(&x, &x.clone(), &x);
+    assert_eq!(plan.operand_bytes, 3 * 6 * 8 * 4);
+    assert_eq!(plan.input_bytes, 6 * 4 * 4);
+    assert_eq!(plan.weight_bytes, (3 * (32 + 8) + 32) * 4);
+    assert_eq!(plan.flops, 4 * 6 * 2 * 32);
+    let apart = Rows::new(vec![0.0; 2 * 3 * 4], [2, 3, 4]).unwrap();
+    assert_eq!(layer.plan(&x, &apart, &apart).input_bytes, 2 * 6 * 4 * 4);
+    assert!(
+        plan.to_string().contains("projections run on the client")
+            && plan.to_string().contains("can't project yet")
+    );
+}

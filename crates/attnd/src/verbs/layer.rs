@@ -1,0 +1,246 @@
+//! `attnd layer`: matrices and rows from files, projections here, attention on the cluster, the result into a file.
+
+use std::time::Instant;
+
+use attnd_client::AttendOptions;
+use attnd_client::layer::{
+    Layer, LayerAnswer, LayerCall, LayerError, LayerParts, LayerWeights, ProjectionPlan, Rows, Weights,
+};
+use serde::Serialize;
+
+use crate::args::LayerArgs;
+use crate::call_report::{PlanReport, TimingsReport, plan_table, timing_table};
+use crate::exit::{BadInput, connect};
+use crate::output;
+use crate::progress::CallProgress;
+use crate::site::{Site, worker_choice};
+use crate::tensor_file::{self, Elements, Source};
+
+/// Runs the verb.
+///
+/// # Errors
+/// [`BadInput`] and the errors of reading files end the process with code 2, others with 1, among them a result that can't be
+/// written.
+pub async fn run(args: &LayerArgs) -> anyhow::Result<()> {
+    let site = Site::of(&args.site, |key| std::env::var(key).ok())?;
+    check_output(args)?;
+    let call = call(args)?;
+    let (layer, inputs) = (layer(args)?, Inputs::read(args)?);
+    let projections = layer.plan(&inputs.query, &inputs.key, &inputs.value);
+
+    let (answer, seconds) =
+        site.ask(async |endpoint| compute(endpoint, &layer, &inputs, &call).await).await?;
+    let shapes = Shapes::of(args, &layer, &inputs, &answer);
+    let written = args.output.as_ref().map(|to| {
+        let output = ("output", &shapes.output[..], Elements::F32(&answer.output));
+        let weights =
+            shapes.weights.as_ref().map(|shape| ("weights", &shape[..], Elements::F32(&answer.weights)));
+        let tensors: Vec<_> = [output].into_iter().chain(weights).collect();
+        tensor_file::write_named(to, &tensors, &answer.attended.kernel_id)
+    });
+    // As for a call without a layer: what is known of it is printed even where the disk is full.
+    let reported = report(args, projections, &shapes, &answer, seconds, matches!(written, Some(Ok(()))));
+    written.transpose()?;
+    reported
+}
+
+/// Refuses a destination that can't be written, or that is one of the inputs.
+fn check_output(args: &LayerArgs) -> anyhow::Result<()> {
+    let Some(output) = &args.output else { return Ok(()) };
+    output.check().map_err(|error| BadInput::new(error.to_string()))?;
+    let state = Source::Safetensors { path: args.state.clone(), name: args.prefix.clone() };
+    let rows = [("--x", Some(&args.x)), ("--key", args.key.as_ref()), ("--value", args.value.as_ref())];
+    let rows = rows.into_iter().filter_map(|(option, source)| source.map(|source| (option, source)));
+    for (option, source) in rows.chain([("--state", &state)]) {
+        if output.is_file_of(source) {
+            let (path, source) = (output.path().display(), source.path().display());
+            let text = format!("--output {path} is the file of {option} {source}, which it would replace");
+            return Err(BadInput::new(text).into());
+        }
+    }
+    Ok(())
+}
+
+/// What is asked for, as the client takes it.
+fn call(args: &LayerArgs) -> Result<LayerCall, BadInput> {
+    let missing = || BadInput::new("--causal=offset needs --offset");
+    let (causal, mask) = args.causal_and_mask().ok_or_else(missing)?;
+    let options = AttendOptions {
+        causal,
+        mask,
+        allow_non_finite: args.allow_non_finite,
+        workers: worker_choice(&args.site),
+        timeout: Some(args.site.timeout),
+        ..AttendOptions::default()
+    };
+    Ok(LayerCall { options, position: args.rope_position, weights: args.weights.map(Into::into) })
+}
+
+fn layer(args: &LayerArgs) -> anyhow::Result<Layer> {
+    let heads = args.heads.get();
+    let kv_heads = args.kv_heads.map_or(heads, Into::into);
+    let state = tensor_file::read_state(&args.state, &args.prefix)?;
+    let of_file = |error: LayerError| match bad_input(error) {
+        Ok(fault) => BadInput::new(format!("{}: {fault}", args.state.display())).into(),
+        Err(other) => other,
+    };
+    let weights = Weights::from_state(state, heads, kv_heads).map_err(|error| of_file(error.into()))?;
+    let (scale, rope) = (args.scale, args.rotary());
+    let parts = LayerParts { weights, heads, kv_heads, scale, rope, add_zero_attn: args.add_zero_attn };
+    Layer::new(parts).map_err(of_file)
+}
+
+/// What a layer refuses because of what was typed or read, as text; all else as it is.
+fn bad_input(error: LayerError) -> Result<String, anyhow::Error> {
+    match error {
+        LayerError::Call(error) => Err(error.into()),
+        LayerError::Memory(_) | LayerError::RowMemory { .. } | LayerError::Stopped => Err(error.into()),
+        LayerError::Weights(_)
+        | LayerError::Rows { .. }
+        | LayerError::Elements { .. }
+        | LayerError::Rope(_)
+        | LayerError::Isa(_)
+        | LayerError::Together { .. } => Ok(error.to_string()),
+    }
+}
+
+/// Rows that go into the layer. Those that weren't typed are others' clones.
+struct Inputs {
+    query: Rows,
+    key: Rows,
+    value: Rows,
+    /// Whether the result has a batch dimension: it has one if the rows of queries have.
+    batched: bool,
+}
+
+impl Inputs {
+    fn read(args: &LayerArgs) -> anyhow::Result<Self> {
+        let query = tensor_file::read_rows(&args.x)?;
+        let read = |source: &Source| tensor_file::read_rows(source).map(|tensor| tensor.rows);
+        let key = args.key.as_ref().map_or_else(|| Ok(query.rows.clone()), read)?;
+        let value = args.value.as_ref().map_or_else(|| Ok(key.clone()), read)?;
+        Ok(Self { query: query.rows, key, value, batched: query.batched })
+    }
+}
+
+async fn compute(
+    endpoint: &str,
+    layer: &Layer,
+    inputs: &Inputs,
+    call: &LayerCall,
+) -> anyhow::Result<(LayerAnswer, f64)> {
+    let client = connect(endpoint)?;
+    let progress = CallProgress::new();
+    let begin = Instant::now();
+    let answer = async {
+        let kv = layer.project(&inputs.key, &inputs.value, 0).await?;
+        layer.attend(&client, &inputs.query, &kv, call, &mut |event| progress.update(&event)).await
+    };
+    match answer.await {
+        Ok(answer) => Ok((answer, begin.elapsed().as_secs_f64())),
+        Err(error) => Err(bad_input(error).map_or_else(|other| other, |text| BadInput::new(text).into())),
+    }
+}
+
+/// Shapes of what comes out, without a batch dimension where the rows had none.
+struct Shapes {
+    output: Vec<usize>,
+    weights: Option<Vec<usize>>,
+}
+
+impl Shapes {
+    fn of(args: &LayerArgs, layer: &Layer, inputs: &Inputs, answer: &LayerAnswer) -> Self {
+        let (batch, queries) = (inputs.query.batch(), inputs.query.tokens());
+        let first = usize::from(!inputs.batched);
+        let output = [batch, queries, layer.output_width()][first..].to_vec();
+        let weights = args.weights.map(|weights| {
+            let rows: Vec<usize> = match LayerWeights::from(weights) {
+                LayerWeights::Averaged => vec![batch, queries],
+                LayerWeights::PerHead => vec![batch, args.heads.get(), queries],
+            };
+            let keys = answer.weights.len() / rows.iter().product::<usize>().max(1);
+            rows.into_iter().chain([keys]).skip(first).collect()
+        });
+        Self { output, weights }
+    }
+}
+
+/// The `--json` form.
+#[derive(Debug, Serialize)]
+struct LayerReport {
+    output_shape: Vec<usize>,
+    weights_shape: Option<Vec<usize>>,
+    projections: ProjectionReport,
+    plan: PlanReport,
+    timings: TimingsReport,
+    /// Projections included.
+    client_seconds: f64,
+    empty_rows: u64,
+    attempts: u32,
+    retried_after: Vec<&'static str>,
+    kernel_id: String,
+    /// What was written, if anything.
+    output: Option<String>,
+}
+
+/// Where projections ran, and what that had travel.
+#[derive(Debug, Serialize)]
+struct ProjectionReport {
+    text: String,
+    operand_bytes: u64,
+    input_bytes: u64,
+    weight_bytes: u64,
+    flops: u64,
+}
+
+impl From<ProjectionPlan> for ProjectionReport {
+    fn from(plan: ProjectionPlan) -> Self {
+        let ProjectionPlan { operand_bytes, input_bytes, weight_bytes, flops } = plan;
+        Self { text: plan.to_string(), operand_bytes, input_bytes, weight_bytes, flops }
+    }
+}
+
+fn report(
+    args: &LayerArgs,
+    projections: ProjectionPlan,
+    shapes: &Shapes,
+    answer: &LayerAnswer,
+    seconds: f64,
+    written: bool,
+) -> anyhow::Result<()> {
+    let attended = &answer.attended;
+    let report = LayerReport {
+        output_shape: shapes.output.clone(),
+        weights_shape: shapes.weights.clone(),
+        projections: projections.into(),
+        plan: PlanReport::from(&attended.plan),
+        timings: TimingsReport::from(&attended.timings),
+        client_seconds: seconds,
+        empty_rows: attended.empty_rows,
+        attempts: attended.attempts,
+        retried_after: attended.retried_after.iter().map(|reason| reason.name()).collect(),
+        kernel_id: attended.kernel_id.clone(),
+        output: args.output.as_ref().filter(|_| written).map(|output| output.path().display().to_string()),
+    };
+    if args.json {
+        return output::json(&report);
+    }
+    output::line(&report.projections.text)?;
+    output::line(&format!("plan: {}", report.plan.reason))?;
+    output::line(&plan_table(&report.plan).to_string())?;
+    output::line(&timing_table(&report.timings, seconds).to_string())?;
+    if report.empty_rows > 0 {
+        let of = if args.add_zero_attn { "but the zero key" } else { ": their heads are 0" };
+        output::line(&format!("{} rows of heads see no key{of}", report.empty_rows))?;
+    }
+    if report.attempts > 1 {
+        let before = report.retried_after.join(", ");
+        output::line(&format!("attempt {} succeeded; before it: {before}", report.attempts))?;
+    }
+    let weights = shapes.weights.as_ref().map_or_else(String::new, |shape| format!(" and weights {shape:?}"));
+    match &report.output {
+        Some(path) => output::line(&format!("wrote {path}: output {:?}{weights}, f32", report.output_shape)),
+        None if args.output.is_some() => Ok(()),
+        None => output::line(&format!("output {:?}{weights}, f32; -o FILE writes it", report.output_shape)),
+    }
+}

@@ -1,0 +1,90 @@
+//! `attnd layer` over a layer that torch computed: from its file to a file, and what it says about tensors that it can't use.
+
+#![allow(clippy::unwrap_used)]
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use safetensors::SafeTensors;
+use tempfile::TempDir;
+
+/// The case with 600 keys, of which 598 are no padding, and weights averaged over 6 heads.
+const CASE: &str = "64";
+
+fn fixtures() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/torch_layers.safetensors")
+}
+
+fn layer(prefix: &str, heads: &str, extra: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_attnd"));
+    for (key, _) in std::env::vars_os().filter(|(key, _)| key.to_string_lossy().starts_with("ATTND_")) {
+        command.env_remove(key);
+    }
+    let file = fixtures();
+    let tensor = |name: &str| format!("{}:{CASE}.{name}", file.display());
+    command.args(["layer", "--heads", heads, "--state"]).arg(&file).args(["--prefix", prefix]);
+    command.args(["--query", &tensor("query"), "--key", &tensor("key"), "--value", &tensor("value")]);
+    command.args(extra).output().unwrap()
+}
+
+fn floats(file: &SafeTensors<'_>, name: &str) -> (Vec<usize>, Vec<f32>) {
+    let tensor = file.tensor(name).unwrap();
+    let values = tensor.data().as_chunks().0.iter().map(|raw| f32::from_le_bytes(*raw)).collect();
+    (tensor.shape().to_vec(), values)
+}
+
+#[test]
+fn output_and_weights_of_torchs_layer_come_out_of_its_state_dict() {
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("y.safetensors");
+    let extra = ["--workers", "2", "--key-end", "598", "--weights", "--json", "-o", path.to_str().unwrap()];
+    let said = layer("64.state", "6", &extra);
+    assert!(said.status.success(), "{}", String::from_utf8_lossy(&said.stderr));
+    let report: serde_json::Value = serde_json::from_slice(&said.stdout).unwrap();
+    assert_eq!(report["weights_shape"], serde_json::json!([1, 3, 600]));
+    let text = report["projections"]["text"].as_str().unwrap();
+    assert!(text.contains("run on the client") && text.contains("workers can't project yet"), "{text}");
+
+    let (theirs, ours) = (std::fs::read(fixtures()).unwrap(), std::fs::read(path).unwrap());
+    let theirs = SafeTensors::deserialize(&theirs).unwrap();
+    let ours = SafeTensors::deserialize(&ours).unwrap();
+    // Sums of some 30 terms of magnitude 10 at most, each rounded to 6e-8 of that; the bound proper is that of tests/layers.rs.
+    for (name, tolerance) in [("output", 3e-5), ("weights", 2e-6)] {
+        let (shape, got) = floats(&ours, name);
+        let (wanted_shape, wanted) = floats(&theirs, &format!("{CASE}.{name}"));
+        assert_eq!(shape, wanted_shape, "{name}");
+        for (at, (got, wanted)) in got.iter().zip(&wanted).enumerate() {
+            assert!((got - wanted).abs() <= tolerance, "{name}[{at}]: {got}, torch has {wanted}");
+        }
+    }
+}
+
+#[test]
+fn what_makes_no_layer_is_refused_by_name_before_anything_starts() {
+    let refused_of = |prefix: &str, heads: &str, extra: &[&str]| {
+        let said = layer(prefix, heads, extra);
+        assert_eq!(said.status.code(), Some(2), "{extra:?}");
+        String::from_utf8_lossy(&said.stderr).into_owned()
+    };
+    let refused = |heads: &str, extra: &[&str]| refused_of("64.state.", heads, extra);
+    let somewhere = ["--endpoint", "http://127.0.0.1:9"];
+    let file = fixtures();
+    let path = file.to_str().unwrap();
+    let with = |extra: &[&'static str]| [&somewhere[..], extra].concat();
+    let heads = refused("7", &with(&[]));
+    assert!(heads.contains("q_proj_weight is [24, 24], expected outputs for 7 heads"), "{heads}");
+    let kv_heads = refused("6", &with(&["--kv-heads", "3"]));
+    assert!(
+        kv_heads.contains("k_proj_weight is [24, 4], expected 12 outputs: 3 kv heads of 4"),
+        "{kv_heads}"
+    );
+    let rope = refused("6", &with(&["--rope", "--rope-dims", "6"]));
+    assert!(rope.contains("6 elements from 0 on, rows of a head have 4"), "{rope}");
+    let prefix = refused_of("64.stat", "6", &with(&[]));
+    assert!(prefix.contains("no tensor named '64.stat...'; the file has"), "{prefix}");
+    let whole_case = refused_of(CASE, "6", &with(&[]));
+    assert!(whole_case.contains("no tensor for queries; looked for in_proj_weight"), "{whole_case}");
+    let output = refused("6", &[&somewhere[..], &["-o", path]].concat());
+    assert!(output.contains("which it would replace"), "{output}");
+    assert!(refused("6", &[]).contains("where to compute?"));
+}
