@@ -278,7 +278,14 @@ fn explain_tells_what_chosen_queries_attend_to_and_draws_all() {
         let at = ((16 + row * 85 + 40) * 532 + 16 + column * 5 + 2) * 3;
         pixels[at..at + 3].iter().map(|channel| u32::from(*channel)).sum::<u32>()
     };
-    assert_eq!(cells().min_by_key(|at| grey(*at)), Some(heaviest));
+    // The more a cell weighs, the darker it is; cells that weigh almost the same may have one colour.
+    let mut by_weight: Vec<_> = cells().map(|at| (cell(at.0, at.1), grey(at))).collect();
+    by_weight.sort_by(|a, b| a.0.total_cmp(&b.0));
+    for pair in by_weight.windows(2) {
+        assert!(pair[0].1 >= pair[1].1 || pair[1].0 - pair[0].0 < 1e-6, "{pair:?}");
+    }
+    let colours = by_weight.chunk_by(|a, b| a.1 == b.1).count();
+    assert!(colours > 10 && grey(heaviest) < 300, "{colours} colours");
 }
 
 #[test]

@@ -137,7 +137,7 @@ mod tests {
 
     #[test]
     fn every_pixel_has_the_colour_of_its_weight() {
-        let weights = vec![vec![0.0, 0.1, 0.4, 0.2, 0.3, 0.05], vec![0.4, 0.0, 0.0, 0.0, 0.0, 0.1]];
+        let weights = [vec![0.0, 0.1, 0.4, 0.2, 0.3, 0.05], vec![0.4, 0.0, 0.0, 0.0, 0.0, 0.1]];
         let panels: Vec<HeadPanel> = weights.iter().cloned().map(panel).collect();
         let (width, height, pixels) = decoded(&drawn(&panels, 2, 3));
         // 512 / 3 = 170 and 512 / 2 = 256 pixels a cell.
