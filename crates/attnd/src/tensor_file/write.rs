@@ -163,7 +163,7 @@ fn directory_of(path: &Path) -> &Path {
 fn write_npy(path: &Path, tensors: &[Named<'_>]) -> Result<(), WriteFault> {
     let mut file = BufWriter::new(File::create(path)?);
     if let Some((_, shape, elements)) = tensors.first() {
-        ArrayView::from_shape(IxDyn(shape), *elements)?.write_npy(&mut file)?;
+        ArrayView::from_shape(IxDyn(shape), elements)?.write_npy(&mut file)?;
     }
     file.flush()?;
     Ok(file.get_ref().sync_all()?)
