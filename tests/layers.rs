@@ -113,8 +113,9 @@ fn call(fixture: &Fixture) -> LayerCall {
     LayerCall { options, position: 0, weights: Some(weights) }
 }
 
-/// Runs all cases of a file, on one worker and on three, and holds ours and theirs against the formula.
-async fn reproduce(file: &str, parameters: impl Fn(&Fixture) -> Formula) -> (Comparison, usize) {
+/// Runs all cases of a file, on one worker and on three, and holds ours and theirs against the formula; how many cases three
+/// workers shared, and a sentence on it all.
+async fn reproduce(file: &str, parameters: impl Fn(&Fixture) -> Formula) -> (Comparison, usize, String) {
     let cluster = Cluster::start(3).await;
     let client = cluster.client();
     let (mut ours, mut theirs, mut shared) = (Comparison::default(), Comparison::default(), 0);
@@ -141,19 +142,20 @@ async fn reproduce(file: &str, parameters: impl Fn(&Fixture) -> Formula) -> (Com
     ours.assert_within();
     theirs.assert_within();
     let apart = ours.apart(&theirs);
-    println!(
+    let said = format!(
         "{file}: {n_cases} cases, {} numbers: ours within {:.3} of the bound, theirs within {:.3}, {apart:.1e} of the magnitude apart",
         ours.numbers.len(),
         ours.worst,
         theirs.worst
     );
-    (ours, shared)
+    (ours, shared, said)
 }
 
 /// The whole grid of options: biases, other widths of keys and values, learnt keys, zero keys, causal and padding masks.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn torchs_multihead_attention_is_reproduced_from_its_state_dict() {
-    let (ours, shared) = reproduce("torch_layers", Fixture::torch_formula).await;
+    let (ours, shared, said) = reproduce("torch_layers", Fixture::torch_formula).await;
+    println!("{said}");
     assert!(
         ours.numbers.len() > 10_000 && shared >= 3,
         "{} elements, {shared} cases on three workers",
@@ -164,7 +166,8 @@ async fn torchs_multihead_attention_is_reproduced_from_its_state_dict() {
 /// Values of another dimension than keys, grouped queries, gates.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn keras_layers_are_reproduced_from_their_variables() {
-    let (ours, _) = reproduce("keras_layers", Fixture::keras_formula).await;
+    let (ours, _, said) = reproduce("keras_layers", Fixture::keras_formula).await;
+    println!("{said}");
     assert!(ours.numbers.len() > 1000, "{} elements", ours.numbers.len());
 }
 

@@ -133,7 +133,7 @@ impl Rope {
         let theta: Vec<f64> = (0..pairs).map(|i| base.powf(-(i as f64) / pairs as f64)).collect();
         let places = cos.chunks_exact_mut(pairs.max(1)).zip(sin.chunks_exact_mut(pairs.max(1)));
         for (token, (cos, sin)) in places.enumerate() {
-            let position = (first_position + token) as f64;
+            let position = first_position.saturating_add(token) as f64;
             for ((cos, sin), theta) in cos.iter_mut().zip(sin).zip(&theta) {
                 let (s, c) = (position * theta).sin_cos();
                 (*cos, *sin) = (c as f32, s as f32);

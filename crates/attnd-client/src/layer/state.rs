@@ -162,6 +162,12 @@ impl State {
     fn matrix(&mut self, part: &'static str, heads: usize) -> Result<Option<Matrix>, WeightsError> {
         let Some(Spelling { weight, bias, axes, .. }) = self.spelled(part) else { return Ok(None) };
         let Some(weight) = self.tensors.remove(*weight) else { return Ok(None) };
+        let elements = weight.tensor.shape.iter().try_fold(1_usize, |n, dim| n.checked_mul(*dim));
+        if elements != Some(weight.tensor.values.len()) || elements == Some(0) {
+            return Err(
+                weight.misshapen(format!("{} elements, which is what it has", weight.tensor.values.len()))
+            );
+        }
         let [outputs, inputs] = match (axes, &weight.tensor.shape[..]) {
             (Axes::OutIn, [outputs, inputs]) | (Axes::InOut, [inputs, outputs]) => [*outputs, *inputs],
             (Axes::IntoHeads, [inputs, there, dim]) if *there == heads => [there * dim, *inputs],
@@ -181,11 +187,6 @@ impl State {
             }
             bias => bias.map(|bias| bias.tensor.values),
         };
-        if weight.tensor.values.len() != outputs * inputs {
-            return Err(
-                weight.misshapen(format!("{} elements, which is what it has", weight.tensor.values.len()))
-            );
-        }
         let Named { name, tensor: StateTensor { values, .. } } = weight;
         let weight = match axes {
             Axes::OutIn => values,

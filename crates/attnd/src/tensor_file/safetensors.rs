@@ -17,12 +17,15 @@ pub(super) fn read(mut file: File, len: u64, name: &str) -> Result<Stored, Fault
     read_tensor(&mut file, &metadata, data_start, name)
 }
 
+/// A tensor's name, and the tensor or what is wrong with it.
+pub(super) type NamedResult = (String, Result<Stored, Fault>);
+
 /// Reads the tensors of a file of `len` bytes whose names are wanted, in the order in which they lie there.
 pub(super) fn read_some(
     mut file: File,
     len: u64,
     is_wanted: impl Fn(&str) -> bool,
-) -> Result<Vec<(String, Result<Stored, Fault>)>, Fault> {
+) -> Result<Vec<NamedResult>, Fault> {
     let (metadata, data_start) = read_header(&mut file, len)?;
     let names = metadata.offset_keys().into_iter().filter(|name| is_wanted(name));
     let read = names.map(|name| {

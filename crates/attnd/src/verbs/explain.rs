@@ -31,6 +31,12 @@ const MAX_MEAN: usize = 1 << 28;
 /// can't be written.
 pub async fn run(args: &ExplainArgs) -> anyhow::Result<()> {
     let site = Site::of(&args.site, |key| std::env::var(key).ok())?;
+    if args.operator.scores.sigmoid.is_some() {
+        return Err(BadInput::new(
+            "--sigmoid: a row of sigmoids is no distribution, and has no entropy to explain",
+        )
+        .into());
+    }
     if let Some(picture) = &args.heatmap {
         check_picture(args, picture)?;
     }
