@@ -6,13 +6,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use attnd_kernel::reference::reference_row;
-use attnd_kernel::{AttnShape, Bias, Causal, Dims, Dtype, Operator, OperatorParts, Selection, slot};
+use attnd_kernel::{AttnShape, Bias, Causal, Dims, Dtype, Operator, OperatorParts, slot};
 use attnd_node::NodeError;
 use attnd_node::coordinator::CoordinatorConfig;
 use attnd_plan::{Element, SideLayout, SideTensor, Sides, WorkerChoice};
 use attnd_wire::limits::STALL;
 use attnd_wire::{AttendReply, AttendRequest, Commit, Error, Heartbeat, JoinRequest, Reason};
-use cluster::{Cluster, Operands, begin, collect, eventually};
+use cluster::{Cluster, Operands, begin, collect, eventually, masked};
 
 /// Two batch elements, groups of two heads, an odd number of everything, more than one page of keys, and first rows
 /// that see no key.
@@ -452,19 +452,6 @@ async fn where_no_worker_may_be_used_it_is_said_who_is_there() {
     let error = Error::from(replies.message().await.unwrap_err());
     assert_eq!(error.message(), "NO_WORKERS: no worker is alive; 1 suspect");
     cluster.stop().await;
-}
-
-/// A call of one token of one dimension, with a mask of these dimensions.
-fn masked(shape: &AttnShape, dims: [usize; 4]) -> attnd_wire::Begin {
-    let parts =
-        OperatorParts { selection: Some(Selection::Dense), ..OperatorParts::plain(1.0, Causal::None) };
-    let layout =
-        SideLayout::dense(SideTensor::Mask, Element::Bool, dims, shape).expect("dimensions that fit");
-    attnd_wire::Begin {
-        operator: Arc::new(Operator::new(parts, shape).expect("an operator of the shape")),
-        sides: Sides::new(vec![layout]).expect("one tensor"),
-        ..begin(shape)
-    }
 }
 
 /// Workers that count what they get, against what the elements of the mask say by themselves.

@@ -7,11 +7,11 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use attnd_kernel::{AttnShape, Causal, Dtype, Operator};
+use attnd_kernel::{AttnShape, Causal, Dtype, Operator, OperatorParts, Selection};
 use attnd_node::NodeError;
 use attnd_node::coordinator::{self, CoordinatorConfig};
 use attnd_node::worker::{self, WorkerConfig};
-use attnd_plan::{Sides, Tensor, WorkerChoice};
+use attnd_plan::{Element, SideLayout, SideTensor, Sides, Tensor, WorkerChoice};
 use attnd_wire::deadline::{TIMEOUT_HEADER, header_value};
 use attnd_wire::proto::worker_server::Worker;
 use attnd_wire::{
@@ -483,4 +483,16 @@ pub(crate) async fn collect(
     }
     assert_eq!(got, rows);
     Ok(Answer { plan: plan.unwrap(), context, lse, done: done.unwrap() })
+}
+
+/// A call of one token of one dimension, with a mask of these dimensions.
+pub(crate) fn masked(shape: &AttnShape, dims: [usize; 4]) -> Begin {
+    let parts =
+        OperatorParts { selection: Some(Selection::Dense), ..OperatorParts::plain(1.0, Causal::None) };
+    let layout = SideLayout::dense(SideTensor::Mask, Element::Bool, dims, shape).unwrap();
+    Begin {
+        operator: Arc::new(Operator::new(parts, shape).unwrap()),
+        sides: Sides::new(vec![layout]).unwrap(),
+        ..begin(shape)
+    }
 }
