@@ -13,7 +13,7 @@ use std::process::ExitCode;
 const HELP: &str = "\
 usage: cargo xtask VERB
 
-  test      everything a change must pass: format, clippy, docs, release build, all tests
+  test      everything a change must pass: format, clippy, docs, all tests
   nightly   all tests with their long lists (ATTND_NIGHTLY=1): big shapes, more kills
   neon      the kernel crate's tests for aarch64 under qemu; says which Debian packages it needs
   miri      the kernel crate's unit tests under Miri; says which toolchain it needs

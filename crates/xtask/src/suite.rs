@@ -6,8 +6,8 @@ use crate::step::{Step, run_all};
 const CLIPPY: &str = "clippy --workspace --all-targets --release --locked -- -D warnings";
 // Private items are documented for those who work on them, so their links are checked too.
 const DOC: &str = "doc --workspace --no-deps --document-private-items --release --locked";
-// The tests with real processes start this program.
-const BUILD: &str = "build --release --package attnd --locked";
+// Builds the program too, for the tests that start it: `attnd` has integration tests of its own, and all is built before anything
+// runs. To build it before by itself would compile the kernels twice, as its features are those of fewer packages.
 const TEST: &str = "test --workspace --release --locked";
 // The free order, which only a measurement needs, is compiled nowhere else. It is written for x86-64. Its tests compile the
 // kernels once more, which takes minutes.
@@ -16,23 +16,19 @@ const FREE_ORDER_CLIPPY: &str =
 const FREE_ORDER_TEST: &str =
     "test --package attnd-kernel --features free-order --lib --release --locked free_order";
 
-/// Format, clippy, docs, build, tests.
+/// Format, clippy, docs, tests.
 pub(crate) fn test() -> Result<(), String> {
     let mut steps = vec![Step::cargo("fmt --all --check"), Step::cargo(CLIPPY)];
     if cfg!(target_arch = "x86_64") {
         steps.push(Step::cargo(FREE_ORDER_CLIPPY));
     }
-    steps.extend([
-        Step::cargo(DOC).env("RUSTDOCFLAGS", "-D warnings"),
-        Step::cargo(BUILD),
-        Step::cargo(TEST),
-    ]);
+    steps.extend([Step::cargo(DOC).env("RUSTDOCFLAGS", "-D warnings"), Step::cargo(TEST)]);
     run_all(&steps)
 }
 
 /// All tests with `ATTND_NIGHTLY=1`, on which tests extend their lists of cases, and those of the free order.
 pub(crate) fn nightly() -> Result<(), String> {
-    let mut steps = vec![Step::cargo(BUILD), Step::cargo(TEST).env("ATTND_NIGHTLY", "1")];
+    let mut steps = vec![Step::cargo(TEST).env("ATTND_NIGHTLY", "1")];
     if cfg!(target_arch = "x86_64") {
         steps.push(Step::cargo(FREE_ORDER_TEST));
     }
