@@ -145,5 +145,5 @@ async fn rows_of_weights_sum_to_one() {
             sunk += usize::from(sees && share > 1e-3);
         }
     }
-    assert!(rows > 3000 && sunk > 300, "{rows} rows, {sunk} with a sink that takes its share");
+    assert!(rows > 3000 && sunk > 100, "{rows} rows, {sunk} with a sink that takes its share");
 }
