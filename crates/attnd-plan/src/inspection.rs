@@ -13,8 +13,8 @@ pub const ELEMENT_BYTES: u64 = 4 << 20;
 pub fn most_report_bytes(outputs: &Outputs, tokens: usize) -> u64 {
     let shape = outputs.shape();
     let of_group = |group: usize| {
-        // Wherever the tokens begin, they touch one row of the map more than the first ones do, at most.
-        let columns = outputs.parts().heatmap.map_or(0, |(_, columns)| columns);
+        // Wherever several tokens begin, they touch one row of the map more than the first ones do, at most.
+        let columns = outputs.parts().heatmap.filter(|_| tokens > 1).map_or(0, |(_, columns)| columns);
         let one_row = 8 * (outputs.heads_of_group(group).len() * columns) as u64;
         outputs.report_bytes(group, &(0..tokens.min(shape.n_queries()))) + one_row
     };

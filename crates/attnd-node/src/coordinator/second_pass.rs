@@ -79,11 +79,10 @@ impl SecondPass {
         self.due.get(share).is_some_and(|due| *due > 0)
     }
 
-    /// Keeps a report that the call's state machine has accepted.
-    pub(crate) fn reported(&mut self, share: ShareReport) {
-        if let Some(row) = self.open.get_mut(&(share.group, share.tokens.start)) {
-            row.reports.push(share.report);
-        }
+    /// Keeps a report, unless its rows are still on their way through the pool: nobody was told of them yet.
+    pub(crate) fn reported(&mut self, share: ShareReport) -> bool {
+        let row = self.open.get_mut(&(share.group, share.tokens.start));
+        row.map(|row| row.reports.push(share.report)).is_some()
     }
 
     /// Everything about rows on which the last share has reported.

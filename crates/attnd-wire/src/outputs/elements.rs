@@ -11,6 +11,10 @@ use crate::error::{Error, Reason};
 use crate::floats::checksum;
 use crate::proto;
 
+/// Most bytes of elements in a message: a kernel makes them of 96 rows by a page at most, and some messages may wait for a slow
+/// client.
+const MAX_BYTES: u64 = 128 << 10;
+
 /// Elements of one head, of some query tokens and some keys of one page.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Elements {
@@ -50,6 +54,9 @@ impl Elements {
             return Err(invalid("over a page's end"));
         }
         let need = (tokens.len() as u64) * (keys.len() * size_of::<f32>()) as u64;
+        if need > MAX_BYTES {
+            return Err(invalid(&format!("{need} bytes > {MAX_BYTES}")));
+        }
         if data.len() as u64 != need {
             return Err(invalid(&format!("needs {need} bytes, got {}", data.len())));
         }

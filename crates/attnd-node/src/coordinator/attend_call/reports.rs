@@ -34,8 +34,10 @@ impl Flow<'_> {
             ReportId { group: report.group, first_token: report.tokens.start, tokens: report.tokens.len() };
         let key = (id.group, id.first_token);
         self.backlog.took_report(share, key, second_pass::bytes_of(&report.report));
-        if let Some(second) = &mut self.second {
-            second.reported(report);
+        if self.second.as_mut().is_some_and(|second| !second.reported(report)) {
+            let worker = self.shares.get(share).map(|share| share.worker.clone());
+            let detail = format!("reported on group {} tokens from {} before they had merged", key.0, key.1);
+            return Err(worker.map_or_else(gone, |worker| refusal::worker_lost(&worker, &detail)));
         }
         // If it is refused, the call ends.
         self.event(CallEvent::Report { share, id }, &Bytes::new())
