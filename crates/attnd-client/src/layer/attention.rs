@@ -147,6 +147,16 @@ impl Inner {
                 let why = Some("weights are told in the order of the input, other outputs aren't");
                 return Err(LayerError::Together { one: "a learnt key", other: "outputs", why });
             }
+            // These say something of each key by its place, and the learnt one has none among them.
+            let by_place = [
+                ("mask.dense", options.dense_mask.is_some()),
+                ("bias.dense", options.dense_bias.is_some()),
+                ("bias.alibi", options.alibi.is_some()),
+            ];
+            if let Some((other, _)) = by_place.into_iter().find(|(_, is_there)| *is_there) {
+                let why = Some("it says nothing of the learnt key, which has no place");
+                return Err(LayerError::Together { one: "a learnt key", other, why });
+            }
             let mask = std::mem::take(&mut options.mask);
             let mask = operator::with_causal(options.causal, mask).map_err(ClientError::from)?;
             options.mask = behind_learnt_key(mask)?;

@@ -1,11 +1,13 @@
 //! Parts of a layer against their formulas in f64.
 
 use attnd_kernel::{Causal, Dims, Mask, PerBatch};
+use attnd_plan::Element;
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 
 use super::*;
-use crate::operands::AttendOptions;
+use crate::operands::{Alibi, AttendOptions};
+use crate::side::DenseTensor;
 
 const U: f64 = 1.0 / (1_u64 << 24) as f64;
 
@@ -223,6 +225,15 @@ fn options_go_to_the_cluster_as_the_layer_needs_them() {
 
     let learnt = Learnt { key: vec![0.0; 12], value: vec![0.0; 10] };
     let learnt = layer(&|parts| parts.weights.learnt = Some(learnt.clone()));
+    let dense = || DenseTensor { element: Element::Bool, shape: [1, 1, 1, 1], bytes: vec![1].into() };
+    for (options, other) in [
+        (AttendOptions { dense_mask: Some(dense()), ..AttendOptions::default() }, "mask.dense"),
+        (AttendOptions { dense_bias: Some(dense()), ..AttendOptions::default() }, "bias.dense"),
+        (AttendOptions { alibi: Some(Alibi::default()), ..AttendOptions::default() }, "bias.alibi"),
+    ] {
+        let error = learnt.inner.options(&LayerCall { options, ..LayerCall::default() }).unwrap_err();
+        assert!(error.to_string().starts_with(&format!("a learnt key and {other}: ")), "{error}");
+    }
     let mask = Mask { key_end: Some(PerBatch::Each([2, 4].into())), ..Mask::default() };
     let options = AttendOptions { causal: Causal::TopLeft, mask, ..AttendOptions::default() };
     let call = LayerCall { options, weights: Some(LayerWeights::PerHead), ..LayerCall::default() };
