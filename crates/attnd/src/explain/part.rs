@@ -7,9 +7,7 @@
 
 use std::ops::Range;
 
-use attnd_client::{
-    Alibi, AttnShape, Causal, DenseTensor, Dims, Mask, Operands, PerBatch, Positions, Window,
-};
+use attnd_client::{Alibi, AttnShape, Causal, DenseTensor, Dims, Mask, Operands, PerBatch, Positions};
 use attnd_kernel::{Operator, OperatorParts};
 
 use crate::exit::BadInput;
@@ -79,10 +77,6 @@ impl Rules {
             lengths.as_ref().map(|all| PerBatch::Same(all.of(self.batch)))
         };
         let Mask { causal, window, chunk, .. } = self.mask;
-        let is_positional = causal || window != Window::default() || chunk.is_some();
-        // A window that hides nothing. Positions are part of what is computed only where a rule needs them, and distances
-        // are to be counted from these.
-        let open = Window { left: Some(i32::MAX as usize), right: None };
         let query_end =
             self.mask.query_end.as_ref().map(|ends| {
                 PerBatch::Same(ends.of(self.batch).saturating_sub(queries.start).min(queries.len()))
@@ -90,7 +84,7 @@ impl Rules {
         Mask {
             causal,
             positions: self.position(queries.start).map(|first| Positions::Offset(PerBatch::Same(first))),
-            window: if !is_positional && self.has_distances() { open } else { window },
+            window,
             chunk,
             prefix: same(&self.mask.prefix),
             key_begin: same(&self.mask.key_begin),
@@ -167,7 +161,7 @@ impl Rules {
 
 #[cfg(test)]
 mod tests {
-    use attnd_client::Dtype;
+    use attnd_client::{Dtype, Window};
 
     use super::*;
 
