@@ -4,11 +4,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use attnd_kernel::{
-    AttnShape, Bias, Causal, Dtype, EmptyRow, Mask, Normaliser, Operator, OperatorParts, OutputsParts,
-    Selection, alibi_slopes,
+    AttnShape, Bias, Causal, Csr, Dtype, EmptyRow, Mask, Normaliser, Operator, OperatorParts, OutputsParts,
+    Relative, Score, Selection, Swin, alibi_slopes,
 };
 use attnd_plan::{SideTensor, Tensor, WorkerChoice};
-use attnd_wire::{Begin, Error, Reason, convert, operator, outputs};
+use attnd_wire::{Begin, Error, Reason, operator, outputs};
 use bytes::Bytes;
 
 use crate::side::{DenseTensor, beside};
@@ -20,7 +20,7 @@ pub struct Operands {
     pub shape: AttnShape,
     /// Element type of all three.
     pub dtype: Dtype,
-    /// `[batch, heads, queries, head_dim]`.
+    /// `[batch, heads, queries, query_dim]`, where `query_dim` is `head_dim` unless a score function takes another.
     pub q: Bytes,
     /// `[batch, kv_heads, keys, head_dim]`.
     pub k: Bytes,
@@ -28,16 +28,25 @@ pub struct Operands {
     pub v: Bytes,
 }
 
-/// How to compute. The default: scale `1 / sqrt(head_dim)`, no mask, finite operands only, as many workers as pay
+/// How to compute. The default: dot products times `1 / sqrt(head_dim)`, no mask, finite operands only, as many workers as pay
 /// off, and the coordinator's own time limit.
 #[derive(Clone, Debug, Default)]
 pub struct AttendOptions {
-    /// What scores are multiplied by: any finite number, of either sign or 0.
+    /// What relates a query to a key.
+    pub score: Score,
+    /// The weights that each row had before, `[batch, heads, queries, keys]`, for score functions that look at them (`location_aware`).
+    /// Each of the first three dimensions is the call's or 1, which is for all.
+    pub previous: Option<DenseTensor>,
+    /// What scores are multiplied by: any finite number, of either sign or 0. `None`: what the score function says.
     pub scale: Option<f32>,
     /// Scores become `cap * tanh(score / cap)`, before biases and masks; finite and over 0.
     pub softcap: Option<f32>,
     /// A bias linear in the distance.
     pub alibi: Option<Alibi>,
+    /// A bias by buckets of the distance (T5).
+    pub relative: Option<Relative>,
+    /// A bias by distances in two dimensions (Swin).
+    pub swin: Option<Swin>,
     /// The causal rule; short for one in `mask`.
     pub causal: Causal,
     /// Which keys a query sees, of those that `causal` lets through. Where it has no positions of its own, those of
@@ -46,6 +55,8 @@ pub struct AttendOptions {
     /// Which of these it doesn't see after all: a bool for each query and key, true where it does. Numbers are added to
     /// the scores instead, as `dense_bias` is.
     pub dense_mask: Option<DenseTensor>,
+    /// Blocks of keys that blocks of queries see, and no others.
+    pub csr: Option<Csr>,
     /// Numbers to add to the scores. A key whose number is -inf or the lowest finite one of the type is not seen.
     pub dense_bias: Option<DenseTensor>,
     /// How scores become weights; no sigmoid has sinks.
@@ -107,22 +118,30 @@ impl Operands {
             }
         }
         let (sides, _bytes) = beside(options, &self.shape)?;
-        let scale = options.scale.unwrap_or_else(|| convert::default_scale(&self.shape));
+        let default_scale = || options.score.function().default_scale(&self.shape);
+        let scale = options.scale.unwrap_or_else(default_scale);
         let alibi = options.alibi.as_ref().map(|alibi| Bias::Alibi {
             slopes: alibi.slopes.clone().unwrap_or_else(|| alibi_slopes(self.shape.n_heads()).into()),
             by_key: alibi.by_key,
         });
+        let dense = sides.of(SideTensor::Bias).map(|_| Bias::Dense);
+        let relative = options.relative.clone().map(Bias::Relative);
+        let swin = options.swin.clone().map(Bias::Swin);
         let parts = OperatorParts {
+            score: options.score.clone(),
             softcap: options.softcap,
-            biases: alibi.into_iter().chain(sides.of(SideTensor::Bias).map(|_| Bias::Dense)).collect(),
+            biases: [dense, alibi, relative, swin].into_iter().flatten().collect(),
             normaliser: options.normaliser,
             mask: operator::with_causal(options.causal, options.mask.clone())?,
             selection: sides.of(SideTensor::Mask).map(|_| Selection::Dense),
+            csr: options.csr.clone(),
             sinks: options.sinks.clone(),
             empty_row: options.empty_row,
             ..OperatorParts::plain(scale, Causal::None)
         };
         let operator = Operator::new(parts, &self.shape)?;
+        operator::check_previous(&operator, &sides)?;
+        operator::check_bytes(&operator)?;
         operator::check_empty_rows(&operator, options.forbid_empty_rows)?;
         let outputs = outputs::checked(options.outputs.clone(), &self.shape, &operator)?;
         Ok(Begin {

@@ -40,6 +40,7 @@ pub(crate) fn beside(options: &AttendOptions, shape: &AttnShape) -> Result<(Side
             tensors.extend(bias.iter().map(|bias| (SideTensor::Bias, bias)));
         }
     }
+    tensors.extend(options.previous.iter().map(|previous| (SideTensor::Previous, previous)));
     let mut layouts = Vec::new();
     for (tensor, DenseTensor { element, shape: dims, bytes }) in &tensors {
         let layout = SideLayout::dense(*tensor, *element, *dims, shape)?;
@@ -79,7 +80,7 @@ mod tests {
         assert_eq!(both.operator.biases(), [Bias::Dense]);
         assert_eq!(both.operator.selection(), Some(Selection::Dense));
         let tensors: Vec<SideTensor> = both.sides.iter().map(SideLayout::tensor).collect();
-        assert_eq!(tensors, SideTensor::ALL);
+        assert_eq!(tensors, SideTensor::ALL[..2]);
 
         let refused = |mask, bias| begin(mask, bias).unwrap_err().message();
         assert_eq!(

@@ -102,8 +102,8 @@ impl Call {
     }
 
     fn seconds(&self, kernels: &Kernels) -> f64 {
-        let (side, compute) =
-            (Side { previous: self.previous.as_deref(), ..Side::default() }, Effective::F32);
+        let previous: Vec<&[f32]> = self.previous.iter().map(Vec::as_slice).collect();
+        let (side, compute) = (Side { previous: &previous, ..Side::default() }, Effective::F32);
         let Self { shape, operator, q, kv, .. } = self;
         let call = GroupCall { shape: *shape, operator, group: 0, q, kv, side, compute };
         let start = Instant::now();

@@ -58,8 +58,9 @@ pub struct Side<'a> {
     pub mask: &'a [&'a DensePlane],
     /// For [`Bias::Dense`].
     pub bias: &'a [&'a DensePlane],
-    /// The weights that rows had before, `[group_size, n_queries, n_keys]`, where [`Operator::reads_previous`].
-    pub previous: Option<&'a [f32]>,
+    /// The weights that rows had before, where [`Operator::reads_previous`]: planes of `[n_queries, n_keys]`, or of one row for all
+    /// queries.
+    pub previous: &'a [&'a [f32]],
 }
 
 impl<'a> Side<'a> {
@@ -68,13 +69,18 @@ impl<'a> Side<'a> {
     fn check(&self, call: &GroupCall<'_>) {
         let (operator, shape) = (call.operator, &call.shape);
         let has_bias = operator.biases().contains(&Bias::Dense);
-        let of_group = shape.group_size() * shape.n_queries() * shape.n_keys();
-        let previous = operator.reads_previous().then_some(of_group);
-        assert_eq!(self.previous.map(<[f32]>::len), previous, "previous weights");
+        let counts = |is_there: bool| if is_there { [1, shape.group_size()] } else { [0; 2] };
+        assert!(
+            counts(operator.reads_previous()).contains(&self.previous.len()),
+            "planes of previous weights"
+        );
+        for plane in self.previous {
+            let sizes = [1, shape.n_queries()].map(|rows| rows * shape.n_keys());
+            assert!(sizes.contains(&plane.len()), "{} previous weights in a plane", plane.len());
+        }
         let has_mask = operator.selection() == Some(Selection::Dense);
         for (planes, is_there, is_bias) in [(self.mask, has_mask, false), (self.bias, has_bias, true)] {
-            let counts = if is_there { [1, shape.group_size()] } else { [0; 2] };
-            assert!(counts.contains(&planes.len()), "{} planes, bias: {is_bias}", planes.len());
+            assert!(counts(is_there).contains(&planes.len()), "{} planes, bias: {is_bias}", planes.len());
             for plane in planes {
                 let rows = [1, shape.n_queries()].contains(&plane.n_rows());
                 assert!(rows && plane.n_keys() == shape.n_keys(), "shape of a plane, bias: {is_bias}");
@@ -84,7 +90,7 @@ impl<'a> Side<'a> {
     }
 
     /// The plane of a head of the group.
-    fn of_head(planes: &[&'a DensePlane], head: usize) -> Option<&'a DensePlane> {
+    fn of_head<T: ?Sized>(planes: &[&'a T], head: usize) -> Option<&'a T> {
         planes.get(if planes.len() == 1 { 0 } else { head }).copied()
     }
 }
@@ -341,10 +347,12 @@ impl GroupCall<'_> {
             relative: operator.relative(in_batch, mask.position(token)),
             swin: operator.swin(batch, in_batch, token),
             runs: [blocks, mask.scattered(token)],
-            located: side.previous.zip(operator.filters(shape, *group, head)).map(|(previous, filters)| {
-                let first = (head * shape.n_queries() + token) * shape.n_keys();
-                Located { previous: &previous[first..][..shape.n_keys()], filters }
-            }),
+            located: Side::of_head(side.previous, head).zip(operator.filters(shape, *group, head)).map(
+                |(previous, filters)| {
+                    let first = if previous.len() == shape.n_keys() { 0 } else { token * shape.n_keys() };
+                    Located { previous: &previous[first..][..shape.n_keys()], filters }
+                },
+            ),
         }
     }
 }

@@ -405,8 +405,8 @@ impl Operator {
     /// the name it had; all else has a name that nodes of that time refuse, and what the general path computes one that nodes
     /// refuse that have the plain path only.
     pub fn kernel_id(&self, compute: Compute) -> &'static str {
-        if !self.parts.score.is_scaled_dot() {
-            return kernel_id_of_scores(compute);
+        if !self.parts.score.is_scaled_dot() || self.parts.csr.is_some() {
+            return kernel_id_of_op3(compute);
         }
         let OperatorParts { scale, mask, biases, sinks, empty_row, .. } = &self.parts;
         // Positions that no rule asks for change no bit; outputs may ask for them.
@@ -479,8 +479,9 @@ impl Operator {
     }
 }
 
-/// Names the order of calls whose score isn't the scaled dot product that nodes have computed since there are operators.
-fn kernel_id_of_scores(compute: Compute) -> &'static str {
+/// Names the order of calls whose score isn't the scaled dot product that nodes have computed since there are operators, or that have
+/// masks of blocks, which nodes of the first general path would ignore.
+fn kernel_id_of_op3(compute: Compute) -> &'static str {
     match compute {
         Compute::F32 => "c1-f32-op3",
         Compute::Bf16 => "c1-bf16-op3",

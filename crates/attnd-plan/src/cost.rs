@@ -6,7 +6,7 @@
 //! It adds up what may overlap: a worker computes a kv group as soon as it has all of it, and how early that is depends
 //! on the order in which the client sends.
 
-use attnd_kernel::{AttnShape, Causal, Mask, Path};
+use attnd_kernel::{AttnShape, Causal, Csr, Mask, Operator, Path};
 
 use crate::planner::PlanRequest;
 
@@ -90,21 +90,24 @@ pub(crate) struct CallCosts {
 
 impl CallCosts {
     pub(crate) fn new(model: &CostModel, req: &PlanRequest, tokens_per_cell: usize) -> Self {
-        let PlanRequest { shape, mask, path, outputs, dtype, .. } = req;
+        let PlanRequest { shape, operator, outputs, dtype, .. } = req;
         let (d, dv, bytes) = (shape.head_dim() as f64, shape.value_dim() as f64, dtype.size() as f64);
+        let score = operator.score_cost(shape) as f64;
+        // A key becomes another one once.
+        let of_key = if operator.keeps_keys() { 0.0 } else { 2.0 * d * operator.key_dim(shape) as f64 };
         let group_rows = (shape.group_size() * shape.n_queries()) as f64;
-        let pairs = visible_pairs(mask, shape) * shape.group_size() as f64;
-        let stages = match path {
+        let pairs = visible_pairs(operator, shape) * shape.group_size() as f64;
+        let stages = match operator.path() {
             Path::Plain => 1.0,
             Path::General => GENERAL_PATH,
         };
         let passes = if outputs.is_some() { stages + SECOND_PASS } else { stages };
         Self {
             model: *model,
-            flops_per_key: (passes * 2.0 * (d + dv) * pairs / shape.n_keys() as f64)
+            flops_per_key: (passes * 2.0 * (score + dv) * pairs / shape.n_keys() as f64 + of_key)
                 .max((d + dv) * bytes * model.flops_per_byte),
             bytes_per_key: (d + dv) * bytes,
-            query_bytes: group_rows * d * bytes,
+            query_bytes: group_rows * shape.query_dim() as f64 * bytes,
             partial_bytes: group_rows * (dv + 2.0) * 4.0,
             partial_messages: shape.n_queries().div_ceil(tokens_per_cell) as f64,
             result_bytes: group_rows * shape.n_groups() as f64 * (dv + 1.0) * 4.0,
@@ -156,11 +159,19 @@ impl CallCosts {
 }
 
 /// (query, key) pairs that one head computes, on average over the batch.
-fn visible_pairs(mask: &Mask, shape: &AttnShape) -> f64 {
-    match mask.as_causal() {
+fn visible_pairs(operator: &Operator, shape: &AttnShape) -> f64 {
+    let mask = operator.mask();
+    let of_mask = match mask.as_causal() {
         Some(causal) => causal_pairs(causal, shape) as f64,
         None => counted_pairs(mask, shape),
-    }
+    };
+    of_mask * operator.csr().map_or(1.0, |csr| listed(csr, shape))
+}
+
+/// Which fraction of all blocks a mask of blocks lists.
+fn listed(csr: &Csr, shape: &AttnShape) -> f64 {
+    let blocks = shape.n_queries().div_ceil(csr.query_block()) * shape.n_keys().div_ceil(csr.key_block());
+    csr.columns().len() as f64 / (blocks * csr.layouts()) as f64
 }
 
 /// The same by counting, of many tokens and elements of the batch only some.
@@ -193,7 +204,7 @@ fn causal_pairs(causal: Causal, shape: &AttnShape) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use attnd_kernel::{Dims, PerBatch, Window};
+    use attnd_kernel::{Dims, OperatorParts, PerBatch, Window};
     use proptest::prelude::*;
 
     use super::*;
@@ -205,7 +216,7 @@ mod tests {
             let shape = AttnShape::new(dims).unwrap();
             for causal in [Causal::None, Causal::BottomRight, Causal::TopLeft] {
                 let counted: usize = (0..shape.n_queries()).map(|i| causal.visible(i, &shape).len()).sum();
-                prop_assert_eq!(visible_pairs(&causal.into(), &shape), counted as f64, "{:?}", causal);
+                prop_assert_eq!(visible_pairs(&Operator::plain(1.0, causal), &shape), counted as f64, "{:?}", causal);
                 prop_assert_eq!(counted_pairs(&causal.into(), &shape), counted as f64, "{:?}", causal);
             }
         }
@@ -224,7 +235,22 @@ mod tests {
             (0..shape.n_queries()).map(|token| mask.visible(token).len()).sum()
         };
         let counted = (0..20).map(of_element).sum::<usize>() as f64 / 20.0;
-        let sampled = visible_pairs(&mask, &shape);
+        let parts = OperatorParts { mask, ..OperatorParts::plain(1.0, Causal::None) };
+        let sampled = visible_pairs(&Operator::new(parts, &shape).unwrap(), &shape);
         assert!((sampled / counted - 1.0).abs() < 1e-3, "{sampled} of {counted}");
+    }
+
+    #[test]
+    fn of_blocks_only_those_count_that_are_listed() {
+        let dims =
+            Dims { batch: 1, heads: 1, kv_heads: 1, queries: 100, keys: 90, head_dim: 1, value_dim: 1 };
+        let shape = AttnShape::new(dims).unwrap();
+        // 10 rows of 9 blocks, of which each lists 2.
+        let row_ptr = (0..=10).map(|row| 2 * row).collect();
+        let columns = (0..10).flat_map(|_| [3, 7]).collect();
+        let csr = Some(Csr::new((10, 10), 1, row_ptr, columns).unwrap());
+        let parts = OperatorParts { csr, ..OperatorParts::plain(1.0, Causal::None) };
+        let pairs = visible_pairs(&Operator::new(parts, &shape).unwrap(), &shape);
+        assert!((pairs - 2000.0).abs() < 1e-9, "{pairs}");
     }
 }

@@ -22,6 +22,7 @@ mod line;
 pub mod membership;
 pub mod planner;
 mod report;
+mod residency;
 pub mod route;
 pub mod side;
 pub mod topology;
@@ -38,6 +39,7 @@ pub use membership::{
 };
 pub use planner::{Piece, Plan, PlanError, PlanRequest, Share, WorkerChoice, plan};
 pub use report::{ReportError, ReportId};
+pub use residency::Residency;
 pub use route::{Router, Run};
 pub use side::{AnyTensor, Cutter, Element, Gathered, PlanePart, SideError, SideLayout, SideTensor, Sides};
 pub use topology::{Capacity, WorkerId, WorkerIdError};
@@ -45,7 +47,7 @@ pub use topology::{Capacity, WorkerId, WorkerIdError};
 /// One of the three operands of a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Tensor {
-    /// Queries, `[batch, heads, queries, head_dim]`.
+    /// Queries, `[batch, heads, queries, query_dim]`.
     Q,
     /// Keys, `[batch, kv_heads, keys, head_dim]`.
     K,
@@ -60,7 +62,7 @@ impl Tensor {
     /// Heads over the batch, tokens per head and elements per token of this tensor in a call of `shape`.
     pub fn layout(self, shape: &attnd_kernel::AttnShape) -> (usize, usize, usize) {
         match self {
-            Self::Q => (shape.batch() * shape.n_heads(), shape.n_queries(), shape.head_dim()),
+            Self::Q => (shape.batch() * shape.n_heads(), shape.n_queries(), shape.query_dim()),
             Self::K => (shape.n_groups(), shape.n_keys(), shape.head_dim()),
             Self::V => (shape.n_groups(), shape.n_keys(), shape.value_dim()),
         }

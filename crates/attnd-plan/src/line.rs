@@ -6,12 +6,12 @@
 
 use std::ops::Range;
 
-use attnd_kernel::KvHead;
-use attnd_kernel::slot::{self, N_SLOTS, PAGE_KEYS};
+use attnd_kernel::slot::{self, N_SLOTS};
 
 use crate::cost::CallCosts;
 use crate::inspection::InspectionBytes;
 use crate::planner::{Piece, PlanRequest};
+use crate::residency::Residency;
 use crate::side::SideLoad;
 
 /// A cut may move this fraction of a share away from the even point for nothing, to where fewer partials merge. Both
@@ -34,8 +34,7 @@ pub(crate) struct Line {
     pages_before: [u64; N_SLOTS + 1],
     /// Slots that hold keys, ascending.
     filled: Vec<usize>,
-    page_bytes: u64,
-    query_bytes: u64,
+    residency: Residency,
     cell_bytes: u64,
     inspection: InspectionBytes,
     sides: Vec<SideLoad>,
@@ -43,7 +42,7 @@ pub(crate) struct Line {
 
 impl Line {
     pub(crate) fn new(req: &PlanRequest, tokens_per_cell: usize) -> Self {
-        let PlanRequest { shape, dtype, sides, outputs, .. } = req;
+        let PlanRequest { shape, operator, dtype, sides, outputs, .. } = req;
         let (mut keys_before, mut pages_before) = ([0; N_SLOTS + 1], [0; N_SLOTS + 1]);
         let (mut keys, mut pages) = (0, 0);
         for slot in 0..N_SLOTS {
@@ -58,14 +57,7 @@ impl Line {
             filled: (0..N_SLOTS).filter(|s| keys_before[*s] < keys_before[s + 1]).collect(),
             keys_before,
             pages_before,
-            page_bytes: KvHead::bytes_needed(
-                PAGE_KEYS,
-                shape.head_dim(),
-                shape.value_dim(),
-                &(0..N_SLOTS),
-                (*dtype).into(),
-            ),
-            query_bytes: f32_bytes(shape.group_size() * shape.n_queries() * shape.head_dim()),
+            residency: Residency::new(*shape, *dtype, operator),
             cell_bytes: f32_bytes(shape.group_size() * tokens_per_cell * (shape.value_dim() + 2)),
             inspection: InspectionBytes::new(outputs.as_deref(), shape, tokens_per_cell),
             sides: sides.iter().map(|layout| SideLoad::new(layout, shape)).collect(),
@@ -116,8 +108,8 @@ impl Line {
         self.sides.iter().map(|side| side.sent(&pieces)).sum()
     }
 
-    /// Bytes that a worker must reserve for an interval: K and V in whole pages, in their type, Q in f32, two cells of
-    /// partials, one being computed and one being sent, its parts of the side tensors, and what a second pass needs.
+    /// Bytes that a worker must reserve for an interval: its operands, two cells of partials, one being computed and one
+    /// being sent, its parts of the side tensors, and what a second pass needs.
     pub(crate) fn resident_bytes(&self, places: &Range<usize>) -> u64 {
         if places.is_empty() {
             return 0;
@@ -129,8 +121,9 @@ impl Line {
                 sides.iter().map(|side| side.resident(&pieces)).sum()
             }
         };
-        self.pages(places) * self.page_bytes
-            + self.groups(places) as u64 * (self.query_bytes + self.inspection.of_group)
+        self.pages(places) * self.residency.page_bytes()
+            + self.groups(places) as u64 * (self.residency.query_bytes() + self.inspection.of_group)
+            + self.residency.of_share()
             + 2 * self.cell_bytes
             + self.inspection.of_share
             + sides

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use attnd_kernel::slot::N_SLOTS;
-use attnd_kernel::{AttnShape, Dtype, Mask, Outputs, Path};
+use attnd_kernel::{AttnShape, Dtype, Operator, Outputs};
 
 use crate::cost::{CallCosts, CostModel, Load};
 use crate::inspection::tokens_per_report;
@@ -30,17 +30,15 @@ pub enum WorkerChoice {
 }
 
 /// The call to plan.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct PlanRequest {
     /// Its dimensions.
     pub shape: AttnShape,
-    /// Which keys its rows see; made for that shape.
-    pub mask: Mask,
-    /// Which kernels it takes.
-    pub path: Path,
+    /// What it computes; made for that shape.
+    pub operator: Arc<Operator>,
     /// What is wanted beside the context; `None` if nothing is.
     pub outputs: Option<Arc<Outputs>>,
-    /// The type of Q, K and V on the wire, and of K and V on the workers.
+    /// The type of Q, K and V on the wire.
     pub dtype: Dtype,
     /// What travels beside Q, K and V; made for that shape.
     pub sides: Sides,
@@ -70,8 +68,8 @@ pub struct Share {
     pub pieces: Vec<Piece>,
     /// Bytes of K and V that it receives.
     pub kv_bytes: u64,
-    /// Bytes that it must reserve: K and V in whole pages as they were sent, Q and two cells of partials in f32, its parts
-    /// of what travels beside them, and what a second pass needs.
+    /// Bytes that it must reserve: K and V in whole pages, Q and two cells of partials in f32, its parts of what travels
+    /// beside them, and what a second pass needs.
     pub resident_bytes: u64,
 }
 

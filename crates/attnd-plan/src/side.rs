@@ -32,22 +32,45 @@ pub enum SideTensor {
     Mask,
     /// What is added to scores, `[batch, heads, queries, keys]`.
     Bias,
+    /// The weights that rows had before, `[batch, heads, queries, keys]`.
+    Previous,
 }
 
 impl SideTensor {
     /// All of them, in the order in which they come.
-    pub const ALL: [Self; 2] = [Self::Mask, Self::Bias];
+    pub const ALL: [Self; 3] = [Self::Mask, Self::Bias, Self::Previous];
 
-    /// Whether the columns of its planes are keys, of which a share gets those of its slots.
+    /// Whether a share gets the columns of its slots alone, of planes whose columns are keys.
     fn is_along_keys(self) -> bool {
         match self {
             Self::Mask | Self::Bias => true,
+            // What is around a key may be in any slot.
+            Self::Previous => false,
         }
     }
 
-    /// What a row of a page takes in the memory of a worker, in bytes.
+    /// What a row of a page takes in the memory of a worker, in bytes; of a plane that goes whole, what a page of it takes.
     fn resident_page_row(self) -> u64 {
-        DensePlane::bytes_needed(1, PAGE_KEYS, &(0..N_SLOTS), self == Self::Bias)
+        match self {
+            Self::Mask | Self::Bias => {
+                DensePlane::bytes_needed(1, PAGE_KEYS, &(0..N_SLOTS), self == Self::Bias)
+            }
+            Self::Previous => (PAGE_KEYS * size_of::<f32>()) as u64,
+        }
+    }
+
+    /// Whether it may have fewer keys than the call.
+    fn may_lack_keys(self) -> bool {
+        self != Self::Previous
+    }
+
+    /// What the call's option is called.
+    pub fn option(self) -> &'static str {
+        match self {
+            Self::Mask => "mask.dense",
+            Self::Bias => "bias.dense",
+            Self::Previous => "score.previous",
+        }
     }
 }
 
@@ -56,6 +79,7 @@ impl std::fmt::Display for SideTensor {
         f.write_str(match self {
             Self::Mask => "mask",
             Self::Bias => "bias",
+            Self::Previous => "previous",
         })
     }
 }
@@ -122,7 +146,10 @@ impl std::fmt::Display for Element {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SideError {
     /// Its dimensions are not those of the call.
-    #[error("{tensor}.dense is {got:?}, the call needs [{}, {}, {}, 1 to {keys}]", one_or(*.batch), one_or(*.heads), one_or(*.queries))]
+    #[error(
+        "{} is {got:?}, the call needs [{}, {}, {}, {}]",
+        .tensor.option(), one_or(*.batch), one_or(*.heads), one_or(*.queries), keys_of(*.tensor, *.keys)
+    )]
     Shape {
         /// Which one.
         tensor: SideTensor,
@@ -138,7 +165,7 @@ pub enum SideError {
         keys: usize,
     },
     /// A mask of numbers, or a bias of truths.
-    #[error("{tensor}.dense is {element}: a mask is bool, and a mask of numbers is a bias")]
+    #[error("{} is {element}: a mask is bool, and a mask of numbers is a bias", .tensor.option())]
     Element {
         /// Which one.
         tensor: SideTensor,
@@ -146,7 +173,7 @@ pub enum SideError {
         element: Element,
     },
     /// Two tensors of a kind.
-    #[error("{tensor}.dense twice")]
+    #[error("{} twice", .tensor.option())]
     Twice {
         /// Which one.
         tensor: SideTensor,
@@ -155,6 +182,10 @@ pub enum SideError {
 
 fn one_or(size: usize) -> String {
     if size == 1 { "1".to_owned() } else { format!("1 or {size}") }
+}
+
+fn keys_of(tensor: SideTensor, keys: usize) -> String {
+    if tensor.may_lack_keys() { format!("1 to {keys}") } else { keys.to_string() }
 }
 
 /// Dimensions of a side tensor of a call; only constructors that check them make one.
@@ -171,8 +202,8 @@ pub struct SideLayout {
 }
 
 impl SideLayout {
-    /// A dense mask or bias `[batch, heads, queries, keys]`. Each of the first three may be 1, for all; keys that it
-    /// lacks are masked.
+    /// A tensor `[batch, heads, queries, keys]`. Each of the first three may be 1, for all; keys that a mask or a bias lacks
+    /// are masked.
     ///
     /// # Errors
     /// [`SideError`] where it doesn't fit the call, or has elements of another kind than it should.
@@ -189,7 +220,8 @@ impl SideLayout {
         let fits = [1, shape.batch()].contains(&batch)
             && [1, shape.n_heads()].contains(&heads)
             && [1, shape.n_queries()].contains(&rows)
-            && (1..=shape.n_keys()).contains(&columns);
+            && (1..=shape.n_keys()).contains(&columns)
+            && (tensor.may_lack_keys() || columns == shape.n_keys());
         if !fits {
             return Err(SideError::Shape {
                 tensor,

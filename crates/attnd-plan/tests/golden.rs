@@ -27,7 +27,7 @@ use std::fmt::Write as _;
 use std::path::Path;
 use std::time::Duration;
 
-use attnd_kernel::{AttnShape, Dims, Dtype, Mask};
+use attnd_kernel::{AttnShape, Causal, Dims, Dtype, Operator};
 use attnd_plan::membership::HEARTBEAT;
 use attnd_plan::{
     AnyTensor, Call, CallAction, CallEvent, Capacity, CellId, CostModel, Element, Facts, MemberAction,
@@ -275,9 +275,9 @@ impl World {
             (_, Some(exactly)) => WorkerChoice::Exactly(exactly as usize),
             _ => WorkerChoice::Auto,
         };
-        let (mask, path, outputs) = (Mask::default(), attnd_kernel::Path::Plain, None);
+        let operator = Operator::plain(1.0, Causal::None).into();
         let sides = self.sides.clone();
-        let req = PlanRequest { shape, mask, path, outputs, dtype: Dtype::F32, sides, workers };
+        let req = PlanRequest { shape, operator, outputs: None, dtype: Dtype::F32, sides, workers };
         let plan = match plan(&req, &self.workers, &CostModel::default()) {
             Ok(plan) => plan,
             Err(error) => return vec![format!("refused: {error}")],

@@ -174,7 +174,7 @@ impl TryFrom<proto::ComputeBegin> for ComputeBegin {
         let dtype = convert::dtype(message.dtype)?;
         let encoded = Encoded { scale: message.scale, causal: message.causal, operator: message.operator };
         let sides = encoded.sides(&shape)?;
-        let operator = encoded.decode(&shape)?;
+        let operator = encoded.decode(&shape, &sides)?;
         // What a newer coordinator says beyond that is lost here, but not in the name.
         let kernel_id = operator.kernel_id(Compute::F32);
         if message.kernel_id != kernel_id {

@@ -40,6 +40,7 @@ impl From<&AttnShape> for proto::Shape {
             keys: small(shape.n_keys()),
             head_dim: small(shape.head_dim()),
             value_dim: small(shape.value_dim()),
+            query_dim: if shape.query_dim() == shape.head_dim() { 0 } else { small(shape.query_dim()) },
         }
     }
 }
@@ -59,7 +60,8 @@ pub fn shape(message: Option<proto::Shape>) -> Result<AttnShape, Error> {
         head_dim: message.head_dim.into(),
         value_dim: message.value_dim.into(),
     };
-    refusal::shape(dims)
+    let shape = refusal::shape(dims)?;
+    if message.query_dim == 0 { Ok(shape) } else { Ok(shape.with_query_dim(message.query_dim.into())?) }
 }
 
 impl From<Dtype> for proto::Dtype {
@@ -95,6 +97,7 @@ impl From<AnyTensor> for proto::Tensor {
             AnyTensor::Operand(Tensor::V) => Self::V,
             AnyTensor::Side(SideTensor::Mask) => Self::Mask,
             AnyTensor::Side(SideTensor::Bias) => Self::Bias,
+            AnyTensor::Side(SideTensor::Previous) => Self::Previous,
         }
     }
 }
@@ -110,13 +113,9 @@ pub fn tensor(number: i32) -> Result<AnyTensor, Error> {
         Ok(proto::Tensor::V) => Ok(Tensor::V.into()),
         Ok(proto::Tensor::Mask) => Ok(SideTensor::Mask.into()),
         Ok(proto::Tensor::Bias) => Ok(SideTensor::Bias.into()),
+        Ok(proto::Tensor::Previous) => Ok(SideTensor::Previous.into()),
         Ok(proto::Tensor::Unspecified) | Err(_) => Err(Error::new(Reason::Tensor, number.to_string())),
     }
-}
-
-/// What scores are multiplied by where the caller says nothing: `1 / sqrt(head_dim)`, rounded once.
-pub fn default_scale(shape: &AttnShape) -> f32 {
-    (1.0 / (shape.head_dim() as f64).sqrt()) as f32
 }
 
 impl From<&Piece> for proto::Piece {
@@ -280,12 +279,15 @@ mod tests {
     proptest! {
         #[test]
         fn no_shape_and_no_piece_panics(
-            dims in any::<[u32; 7]>(), tiny in any::<bool>(), ends in any::<[u32; 4]>(), n_groups in 1..1024_usize,
+            dims in any::<[u32; 8]>(), tiny in any::<bool>(), ends in any::<[u32; 4]>(), n_groups in 1..1024_usize,
         ) {
-            let [batch, heads, kv_heads, queries, keys, head_dim, value_dim] = dims.map(|d| if tiny { d % 4 } else { d });
-            let message = proto::Shape { batch, heads, kv_heads, queries, keys, head_dim, value_dim };
+            let [batch, heads, kv_heads, queries, keys, head_dim, value_dim, query_dim] =
+                dims.map(|d| if tiny { d % 4 } else { d });
+            let message = proto::Shape { batch, heads, kv_heads, queries, keys, head_dim, value_dim, query_dim };
             if let Ok(shape) = shape(Some(message)) {
-                prop_assert_eq!(proto::Shape::from(&shape), message);
+                // The dimension of keys is what absence means.
+                let query_dim = if query_dim == head_dim { 0 } else { query_dim };
+                prop_assert_eq!(proto::Shape::from(&shape), proto::Shape { query_dim, ..message });
             }
             let [group_begin, group_end, slot_begin, slot_end] = ends.map(|e| if tiny { e % 65 } else { e });
             let message = proto::Piece { group_begin, group_end, slot_begin, slot_end };

@@ -11,15 +11,17 @@ use crate::limits::{self, Link};
 use crate::{proto, refusal};
 
 /// Versions of the protocol between nodes that this binary speaks. A worker of version 1 computes a scale and a causal
-/// rule, one of version 2 what the plain path computes, one of version 3 all of an operator; the first two refuse calls with
-/// more than that, the third would leave outputs out.
-pub const WIRE_VERSIONS: RangeInclusive<u32> = 1..=OUTPUTS;
+/// rule, one of version 2 what the plain path computes, one of version 3 caps, dense masks and biases; these refuse calls with
+/// more than that, but the third would leave outputs out. One of version 4 gives these, and has no score functions.
+pub const WIRE_VERSIONS: RangeInclusive<u32> = 1..=SCORES;
 /// The first version with operators: masks of intervals, sinks, empty rows.
 pub const OPERATORS: u32 = 2;
 /// The first version with what touches single scores: caps, biases, other normalisers.
 pub const GENERAL_PATH: u32 = 3;
 /// The first version with a second pass.
 pub const OUTPUTS: u32 = 4;
+/// The first version with score functions, tables of biases, masks of blocks, and documents whose keys are scattered.
+pub const SCORES: u32 = 5;
 /// Longest time between two beats.
 pub const MAX_HEARTBEAT: Duration = Duration::from_secs(60);
 

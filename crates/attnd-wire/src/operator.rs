@@ -5,21 +5,26 @@ use std::num::NonZeroUsize;
 use std::sync::Arc;
 
 use attnd_kernel::{
-    AttnShape, Causal, EmptyRow, Mask, MaskError, Operator, OperatorError, OperatorParts, PerBatch,
-    Positions, Selection, Window,
+    AttnShape, Causal, Csr, EmptyRow, Mask, MaskError, Operator, OperatorError, OperatorParts, OutOfMemory,
+    PerBatch, Positions, ScoreError, Selection, Window,
 };
 use attnd_plan::Sides;
+use prost::Message;
 
 use crate::convert::{self, small};
 use crate::error::{Error, Reason};
+use crate::limits::OPERATOR_BYTES;
 use crate::{proto, refusal};
 
+mod blocks;
 pub(crate) mod dense;
 mod documents;
+mod function;
 mod scores;
 
 pub(crate) use dense::element_bytes;
-pub use dense::hides_single_keys;
+pub use dense::{check_previous, hides_single_keys};
+pub(crate) use function::default_scale;
 
 /// The fields of a Begin that an operator is in.
 #[derive(Clone, Debug, PartialEq)]
@@ -32,8 +37,6 @@ pub(crate) struct Encoded {
 impl From<&Operator> for Encoded {
     /// All of it but the dense tensors, which are with what travels beside.
     fn from(operator: &Operator) -> Self {
-        assert_eq!(operator.csr(), None, "masks of blocks don't travel");
-        assert!(operator.score().is_scaled_dot(), "score functions don't travel");
         let mask = operator.mask();
         let positions = match &mask.positions {
             None => proto::Positions::Unspecified,
@@ -52,11 +55,13 @@ impl From<&Operator> for Encoded {
             EmptyRow::Zero => proto::EmptyRow::Zero,
             EmptyRow::Nan => proto::EmptyRow::Nan,
         };
+        let is_causal = mask.as_causal().is_some() && operator.csr().is_none();
         let more = proto::Operator {
+            score: function::encode(operator.score()),
             softcap: operator.softcap(),
             biases: scores::encode_biases(operator.biases()),
             normaliser: scores::encode_normaliser(operator.normaliser()),
-            mask: mask.as_causal().is_none().then(|| encode_mask(mask, positions)),
+            mask: (!is_causal).then(|| encode_mask(mask, positions, operator.csr())),
             sinks: operator.sinks().unwrap_or_default().to_vec(),
             empty_row: empty_row.into(),
         };
@@ -84,15 +89,18 @@ impl Encoded {
         dense::decode(self.operator.as_ref(), shape)
     }
 
-    /// Decodes the operator of a call of `shape`.
+    /// Decodes the operator of a call of `shape`, which has these tensors beside it.
     ///
     /// # Errors
     /// [`Reason::Causal`], [`Reason::Scale`], [`Reason::Combination`], and [`Reason::Operator`] for everything else.
-    pub(crate) fn decode(self, shape: &AttnShape) -> Result<Arc<Operator>, Error> {
+    pub(crate) fn decode(self, shape: &AttnShape, sides: &Sides) -> Result<Arc<Operator>, Error> {
+        self.check_bytes()?;
         let (causal, aligned) = causal(self.causal)?;
-        let proto::Operator { softcap, mask, biases, normaliser, sinks, empty_row } =
+        let proto::Operator { score, softcap, mask, biases, normaliser, sinks, empty_row } =
             self.operator.unwrap_or_default();
-        let mask = mask.unwrap_or_default();
+        let score = function::decode(score)?;
+        let mut mask = mask.unwrap_or_default();
+        let csr = mask.csr.take().map(blocks::decode).transpose()?;
         let selection = mask.dense.is_some().then_some(Selection::Dense);
         let mask = decode_mask(mask, causal, aligned, shape)?;
         let empty_row = match proto::EmptyRow::try_from(empty_row) {
@@ -104,9 +112,41 @@ impl Encoded {
         let normaliser = scores::decode_normaliser(normaliser)?;
         let sinks = (!sinks.is_empty()).then(|| sinks.into());
         let plain = OperatorParts::plain(self.scale, Causal::None);
-        let parts = OperatorParts { softcap, biases, mask, selection, normaliser, sinks, empty_row, ..plain };
-        Operator::new(parts, shape).map(Arc::new).map_err(Into::into)
+        let parts = OperatorParts {
+            score,
+            softcap,
+            biases,
+            mask,
+            selection,
+            csr,
+            normaliser,
+            sinks,
+            empty_row,
+            ..plain
+        };
+        let operator = Operator::new(parts, shape)?;
+        check_previous(&operator, sides)?;
+        Ok(Arc::new(operator))
     }
+
+    /// # Errors
+    /// [`Reason::Operator`] if the message is too large.
+    fn check_bytes(&self) -> Result<(), Error> {
+        let bytes = self.operator.as_ref().map_or(0, Message::encoded_len);
+        if bytes <= OPERATOR_BYTES {
+            return Ok(());
+        }
+        let text = format!("its parameters, tables and lists have {bytes} bytes, at most {OPERATOR_BYTES}");
+        Err(Error::new(Reason::Operator, text))
+    }
+}
+
+/// Refuses an operator whose parameters, tables and lists are too large to be sent.
+///
+/// # Errors
+/// [`Reason::Operator`] with both numbers.
+pub fn check_bytes(operator: &Operator) -> Result<(), Error> {
+    Encoded::from(operator).check_bytes()
 }
 
 /// Whether there is a causal rule, and where it says that queries stand.
@@ -188,7 +228,7 @@ pub fn with_causal(causal: attnd_kernel::Causal, mask: Mask) -> Result<Mask, Err
 
 // === masks ===
 
-fn encode_mask(mask: &Mask, positions: proto::Positions) -> proto::Mask {
+fn encode_mask(mask: &Mask, positions: proto::Positions, csr: Option<&Csr>) -> proto::Mask {
     let offsets = match &mask.positions {
         Some(Positions::Offset(PerBatch::Same(offset))) => vec![*offset],
         Some(Positions::Offset(PerBatch::Each(offsets))) => offsets.to_vec(),
@@ -210,6 +250,7 @@ fn encode_mask(mask: &Mask, positions: proto::Positions) -> proto::Mask {
         documents: mask.documents.as_deref().map(documents::encode),
         // With what travels beside.
         dense: None,
+        csr: csr.map(blocks::encode),
     }
 }
 
@@ -230,6 +271,7 @@ fn decode_mask(
         query_end,
         documents,
         dense: _,
+        csr: _,
     } = message;
     let typed = proto::Positions::try_from(positions)
         .map_err(|_unknown| Error::new(Reason::Operator, format!("mask.positions {positions}")))?;
@@ -307,6 +349,12 @@ impl From<OperatorError> for Error {
                 MaskError::Together { .. } | MaskError::Unaligned { .. } | MaskError::Crossed { .. },
             ) => Reason::Combination,
             OperatorError::Together { .. } | OperatorError::Twice { .. } => Reason::Combination,
+            OperatorError::Score(ScoreError::Missing { .. } | ScoreError::Surplus { .. }) => {
+                Reason::Combination
+            }
+            OperatorError::Score(ScoreError::OutOfMemory { bytes }) => {
+                return OutOfMemory { bytes: *bytes }.into();
+            }
             _ => Reason::Operator,
         };
         Self::new(reason, error.to_string())

@@ -90,6 +90,12 @@ pub fn non_finite_bias([batch, head, query, key]: [usize; 4], value: f32) -> Err
     Error::new(Reason::NonFinite, format!("{}{at} {value}", SideTensor::Bias))
 }
 
+/// A NaN or an infinity among the weights that rows had before, at `[batch, head, query, key]` in that tensor's own dimensions.
+pub fn non_finite_previous([batch, head, query, key]: [usize; 4], value: f32) -> Error {
+    let at = format!("[b={batch},h={head},pos={query},key={key}]");
+    Error::new(Reason::NonFinite, format!("{}{at} {value}", SideTensor::Previous))
+}
+
 /// A byte of a mask that is neither 0 nor 1, at `[batch, head, query, key]` in the mask's own dimensions.
 pub fn not_bool([batch, head, query, key]: [usize; 4], byte: u8) -> Error {
     let at = format!("[b={batch},h={head},pos={query},key={key}]");

@@ -60,6 +60,17 @@ impl Reducer {
             Self::Tanh => 1,
         }
     }
+
+    /// What an element of a sum costs, in multiply-adds of a dot product, as `NOTES.md` of the crate has measured it. Filters are taken
+    /// to be few and short.
+    pub(crate) fn cost(self) -> usize {
+        match self {
+            Self::Dot => 1,
+            Self::Distance { .. } => 2,
+            Self::Leaky { .. } | Self::Tanh => 5,
+            Self::Located => 45,
+        }
+    }
 }
 
 /// How a block's rows are packed for a reducer, and the entries that read them so.

@@ -38,6 +38,11 @@ impl Operator {
         self.score.as_ref().map_or(shape.query_dim(), |score| score.dim())
     }
 
+    /// What a score costs, in multiply-adds of a dot product.
+    pub fn score_cost(&self, shape: &AttnShape) -> usize {
+        self.packed_dim(shape) * self.reducer().cost()
+    }
+
     /// How keys and values may be resident that are sent as elements of `sent`: as these, unless the score function makes something
     /// of keys that these can't hold.
     pub fn storage(&self, sent: Storage) -> Storage {

@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use attnd_kernel::{Compute, KERNEL_ID, Path};
+use attnd_kernel::{Bias, Compute, KERNEL_ID, Operator, Path};
 use attnd_plan::{Capacity, Plan, PlanError, PlanRequest, VerifiedPlan};
-use attnd_wire::join::{GENERAL_PATH, OPERATORS, OUTPUTS, WIRE_VERSIONS};
+use attnd_wire::join::{GENERAL_PATH, OPERATORS, OUTPUTS, SCORES, WIRE_VERSIONS};
 use attnd_wire::{Begin, ComputeBegin, Deadline, Error, Reason};
 
 use super::Hub;
@@ -54,11 +54,21 @@ pub(crate) async fn place(
 /// The first version of workers that can compute the call.
 fn least_version(begin: &Begin) -> u32 {
     match (begin.operator.path(), begin.operator.kernel_id(Compute::F32)) {
+        _ if is_of_scores(&begin.operator) => SCORES,
         _ if begin.outputs.is_some() => OUTPUTS,
         (Path::Plain, KERNEL_ID) => *WIRE_VERSIONS.start(),
         (Path::Plain, _newer) => OPERATORS,
         (Path::General, _) => GENERAL_PATH,
     }
+}
+
+/// Whether an operator has what came with score functions.
+fn is_of_scores(operator: &Operator) -> bool {
+    let has_table = |bias: &Bias| matches!(bias, Bias::Relative(_) | Bias::Swin(_));
+    !operator.score().is_scaled_dot()
+        || operator.csr().is_some()
+        || operator.biases().iter().any(has_table)
+        || operator.mask().documents.iter().any(|documents| documents.is_scattered())
 }
 
 /// The same refusal; where workers were missing, it says who is there and may not be used.
@@ -93,9 +103,8 @@ async fn plan(
 ) -> Result<VerifiedPlan, Error> {
     let capacities: Vec<Capacity> = workers.iter().map(|worker| worker.capacity.clone()).collect();
     let &Begin { shape, dtype, workers, ref operator, ref outputs, ref sides, .. } = begin;
-    let (mask, path) = (operator.mask().clone(), operator.path());
-    let (outputs, sides) = (outputs.clone(), sides.clone());
-    let request = PlanRequest { shape, mask, path, outputs, dtype, sides, workers };
+    let (operator, outputs, sides) = (Arc::clone(operator), outputs.clone(), sides.clone());
+    let request = PlanRequest { shape, operator, outputs, dtype, sides, workers };
     let costs = hub.costs;
     let planned = hub.pool.run(move || {
         let plan = attnd_plan::plan(&request, &capacities, &costs);
@@ -140,7 +149,7 @@ async fn open(
 
 #[cfg(test)]
 mod tests {
-    use attnd_kernel::{AttnShape, Causal, Dims, Dtype, Operator, OperatorParts, OutputsParts};
+    use attnd_kernel::{AttnShape, Causal, Csr, Dims, Dtype, OperatorParts, OutputsParts, Relative, Score};
     use attnd_plan::WorkerChoice;
 
     use super::*;
@@ -169,6 +178,19 @@ mod tests {
         assert_eq!(version(OperatorParts { scale: -1.0, ..plain() }), 2);
         assert_eq!(version(OperatorParts { softcap: Some(30.0), ..plain() }), 3);
         assert_eq!(version(OperatorParts { scale: -1.0, softcap: Some(30.0), ..plain() }), 3);
+        let score = Score::new("dot", Vec::new()).unwrap();
+        assert_eq!(version(OperatorParts { score: score.clone(), ..plain() }), 5);
+        assert_eq!(
+            with_outputs(
+                OperatorParts { score, ..plain() },
+                OutputsParts { top_k: 1, ..OutputsParts::default() }
+            ),
+            5
+        );
+        let csr = Csr::new((1, 1), 1, [0, 1].into(), [0].into()).unwrap();
+        assert_eq!(version(OperatorParts { csr: Some(csr), ..plain() }), 5);
+        let relative = Bias::Relative(Relative::new([0.5; 8].into(), 8, 20, false).unwrap());
+        assert_eq!(version(OperatorParts { biases: vec![relative], ..plain() }), 5);
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! One kv group as it arrives: runs of bytes of its query heads, its keys and its values, in any cut, become Q in f32
-//! and resident pages of the type that was sent, which kernels widen exactly.
+//! and resident pages of the type that was sent, which kernels widen exactly. Keys of which a score function makes others
+//! wait as they were sent, see [`super::keys`].
 //!
 //! The runs of a head come in ascending order. Of K and V only the pages of the group's slots come, so the next
 //! expected byte is known at every moment and a run that starts anywhere else is refused. Whole pages are packed
@@ -9,10 +10,12 @@ use std::ops::Range;
 
 use attnd_kernel::slot::keys_in_slots;
 use attnd_kernel::{AttnShape, Dtype, KvHead, NonFinite, OutOfMemory, first_non_finite, widen};
-use attnd_plan::Tensor;
+use attnd_plan::{Residency, Tensor};
+use attnd_wire::ComputeBegin;
 
 use self::pages::{Pages, Refusal};
 use self::rows::Rows;
+use super::keys::SentKeys;
 
 mod pages;
 mod rows;
@@ -23,13 +26,21 @@ pub(crate) struct Layout {
     pub(crate) shape: AttnShape,
     pub(crate) dtype: Dtype,
     pub(crate) check_finite: bool,
+    pub(crate) residency: Residency,
 }
 
 impl Layout {
+    /// That of a call.
+    pub(crate) fn new(begin: &ComputeBegin) -> Self {
+        let &ComputeBegin { shape, dtype, allow_non_finite, ref operator, .. } = begin;
+        let residency = Residency::new(shape, dtype, operator);
+        Self { shape, dtype, check_finite: !allow_non_finite, residency }
+    }
+
     /// Reserves the pages of one group's slots.
     fn pages(&self, slots: Range<usize>) -> Result<KvHead, OutOfMemory> {
-        let shape = &self.shape;
-        KvHead::with_storage(shape.n_keys(), shape.head_dim(), shape.value_dim(), slots, self.dtype.into())
+        let (n_keys, value_dim) = (self.shape.n_keys(), self.shape.value_dim());
+        KvHead::with_storage(n_keys, self.residency.key_dim(), value_dim, slots, self.residency.storage())
     }
 }
 
@@ -53,9 +64,12 @@ pub(crate) enum AssemblyError {
 /// A kv group whose operands are all here.
 #[derive(Debug)]
 pub(crate) struct Operands {
-    /// `[group_size, n_queries, head_dim]`.
+    /// `[group_size, n_queries, query_dim]`.
     pub(crate) q: Vec<f32>,
+    /// Without keys where `sent_keys` has them.
     pub(crate) kv: KvHead,
+    /// Keys that become others.
+    pub(crate) sent_keys: Option<SentKeys>,
 }
 
 /// A kv group on its way in.
@@ -69,6 +83,7 @@ pub(crate) struct GroupAssembly {
     q_heads: Vec<Rows>,
     /// Created on the first byte of K or V.
     kv: Option<KvHead>,
+    sent_keys: Option<SentKeys>,
     k: Pages,
     v: Pages,
 }
@@ -78,13 +93,15 @@ impl GroupAssembly {
         let shape = &layout.shape;
         let element = layout.dtype.size();
         let pages = |dim: usize| Pages::new(shape.n_keys(), slots.clone(), dim * element);
-        let rows = Rows::new(shape.head_dim() * element);
+        let rows = Rows::new(shape.query_dim() * element);
+        let sent_keys = layout.residency.transforms_keys();
         Self {
             layout,
             group,
             q: Vec::new(),
             q_heads: vec![rows; shape.group_size()],
             kv: None,
+            sent_keys: sent_keys.then(|| SentKeys::new(&layout)),
             k: pages(shape.head_dim()),
             v: pages(shape.value_dim()),
             slots,
@@ -94,17 +111,14 @@ impl GroupAssembly {
     /// Memory that a group takes until it is computed, in bytes. Staging is left out: it is at most a page per tensor,
     /// of the one group whose bytes arrive.
     pub(crate) fn bytes_needed(layout: &Layout, slots: &Range<usize>) -> u64 {
-        let shape = &layout.shape;
-        let (d, dv) = (shape.head_dim(), shape.value_dim());
-        let kv = KvHead::bytes_needed(shape.n_keys(), d, dv, slots, layout.dtype.into());
-        kv + (shape.group_size() * shape.n_queries()) as u64 * shape.head_dim() as u64 * 4
+        layout.residency.group_bytes(slots)
     }
 
     /// Bytes that have to arrive for a group, as they are on the wire.
     pub(crate) fn bytes_expected(layout: &Layout, slots: &Range<usize>) -> u64 {
         let shape = &layout.shape;
         let keys = keys_in_slots(slots.clone(), shape.n_keys()) as u64;
-        let q = (shape.group_size() * shape.n_queries()) as u64 * shape.head_dim() as u64;
+        let q = (shape.group_size() * shape.n_queries()) as u64 * shape.query_dim() as u64;
         (q + keys * (shape.head_dim() + shape.value_dim()) as u64) * layout.dtype.size() as u64
     }
 
@@ -125,8 +139,8 @@ impl GroupAssembly {
 
     fn accept_q(&mut self, head: usize, offset: u64, data: &[u8]) -> Result<(), AssemblyError> {
         let tensor = Tensor::Q;
-        let Layout { shape, dtype, check_finite } = self.layout;
-        let (group_size, n_queries, dim) = (shape.group_size(), shape.n_queries(), shape.head_dim());
+        let Layout { shape, dtype, check_finite, .. } = self.layout;
+        let (group_size, n_queries, dim) = (shape.group_size(), shape.n_queries(), shape.query_dim());
         let in_group = head.checked_sub(self.group * group_size).filter(|h| *h < group_size);
         let in_group = in_group.ok_or(AssemblyError::Head { tensor, head })?;
         if self.q.is_empty() {
@@ -162,12 +176,15 @@ impl GroupAssembly {
             None => self.kv.insert(self.layout.pages(self.slots.clone())?),
         };
         let head = self.group;
+        let slots = &self.slots;
+        let sent_keys = &mut self.sent_keys;
         let pages = if tensor == Tensor::K { &mut self.k } else { &mut self.v };
         pages
             .take(offset, data, |page, rows| {
-                let written = match tensor {
-                    Tensor::K => kv.write_k(page, rows, dtype, check_finite),
-                    Tensor::Q | Tensor::V => kv.write_v(page, rows, dtype, check_finite),
+                let written = match (tensor, &mut *sent_keys) {
+                    (Tensor::K, Some(sent)) => return sent.take(head, page, rows, slots),
+                    (Tensor::K, None) => kv.write_k(page, rows, dtype, check_finite),
+                    (Tensor::Q | Tensor::V, _) => kv.write_v(page, rows, dtype, check_finite),
                 };
                 written.map_err(|found| AssemblyError::NonFinite { tensor, head, found })
             })
@@ -188,7 +205,7 @@ impl GroupAssembly {
         self.is_complete().then_some(())?;
         // Slots without a key never see a byte.
         let kv = self.kv.or_else(|| self.layout.pages(self.slots).ok())?;
-        Some(Operands { q: self.q, kv })
+        Some(Operands { q: self.q, kv, sent_keys: self.sent_keys })
     }
 }
 
@@ -204,7 +221,9 @@ mod tests {
     fn layout(dtype: Dtype) -> Layout {
         let dims =
             Dims { batch: 1, heads: 4, kv_heads: 2, queries: 5, keys: 1900, head_dim: 3, value_dim: 2 };
-        Layout { shape: AttnShape::new(dims).unwrap(), dtype, check_finite: true }
+        let shape = AttnShape::new(dims).unwrap();
+        let residency = Residency::new(shape, dtype, &Operator::plain(1.0, Causal::None));
+        Layout { shape, dtype, check_finite: true, residency }
     }
 
     /// Bytes of one head; every element tells where it is.

@@ -51,10 +51,11 @@ impl ReadyGroup {
     /// Lends the group to `work`, as the kernels take it.
     pub(crate) fn with_call<T>(&self, begin: &ComputeBegin, work: impl FnOnce(GroupCall<'_>) -> T) -> T {
         let &ComputeBegin { shape, ref operator, .. } = begin;
-        let (Operands { q, kv }, group) = (&self.operands, self.group);
+        let (Operands { q, kv, .. }, group) = (&self.operands, self.group);
         let planes = |tensor| self.planes.of_group(tensor, group, &kv.slots(), &shape);
         let (mask, bias) = (planes(SideTensor::Mask), planes(SideTensor::Bias));
-        let side = Side { mask: &mask, bias: &bias, ..Side::default() };
+        let previous = self.planes.previous_of_group(group, &shape);
+        let side = Side { mask: &mask, bias: &bias, previous: &previous };
         work(GroupCall { shape, operator, group, q, kv, side, compute: Effective::F32 })
     }
 }
@@ -99,16 +100,25 @@ async fn first_pass(
     ready: mpsc::Receiver<ReadyGroup>,
     replies: Replies,
 ) -> Result<u32, Error> {
-    let all_cells = ReceiverStream::new(ready).flat_map(|ready| {
+    let resident = ReceiverStream::new(ready).then(|ready| with_resident_keys(Arc::clone(call), ready));
+    let all_cells = resident.flat_map(|ready| {
+        let ready = match ready {
+            Ok(ready) => ready,
+            Err(error) => return futures::stream::iter(vec![Err(error)]),
+        };
         let cells = cells_of(call, &ready);
         let ready = Arc::new(ready);
         if call.begin.outputs.is_some() && !cells.is_empty() {
             kept.keep(call, &ready);
         }
-        futures::stream::iter(cells).map(move |cell| (Arc::clone(&ready), cell))
+        let of_group = |cell| Ok((Arc::clone(&ready), cell));
+        futures::stream::iter(cells.into_iter().map(of_group).collect::<Vec<_>>())
     });
-    let results =
-        all_cells.map(|(ready, cell)| one_cell(call, ready, cell, &replies)).buffer_unordered(QUEUE);
+    let computed = |cell: Result<(Arc<ReadyGroup>, CellId), Error>| async {
+        let (ready, cell) = cell?;
+        one_cell(call, ready, cell, &replies).await
+    };
+    let results = all_cells.map(computed).buffer_unordered(QUEUE);
     let mut results = std::pin::pin!(results);
     let mut sent = 0;
     while let Some(result) = results.next().await {
@@ -116,6 +126,21 @@ async fn first_pass(
         sent += 1;
     }
     Ok(sent)
+}
+
+/// A group whose keys are as kernels read them.
+async fn with_resident_keys(call: Arc<Call>, mut ready: ReadyGroup) -> Result<ReadyGroup, Error> {
+    let Some(sent) = ready.operands.sent_keys.take() else { return Ok(ready) };
+    let group = ready.group;
+    let call_on_pool = Arc::clone(&call);
+    let transform = move || {
+        let _busy = call_on_pool.busy.enter();
+        let wanted = || !call_on_pool.cancelled.load(Ordering::Relaxed);
+        let begin = &call_on_pool.begin;
+        let written = sent.transform(call_on_pool.kernels, begin, group, &mut ready.operands.kv, wanted);
+        written.map(|()| ready)
+    };
+    on_pool(&call.pool, group, transform).await?
 }
 
 async fn one_cell(

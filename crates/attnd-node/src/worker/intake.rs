@@ -57,7 +57,7 @@ pub(crate) enum Progress {
     Sums(MergedSums),
 }
 
-/// Memory that the groups of `pieces` need together, with what travels beside them.
+/// Memory that the groups of `pieces` need together, with the operator's own tensors and what travels beside.
 ///
 /// # Errors
 /// [`Reason::Pieces`] where two pieces hold the same group.
@@ -73,7 +73,9 @@ pub(crate) fn bytes_needed(layout: &Layout, sides: &Sides, pieces: &[Piece]) -> 
             }
         }
     }
-    Ok(total.saturating_add(side::bytes_needed(sides, pieces, &layout.shape)))
+    let of_share =
+        layout.residency.of_share().saturating_add(side::bytes_needed(sides, pieces, &layout.shape));
+    Ok(total.saturating_add(of_share))
 }
 
 impl Intake {
@@ -249,8 +251,8 @@ impl From<AssemblyError> for Error {
 
 #[cfg(test)]
 mod tests {
-    use attnd_kernel::{AttnShape, Dims, Dtype};
-    use attnd_plan::{Element, SideLayout};
+    use attnd_kernel::{AttnShape, Causal, Dims, Dtype, Operator};
+    use attnd_plan::{Element, Residency, SideLayout};
     use bytes::Bytes;
 
     use super::*;
@@ -258,7 +260,9 @@ mod tests {
 
     fn layout() -> Layout {
         let dims = Dims { batch: 1, heads: 2, kv_heads: 2, queries: 1, keys: 4, head_dim: 1, value_dim: 1 };
-        Layout { shape: AttnShape::new(dims).unwrap(), dtype: Dtype::F32, check_finite: true }
+        let (shape, dtype) = (AttnShape::new(dims).unwrap(), Dtype::F32);
+        let residency = Residency::new(shape, dtype, &Operator::plain(1.0, Causal::None));
+        Layout { shape, dtype, check_finite: true, residency }
     }
 
     fn pieces() -> [Piece; 1] {

@@ -29,6 +29,7 @@ mod assembly;
 pub(crate) mod budget;
 mod cells;
 mod intake;
+mod keys;
 mod membership;
 mod second_pass;
 mod service;

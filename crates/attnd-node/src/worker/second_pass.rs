@@ -150,7 +150,7 @@ fn parts(call: &Call, outputs: &Outputs, ready: &ReadyGroup, tokens: &Range<usiz
     let shape = &call.begin.shape;
     let mask = call.begin.operator.mask_of_group(ready.group, shape);
     let most = SLICE * call.pool.threads() as u64;
-    let per_key = (shape.group_size() * shape.head_dim()) as u64;
+    let per_key = (shape.group_size() * call.begin.operator.score_cost(shape)) as u64;
     let mut parts = Vec::new();
     let mut stack: Vec<Node> =
         filled_nodes(ready.operands.kv.slots(), shape.n_keys()).into_iter().map(|(node, _)| node).collect();

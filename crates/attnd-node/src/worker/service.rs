@@ -41,7 +41,7 @@ impl WorkerService {
         let in_flight = self.gauges.calls.enter().ok_or_else(|| Error::new(Reason::Draining, ""))?;
         let begin = read_begin(&mut inbound, deadline).await?;
         tracing::Span::current().record("call_id", begin.call_id);
-        let layout = Layout { shape: begin.shape, dtype: begin.dtype, check_finite: !begin.allow_non_finite };
+        let layout = Layout::new(&begin);
         let groups_need = intake::bytes_needed(&layout, &begin.sides, &begin.pieces)?;
         let cells_need = (QUEUE as u64 * cell_bytes(&begin)).saturating_add(inspection_bytes(&begin));
         let sums = match &begin.outputs {
@@ -123,7 +123,9 @@ impl worker_server::Worker for WorkerService {
 
 #[cfg(test)]
 mod tests {
-    use attnd_kernel::{AttnShape, Causal, Dims, Dtype, Mask, Operator, Outputs, OutputsParts, Path, Stage};
+    use attnd_kernel::{
+        AttnShape, Causal, Dims, Dtype, Operator, OperatorParts, Outputs, OutputsParts, Score, Stage, Tensor,
+    };
     use attnd_plan::{
         Capacity, CostModel, Element, PlanRequest, SideLayout, SideTensor, Sides, WorkerChoice, WorkerId,
         plan,
@@ -166,8 +168,7 @@ mod tests {
             for n in 1..=3 {
                 let req = PlanRequest {
                     shape,
-                    mask: Mask::default(),
-                    path: Path::Plain,
+                    operator: Arc::clone(&operator),
                     outputs: outputs.clone(),
                     dtype,
                     sides: sides.clone(),
@@ -186,7 +187,7 @@ mod tests {
                         pieces: share.pieces,
                         tokens_per_cell: plan.tokens_per_cell,
                     };
-                    let layout = Layout { shape, dtype, check_finite: true };
+                    let layout = Layout::new(&begin);
                     let groups = intake::bytes_needed(&layout, &begin.sides, &begin.pieces).unwrap();
                     let all = groups + QUEUE as u64 * cell_bytes(&begin) + inspection_bytes(&begin);
                     assert_eq!(all, share.resident_bytes, "{dtype}, {n} workers, {outputs:?}");

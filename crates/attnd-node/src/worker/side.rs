@@ -8,7 +8,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use attnd_kernel::slot::PAGE_KEYS;
-use attnd_kernel::{AttnShape, DensePlane, OutOfMemory};
+use attnd_kernel::{AttnShape, DensePlane, OutOfMemory, first_non_finite, widen};
 use attnd_plan::{Element, Piece, PlanePart, SideLayout, SideTensor, Sides};
 use attnd_wire::{Error, Reason, refusal};
 
@@ -46,7 +46,16 @@ struct PartAssembly {
     /// The beginning of a page of a row, where a message ended inside of it.
     staged: Vec<u8>,
     /// Created on the first byte, so that what comes later takes nothing yet.
-    plane: Option<DensePlane>,
+    plane: Option<Plane>,
+}
+
+/// The elements of a part as kernels read them.
+#[derive(Debug)]
+enum Plane {
+    /// Of a mask or a bias, the keys of some slots.
+    Dense(DensePlane),
+    /// Of previous weights, all, `[rows, keys]`.
+    Whole(Vec<f32>),
 }
 
 /// The pages of a row of a part, each with where its keys end in that row, in bytes.
@@ -54,7 +63,7 @@ struct PartAssembly {
 struct RowPages(Vec<(usize, usize)>);
 
 /// The parts of one tensor, ascending by plane and then by slot.
-type Planes = Vec<(PlanePart, DensePlane)>;
+type Planes = Vec<(PlanePart, Plane)>;
 
 /// The planes of a share. Their memory goes back with the last group that looks at them.
 #[derive(Debug, Default)]
@@ -114,7 +123,7 @@ impl SideAssembly {
     pub(crate) fn finish(self) -> Result<SidePlanes, Error> {
         let shape = self.shape;
         let finish = |TensorAssembly { layout, parts }| -> Result<(SideLayout, Planes), OutOfMemory> {
-            let finish = |PartAssembly { part, plane, .. }| -> Result<(PlanePart, DensePlane), OutOfMemory> {
+            let finish = |PartAssembly { part, plane, .. }| -> Result<(PlanePart, Plane), OutOfMemory> {
                 // Parts without a key never see a byte.
                 let plane = plane.map_or_else(|| reserve(&layout, &part, &shape), Ok)?;
                 Ok((part, plane))
@@ -199,16 +208,24 @@ impl PartAssembly {
     }
 }
 
-fn reserve(layout: &SideLayout, part: &PlanePart, shape: &AttnShape) -> Result<DensePlane, OutOfMemory> {
+fn reserve(layout: &SideLayout, part: &PlanePart, shape: &AttnShape) -> Result<Plane, OutOfMemory> {
     match layout.tensor() {
-        SideTensor::Mask => DensePlane::mask(layout.rows(), shape.n_keys(), &part.slots),
-        SideTensor::Bias => DensePlane::bias(layout.rows(), shape.n_keys(), &part.slots),
+        SideTensor::Mask => DensePlane::mask(layout.rows(), shape.n_keys(), &part.slots).map(Plane::Dense),
+        SideTensor::Bias => DensePlane::bias(layout.rows(), shape.n_keys(), &part.slots).map(Plane::Dense),
+        SideTensor::Previous => {
+            let elements = layout.rows() * layout.columns();
+            let mut weights = Vec::new();
+            let refused = |_full| OutOfMemory { bytes: elements as u64 * 4 };
+            weights.try_reserve_exact(elements).map_err(refused)?;
+            weights.resize(elements, 0.0);
+            Ok(Plane::Whole(weights))
+        }
     }
 }
 
 /// Stores the keys of a page of a row.
 fn store(
-    plane: &mut DensePlane,
+    plane: &mut Plane,
     layout: &SideLayout,
     part: &PlanePart,
     (row, page): (usize, usize),
@@ -216,38 +233,69 @@ fn store(
 ) -> Result<(), Error> {
     let [_, heads, ..] = layout.dims();
     let at = |row: usize, key: usize| [part.plane / heads, part.plane % heads, row, key];
-    match layout.element() {
-        Element::Bool => {
+    let first = page * PAGE_KEYS;
+    match (plane, layout.element()) {
+        (Plane::Dense(plane), Element::Bool) => {
             if let Some(key) = keys.iter().position(|byte| *byte > 1) {
-                return Err(refusal::not_bool(at(row, page * PAGE_KEYS + key), keys[key]));
+                return Err(refusal::not_bool(at(row, first + key), keys[key]));
             }
             plane.write_mask(row, page, keys);
             Ok(())
         }
-        Element::Float(dtype) => plane
+        (Plane::Dense(plane), Element::Float(dtype)) => plane
             .write_bias(row, page, keys, dtype)
             .map_err(|found| refusal::non_finite_bias(at(found.row, found.key), found.value)),
+        (Plane::Whole(weights), Element::Float(dtype)) => {
+            let weights = &mut weights[row * layout.columns() + first..][..keys.len() / dtype.size()];
+            widen(keys, dtype, weights);
+            match first_non_finite(weights) {
+                Some(key) => Err(refusal::non_finite_previous(at(row, first + key), weights[key])),
+                None => Ok(()),
+            }
+        }
+        (Plane::Whole(_), Element::Bool) => Err(Error::new(Reason::Internal, "previous weights of bools")),
     }
 }
 
 impl SidePlanes {
     /// The planes that the heads of a kv group look at, one for all or one for each, with these slots at least.
-    pub(crate) fn of_group(
-        &self,
+    pub(crate) fn of_group<'a>(
+        &'a self,
         tensor: SideTensor,
         group: usize,
         slots: &Range<usize>,
         shape: &AttnShape,
-    ) -> Vec<&DensePlane> {
+    ) -> Vec<&'a DensePlane> {
         let of = self.tensors.iter().find(|(layout, _)| layout.tensor() == tensor);
         let Some((layout, parts)) = of else { return Vec::new() };
+        let dense = |plane: &'a Plane| match plane {
+            Plane::Dense(plane) => Some(plane),
+            Plane::Whole(_) => None,
+        };
         let plane = |plane: usize| {
             let first = parts.partition_point(|(part, _)| part.plane < plane);
             let of_plane = parts[first..].iter().take_while(|(part, _)| part.plane == plane);
             let has_slots = |part: &PlanePart| part.slots.start <= slots.start && slots.end <= part.slots.end;
-            of_plane.map(|(part, here)| (part, here)).find(|(part, _)| has_slots(part)).map(|(_, here)| here)
+            of_plane
+                .map(|(part, here)| (part, here))
+                .find(|(part, _)| has_slots(part))
+                .and_then(|(_, here)| dense(here))
         };
         layout.planes_of(group, shape).filter_map(plane).collect()
+    }
+
+    /// The weights that the rows of a kv group had before, for all of its heads or for each.
+    pub(crate) fn previous_of_group(&self, group: usize, shape: &AttnShape) -> Vec<&[f32]> {
+        let of = self.tensors.iter().find(|(layout, _)| layout.tensor() == SideTensor::Previous);
+        let Some((layout, parts)) = of else { return Vec::new() };
+        let whole = |plane: usize| {
+            let (_, here) = parts.iter().find(|(part, _)| part.plane == plane)?;
+            match here {
+                Plane::Whole(weights) => Some(&weights[..]),
+                Plane::Dense(_) => None,
+            }
+        };
+        layout.planes_of(group, shape).filter_map(whole).collect()
     }
 }
 

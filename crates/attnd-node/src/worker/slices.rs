@@ -40,7 +40,8 @@ impl<'a, G: Fn() -> bool> Slicer<'a, G> {
         // Not more than the mask shows: kernels look at no other pages.
         let mask = self.call.operator.mask_of_group(self.call.group, shape);
         let seen: u64 = tokens.clone().map(|token| mask.visible(token).len().min(keys) as u64).sum();
-        let per_key = (shape.group_size() * (shape.head_dim() + shape.value_dim())) as u64;
+        let of_score = self.call.operator.score_cost(shape);
+        let per_key = (shape.group_size() * (of_score + shape.value_dim())) as u64;
         let work = seen.saturating_mul(per_key);
         if work <= self.most {
             return (self.go_on)().then(|| attend_node(self.kernels, &self.call, node, tokens));

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use attnd_kernel::{AttnShape, Causal, Dtype, Operator, OperatorParts, Selection};
+use attnd_kernel::{AttnShape, Causal, Dtype, Operator, OperatorParts, Score, Selection};
 use attnd_node::NodeError;
 use attnd_node::coordinator::{self, CoordinatorConfig};
 use attnd_node::worker::{self, WorkerConfig};
@@ -16,7 +16,7 @@ use attnd_wire::deadline::{TIMEOUT_HEADER, header_value};
 use attnd_wire::proto::worker_server::Worker;
 use attnd_wire::{
     AttendReply, AttendRequest, Begin, ClusterStatus, Commit, Done, Error, Heartbeat, Hello, JoinReply,
-    JoinRequest, Link, PlanSummary, TensorChunk, convert, limits, proto,
+    JoinRequest, Link, PlanSummary, TensorChunk, limits, proto,
 };
 use bytes::Bytes;
 use futures::stream::{BoxStream, StreamExt};
@@ -391,7 +391,7 @@ pub(crate) fn begin(shape: &AttnShape) -> Begin {
     Begin {
         shape: *shape,
         dtype: Dtype::F32,
-        operator: Arc::new(Operator::plain(convert::default_scale(shape), Causal::None)),
+        operator: Arc::new(Operator::plain(Score::default().function().default_scale(shape), Causal::None)),
         outputs: None,
         sides: Sides::default(),
         allow_non_finite: false,

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use attnd_kernel::{Dims, KvHead, Path, Storage};
+use attnd_kernel::{Causal, Dims, KvHead, OperatorParts, Storage};
 use proptest::prelude::*;
 
 use super::*;
@@ -34,8 +34,8 @@ pub(crate) fn planned(call: &AnyCall, most_keys: u64) -> Option<(AttnShape, Plan
 
 /// A plain call of f32 operands.
 pub(crate) fn request(shape: AttnShape, workers: WorkerChoice) -> PlanRequest {
-    let (mask, path, outputs, sides) = (Mask::default(), Path::Plain, None, Sides::default());
-    PlanRequest { shape, mask, path, outputs, dtype: Dtype::F32, sides, workers }
+    let operator = Arc::new(Operator::plain(1.0, Causal::None));
+    PlanRequest { shape, operator, outputs: None, dtype: Dtype::F32, sides: Sides::default(), workers }
 }
 
 /// Workers whose memory is their fraction of `need` bytes; all of it for an infinite need.
@@ -220,13 +220,16 @@ fn auto_takes_one_for_little_and_all_for_much() {
 
 #[test]
 fn a_call_of_the_general_path_takes_longer() {
-    let seconds = |path, workers| {
-        let request = PlanRequest { path, ..request(shape(8, 4096, 4096), workers) };
+    let shape = shape(8, 4096, 4096);
+    let seconds = |softcap, workers| {
+        let parts = OperatorParts { softcap, ..OperatorParts::plain(1.0, Causal::None) };
+        let operator = Arc::new(Operator::new(parts, &shape).unwrap());
+        let request = PlanRequest { operator, ..request(shape, workers) };
         plan(&request, &equal_workers(2), &CostModel::default()).unwrap().predicted_seconds
     };
     for workers in [1, 2] {
         let [plain, general] =
-            [Path::Plain, Path::General].map(|path| seconds(path, WorkerChoice::Exactly(workers)));
+            [None, Some(30.0)].map(|softcap| seconds(softcap, WorkerChoice::Exactly(workers)));
         assert!((1.05..1.16).contains(&(general / plain)), "{plain} s and {general} s on {workers}");
     }
 }

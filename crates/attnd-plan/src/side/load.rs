@@ -77,7 +77,8 @@ impl SideLoad {
             {
                 let (a, b) = (&other.slots, &piece.slots);
                 let both = a.start.max(b.start)..a.end.min(b.end);
-                bytes -= if both.is_empty() { 0 } else { of_slots(&both) };
+                let is_twice = !both.is_empty() || !self.layout.tensor.is_along_keys();
+                bytes -= if is_twice { of_slots(&both) } else { 0 };
             }
         }
         bytes * self.planes_per_group

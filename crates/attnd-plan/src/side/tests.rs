@@ -22,16 +22,21 @@ pub(crate) fn any_side() -> impl Strategy<Value = AnySide> {
 pub(crate) fn layout(tensor: SideTensor, (ones, short, dtype): &AnySide, shape: &AttnShape) -> SideLayout {
     let full = [shape.batch(), shape.n_heads(), shape.n_queries()];
     let size = |i: usize| if ones[i] { 1 } else { full[i] };
+    let short = if tensor.may_lack_keys() { *short } else { 1.0 };
     let keys = ((shape.n_keys() as f64 * short).ceil() as usize).clamp(1, shape.n_keys());
     let element = match tensor {
         SideTensor::Mask => Element::Bool,
-        SideTensor::Bias => Element::Float([Dtype::F32, Dtype::F16, Dtype::Bf16][*dtype]),
+        SideTensor::Bias | SideTensor::Previous => {
+            Element::Float([Dtype::F32, Dtype::F16, Dtype::Bf16][*dtype])
+        }
     };
     SideLayout::dense(tensor, element, [size(0), size(1), size(2), keys], shape).unwrap()
 }
 
+/// The last one is like the mask.
 fn sides(mask: &AnySide, bias: &AnySide, shape: &AttnShape) -> Sides {
-    Sides::new(vec![layout(SideTensor::Bias, bias, shape), layout(SideTensor::Mask, mask, shape)]).unwrap()
+    let tensors = [(SideTensor::Bias, bias), (SideTensor::Previous, mask), (SideTensor::Mask, mask)];
+    Sides::new(tensors.map(|(tensor, any)| layout(tensor, any, shape)).to_vec()).unwrap()
 }
 
 /// A plan, and what travels beside its operands: not more than 2^20 bytes, because each is looked at.
@@ -50,7 +55,8 @@ fn needs(shape: &AttnShape, pieces: &[Piece], layout: &SideLayout, plane: usize,
         let (b, h) = (head / shape.n_heads(), head % shape.n_heads());
         let looks = (batch == 1 || b == of_batch) && (heads == 1 || h == of_head);
         let group = head / shape.group_size();
-        looks && pieces.iter().any(|piece| piece.groups.contains(&group) && piece.slots.contains(&slot))
+        let has_key = |piece: &Piece| !layout.tensor().is_along_keys() || piece.slots.contains(&slot);
+        looks && pieces.iter().any(|piece| piece.groups.contains(&group) && has_key(piece))
     })
 }
 
@@ -164,9 +170,16 @@ proptest! {
             for part in layout.parts(&pieces, &shape) {
                 sent += layout.part_bytes(&part);
                 resident += layout.resident_bytes(&part, &shape);
-                let is_bias = layout.tensor() == SideTensor::Bias;
-                let plane = DensePlane::bytes_needed(layout.rows(), shape.n_keys(), &part.slots, is_bias);
-                prop_assert_eq!(layout.resident_bytes(&part, &shape), plane, "what a worker allocates");
+                let allocated = match layout.tensor() {
+                    SideTensor::Previous => {
+                        (layout.rows() * shape.n_keys().next_multiple_of(PAGE_KEYS) * 4) as u64
+                    }
+                    tensor => {
+                        let is_bias = tensor == SideTensor::Bias;
+                        DensePlane::bytes_needed(layout.rows(), shape.n_keys(), &part.slots, is_bias)
+                    }
+                };
+                prop_assert_eq!(layout.resident_bytes(&part, &shape), allocated, "what a worker allocates");
             }
         }
         prop_assert_eq!(line.side_bytes(&places), sent);
@@ -191,6 +204,11 @@ fn dimensions_that_are_not_the_calls_are_refused_with_all_numbers() {
         let text = format!("mask.dense is {dims:?}, the call needs [1 or 2, 1 or 4, 1 or 3, 1 to 600]");
         assert_eq!(dense(mask, Element::Bool, dims).unwrap_err().to_string(), text);
     }
+    let previous = dense(SideTensor::Previous, f16, [1, 1, 1, 599]).unwrap_err();
+    assert_eq!(
+        previous.to_string(),
+        "score.previous is [1, 1, 1, 599], the call needs [1 or 2, 1 or 4, 1 or 3, 600]"
+    );
     let text = |error: SideError| error.to_string();
     assert_eq!(
         text(dense(mask, f16, [1; 4]).unwrap_err()),

@@ -30,7 +30,7 @@ pub struct Begin {
     pub shape: AttnShape,
     /// Element type of Q, K and V on the wire.
     pub dtype: Dtype,
-    /// What is computed, made for that shape. A request without a scale gets [`convert::default_scale`].
+    /// What is computed, made for that shape. A request without a scale gets what its score function says.
     pub operator: Arc<Operator>,
     /// What is wanted beside the context; `None` if nothing is.
     pub outputs: Option<Arc<Outputs>>,
@@ -112,10 +112,11 @@ impl TryFrom<proto::AttendBegin> for Begin {
             (asked, true) => WorkerChoice::Exactly(convert::size(asked)),
         };
         let dtype = convert::dtype(message.dtype)?;
-        let scale = message.scale.unwrap_or_else(|| convert::default_scale(&shape));
+        let scale =
+            message.scale.unwrap_or_else(|| operator::default_scale(message.operator.as_ref(), &shape));
         let encoded = Encoded { scale, causal: message.causal, operator: message.operator };
         let sides = encoded.sides(&shape)?;
-        let operator = encoded.decode(&shape)?;
+        let operator = encoded.decode(&shape, &sides)?;
         operator::check_empty_rows(&operator, message.forbid_empty_rows)?;
         let outputs = outputs::decode(message.outputs, &shape, &operator)?;
         Ok(Self {

@@ -7,9 +7,14 @@ use crate::convert::{self, small};
 use crate::error::{Error, Reason};
 use crate::proto::{self, bias};
 
-/// Whether rows may see fewer keys than their intervals have, by tensors that no message with an operator holds.
+/// Whether rows may see fewer keys than their intervals have: by tensors that no message with an operator holds, or by lists of runs
+/// or blocks.
 pub fn hides_single_keys(operator: &Operator) -> bool {
-    operator.selection().is_some() || operator.biases().contains(&Bias::Dense)
+    let mut documents = operator.mask().documents.iter();
+    operator.selection().is_some()
+        || operator.biases().contains(&Bias::Dense)
+        || operator.csr().is_some()
+        || documents.any(|documents| documents.is_scattered())
 }
 
 /// Bytes of an element of a tensor of a call whose operands have elements of `dtype`.
@@ -21,8 +26,32 @@ pub(crate) fn element_bytes(tensor: AnyTensor, dtype: Dtype, sides: &Sides) -> R
         AnyTensor::Operand(_) => Ok(dtype.size()),
         AnyTensor::Side(side) => match sides.of(side) {
             Some(layout) => Ok(layout.element().size()),
-            None => Err(Error::new(Reason::Tensor, format!("{side}, and Begin has no {side}.dense"))),
+            None => Err(Error::new(Reason::Tensor, format!("{side}, and Begin has no {}", side.option()))),
         },
+    }
+}
+
+/// Whether an operator looks at a tensor.
+fn reads(operator: &Operator, tensor: SideTensor) -> bool {
+    match tensor {
+        SideTensor::Mask => operator.selection() == Some(Selection::Dense),
+        SideTensor::Bias => operator.biases().contains(&Bias::Dense),
+        SideTensor::Previous => operator.reads_previous(),
+    }
+}
+
+/// Refuses weights that rows had before where nothing asks for them, and their lack where something does. Masks and biases are asked
+/// for by being there.
+///
+/// # Errors
+/// [`Reason::Combination`].
+pub fn check_previous(operator: &Operator, sides: &Sides) -> Result<(), Error> {
+    let option = SideTensor::Previous.option();
+    let function = operator.score().function().name;
+    match (operator.reads_previous(), sides.of(SideTensor::Previous)) {
+        (true, None) => Err(super::together(&format!("score={function}"), &format!("no {option}"))),
+        (false, Some(_)) => Err(super::together(&format!("score={function}"), option)),
+        (true, Some(_)) | (false, None) => Ok(()),
     }
 }
 
@@ -31,7 +60,7 @@ pub(crate) fn element_bytes(tensor: AnyTensor, dtype: Dtype, sides: &Sides) -> R
 /// # Panics
 /// If the operator reads other tensors than these, because that would be another operator at the other end.
 pub(super) fn encode(operator: &Operator, sides: &Sides, message: &mut Option<proto::Operator>) {
-    let reads = [operator.selection() == Some(Selection::Dense), operator.biases().contains(&Bias::Dense)];
+    let reads = SideTensor::ALL.map(|tensor| reads(operator, tensor));
     let is_there = SideTensor::ALL.map(|tensor| sides.of(tensor).is_some());
     assert_eq!(reads, is_there, "dense tensors that the operator reads, and those beside it");
     for layout in sides.iter() {
@@ -43,6 +72,7 @@ pub(super) fn encode(operator: &Operator, sides: &Sides, message: &mut Option<pr
             SideTensor::Bias => {
                 message.biases.push(proto::Bias { kind: Some(bias::Kind::Dense(dense)) });
             }
+            SideTensor::Previous => message.score.get_or_insert_default().previous = Some(dense),
         }
     }
 }
@@ -60,7 +90,10 @@ pub(super) fn decode(message: Option<&proto::Operator>, shape: &AttnShape) -> Re
         Some(bias::Kind::Dense(dense)) => Some((SideTensor::Bias, *dense)),
         _other => None,
     });
-    let layouts = mask.into_iter().chain(biases).map(|(tensor, dense)| layout(tensor, dense, shape));
+    let previous = message.score.as_ref().and_then(|score| score.previous);
+    let previous = previous.map(|dense| (SideTensor::Previous, dense));
+    let layouts =
+        mask.into_iter().chain(biases).chain(previous).map(|(tensor, dense)| layout(tensor, dense, shape));
     Ok(Sides::new(layouts.collect::<Result<_, Error>>()?)?)
 }
 

@@ -21,13 +21,7 @@ pub(super) fn encode(documents: &Documents) -> proto::Documents {
 pub(super) fn decode(message: proto::Documents, shape: &AttnShape) -> Result<Documents, Error> {
     let queries = batches("mask.documents.queries", message.queries.unwrap_or_default(), shape)?;
     let keys = batches("mask.documents.keys", message.keys.unwrap_or_default(), shape)?;
-    let documents = Documents::new(&queries, &keys).map_err(OperatorError::from)?;
-    if documents.is_scattered() {
-        // Kernels have it. What a partial over it may hold, which is less than its interval, no node checks yet.
-        let what = "mask.documents.keys: the keys of a document are in several runs";
-        return Err(Error::new(Reason::Operator, what));
-    }
-    Ok(documents)
+    Ok(Documents::new(&queries, &keys).map_err(OperatorError::from)?)
 }
 
 fn batches(option: &str, runs: proto::Runs, shape: &AttnShape) -> Result<Vec<Vec<Run>>, Error> {

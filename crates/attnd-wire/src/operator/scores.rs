@@ -1,21 +1,25 @@
 //! What scores meet between the product and the weights, in messages.
 
-use attnd_kernel::{Bias, Normaliser};
+use attnd_kernel::{Bias, Normaliser, OperatorError, Relative, Shift, Swin};
 
-use crate::convert;
+use super::function::numbers;
+use crate::convert::{self, small};
 use crate::error::{Error, Reason};
-use crate::proto;
 use crate::proto::bias::Kind as BiasKind;
 use crate::proto::normaliser::Kind as NormaliserKind;
+use crate::{floats, proto};
 
 /// Biases but the dense one, whose dimensions [`super::dense`] has.
-///
-/// # Panics
-/// If a bias has a table, for which no message has a place.
 pub(super) fn encode_biases(biases: &[Bias]) -> Vec<proto::Bias> {
     let encode = |bias: &Bias| match bias {
         Bias::Dense => None,
-        Bias::Relative(_) | Bias::Swin(_) => panic!("tables of biases don't travel"),
+        Bias::Relative(relative) => Some(BiasKind::Relative(proto::Relative {
+            table: floats::into_bytes(relative.table().to_vec()),
+            buckets: small(relative.buckets()),
+            max_distance: relative.max_distance(),
+            bidirectional: relative.bidirectional(),
+        })),
+        Bias::Swin(swin) => Some(BiasKind::Swin(encode_swin(swin))),
         Bias::Alibi { slopes, by_key } => {
             Some(BiasKind::Alibi(proto::Alibi { slopes: slopes.to_vec(), by_key: *by_key }))
         }
@@ -31,9 +35,36 @@ pub(super) fn decode_biases(biases: Vec<proto::Bias>) -> Result<Vec<Bias>, Error
         Some(BiasKind::Alibi(proto::Alibi { slopes, by_key })) => {
             Ok(Bias::Alibi { slopes: slopes.into(), by_key })
         }
+        Some(BiasKind::Relative(proto::Relative { table, buckets, max_distance, bidirectional })) => {
+            let table = numbers("bias.relative.table", &table)?.into();
+            let relative = Relative::new(table, convert::size(buckets), max_distance, bidirectional);
+            Ok(Bias::Relative(relative.map_err(OperatorError::from)?))
+        }
+        Some(BiasKind::Swin(swin)) => decode_swin(swin).map(Bias::Swin),
         None => Err(unknown_kind(&format!("biases[{at}]"))),
     };
     biases.into_iter().enumerate().map(decode).collect()
+}
+
+fn encode_swin(swin: &Swin) -> proto::Swin {
+    let Swin { height, width, table, shift } = swin;
+    let (regions, between) = match shift {
+        None => (Vec::new(), 0.0),
+        Some(Shift { regions, between }) => (regions.to_vec(), *between),
+    };
+    let table = floats::into_bytes(table.to_vec());
+    proto::Swin { height: small(*height), width: small(*width), table, regions, between }
+}
+
+fn decode_swin(message: proto::Swin) -> Result<Swin, Error> {
+    let proto::Swin { height, width, table, regions, between } = message;
+    if regions.is_empty() && between != 0.0 {
+        let text = format!("bias.swin.between {between} and no bias.swin.regions");
+        return Err(Error::new(Reason::Combination, text));
+    }
+    let shift = (!regions.is_empty()).then(|| Shift { regions: regions.into(), between });
+    let table = numbers("bias.swin.table", &table)?.into();
+    Ok(Swin { height: convert::size(height), width: convert::size(width), table, shift })
 }
 
 pub(super) fn encode_normaliser(normaliser: Normaliser) -> Option<proto::Normaliser> {

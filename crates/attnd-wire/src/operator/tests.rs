@@ -1,6 +1,10 @@
 //! Every operator returns from its messages, and every way to be none has its text.
 
-use attnd_kernel::{Bias, Causal, Compute, Documents, Normaliser, Run};
+use attnd_kernel::Dtype;
+use attnd_kernel::{
+    Bias, Causal, Compute, Csr, Documents, Normaliser, Relative, Run, Score, Shift, Swin, Tensor,
+};
+use attnd_plan::{Element, SideLayout, SideTensor};
 use proptest::prelude::*;
 
 use super::*;
@@ -92,6 +96,70 @@ fn stages(shape: &AttnShape) -> impl Strategy<Value = OperatorParts> + use<> {
     })
 }
 
+/// A score function, mostly none of its own, with what it is given.
+fn scores(shape: &AttnShape) -> impl Strategy<Value = Score> + use<> {
+    let (d, kv_heads) = (shape.head_dim(), shape.n_kv_heads());
+    let tensor = |name: &str, shape: &[usize]| {
+        let (name, shape) = (name.to_owned(), shape.to_vec());
+        let values = proptest::collection::vec(-3.0_f32..3.0, shape.iter().product::<usize>());
+        values.prop_map(move |values| Tensor {
+            name: name.clone(),
+            shape: shape.clone(),
+            values: values.into(),
+        })
+    };
+    let units = (tensor("v", &[3]), tensor("w_q", &[3, d]), tensor("w_k", &[kv_heads, 3, d]));
+    let units = units.prop_map(|(v, w_q, w_k)| ("additive", vec![v, w_q, w_k]));
+    let scalar = prop_oneof![Just(("dot", Vec::new())), Just(("cosine", Vec::new()))];
+    let named = prop_oneof![2 => Just(("scaled_dot", Vec::new())), 1 => scalar, 1 => units];
+    named.prop_map(|(name, parameters)| Score::new(name, parameters).unwrap())
+}
+
+/// A mask of blocks, often none.
+fn blocks(shape: &AttnShape) -> impl Strategy<Value = Option<Csr>> + use<> {
+    let (queries, keys) = (shape.n_queries(), shape.n_keys());
+    let (least_queries, least_keys) = (queries.div_ceil(8), keys.div_ceil(8));
+    let lists = (least_queries..=queries, least_keys..=keys, prop_oneof![Just(1), Just(shape.n_heads())])
+        .prop_flat_map(move |(query_block, key_block, layouts)| {
+            let (rows, columns) = (queries.div_ceil(query_block), keys.div_ceil(key_block));
+            let listed = proptest::collection::vec(any::<bool>(), layouts * rows * columns);
+            (Just((query_block, key_block)), Just(layouts), Just((rows, columns)), listed)
+        });
+    let csr = lists.prop_map(|(block, layouts, (rows, columns), listed)| {
+        let (mut row_ptr, mut of_rows) = (Vec::new(), Vec::new());
+        for layout in listed.chunks(rows * columns) {
+            let begin = of_rows.len();
+            row_ptr.push(0);
+            for row in layout.chunks(columns) {
+                of_rows.extend((0..).zip(row).filter(|(_, listed)| **listed).map(|(column, _)| column));
+                row_ptr.push((of_rows.len() - begin) as u32);
+            }
+        }
+        Csr::new(block, layouts, row_ptr.into(), of_rows.into()).unwrap()
+    });
+    proptest::option::weighted(0.2, csr)
+}
+
+/// A bias with a table, often none.
+fn tables(shape: &AttnShape) -> impl Strategy<Value = Vec<Bias>> + use<> {
+    let (heads, queries, keys, batch) = (shape.n_heads(), shape.n_queries(), shape.n_keys(), shape.batch());
+    let entries = move |n: usize| proptest::collection::vec(-9.0_f32..9.0, n * heads);
+    let relative =
+        (4..40_usize, any::<bool>(), 40..1000_u32).prop_flat_map(move |(buckets, both, farthest)| {
+            entries(buckets).prop_map(move |table| {
+                vec![Bias::Relative(Relative::new(table.into(), buckets, farthest, both).unwrap())]
+            })
+        });
+    let shift = proptest::option::of(proptest::collection::vec(0..4_u32, batch * keys));
+    let swin = (entries((2 * keys - 1).min(4096)), shift).prop_map(move |(table, regions)| {
+        let shift = regions.map(|regions| Shift { regions: regions.into(), between: -100.0 });
+        vec![Bias::Swin(Swin { height: 1, width: keys, table: table.into(), shift })]
+    });
+    let fits = queries == keys && keys <= 2048;
+    let some = prop_oneof![1 => relative, 1 => if fits { swin.boxed() } else { Just(Vec::new()).boxed() }];
+    prop_oneof![4 => Just(Vec::new()), 1 => some]
+}
+
 /// Shapes and operators that make sense for them, every third of them as calls were before there were operators.
 pub(crate) fn operators() -> impl Strategy<Value = (AttnShape, Arc<Operator>)> {
     let parts = |shape: AttnShape| {
@@ -101,15 +169,19 @@ pub(crate) fn operators() -> impl Strategy<Value = (AttnShape, Arc<Operator>)> {
         let sinks = proptest::option::of(proptest::collection::vec(logit, shape.n_heads()));
         let empty_row = proptest::sample::select(&[EmptyRow::Zero, EmptyRow::Nan][..]);
         let scale = prop_oneof![1e-30_f32..1e30, -10_f32..10.0, Just(0.0)];
-        (Just(shape), scale, mask, sinks, empty_row, stages(&shape), any::<bool>())
+        let new = (scores(&shape), blocks(&shape), tables(&shape));
+        (Just(shape), scale, mask, sinks, empty_row, stages(&shape), new, any::<bool>())
     };
     shapes().prop_flat_map(parts).prop_filter_map(
         "the parts make no sense together",
-        |(shape, scale, mask, sinks, empty_row, stages, old)| {
+        |(shape, scale, mask, sinks, empty_row, stages, (score, csr, tables), old)| {
             let sinks = sinks.map(Arc::from);
             let parts = match mask.as_causal() {
                 Some(causal) if old => OperatorParts::plain(scale, causal),
-                _ => OperatorParts { scale, mask, sinks, empty_row, ..stages },
+                _ => {
+                    let biases = stages.biases.iter().cloned().chain(tables).collect();
+                    OperatorParts { score, scale, mask, sinks, empty_row, csr, biases, ..stages }
+                }
             };
             Some((shape, Arc::new(Operator::new(parts, &shape).ok()?)))
         },
@@ -132,7 +204,7 @@ fn shape() -> AttnShape {
 
 fn refused(causal: proto::Causal, operator: proto::Operator) -> String {
     let encoded = Encoded { scale: 1.0, causal: causal.into(), operator: Some(operator) };
-    encoded.decode(&shape()).unwrap_err().message()
+    encoded.decode(&shape(), &Sides::default()).unwrap_err().message()
 }
 
 fn refused_mask(causal: proto::Causal, change: impl FnOnce(&mut proto::Mask)) -> String {
@@ -227,13 +299,15 @@ fn what_does_not_fit_the_shape_is_named_with_numbers() {
         "OPERATOR: mask.offsets has 5 entries, batch is 2"
     );
     let encoded = Encoded { scale: 1.0, causal: 5, operator: None };
-    assert_eq!(encoded.decode(&shape()).unwrap_err().message(), "CAUSAL: 5");
+    assert_eq!(encoded.decode(&shape(), &Sides::default()).unwrap_err().message(), "CAUSAL: 5");
     for scale in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 2.4e38] {
         let encoded = Encoded { scale, causal: 0, operator: None };
         let text = "SCALE: must be finite and at most 2.35e38 in size";
-        assert_eq!(encoded.decode(&shape()).unwrap_err().message(), text, "{scale}");
+        assert_eq!(encoded.decode(&shape(), &Sides::default()).unwrap_err().message(), text, "{scale}");
     }
-    assert!(Encoded { scale: -2.35e38, causal: 0, operator: None }.decode(&shape()).is_ok());
+    assert!(
+        Encoded { scale: -2.35e38, causal: 0, operator: None }.decode(&shape(), &Sides::default()).is_ok()
+    );
 }
 
 #[test]
@@ -304,12 +378,136 @@ fn runs_are_counted_and_bounded() {
     assert_eq!(refused(runs(3, 3, vec![1, 2])), "OPERATOR: mask.documents.keys has 1 entries, batch is 2");
     let empty = proto::Runs { end: vec![3, 3], id: vec![0, 1], count: vec![2] };
     assert_eq!(refused(empty), "OPERATOR: mask.documents.queries[0]: run 1 ends at 3, the one before at 3");
-    let keys = proto::Runs { end: vec![2, 4, 5], id: vec![0, 1, 0], count: vec![3] };
-    let documents = proto::Documents { queries: Some(runs(3, 3, vec![3])), keys: Some(keys) };
+}
+
+#[test]
+fn what_a_score_is_given_is_checked_and_named() {
+    let parameter = |name: &str, shape: &[u32], values: &[u8]| proto::Parameter {
+        name: name.to_owned(),
+        shape: shape.to_vec(),
+        values: values.to_vec().into(),
+    };
+    let score = |function: &str, parameters: Vec<proto::Parameter>| {
+        let score = proto::Score { function: function.to_owned(), parameters, previous: None };
+        refused(proto::Causal::None, proto::Operator { score: Some(score), ..Default::default() })
+    };
+    let known = "additive, biaffine, concat, cosine, distance, dot, gat, gatv2, general, keras_additive, keras_concat, \
+                 location, location_aware, scaled_dot";
+    assert_eq!(score("sharp", vec![]), format!("OPERATOR: score=sharp: there are {known}"));
     assert_eq!(
-        refused_mask(proto::Causal::None, |m| m.documents = Some(documents)),
-        "OPERATOR: mask.documents.keys: the keys of a document are in several runs"
+        score("general", vec![]),
+        "COMBINATION: score=general and no parameter w of [query_dim 1, head_dim 1] or [num_heads 2, query_dim 1, head_dim 1]"
     );
+    assert_eq!(
+        score("dot", vec![parameter("w", &[1], &[0; 4])]),
+        "COMBINATION: score=dot and a parameter w: it takes one each of none"
+    );
+    assert_eq!(
+        score("general", vec![parameter("w", &[1, 1], &[0; 5])]),
+        "OPERATOR: score.w has 5 bytes, not a multiple of 4"
+    );
+    assert_eq!(
+        score("general", vec![parameter("w", &[1, 1], &[0; 8])]),
+        "OPERATOR: score.w has 2 elements, its shape has 1"
+    );
+    assert_eq!(
+        score("general", vec![parameter("w", &[1, 1], &f32::NAN.to_le_bytes())]),
+        "OPERATOR: score.w[0] is NaN, not a finite number"
+    );
+    let large = vec![0; OPERATOR_BYTES];
+    assert_eq!(
+        score("general", vec![parameter("w", &[1024, 1024], &large)]),
+        format!(
+            "OPERATOR: its parameters, tables and lists have {} bytes, at most 4194304",
+            OPERATOR_BYTES + 23
+        )
+    );
+    let control = score("dot\n", vec![]);
+    assert_eq!(control, "OPERATOR: score.function has control characters: dot\n");
+}
+
+#[test]
+fn tables_and_blocks_are_checked_and_named() {
+    let bias = |kind| {
+        let operator =
+            proto::Operator { biases: vec![proto::Bias { kind: Some(kind) }], ..Default::default() };
+        refused(proto::Causal::TopLeft, operator)
+    };
+    let relative = |bytes: usize, buckets, max_distance| {
+        let table = vec![0; bytes].into();
+        bias(proto::bias::Kind::Relative(proto::Relative {
+            table,
+            buckets,
+            max_distance,
+            bidirectional: true,
+        }))
+    };
+    assert_eq!(relative(33, 4, 9), "OPERATOR: bias.relative.table has 33 bytes, not a multiple of 4");
+    assert_eq!(relative(32, 3, 9), "OPERATOR: bias.relative has 3 buckets, at least 4 are needed");
+    assert_eq!(
+        relative(28, 8, 1),
+        "OPERATOR: bias.relative.max_distance is 1, 8 buckets count up to 2 one by one"
+    );
+    assert_eq!(relative(28, 8, 9), "OPERATOR: bias.relative.table has 7 numbers, no multiple of 8");
+    assert_eq!(
+        relative(32, 8, 9),
+        "OPERATOR: bias.relative.table has 8 numbers, 8 for each of 2 heads are needed"
+    );
+    let swin = proto::Swin { height: 2, width: 3, between: -100.0, ..Default::default() };
+    assert_eq!(
+        bias(proto::bias::Kind::Swin(swin.clone())),
+        "COMBINATION: bias.swin.between -100 and no bias.swin.regions"
+    );
+    assert_eq!(
+        bias(proto::bias::Kind::Swin(proto::Swin { between: 0.0, ..swin })),
+        "OPERATOR: bias.swin has windows of 2 * 3 tokens, q_len is 3"
+    );
+    let blocks = |csr| refused_mask(proto::Causal::None, |m| m.csr = Some(csr));
+    let csr =
+        proto::Csr { query_block: 2, key_block: 2, layouts: 1, row_ptr: vec![0, 1, 2], columns: vec![0, 3] };
+    assert_eq!(blocks(csr.clone()), "OPERATOR: mask.csr.columns[1] is 3, 5 keys in blocks of 2 have 3");
+    assert_eq!(blocks(proto::Csr { layouts: 0, ..csr.clone() }), "OPERATOR: mask.csr.layouts is 0");
+    let many = vec![0; crate::limits::MAX_BLOCKS + 1];
+    assert_eq!(
+        blocks(proto::Csr { row_ptr: many, ..csr }),
+        "OPERATOR: mask.csr.row_ptr has 1048577 numbers, at most 1048576"
+    );
+}
+
+#[test]
+fn previous_weights_are_there_if_and_only_if_a_score_looks_at_them() {
+    let shape = shape();
+    let previous = SideLayout::dense(SideTensor::Previous, Element::Float(Dtype::F32), [1, 1, 3, 5], &shape);
+    let with = Sides::new(vec![previous.unwrap()]).unwrap();
+    let plain = Operator::plain(1.0, Causal::None);
+    assert_eq!(check_previous(&plain, &Sides::default()), Ok(()));
+    assert_eq!(
+        check_previous(&plain, &with).unwrap_err().message(),
+        "COMBINATION: score=scaled_dot and score.previous"
+    );
+    let ones = |name: &str, shape: &[usize]| Tensor {
+        name: name.into(),
+        shape: shape.into(),
+        values: vec![1.0; shape.iter().product()].into(),
+    };
+    let parameters = vec![
+        ones("v", &[2]),
+        ones("w_q", &[2, 1]),
+        ones("w_k", &[2, 1]),
+        ones("u", &[2, 1]),
+        ones("filters", &[1, 3]),
+    ];
+    let score = Score::new("location_aware", parameters).unwrap();
+    let parts = OperatorParts { score, ..OperatorParts::plain(1.0, Causal::None) };
+    let aware = Operator::new(parts, &shape).unwrap();
+    assert_eq!(check_previous(&aware, &with), Ok(()));
+    assert_eq!(
+        check_previous(&aware, &Sides::default()).unwrap_err().message(),
+        "COMBINATION: score=location_aware and no score.previous"
+    );
+    let encoded = Encoded::new(&aware, &with);
+    assert_eq!(encoded.sides(&shape), Ok(with.clone()));
+    assert_eq!(encoded.decode(&shape, &with), Ok(Arc::new(aware)));
 }
 
 #[test]
@@ -350,7 +548,7 @@ proptest! {
             let mask = proto::Mask { positions: 0, offsets: Vec::new(), ..mask };
             prop_assert_eq!((mask, proto::Operator { mask: None, ..more }), Default::default());
         }
-        prop_assert_eq!(encoded.decode(&shape), Ok(operator));
+        prop_assert_eq!(encoded.decode(&shape, &Sides::default()), Ok(operator));
     }
 
     #[test]
@@ -366,7 +564,7 @@ proptest! {
         let alibi = slopes.map(|slopes| proto::bias::Kind::Alibi(proto::Alibi { slopes, by_key }));
         let biases = alibi.map(|kind| proto::Bias { kind: Some(kind) }).into_iter().collect();
         let operator = Some(proto::Operator { softcap, biases, mask: Some(mask), ..Default::default() });
-        if let Ok(operator) = (Encoded { scale, causal, operator }).decode(&shape()) {
+        if let Ok(operator) = (Encoded { scale, causal, operator }).decode(&shape(), &Sides::default()) {
             for (group, token) in [(0, 0), (0, 2), (1, 0), (1, 2)] {
                 prop_assert!(operator.mask_of_group(group, &shape()).visible(token).end <= 5);
             }

@@ -297,6 +297,11 @@ impl Problem {
             let slots = edge[0]..edge[1];
             let (kv, plane) = (self.resident(group, &operator, slots.clone()), self.plane(&slots));
             let plane = [&plane];
+            // One for each head, or none.
+            let of_group = self.previous.get(group * of_previous..(group + 1) * of_previous);
+            let of_head = shape.n_queries() * shape.n_keys();
+            let previous: Vec<&[f32]> =
+                of_group.map_or(Vec::new(), |of_group| of_group.chunks(of_head).collect());
             let call = GroupCall {
                 shape,
                 operator: &operator,
@@ -305,8 +310,7 @@ impl Problem {
                 kv: &kv,
                 side: Side {
                     mask: if self.mask.is_empty() { &[] } else { &plane },
-                    previous: (!self.previous.is_empty())
-                        .then(|| &self.previous[group * of_previous..][..of_previous]),
+                    previous: &previous,
                     ..Side::default()
                 },
                 compute: Effective::F32,

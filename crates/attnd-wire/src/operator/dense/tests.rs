@@ -21,8 +21,9 @@ fn layouts(tensor: SideTensor, shape: AttnShape) -> impl Strategy<Value = SideLa
                     .map(|(one, all)| if one { 1 } else { all });
             let element = match tensor {
                 SideTensor::Mask => Element::Bool,
-                SideTensor::Bias => Element::Float(dtype),
+                SideTensor::Bias | SideTensor::Previous => Element::Float(dtype),
             };
+            let keys = if tensor == SideTensor::Previous { shape.n_keys() } else { keys };
             SideLayout::dense(tensor, element, [batch, heads, queries, keys], &shape).unwrap()
         },
     )
@@ -32,12 +33,16 @@ fn layouts(tensor: SideTensor, shape: AttnShape) -> impl Strategy<Value = SideLa
 pub(crate) fn operators_and_sides() -> impl Strategy<Value = (AttnShape, Arc<Operator>, Sides)> {
     let beside = |(shape, operator): (AttnShape, Arc<Operator>)| {
         let maybe = |tensor| proptest::option::weighted(0.4, layouts(tensor, shape));
-        (Just(shape), Just(operator), maybe(SideTensor::Mask), maybe(SideTensor::Bias))
+        let previous = layouts(SideTensor::Previous, shape);
+        (Just(shape), Just(operator), maybe(SideTensor::Mask), maybe(SideTensor::Bias), previous)
     };
-    operators().prop_flat_map(beside).prop_map(|(shape, operator, mask, bias)| {
+    operators().prop_flat_map(beside).prop_map(|(shape, operator, mask, bias, previous)| {
         let mut biases = operator.biases().to_vec();
         biases.extend(bias.map(|_| Bias::Dense));
+        let previous = operator.reads_previous().then_some(previous);
         let parts = OperatorParts {
+            score: operator.score().clone(),
+            csr: operator.csr().cloned(),
             scale: operator.scale(),
             softcap: operator.softcap(),
             biases,
@@ -49,7 +54,7 @@ pub(crate) fn operators_and_sides() -> impl Strategy<Value = (AttnShape, Arc<Ope
             ..OperatorParts::plain(1.0, Causal::None)
         };
         let operator = Arc::new(Operator::new(parts, &shape).unwrap());
-        let sides = Sides::new(bias.into_iter().chain(mask).collect()).unwrap();
+        let sides = Sides::new(bias.into_iter().chain(mask).chain(previous).collect()).unwrap();
         (shape, operator, sides)
     })
 }
@@ -114,7 +119,7 @@ fn what_makes_no_sense_is_named() {
     let unknown = proto::Operator { biases: vec![proto::Bias { kind: None }], ..Default::default() };
     let unknown = Encoded { scale: 1.0, causal: 0, operator: Some(unknown) };
     assert_eq!(
-        unknown.decode(&shape()).unwrap_err().message(),
+        unknown.decode(&shape(), &Sides::default()).unwrap_err().message(),
         "OPERATOR: biases[0] is of no kind that this node knows"
     );
 }
@@ -157,7 +162,7 @@ proptest! {
     fn operators_return_with_what_is_beside_them((shape, operator, sides) in operators_and_sides()) {
         let encoded = Encoded::new(&operator, &sides);
         prop_assert_eq!(encoded.sides(&shape), Ok(sides));
-        prop_assert_eq!(encoded.decode(&shape), Ok(operator));
+        prop_assert_eq!(encoded.decode(&shape, &Sides::default()), Ok(operator));
     }
 
     #[test]
