@@ -140,6 +140,40 @@ async fn every_function_has_the_same_bits_on_any_number_of_workers() {
     cluster.wait_until_idle(std::time::Duration::from_secs(1)).await;
 }
 
+/// The absorbed form of multi-head latent attention: one kv head of 576, whose first 512 are the values.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn latent_attention_reads_its_values_from_its_keys() {
+    let cluster = Cluster::start(4).await;
+    let client = cluster.client();
+    let dims =
+        Dims { batch: 2, heads: 16, kv_heads: 1, queries: 3, keys: 2000, head_dim: 576, value_dim: 512 };
+    for (seed, dtype) in [(2, Dtype::F32), (3, Dtype::Bf16)] {
+        let sent = Case::new(seed, Data::Normal, Causal::BottomRight, dtype, dims);
+        let case = sent.clone().with_values_from_keys();
+        let wanted = case.compute(Kernels::available()[0]);
+        let rows = case.sample_rows(seed, 6);
+        wanted.assert_within_operator(&case, &case.operator_reference(&rows), "latent attention");
+        for count in 1..=4 {
+            let what = format!("{dtype}, {count} workers");
+            let options = case.options(WorkerChoice::Exactly(count));
+            let attended = client.attend(&case.operands, &options, &mut |_| {}).await;
+            let attended = attended.unwrap_or_else(|error| panic!("{what}: {error}"));
+            let travelled: u64 = attended.plan.shares.iter().map(|share| share.kv_bytes).sum();
+            assert_eq!(travelled, case.operands.k.len() as u64, "{what}: no value travels");
+            Answer::from(attended).assert_bits_of(&wanted, &what);
+        }
+    }
+    // With a score that makes others of its keys, values are the first elements of those that were sent.
+    let dims = Dims { head_dim: 40, value_dim: 24, ..dims };
+    let mut case = Case::new(4, Data::Normal, Causal::None, Dtype::F32, dims).with_values_from_keys();
+    let mut rng = SmallRng::seed_from_u64(4);
+    case.score = score(Function::named("additive").expect("a function"), case.shape(), &mut rng);
+    let wanted = case.compute(Kernels::available()[0]);
+    let options = case.options(WorkerChoice::Exactly(3));
+    let attended = client.attend(&case.operands, &options, &mut |_| {}).await;
+    Answer::from(attended.expect("an answer")).assert_bits_of(&wanted, "additive");
+}
+
 /// What becomes of keys that are no numbers may look like one (a saturated tangent), so they are refused as they come.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn keys_that_are_no_numbers_are_refused_whatever_becomes_of_them() {

@@ -276,18 +276,35 @@ impl Case {
         rows
     }
 
+    /// V, also where it is part of K and isn't sent.
+    fn values(&self) -> Bytes {
+        let (shape, element) = (self.shape(), self.operands.dtype.size());
+        if !shape.value_is_key_prefix() {
+            return self.operands.v.clone();
+        }
+        let of_key = |key: &'_ [u8]| key[..shape.value_dim() * element].to_vec();
+        self.operands.k.chunks(shape.head_dim() * element).flat_map(of_key).collect::<Vec<u8>>().into()
+    }
+
+    /// The same with values that are the first elements of keys, and aren't sent.
+    pub(crate) fn with_values_from_keys(mut self) -> Self {
+        self.operands.shape = self.shape().with_values_from_keys().expect("values shorter than keys");
+        self.operands.v = Bytes::new();
+        self
+    }
+
     /// Keys and values of one kv group, all of them.
     fn resident(&self, kernels: &Kernels, group: usize) -> KvHead {
         let (shape, operator) = (self.shape(), &self.operator());
         let (d, dv, n_keys) = (shape.head_dim(), shape.value_dim(), shape.n_keys());
         let (dtype, finite) = (self.operands.dtype, self.data != Data::Poisoned);
-        let key_dim = operator.key_dim(shape);
+        let (key_dim, values) = (operator.key_dim(shape), self.values());
         let mut kv = KvHead::new(n_keys, key_dim, dv, 0..N_SLOTS).expect("memory for one kv head");
         for page in 0..n_pages(n_keys) {
-            let rows = |bytes: &Bytes, dim: usize| {
+            let rows = |bytes: &[u8], dim: usize| {
                 let token = dim * dtype.size();
                 let begin = (group * n_keys + page * PAGE_KEYS) * token;
-                bytes.slice(begin..begin + keys_in_page(page, n_keys) * token)
+                bytes[begin..begin + keys_in_page(page, n_keys) * token].to_vec()
             };
             let k = rows(&self.operands.k, d);
             if operator.keeps_keys() {
@@ -301,7 +318,7 @@ impl Case {
                 let others = attnd_wire::floats::into_bytes(others);
                 kv.write_k(page, &others, Dtype::F32, finite).expect("finite keys");
             }
-            kv.write_v(page, &rows(&self.operands.v, dv), dtype, finite).expect("finite values");
+            kv.write_v(page, &rows(&values, dv), dtype, finite).expect("finite values");
         }
         kv
     }
@@ -412,8 +429,8 @@ impl Case {
 
     /// Q, K and V, widened.
     pub(crate) fn floats(&self) -> [Vec<f32>; 3] {
-        let Operands { dtype, ref q, ref k, ref v, .. } = self.operands;
-        [q, k, v].map(|bytes| {
+        let Operands { dtype, ref q, ref k, .. } = self.operands;
+        [q, k, &self.values()].map(|bytes| {
             let mut floats = vec![0.0; bytes.len() / dtype.size()];
             widen(bytes, dtype, &mut floats);
             floats
