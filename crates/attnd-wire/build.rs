@@ -16,7 +16,13 @@ fn main() -> Result<(), Box<dyn Error>> {
         println!("cargo::rerun-if-changed={}", root.join(file).display());
     }
     let descriptors = protox::compile(FILES, [&root])?;
-    // Bytes fields are slices of the received message instead of copies.
-    tonic_prost_build::configure().bytes(".attnd.v1").compile_fds(descriptors)?;
+    // Bytes fields are slices of the received message instead of copies. What is boxed makes entries of a repeated field small, of
+    // which a message may have very many that are empty.
+    tonic_prost_build::configure()
+        .bytes(".attnd.v1")
+        .boxed(".attnd.v1.Bias.kind.relative")
+        .boxed(".attnd.v1.Bias.kind.swin")
+        .boxed(".attnd.v1.Bias.kind.alibi")
+        .compile_fds(descriptors)?;
     Ok(())
 }

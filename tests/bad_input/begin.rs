@@ -171,7 +171,7 @@ async fn numbers_that_mean_nothing() {
 
 fn alibi(slopes: &[f32]) -> proto::Bias {
     let alibi = proto::Alibi { slopes: slopes.into(), by_key: false };
-    proto::Bias { kind: Some(proto::bias::Kind::Alibi(alibi)) }
+    proto::Bias { kind: Some(proto::bias::Kind::Alibi(alibi.into())) }
 }
 
 fn sigmoid(bias: f32) -> Option<proto::Normaliser> {

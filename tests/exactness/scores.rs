@@ -140,6 +140,32 @@ async fn every_function_has_the_same_bits_on_any_number_of_workers() {
     cluster.wait_until_idle(std::time::Duration::from_secs(1)).await;
 }
 
+/// Where NaN and infinities are let through, they are what IEEE 754 makes of them, on any number of workers.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_no_number_spreads_alike_on_any_number_of_workers() {
+    let cluster = Cluster::start(3).await;
+    let client = cluster.client();
+    let mut poisoned = 0;
+    for function in FUNCTIONS {
+        for seed in 0..2 {
+            let plain = case(function, seed);
+            let shape = *plain.shape();
+            let of_data = Case::of_shape(seed, Data::Poisoned, plain.causal, plain.operands.dtype, shape);
+            let case = Case { data: Data::Poisoned, operands: of_data.operands, ..plain };
+            let wanted = case.compute(Kernels::available()[0]);
+            poisoned += usize::from(wanted.lse.iter().any(|lse| lse.is_nan()));
+            for count in [1, 3] {
+                let what = format!("{} seed {seed}, {count} workers, {shape:?}", function.name);
+                let options = case.options(WorkerChoice::Exactly(count));
+                let attended = client.attend(&case.operands, &options, &mut |_| {}).await;
+                let attended = attended.unwrap_or_else(|error| panic!("{what}: {error}"));
+                Answer::from(attended).assert_bits_of(&wanted, &what);
+            }
+        }
+    }
+    assert!(poisoned >= FUNCTIONS.len() / 2, "only {poisoned} calls with a row that is NaN");
+}
+
 /// The absorbed form of multi-head latent attention: one kv head of 576, whose first 512 are the values.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn latent_attention_reads_its_values_from_its_keys() {

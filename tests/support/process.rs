@@ -22,11 +22,11 @@ pub(crate) fn program() -> PathBuf {
     }
     // target/PROFILE/deps/this-test
     let test = std::env::current_exe().expect("a test knows its executable");
-    let target = test.ancestors().nth(3).expect("a test is built below target/PROFILE/deps");
-    let program = target.join("release").join(format!("attnd{}", std::env::consts::EXE_SUFFIX));
+    let built = test.ancestors().nth(2).expect("a test is built below target/PROFILE/deps");
+    let program = built.join(format!("attnd{}", std::env::consts::EXE_SUFFIX));
     assert!(
         program.exists(),
-        "{} is missing: run `cargo build --release -p attnd` first, or set ATTND_BIN",
+        "{} is missing: build it with the same profile first (`cargo build --release -p attnd`), or set ATTND_BIN",
         program.display()
     );
     program

@@ -7,6 +7,8 @@
 //! s = fma(x_i, w_oi, s)     i ascending from +0          y_o = s + b_o
 //! ```
 
+use std::sync::Arc;
+
 use rayon::prelude::*;
 
 use crate::block::{BLOCK_ROWS, QueryLayout};
@@ -17,13 +19,13 @@ use crate::lanes::LANES;
 use crate::pages::PANEL_KEYS;
 use crate::slot::PAGE_KEYS;
 
-/// A matrix and a bias, ready to be applied to rows.
-#[derive(Debug)]
+/// A matrix and a bias, ready to be applied to rows. Cheap to clone, but for its bias.
+#[derive(Clone, Debug)]
 pub struct Linear {
     inputs: usize,
     outputs: usize,
-    /// Pages of 256 outputs, `[page][panel][input][64]`; zeros behind the last output.
-    panels: Buffer,
+    /// Panels of 64 outputs, `[panel][input][64]`; zeros behind the last output. Layers that differ in their biases share them.
+    panels: Arc<Buffer>,
     /// `[outputs]`, or empty.
     bias: Vec<f32>,
 }
@@ -44,7 +46,7 @@ impl Linear {
         assert!(outputs > 0 && inputs > 0, "[{outputs}, {inputs}]");
         assert_eq!(weight.len(), outputs * inputs, "length of the weight");
         assert!(bias.is_none_or(|bias| bias.len() == outputs), "length of the bias");
-        let mut panels = Buffer::zeroed(outputs.next_multiple_of(PAGE_KEYS) * inputs)?;
+        let mut panels = Buffer::zeroed(Self::words([outputs, inputs]))?;
         let kernels = Kernels::chosen();
         for (group, rows) in weight.chunks(LANES * inputs).enumerate() {
             let (panel, at) = (group * LANES / PANEL_KEYS, group * LANES % PANEL_KEYS);
@@ -59,7 +61,21 @@ impl Linear {
                 }
             }
         }
-        Ok(Self { inputs, outputs, panels, bias: bias.unwrap_or_default().to_vec() })
+        Ok(Self { inputs, outputs, panels: Arc::new(panels), bias: bias.unwrap_or_default().to_vec() })
+    }
+
+    /// The same matrix with another bias, `[outputs]`.
+    ///
+    /// # Panics
+    /// If the bias has another length.
+    pub(crate) fn with_bias(&self, bias: Vec<f32>) -> Self {
+        assert_eq!(bias.len(), self.outputs, "length of the bias");
+        Self { panels: Arc::clone(&self.panels), bias, ..*self }
+    }
+
+    /// f32s that a weight takes.
+    pub(crate) fn words([outputs, inputs]: [usize; 2]) -> usize {
+        outputs.next_multiple_of(PANEL_KEYS) * inputs
     }
 
     /// Elements of a row that goes in.
@@ -122,8 +138,9 @@ impl Linear {
 
     /// Sums of a page of outputs, `s[row * 256 + output]`.
     fn page(&self, kernels: &Kernels, q: &[f32], page: usize, s: &mut [f32]) {
-        let panels = &self.panels[page * PAGE_KEYS * self.inputs..][..PAGE_KEYS * self.inputs];
         let outputs = PAGE_KEYS.min(self.outputs - page * PAGE_KEYS);
+        let words = Self::words([outputs, self.inputs]);
+        let panels = &self.panels[page * PAGE_KEYS * self.inputs..][..words];
         let (rows, d) = (q.len() / self.inputs, self.inputs);
         kernels.general().scores(q, rows, d, panels, 0..outputs.div_ceil(PANEL_KEYS), s);
     }

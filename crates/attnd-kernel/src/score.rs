@@ -129,7 +129,11 @@ impl Score {
     /// [`ScoreError`] for the first that makes no sense.
     pub(crate) fn bind(&self, shape: &AttnShape) -> Result<BoundScore, ScoreError> {
         let bound = Bound::new(self.function, &self.parameters, shape)?;
-        Ok(BoundScore((self.function.bind)(&bound)?))
+        let function = (self.function.bind)(&bound)?;
+        let parameters: usize = self.parameters.iter().map(|parameter| parameter.values.len()).sum();
+        // As they were given, and as the function has copied them.
+        let bytes = 2 * 4 * parameters as u64 + bound.projection_bytes();
+        Ok(BoundScore { function, bytes })
     }
 }
 
@@ -183,6 +187,11 @@ pub(crate) trait ScoreFunction: Debug + Send + Sync {
         true
     }
 
+    /// What transforming a key costs, in multiply-adds. Not asked where the function keeps them.
+    fn key_cost(&self) -> usize {
+        self.dim()
+    }
+
     /// How transformed keys may be stored, where they are sent as elements of `sent`. Not asked where the function keeps them.
     fn storage(&self, _sent: Storage) -> Storage {
         Storage::F32
@@ -211,15 +220,27 @@ pub(crate) trait ScoreFunction: Debug + Send + Sync {
 
 /// A score function of an operator. Cheap to clone.
 #[derive(Clone, Debug)]
-pub(crate) struct BoundScore(Arc<dyn ScoreFunction>);
+pub(crate) struct BoundScore {
+    function: Arc<dyn ScoreFunction>,
+    bytes: u64,
+}
 
 impl BoundScore {
+    /// Bytes of its parameters and projections.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    pub(crate) fn key_cost(&self) -> usize {
+        if self.keeps_keys() { 0 } else { self.function.key_cost() }
+    }
+
     pub(crate) fn reducer(&self) -> Reducer {
-        self.0.reducer()
+        self.function.reducer()
     }
 
     pub(crate) fn dim(&self) -> usize {
-        self.0.dim()
+        self.function.dim()
     }
 
     /// Elements of a resident key.
@@ -228,29 +249,29 @@ impl BoundScore {
     }
 
     pub(crate) fn keeps_queries(&self) -> bool {
-        self.0.keeps_queries()
+        self.function.keeps_queries()
     }
 
     pub(crate) fn keeps_keys(&self) -> bool {
-        self.0.keeps_keys() && self.reducer().flags() == 0
+        self.function.keeps_keys() && self.reducer().flags() == 0
     }
 
     pub(crate) fn storage(&self, sent: Storage) -> Storage {
-        if self.keeps_keys() { sent } else { self.0.storage(sent) }
+        if self.keeps_keys() { sent } else { self.function.storage(sent) }
     }
 
     pub(crate) fn weights(&self, head: usize) -> &[f32] {
-        self.0.weights(head)
+        self.function.weights(head)
     }
 
     pub(crate) fn filters(&self, head: usize) -> Option<Filters<'_>> {
-        self.0.filters(head)
+        self.function.filters(head)
     }
 
     /// Rows of queries as the reducer packs them.
     pub(crate) fn query_rows(&self, kernels: &Kernels, rows: QueryRows, q: &[f32], out: &mut [f32]) {
         let _standard = FloatEnvironment::standard();
-        self.0.query_rows(kernels, rows, q, out);
+        self.function.query_rows(kernels, rows, q, out);
     }
 
     /// Rows of keys as they are resident, `[keys, key_dim]`.
@@ -260,13 +281,13 @@ impl BoundScore {
             return out.copy_from_slice(k);
         }
         if self.reducer().flags() == 0 {
-            return self.0.key_rows(kernels, rows, k, out);
+            return self.function.key_rows(kernels, rows, k, out);
         }
-        if self.0.keeps_keys() {
+        if self.function.keeps_keys() {
             return flagged_exponentials(kernels, k, self.dim(), out);
         }
         let mut units = vec![0.0; rows.keys.len() * self.dim()];
-        self.0.key_rows(kernels, rows, k, &mut units);
+        self.function.key_rows(kernels, rows, k, &mut units);
         flagged_exponentials(kernels, &units, self.dim(), out);
     }
 }

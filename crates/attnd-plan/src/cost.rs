@@ -10,6 +10,7 @@ use attnd_kernel::{AttnShape, Causal, Csr, Mask, Operator, Path};
 
 use crate::Tensor;
 use crate::planner::PlanRequest;
+use crate::residency::Residency;
 
 /// Bytes that one message carries when a large tensor streams.
 const CHUNK_BYTES: f64 = (1 << 20) as f64;
@@ -87,6 +88,8 @@ pub(crate) struct CallCosts {
     partial_messages: f64,
     /// Bytes of the finished rows of all groups.
     result_bytes: f64,
+    /// Bytes of the operator's own tensors, which each worker gets.
+    operator_bytes: f64,
 }
 
 impl CallCosts {
@@ -96,7 +99,7 @@ impl CallCosts {
         let sent_dv = Tensor::V.layout(shape).2 as f64;
         let score = operator.score_cost(shape) as f64;
         // A key becomes another one once.
-        let of_key = if operator.keeps_keys() { 0.0 } else { 2.0 * d * operator.key_dim(shape) as f64 };
+        let of_key = 2.0 * operator.key_cost() as f64;
         let group_rows = (shape.group_size() * shape.n_queries()) as f64;
         let pairs = visible_pairs(operator, shape) * shape.group_size() as f64;
         let stages = match operator.path() {
@@ -112,6 +115,7 @@ impl CallCosts {
             query_bytes: group_rows * shape.query_dim() as f64 * bytes,
             partial_bytes: group_rows * (dv + 2.0) * 4.0,
             partial_messages: shape.n_queries().div_ceil(tokens_per_cell) as f64,
+            operator_bytes: Residency::new(*shape, *dtype, operator).of_share() as f64 / 2.0,
             result_bytes: group_rows * shape.n_groups() as f64 * (dv + 1.0) * 4.0,
         }
     }
@@ -144,6 +148,7 @@ impl CallCosts {
             load.keys as f64 * self.bytes_per_key
                 + load.groups as f64 * self.query_bytes
                 + load.side_bytes as f64
+                + self.operator_bytes
         });
         let nodes = sum(&|load| load.nodes as f64);
         let slowest = loads

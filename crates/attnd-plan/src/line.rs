@@ -35,6 +35,7 @@ pub(crate) struct Line {
     /// Slots that hold keys, ascending.
     filled: Vec<usize>,
     residency: Residency,
+    /// Of the cells that are there at once.
     cell_bytes: u64,
     inspection: InspectionBytes,
     sides: Vec<SideLoad>,
@@ -51,14 +52,15 @@ impl Line {
             keys_before[slot + 1] = keys;
             pages_before[slot + 1] = pages;
         }
-        let f32_bytes = |elements: usize| elements as u64 * 4;
+        let residency = Residency::new(*shape, *dtype, operator);
+        let inspected = if outputs.is_some() { residency.inspected_bytes(tokens_per_cell) } else { 0 };
         Self {
             n_groups: shape.n_groups(),
             filled: (0..N_SLOTS).filter(|s| keys_before[*s] < keys_before[s + 1]).collect(),
             keys_before,
             pages_before,
-            residency: Residency::new(*shape, *dtype, operator),
-            cell_bytes: f32_bytes(shape.group_size() * tokens_per_cell * (shape.value_dim() + 2)),
+            residency,
+            cell_bytes: 2 * residency.cell_bytes(tokens_per_cell) + inspected,
             inspection: InspectionBytes::new(outputs.as_deref(), shape, tokens_per_cell),
             sides: sides.iter().map(|layout| SideLoad::new(layout, shape)).collect(),
         }
@@ -124,7 +126,7 @@ impl Line {
         self.pages(places) * self.residency.page_bytes()
             + self.groups(places) as u64 * (self.residency.query_bytes() + self.inspection.of_group)
             + self.residency.of_share()
-            + 2 * self.cell_bytes
+            + self.cell_bytes
             + self.inspection.of_share
             + sides
     }

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use attnd_kernel::slot::{self, N_SLOTS, PAGE_KEYS};
-use attnd_kernel::{AttnShape, Dtype, KvHead, Operator, Storage};
+use attnd_kernel::{AttnShape, Bias, Dtype, KvHead, Operator, Storage};
 
 /// How keys, values and queries of a call are resident. Cheap to copy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,6 +15,8 @@ pub struct Residency {
     storage: Storage,
     /// Bytes of an element of a key as it is sent, where keys are transformed once all of a group are here.
     sent_bytes: Option<usize>,
+    /// Elements of a query that is made of one that was sent.
+    made_queries: usize,
     /// Bytes of the operator's own tensors, as they are sent and as kernels read them.
     of_share: u64,
 }
@@ -22,15 +24,20 @@ pub struct Residency {
 impl Residency {
     /// That of a call of `shape` whose operands are sent as `dtype`, with an operator that was made for the shape.
     pub fn new(shape: AttnShape, dtype: Dtype, operator: &Operator) -> Self {
-        let elements: usize =
-            operator.score().parameters().iter().map(|parameter| parameter.values.len()).sum();
         let lists = operator.csr().map_or(0, |csr| csr.row_ptr().len() + csr.columns().len());
+        let tables = operator.biases().iter().map(|bias| match bias {
+            Bias::Dense | Bias::Alibi { .. } => 0,
+            Bias::Relative(relative) => relative.table().len(),
+            Bias::Swin(swin) => swin.table.len() + swin.shift.as_ref().map_or(0, |shift| shift.regions.len()),
+        });
+        let elements = lists + tables.sum::<usize>();
         Self {
             shape,
             key_dim: operator.key_dim(&shape),
             storage: operator.storage(dtype.into()),
             sent_bytes: (!operator.keeps_keys()).then_some(dtype.size()),
-            of_share: (2 * elements + lists) as u64 * 4,
+            made_queries: if operator.keeps_queries() { 0 } else { operator.packed_dim(&shape) },
+            of_share: operator.score_bytes() + 4 * elements as u64,
         }
     }
 
@@ -69,6 +76,17 @@ impl Residency {
         pages as u64 * self.page_bytes() + self.query_bytes()
     }
 
+    /// Bytes of a cell of so many tokens: its partial, and the queries that are made for it.
+    pub fn cell_bytes(&self, tokens: usize) -> u64 {
+        let rows = (self.shape.group_size() * tokens) as u64;
+        rows * (self.shape.value_dim() + 2 + self.made_queries) as u64 * 4
+    }
+
+    /// Bytes of the queries that are made for a cell while the second pass looks at it.
+    pub fn inspected_bytes(&self, tokens: usize) -> u64 {
+        (self.shape.group_size() * tokens) as u64 * self.made_queries as u64 * 4
+    }
+
     /// Bytes that a worker takes once, however many groups it has.
     pub fn of_share(&self) -> u64 {
         self.of_share
@@ -100,7 +118,10 @@ mod tests {
         assert!(gatv2.transforms_keys());
         assert_eq!((gatv2.key_dim(), gatv2.storage()), (32, Storage::F32));
         assert_eq!(gatv2.group_bytes(&(0..N_SLOTS)), 2 * 256 * ((32 + 16) * 4 + 8 * 2) + queries);
-        assert_eq!(gatv2.of_share(), 2 * (256 + 256 + 32) * 4);
+        // Both projections have room for 64 outputs.
+        assert_eq!(gatv2.of_share(), 2 * (256 + 256 + 32) * 4 + 2 * 64 * 8 * 4);
+        assert_eq!(gatv2.cell_bytes(3), 2 * 3 * (16 + 2 + 32) * 4);
+        assert_eq!((plain.cell_bytes(3), plain.inspected_bytes(3)), (2 * 3 * (16 + 2) * 4, 0));
         // The second page is in slot 32.
         assert_eq!(gatv2.group_bytes(&(0..32)), 256 * ((32 + 16) * 4 + 8 * 2) + queries);
         assert_eq!(gatv2.group_bytes(&(1..2)), queries);

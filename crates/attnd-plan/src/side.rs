@@ -59,6 +59,14 @@ impl SideTensor {
         }
     }
 
+    /// What its elements are.
+    fn element_rule(self) -> &'static str {
+        match self {
+            Self::Mask | Self::Bias => "a mask is bool, and a mask of numbers is a bias",
+            Self::Previous => "weights are numbers",
+        }
+    }
+
     /// Whether it may have fewer keys than the call.
     fn may_lack_keys(self) -> bool {
         self != Self::Previous
@@ -165,7 +173,7 @@ pub enum SideError {
         keys: usize,
     },
     /// A mask of numbers, or a bias of truths.
-    #[error("{} is {element}: a mask is bool, and a mask of numbers is a bias", .tensor.option())]
+    #[error("{} is {element}: {}", .tensor.option(), .tensor.element_rule())]
     Element {
         /// Which one.
         tensor: SideTensor,

@@ -16,11 +16,11 @@ use crate::proto::worker_server::{Worker, WorkerServer};
 /// Largest message with tensor bytes in it, in bytes.
 pub const MESSAGE_BYTES: usize = 8 << 20;
 /// Largest message to a worker, in bytes: an operator and as much again as a chunk needs. Its tensor bytes are at most
-/// [`CHUNK_BYTES`], and it has a repeated field, whose entries take up to eight times as much memory as on the wire.
+/// [`CHUNK_BYTES`], and it has repeated fields, of which entries of two bytes take up to 24 in memory.
 pub const COMPUTE_REQUEST_BYTES: usize = OPERATOR_BYTES + (2 << 20);
-/// Largest operator, in bytes: parameters of its score function, tables, and lists of blocks and runs. Two matrices of the
-/// largest dimensions are 2 MiB.
-pub const OPERATOR_BYTES: usize = 4 << 20;
+/// Largest operator, in bytes: parameters of its score function, tables, and lists of blocks and runs. A matrix of the largest
+/// dimensions is 4 MiB.
+pub const OPERATOR_BYTES: usize = 5 << 20;
 /// Largest message of the control channel, in bytes.
 pub const CONTROL_MESSAGE_BYTES: usize = 64 << 10;
 /// Tensor bytes that a sender puts into one message.
@@ -45,6 +45,8 @@ pub const MAX_ENTRIES: usize = 1024;
 pub const MAX_RUNS: usize = 65_536;
 /// Largest number of blocks in a mask of them, and of rows of blocks.
 pub const MAX_BLOCKS: usize = 1 << 20;
+/// Largest number of buckets of a bias.
+pub const MAX_BUCKETS: usize = 65_536;
 /// Longest text that a peer may give for one field, in bytes.
 pub const MAX_TEXT: usize = 256;
 

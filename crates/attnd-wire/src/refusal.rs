@@ -93,6 +93,7 @@ pub fn non_finite_bias([batch, head, query, key]: [usize; 4], value: f32) -> Err
 /// A NaN or an infinity among the weights that rows had before, at `[batch, head, query, key]` in that tensor's own dimensions.
 pub fn non_finite_previous([batch, head, query, key]: [usize; 4], value: f32) -> Error {
     let at = format!("[b={batch},h={head},pos={query},key={key}]");
+    let value = if value == f32::INFINITY { "+inf".to_owned() } else { value.to_string() };
     Error::new(Reason::NonFinite, format!("{}{at} {value}", SideTensor::Previous))
 }
 

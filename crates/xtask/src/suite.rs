@@ -2,17 +2,18 @@
 
 use crate::step::{Step, run_all};
 
-// Clippy and rustdoc use the release profile as well: build scripts and procedural macros are then compiled once.
-const CLIPPY: &str = "clippy --workspace --all-targets --release --locked -- -D warnings";
+// Clippy and rustdoc use the same profile: build scripts and procedural macros are then compiled once.
+const CLIPPY: &str = "clippy --workspace --all-targets --profile suite --locked -- -D warnings";
 // Private items are documented for those who work on them, so their links are checked too.
-const DOC: &str = "doc --workspace --no-deps --document-private-items --release --locked";
+const DOC: &str = "doc --workspace --no-deps --document-private-items --profile suite --locked";
 // Builds the program too, for the tests that start it: `attnd` has integration tests of its own, and all is built before anything
 // runs. To build it before by itself would compile the kernels twice, as its features are those of fewer packages.
-const TEST: &str = "test --workspace --release --locked";
+const TEST: &str = "test --workspace --profile suite --locked";
+// As it is shipped.
+const RELEASE_TEST: &str = "test --workspace --release --locked";
 // The free order, which only a measurement needs, is compiled nowhere else. It is written for x86-64. Its tests compile the
 // kernels once more, which takes minutes.
-const FREE_ORDER_CLIPPY: &str =
-    "clippy --package attnd-kernel --features free-order --all-targets --release --locked -- -D warnings";
+const FREE_ORDER_CLIPPY: &str = "clippy --package attnd-kernel --features free-order --all-targets --profile suite --locked -- -D warnings";
 const FREE_ORDER_TEST: &str =
     "test --package attnd-kernel --features free-order --lib --release --locked free_order";
 
@@ -26,9 +27,9 @@ pub(crate) fn test() -> Result<(), String> {
     run_all(&steps)
 }
 
-/// All tests with `ATTND_NIGHTLY=1`, on which tests extend their lists of cases, and those of the free order.
+/// All tests of a release with `ATTND_NIGHTLY=1`, on which tests extend their lists of cases, and those of the free order.
 pub(crate) fn nightly() -> Result<(), String> {
-    let mut steps = vec![Step::cargo(TEST).env("ATTND_NIGHTLY", "1")];
+    let mut steps = vec![Step::cargo(RELEASE_TEST).env("ATTND_NIGHTLY", "1")];
     if cfg!(target_arch = "x86_64") {
         steps.push(Step::cargo(FREE_ORDER_TEST));
     }

@@ -9,6 +9,9 @@ pub(crate) struct Portable;
 
 type V = [f32; 16];
 
+// What takes several instructions a lane is a function of its own: inlined, it is most of what the compiler does for this crate, and
+// nobody gains by it.
+
 /// Each lane by its number. Counted by hand, for Miri's sake: iterators make one call of an operation a dozen.
 #[inline(always)]
 fn each(f: impl Fn(usize) -> f32) -> V {
@@ -39,6 +42,51 @@ fn zip(mut a: V, b: V, f: impl Fn(f32, f32) -> f32) -> V {
         i += 1;
     }
     a
+}
+
+#[inline(never)]
+fn multiply_add(a: &V, b: &V, mut c: V) -> V {
+    let mut i = 0;
+    while i < 16 {
+        c[i] = a[i].mul_add(b[i], c[i]);
+        i += 1;
+    }
+    c
+}
+
+#[inline(never)]
+fn widen_f16<const SHIFT: u32>(words: V) -> V {
+    map(words, |word| half::f16::from_bits((word.to_bits() >> SHIFT & 0xffff) as u16).to_f32())
+}
+
+#[inline(never)]
+fn integers(words: V, bits: u32, at: u32) -> V {
+    map(words, |word| {
+        let upper = (word.to_bits() << (32 - bits * (at + 1))).cast_signed();
+        (upper >> (32 - bits)) as f32
+    })
+}
+
+#[inline(never)]
+fn round(a: V) -> V {
+    map(a, f32::round_ties_even)
+}
+
+#[inline(never)]
+fn scaled(y: V, e: &V) -> V {
+    zip(y, *e, |y, e| y * f32::from_bits(((e as i32).wrapping_add(127) as u32) << 23))
+}
+
+#[inline(never)]
+fn scaled_or_flushed(y: V, e: &V) -> V {
+    zip(y, *e, |y, e| {
+        if e <= FLUSH_EXPONENT {
+            0.0
+        } else {
+            // The cast saturates, so a NaN exponent (then y is NaN too) makes no invalid bits that matter.
+            y * f32::from_bits(((e as i32).wrapping_add(127) as u32) << 23)
+        }
+    })
 }
 
 // SAFETY: needs no CPU feature; pointer duties are the trait's.
@@ -75,27 +123,19 @@ unsafe impl Lanes for Portable {
     }
     #[inline(always)]
     unsafe fn low_f16(words: V) -> V {
-        map(words, |word| half::f16::from_bits((word.to_bits() & 0xffff) as u16).to_f32())
+        widen_f16::<0>(words)
     }
     #[inline(always)]
     unsafe fn high_f16(words: V) -> V {
-        map(words, |word| half::f16::from_bits((word.to_bits() >> 16) as u16).to_f32())
+        widen_f16::<16>(words)
     }
     #[inline(always)]
     unsafe fn integer<const BITS: usize>(words: V, at: usize) -> V {
-        map(words, |word| {
-            let upper = (word.to_bits() << (32 - BITS * (at + 1))).cast_signed();
-            (upper >> (32 - BITS)) as f32
-        })
+        integers(words, BITS as u32, at as u32)
     }
     #[inline(always)]
     unsafe fn fma(a: V, b: V, c: V) -> V {
-        let (mut sum, mut i) = (c, 0);
-        while i < 16 {
-            sum[i] = a[i].mul_add(b[i], c[i]);
-            i += 1;
-        }
-        sum
+        multiply_add(&a, &b, c)
     }
     #[inline(always)]
     unsafe fn add(a: V, b: V) -> V {
@@ -135,22 +175,15 @@ unsafe impl Lanes for Portable {
     }
     #[inline(always)]
     unsafe fn rint(a: V) -> V {
-        map(a, f32::round_ties_even)
+        round(a)
     }
     #[inline(always)]
     unsafe fn scale_or_flush(y: V, e: V) -> V {
-        zip(y, e, |y, e| {
-            if e <= FLUSH_EXPONENT {
-                0.0
-            } else {
-                // The cast saturates, so a NaN exponent (then y is NaN too) makes no invalid bits that matter.
-                y * f32::from_bits(((e as i32).wrapping_add(127) as u32) << 23)
-            }
-        })
+        scaled_or_flushed(y, &e)
     }
     #[inline(always)]
     unsafe fn scale(y: V, e: V) -> V {
-        zip(y, e, |y, e| y * f32::from_bits(((e as i32).wrapping_add(127) as u32) << 23))
+        scaled(y, &e)
     }
     #[inline(always)]
     unsafe fn select_between(at: V, lo: V, hi: V, yes: V, no: V) -> V {

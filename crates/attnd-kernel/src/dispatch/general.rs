@@ -81,11 +81,12 @@ impl GeneralEntries {
         panels: Range<usize>,
         s: &mut [f32],
     ) {
-        assert!(q.len() >= n_rows * d && k.len() >= PAGE_KEYS * d && s.len() >= n_rows * PAGE_KEYS);
+        assert!(q.len() >= n_rows * d && k.len() >= panels.end * PANEL_KEYS * d);
+        assert!(s.len() >= n_rows * PAGE_KEYS);
         assert!(panels.end <= PAGE_KEYS / PANEL_KEYS);
         let q = Queries { at: q.as_ptr(), n_rows, d, scales: q.as_ptr() };
         let k = Panels { at: k.as_ptr(), scales: k.as_ptr() };
-        // SAFETY: above, and the slices hold the rows, a page's keys and the scores.
+        // SAFETY: above, and the slices hold the rows, the panels, of which no others are read, and the scores.
         unsafe { (self.scores)(q, k, panels, s.as_mut_ptr()) }
     }
 

@@ -40,7 +40,24 @@ impl Operator {
 
     /// What a score costs, in multiply-adds of a dot product.
     pub fn score_cost(&self, shape: &AttnShape) -> usize {
-        self.packed_dim(shape) * self.reducer().cost()
+        let filters = self.score.as_ref().and_then(|score| score.filters(0));
+        let of_filters = filters.map_or(0, |filters| filters.taps.len() + filters.units.len());
+        self.packed_dim(shape) * self.reducer().cost() + of_filters
+    }
+
+    /// What it costs to make a resident key of one that was sent, in multiply-adds; nothing where it is the same.
+    pub fn key_cost(&self) -> usize {
+        self.score.as_ref().map_or(0, |score| score.key_cost())
+    }
+
+    /// Bytes that parameters and projections of the score function take, however many calls there are.
+    pub fn score_bytes(&self) -> u64 {
+        self.score.as_ref().map_or(0, |score| score.bytes())
+    }
+
+    /// Whether kernels take queries as they are sent, so that nothing is made of them.
+    pub fn keeps_queries(&self) -> bool {
+        self.score.as_ref().is_none_or(|score| score.keeps_queries())
     }
 
     /// How keys and values may be resident that are sent as elements of `sent`: as these, unless the score function makes something

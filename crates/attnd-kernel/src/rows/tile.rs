@@ -60,8 +60,8 @@ pub(crate) struct Panels {
 /// Scores of some rows against panels `panels` of one page: `s[row * 256 + key]`.
 ///
 /// # Safety
-/// The ISA of `L`, and what `A` needs, is enabled. `q` is valid for the words of its rows, `k` for those of a page's keys, `s` for
-/// `n_rows * 256` writes.
+/// The ISA of `L`, and what `A` needs, is enabled. `q` is valid for the words of its rows, `k` for those of the panels' keys, and of a
+/// page's where `AHEAD` isn't 0, `s` for `n_rows * 256` writes.
 #[inline(always)]
 pub(crate) unsafe fn scores<
     L: Lanes,

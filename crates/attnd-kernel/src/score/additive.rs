@@ -54,11 +54,11 @@ impl Units {
     pub(super) fn of(bound: &Bound<'_>, reducer: Reducer) -> Result<Self, ScoreError> {
         let units = bound.free(Symbol::Units).unwrap_or_default();
         let size = [units, bound.shape.query_dim()];
-        let of_queries = bound.per_head("w_q").with(&bound.per_head("b"), |w, b| {
-            Ok(Linear::new(w, size, Some(&spread(b, units)))?)
-        })?;
+        let layers = bound.per_head("w_q").try_map(|w| bound.linear(w, size))?;
+        let with_bias = |layer: &Linear, b: &Vec<f32>| Ok(layer.with_bias(spread(b, units)));
+        let of_queries = layers.with(&bound.per_head("b"), with_bias)?;
         let size = [units, bound.shape.head_dim()];
-        let of_keys = bound.per_head("w_k").try_map(|w| Ok(Linear::new(w, size, None)?))?;
+        let of_keys = bound.per_head("w_k").try_map(|w| bound.linear(w, size))?;
         Ok(Self { reducer, weights: bound.per_head("v"), of_queries, of_keys })
     }
 }
@@ -91,6 +91,10 @@ impl ScoreFunction for Units {
 
     fn key_rows(&self, kernels: &Kernels, rows: KeyRows, k: &[f32], out: &mut [f32]) {
         self.of_keys.of(rows.kv_head).apply(kernels, k, out);
+    }
+
+    fn key_cost(&self) -> usize {
+        self.dim() * self.of_keys.of(0).inputs()
     }
 
     fn weights(&self, head: usize) -> &[f32] {

@@ -41,17 +41,17 @@ pub(super) static FUNCTION: Function = Function {
 
 fn bind(bound: &Bound<'_>) -> Result<Arc<dyn ScoreFunction>, ScoreError> {
     let (queries, keys) = (bound.shape.query_dim(), bound.shape.head_dim());
-    let matrix = bound.per_head("w").with(&bound.per_head("u"), |w, u| {
+    let layers = bound.per_head("w").with(&bound.per_head("u"), |w, u| {
         let mut matrix = transposed(w, keys);
         matrix.extend(spread(u, queries));
-        Ok(matrix)
+        bound.linear(&matrix, [keys + 1, queries])
     })?;
     let bias = bound.per_head("v").with(&bound.per_head("b"), |v, b| {
         let mut bias = spread(v, keys);
         bias.extend(b);
         Ok(bias)
     })?;
-    let layers = matrix.with(&bias, |matrix, bias| Ok(Linear::new(matrix, [keys + 1, queries], Some(bias))?))?;
+    let layers = layers.with(&bias, |layer, bias| Ok(layer.with_bias(bias.clone())))?;
     Ok(Arc::new(Biaffine { layers }))
 }
 

@@ -1,11 +1,16 @@
 //! Parameters matched with the shapes that a function says they have.
 
+use std::cell::Cell;
+
 use super::Function;
 use super::parameters::{Parameter, ScoreError, Symbol, Tensor};
+use crate::project::Linear;
 use crate::shape::AttnShape;
 
-/// Most hidden units.
-const MAX_UNITS: usize = 1024;
+/// Most of what parameters alone say. A row of a page takes 1 KiB for each filter while it is computed.
+const LIMITS: [(Symbol, usize); 3] = [(Symbol::Units, 1024), (Symbol::Filters, 1024), (Symbol::Taps, 4096)];
+/// Most that projections may take, which may be much more than the parameters that they are made of: each is padded to 64 outputs.
+const MAX_PROJECTION_BYTES: u64 = 16 << 20;
 
 /// The parameters of a function for calls of one shape, of which all that must be there are, with the shapes they should have.
 #[derive(Debug)]
@@ -16,6 +21,8 @@ pub(crate) struct Bound<'a> {
     matched: Vec<Option<Matched<'a>>>,
     /// Sizes that parameters alone say.
     free: Vec<(Symbol, usize)>,
+    /// Bytes of the projections that were made.
+    projections: Cell<u64>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -42,7 +49,8 @@ impl<'a> Bound<'a> {
                 return Err(ScoreError::Surplus { function: name, parameter: tensor.name.clone(), known });
             }
         }
-        let mut bound = Self { function, shape, matched: Vec::new(), free: Vec::new() };
+        let mut bound =
+            Self { function, shape, matched: Vec::new(), free: Vec::new(), projections: Cell::new(0) };
         for parameter in function.parameters {
             let tensor = tensors.iter().find(|tensor| tensor.name == parameter.name);
             if tensor.is_none() && parameter.default.is_none() {
@@ -52,10 +60,34 @@ impl<'a> Bound<'a> {
             let matched = tensor.map(|tensor| bound.matched(parameter, tensor)).transpose()?;
             bound.matched.push(matched);
         }
-        match bound.free(Symbol::Units) {
-            Some(got) if got > MAX_UNITS => Err(ScoreError::Units { function: name, got, limit: MAX_UNITS }),
-            _ => Ok(bound),
+        for (what, limit) in LIMITS {
+            match bound.free(what) {
+                Some(got) if got > limit => {
+                    return Err(ScoreError::Limit { function: name, what, got, limit });
+                }
+                _ => {}
+            }
         }
+        Ok(bound)
+    }
+
+    /// A projection of the function.
+    ///
+    /// # Errors
+    /// [`ScoreError::Projections`] if all of them together are too large, before this one is made; [`ScoreError::OutOfMemory`].
+    pub(crate) fn linear(&self, weight: &[f32], size: [usize; 2]) -> Result<Linear, ScoreError> {
+        let bytes = self.projections.get() + 4 * Linear::words(size) as u64;
+        if bytes > MAX_PROJECTION_BYTES {
+            let (function, limit) = (self.function.name, MAX_PROJECTION_BYTES);
+            return Err(ScoreError::Projections { function, bytes, limit });
+        }
+        self.projections.set(bytes);
+        Ok(Linear::new(weight, size, None)?)
+    }
+
+    /// Bytes of all projections.
+    pub(super) fn projection_bytes(&self) -> u64 {
+        self.projections.get()
     }
 
     fn matched(&mut self, parameter: &Parameter, tensor: &'a Tensor) -> Result<Matched<'a>, ScoreError> {
@@ -191,6 +223,22 @@ impl<T> PerHead<T> {
     /// One for all.
     pub(crate) fn one(thing: T) -> Self {
         Self(vec![thing])
+    }
+
+    /// Of this, which kv heads tell apart, and of another thing, which query heads do.
+    ///
+    /// # Errors
+    /// The first of `f`.
+    pub(crate) fn with_queries<U, R>(
+        &self,
+        group_size: usize,
+        other: &PerHead<U>,
+        mut f: impl FnMut(&T, &U) -> Result<R, ScoreError>,
+    ) -> Result<PerHead<R>, ScoreError> {
+        let of_kv_heads = if self.0.len() == 1 { 1 } else { self.0.len() * group_size };
+        let n = of_kv_heads.max(other.0.len());
+        let of_head = |head: usize| f(self.of(head / group_size), other.of(head));
+        Ok(PerHead((0..n).map(of_head).collect::<Result<_, _>>()?))
     }
 
     /// That of kv heads as that of their query heads.

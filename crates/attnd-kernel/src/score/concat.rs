@@ -34,13 +34,13 @@ fn bind(bound: &Bound<'_>) -> Result<Arc<dyn ScoreFunction>, ScoreError> {
         w.try_map(|w| {
             let rows = w.chunks_exact(queries + keys);
             let part: Vec<f32> = rows.flat_map(|row| &row[columns.clone()]).copied().collect();
-            Ok(Linear::new(&part, [units, columns.len()], None)?)
+            bound.linear(&part, [units, columns.len()])
         })
     };
     Ok(Arc::new(Units {
         reducer: Reducer::Tanh,
         weights: bound.per_head("v"),
-        of_queries: columns(&w.for_group(bound.shape.group_size()), 0..queries)?,
+        of_queries: columns(&w, 0..queries)?.for_group(bound.shape.group_size()),
         of_keys: columns(&w, queries..queries + keys)?,
     }))
 }

@@ -7,7 +7,6 @@ use std::sync::Arc;
 use super::additive::Units;
 use super::{Bound, DefaultScale, Function, Parameter, PerHead, ScoreError, ScoreFunction, Symbol};
 use crate::general::reduce::Reducer;
-use crate::project::Linear;
 
 pub(super) static FUNCTION: Function = Function {
     name: "gat",
@@ -56,13 +55,13 @@ fn bind(bound: &Bound<'_>) -> Result<Arc<dyn ScoreFunction>, ScoreError> {
             sums.iter_mut().zip(row).for_each(|(sum, w)| *sum += f64::from(*a) * f64::from(*w));
         }
         let sums: Vec<f32> = sums.into_iter().map(|sum| sum as f32).collect();
-        Ok(Linear::new(&sums, [1, dim], None)?)
+        bound.linear(&sums, [1, dim])
     };
     let w = bound.per_head("w");
     Ok(Arc::new(Units {
         reducer: Reducer::Leaky { slope: slope(bound)? },
         weights: PerHead::one(vec![1.0]),
-        of_queries: w.for_group(bound.shape.group_size()).with(&bound.per_head("a_q"), along)?,
+        of_queries: w.with_queries(bound.shape.group_size(), &bound.per_head("a_q"), along)?,
         of_keys: w.with(&bound.per_head("a_k"), along)?,
     }))
 }

@@ -22,8 +22,7 @@ pub(super) static FUNCTION: Function = Function {
 
 fn bind(bound: &Bound<'_>) -> Result<Arc<dyn ScoreFunction>, ScoreError> {
     let (queries, keys) = (bound.shape.query_dim(), bound.shape.head_dim());
-    let layers =
-        bound.per_head("w").try_map(|w| Ok(Linear::new(&transposed(w, keys), [keys, queries], None)?))?;
+    let layers = bound.per_head("w").try_map(|w| bound.linear(&transposed(w, keys), [keys, queries]))?;
     Ok(Arc::new(General { layers }))
 }
 

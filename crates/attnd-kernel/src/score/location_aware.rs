@@ -76,6 +76,10 @@ impl ScoreFunction for Located {
         self.units.key_rows(kernels, rows, k, out);
     }
 
+    fn key_cost(&self) -> usize {
+        self.units.key_cost()
+    }
+
     fn weights(&self, head: usize) -> &[f32] {
         self.units.weights(head)
     }

@@ -148,11 +148,13 @@ pub enum ScoreError {
         /// Elements of a key.
         key_dim: usize,
     },
-    /// More hidden units than kernels are made for.
-    #[error("score={function} has {got} units > {limit}")]
-    Units {
+    /// More hidden units, filters or taps than kernels are made for.
+    #[error("score={function} has {got} {what} > {limit}")]
+    Limit {
         /// Which function.
         function: &'static str,
+        /// Of what.
+        what: Symbol,
         /// How many there are.
         got: usize,
         /// The most allowed.
@@ -167,6 +169,18 @@ pub enum ScoreError {
         got: usize,
         /// How many are needed.
         keys: usize,
+    },
+    /// Projections that take too much memory as kernels read them.
+    #[error(
+        "score={function}: its projections take {bytes} bytes > {limit}; each has room for 64 outputs at least"
+    )]
+    Projections {
+        /// Which function.
+        function: &'static str,
+        /// Bytes of those up to the first that is too much.
+        bytes: u64,
+        /// The most allowed.
+        limit: u64,
     },
     /// The system has no memory for a copy of the parameters.
     #[error("no memory for {bytes} bytes of score parameters")]

@@ -6,7 +6,7 @@ use attnd_kernel::reference::operator::Score;
 use attnd_kernel::reference::scores::{self, Additive};
 use attnd_kernel::{
     AttnShape, Causal, Compute, DefaultScale, FUNCTIONS, Function, Kernels, Operator, OperatorParts, Path,
-    ScoreError, Storage, Tensor,
+    Score as Asked, ScoreError, Storage, Tensor,
 };
 use rand::SeedableRng;
 use rand::rngs::SmallRng;
@@ -99,6 +99,63 @@ const TABLE: &[Row] = &[
         formula: |scale, given, q, (_, k)| scores::distance(scale, given.one("width").into(), q, k),
     },
 ];
+
+/// What is made of small parameters may be large: that is refused before it is made.
+#[test]
+fn parameters_that_become_too_much_are_refused() {
+    let tensor = |name: &str, shape: &[usize]| Tensor {
+        name: name.into(),
+        shape: shape.into(),
+        values: vec![1.0; shape.iter().product()].into(),
+    };
+    let refused = |name: &str, shape: &AttnShape, tensors: Vec<Tensor>| {
+        let score = Asked::new(name, tensors).unwrap();
+        let parts = OperatorParts { score, ..OperatorParts::plain(1.0, Causal::None) };
+        Operator::new(parts, shape).unwrap_err().to_string()
+    };
+    let many = problem::shape([1, 1024, 1024, 1, 1, 1024, 1]);
+    let gat = vec![tensor("w", &[1, 1024]), tensor("a_q", &[1024, 1]), tensor("a_k", &[1])];
+    assert_eq!(
+        refused("gat", &many, gat),
+        "score=gat: its projections take 17039360 bytes > 16777216; each has room for 64 outputs at least"
+    );
+    let one = problem::shape([1, 1, 1, 1, 1, 1, 1]);
+    let aware = |filters: usize, taps: usize, units: usize| {
+        vec![
+            tensor("v", &[units]),
+            tensor("w_q", &[units, 1]),
+            tensor("w_k", &[units, 1]),
+            tensor("u", &[units, filters]),
+            tensor("filters", &[filters, taps]),
+        ]
+    };
+    let limit = |filters, taps, units| refused("location_aware", &one, aware(filters, taps, units));
+    assert_eq!(limit(1025, 1, 1), "score=location_aware has 1025 filters > 1024");
+    assert_eq!(limit(1, 4097, 1), "score=location_aware has 4097 taps > 4096");
+    assert_eq!(limit(1, 1, 1025), "score=location_aware has 1025 units > 1024");
+}
+
+/// A bias for each head needs no matrix for each: what they share they have once.
+#[test]
+fn heads_share_what_is_the_same() {
+    let shape = problem::shape([1, 1024, 1, 1, 1, 64, 1]);
+    let tensor = |name: &str, shape: &[usize]| Tensor {
+        name: name.into(),
+        shape: shape.into(),
+        values: vec![0.5; shape.iter().product()].into(),
+    };
+    let parameters = vec![
+        tensor("v", &[512]),
+        tensor("w_q", &[512, 64]),
+        tensor("w_k", &[512, 64]),
+        tensor("b", &[1024, 512]),
+    ];
+    let given: usize = parameters.iter().map(|parameter| parameter.values.len()).sum();
+    let score = Asked::new("additive", parameters).unwrap();
+    let parts = OperatorParts { score, ..OperatorParts::plain(1.0, Causal::None) };
+    let operator = Operator::new(parts, &shape).unwrap();
+    assert_eq!(operator.score_bytes(), (2 * given + 2 * 512 * 64) as u64 * 4);
+}
 
 #[test]
 fn the_table_has_every_function_once() {

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use attnd_kernel::{Bias, Compute, KERNEL_ID, Operator, Path};
+use attnd_kernel::{AttnShape, Bias, Compute, KERNEL_ID, Operator, Path};
 use attnd_plan::{Capacity, Plan, PlanError, PlanRequest, VerifiedPlan};
 use attnd_wire::join::{GENERAL_PATH, OPERATORS, OUTPUTS, SCORES, WIRE_VERSIONS};
 use attnd_wire::{Begin, ComputeBegin, Deadline, Error, Reason};
@@ -13,6 +13,9 @@ use super::worker_actor::{OpenShare, OpenedShare};
 
 /// Plans that may fail because a worker or its memory went away between the look and the reservation.
 const ATTEMPTS: usize = 3;
+
+/// Largest dimension that workers before score functions take.
+const OLD_MAX_DIM: usize = 512;
 
 /// A plan whose workers wait for their bytes.
 #[derive(Debug)]
@@ -54,12 +57,18 @@ pub(crate) async fn place(
 /// The first version of workers that can compute the call.
 fn least_version(begin: &Begin) -> u32 {
     match (begin.operator.path(), begin.operator.kernel_id(Compute::F32)) {
-        _ if begin.shape.value_is_key_prefix() || is_of_scores(&begin.operator) => SCORES,
+        _ if is_of_scores_shape(&begin.shape) || is_of_scores(&begin.operator) => SCORES,
         _ if begin.outputs.is_some() => OUTPUTS,
         (Path::Plain, KERNEL_ID) => *WIRE_VERSIONS.start(),
         (Path::Plain, _newer) => OPERATORS,
         (Path::General, _) => GENERAL_PATH,
     }
+}
+
+/// Whether a shape is one that came with score functions.
+fn is_of_scores_shape(shape: &AttnShape) -> bool {
+    let dim = shape.head_dim().max(shape.value_dim());
+    dim > OLD_MAX_DIM || shape.value_is_key_prefix()
 }
 
 /// Whether an operator has what came with score functions.
@@ -149,7 +158,7 @@ async fn open(
 
 #[cfg(test)]
 mod tests {
-    use attnd_kernel::{AttnShape, Causal, Csr, Dims, Dtype, OperatorParts, OutputsParts, Relative, Score};
+    use attnd_kernel::{Causal, Csr, Dims, Dtype, OperatorParts, OutputsParts, Relative, Score, Swin};
     use attnd_plan::WorkerChoice;
 
     use super::*;
@@ -158,7 +167,7 @@ mod tests {
     fn old_workers_get_calls_of_old_versions() {
         let dims = Dims { batch: 1, heads: 1, kv_heads: 1, queries: 1, keys: 1, head_dim: 1, value_dim: 1 };
         let shape = AttnShape::new(dims).unwrap();
-        let with_outputs = |parts: OperatorParts, outputs| {
+        let of_shape = |shape: AttnShape, parts: OperatorParts, outputs| {
             let operator = Operator::new(parts, &shape).unwrap();
             least_version(&Begin {
                 shape,
@@ -171,6 +180,7 @@ mod tests {
                 workers: WorkerChoice::Auto,
             })
         };
+        let with_outputs = |parts, outputs| of_shape(shape, parts, outputs);
         let version = |parts| with_outputs(parts, OutputsParts::default());
         let plain = || OperatorParts::plain(1.0, Causal::TopLeft);
         assert_eq!(with_outputs(plain(), OutputsParts { top_k: 1, ..OutputsParts::default() }), 4);
@@ -189,6 +199,13 @@ mod tests {
         );
         let csr = Csr::new((1, 1), 1, [0, 1].into(), [0].into()).unwrap();
         assert_eq!(version(OperatorParts { csr: Some(csr), ..plain() }), 5);
+        let large = |dims| of_shape(AttnShape::new(dims).unwrap(), plain(), OutputsParts::default());
+        assert_eq!([large(Dims { head_dim: 512, ..dims }), large(Dims { head_dim: 513, ..dims })], [1, 5]);
+        assert_eq!(large(Dims { value_dim: 513, ..dims }), 5);
+        let latent = shape.with_values_from_keys().unwrap();
+        assert_eq!(of_shape(latent, plain(), OutputsParts::default()), 5);
+        let swin = Swin { height: 1, width: 1, table: [0.5].into(), shift: None };
+        assert_eq!(version(OperatorParts { biases: vec![Bias::Swin(swin)], ..plain() }), 5);
         let relative = Bias::Relative(Relative::new([0.5; 8].into(), 8, 20, false).unwrap());
         assert_eq!(version(OperatorParts { biases: vec![relative], ..plain() }), 5);
     }

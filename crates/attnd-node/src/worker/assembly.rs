@@ -193,8 +193,8 @@ impl GroupAssembly {
         pages
             .take(offset, data, |page, rows| {
                 if let Some(bytes) = prefix.filter(|_| tensor == Tensor::K) {
-                    let values: Vec<u8> =
-                        rows.chunks(row_bytes).flat_map(|row| &row[..bytes]).copied().collect();
+                    let mut values = Vec::with_capacity(rows.len() / row_bytes * bytes);
+                    rows.chunks(row_bytes).for_each(|row| values.extend_from_slice(&row[..bytes]));
                     let written = kv.write_v(page, &values, dtype, check_finite);
                     // It is the key's number, too.
                     written.map_err(|found| AssemblyError::NonFinite { tensor, head, found })?;

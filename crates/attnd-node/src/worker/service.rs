@@ -43,7 +43,7 @@ impl WorkerService {
         tracing::Span::current().record("call_id", begin.call_id);
         let layout = Layout::new(&begin);
         let groups_need = intake::bytes_needed(&layout, &begin.sides, &begin.pieces)?;
-        let cells_need = (QUEUE as u64 * cell_bytes(&begin)).saturating_add(inspection_bytes(&begin));
+        let cells_need = cell_bytes(&layout, &begin).saturating_add(inspection_bytes(&begin));
         let sums = match &begin.outputs {
             Some(_) => SumsDue::new(&begin.shape, &begin.pieces, begin.tokens_per_cell),
             None => SumsDue::default(),
@@ -91,10 +91,11 @@ async fn read_begin(
     }
 }
 
-/// Memory of one partial; Begin was refused if that doesn't fit into a message.
-fn cell_bytes(begin: &ComputeBegin) -> u64 {
-    let rows = begin.tokens_per_cell * begin.shape.group_size();
-    rows as u64 * (begin.shape.value_dim() as u64 + 2) * 4
+/// Memory of the cells that are there at once; Begin was refused if a partial doesn't fit into a message.
+fn cell_bytes(layout: &Layout, begin: &ComputeBegin) -> u64 {
+    let (residency, tokens) = (&layout.residency, begin.tokens_per_cell);
+    let inspected = if begin.outputs.is_some() { residency.inspected_bytes(tokens) } else { 0 };
+    (QUEUE as u64 * residency.cell_bytes(tokens)).saturating_add(inspected)
 }
 
 /// Memory of the second pass, beside operands.
@@ -209,7 +210,7 @@ mod tests {
                     };
                     let layout = Layout::new(&begin);
                     let groups = intake::bytes_needed(&layout, &begin.sides, &begin.pieces).unwrap();
-                    let all = groups + QUEUE as u64 * cell_bytes(&begin) + inspection_bytes(&begin);
+                    let all = groups + cell_bytes(&layout, &begin) + inspection_bytes(&begin);
                     assert_eq!(all, share.resident_bytes, "{dtype}, {n} workers, {outputs:?}");
                 }
             }

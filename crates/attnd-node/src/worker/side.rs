@@ -1,5 +1,5 @@
 //! What travels beside the operands of a share, as it arrives: the parts of masks and biases that its kv groups look at
-//! become planes that kernels read.
+//! become planes that kernels read, and so do weights that rows had before.
 //!
 //! The bytes of a part come in ascending order, in any cut, parts of a tensor side by side. A part has a matrix of its
 //! own, with the keys of its slots alone; of each row, the keys of a page are stored as soon as they are complete.
@@ -217,7 +217,6 @@ fn reserve(layout: &SideLayout, part: &PlanePart, shape: &AttnShape) -> Result<P
             let mut weights = Vec::new();
             let refused = |_full| OutOfMemory { bytes: elements as u64 * 4 };
             weights.try_reserve_exact(elements).map_err(refused)?;
-            weights.resize(elements, 0.0);
             Ok(Plane::Whole(weights))
         }
     }
@@ -246,7 +245,13 @@ fn store(
             .write_bias(row, page, keys, dtype)
             .map_err(|found| refusal::non_finite_bias(at(found.row, found.key), found.value)),
         (Plane::Whole(weights), Element::Float(dtype)) => {
-            let weights = &mut weights[row * layout.columns() + first..][..keys.len() / dtype.size()];
+            // They come in order, and nothing is cleared before it is there.
+            let begin = weights.len();
+            if begin != row * layout.columns() + first {
+                return Err(Error::new(Reason::Internal, "previous weights out of order"));
+            }
+            weights.resize(begin + keys.len() / dtype.size(), 0.0);
+            let weights = &mut weights[begin..];
             widen(keys, dtype, weights);
             match first_non_finite(weights) {
                 Some(key) => Err(refusal::non_finite_previous(at(row, first + key), weights[key])),
@@ -289,8 +294,8 @@ impl SidePlanes {
         let of = self.tensors.iter().find(|(layout, _)| layout.tensor() == SideTensor::Previous);
         let Some((layout, parts)) = of else { return Vec::new() };
         let whole = |plane: usize| {
-            let (_, here) = parts.iter().find(|(part, _)| part.plane == plane)?;
-            match here {
+            let at = parts.binary_search_by_key(&plane, |(part, _)| part.plane).ok()?;
+            match &parts[at].1 {
                 Plane::Whole(weights) => Some(&weights[..]),
                 Plane::Dense(_) => None,
             }

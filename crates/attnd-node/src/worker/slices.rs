@@ -42,7 +42,14 @@ impl<'a, G: Fn() -> bool> Slicer<'a, G> {
         let seen: u64 = tokens.clone().map(|token| mask.visible(token).len().min(keys) as u64).sum();
         let of_score = self.call.operator.score_cost(shape);
         let per_key = (shape.group_size() * (of_score + shape.value_dim())) as u64;
-        let work = seen.saturating_mul(per_key);
+        // What is made of queries is made again for each slice, and cut by tokens alone.
+        let of_queries = if self.call.operator.keeps_queries() || tokens.len() <= TOKENS {
+            0
+        } else {
+            let each = (shape.query_dim() * self.call.operator.packed_dim(shape)) as u64;
+            each * (shape.group_size() * tokens.len()) as u64
+        };
+        let work = seen.saturating_mul(per_key).saturating_add(of_queries);
         if work <= self.most {
             return (self.go_on)().then(|| attend_node(self.kernels, &self.call, node, tokens));
         }

@@ -9,14 +9,17 @@ use crate::{floats, proto};
 
 /// The score, unless it is the one that a call has where it says nothing.
 pub(super) fn encode(score: &Score) -> Option<proto::Score> {
-    let parameter = |tensor: &Tensor| proto::Parameter {
-        name: tensor.name.clone(),
-        shape: tensor.shape.iter().map(|size| small(*size)).collect(),
-        values: floats::into_bytes(tensor.values.to_vec()),
-    };
-    (!score.is_scaled_dot()).then(|| proto::Score {
+    if score.is_scaled_dot() {
+        return None;
+    }
+    let tensors = score.parameters();
+    let names: Vec<&str> = tensors.iter().map(|tensor| tensor.name.as_str()).collect();
+    Some(proto::Score {
         function: score.function().name.to_owned(),
-        parameters: score.parameters().iter().map(parameter).collect(),
+        parameters: names.join(","),
+        ranks: tensors.iter().map(|tensor| small(tensor.shape.len())).collect(),
+        sizes: tensors.iter().flat_map(|tensor| &tensor.shape).map(|size| small(*size)).collect(),
+        values: floats::into_bytes(tensors.iter().flat_map(|tensor| &tensor.values[..]).copied().collect()),
         // With what travels beside.
         previous: None,
     })
@@ -25,23 +28,42 @@ pub(super) fn encode(score: &Score) -> Option<proto::Score> {
 /// Decodes a score; whether its parameters make sense together and for a shape is for the operator to check.
 ///
 /// # Errors
-/// [`Reason::Count`], and [`Reason::Operator`] for a name that isn't known and for bytes that aren't whole numbers.
+/// [`Reason::Count`], and [`Reason::Operator`] for a name that isn't known, and for lists that contradict each other.
 pub(super) fn decode(message: Option<proto::Score>) -> Result<Score, Error> {
-    let Some(proto::Score { function, parameters, previous: _ }) = message else {
+    let Some(proto::Score { function, parameters, ranks, sizes, values, previous: _ }) = message else {
         return Ok(Score::default());
     };
-    convert::count("score.parameters", parameters.len())?;
     let function = convert::text(Reason::Operator, "score.function", function)?;
-    let parameters = parameters.into_iter().map(parameter).collect::<Result<_, _>>()?;
-    Ok(Score::new(&function, parameters).map_err(OperatorError::from)?)
-}
-
-fn parameter(message: proto::Parameter) -> Result<Tensor, Error> {
-    let proto::Parameter { name, shape, values } = message;
-    let name = convert::text(Reason::Operator, "score.parameters.name", name)?;
-    convert::count("score.parameters.shape", shape.len())?;
-    let values = numbers(&format!("score.{name}"), &values)?;
-    Ok(Tensor { name, shape: shape.into_iter().map(convert::size).collect(), values: values.into() })
+    let parameters = convert::text(Reason::Operator, "score.parameters", parameters)?;
+    let names: Vec<&str> = parameters.split(',').filter(|name| !name.is_empty()).collect();
+    let refused = |text: String| Error::new(Reason::Operator, text);
+    if ranks.len() != names.len() {
+        return Err(refused(format!("score has {} parameters, {} ranks", names.len(), ranks.len())));
+    }
+    let dimensions: u64 = ranks.iter().copied().map(u64::from).sum();
+    if dimensions != sizes.len() as u64 {
+        return Err(refused(format!("score has {} sizes, its ranks count {dimensions}", sizes.len())));
+    }
+    let values = numbers("score.values", &values)?;
+    let (mut sizes, mut left) = (sizes.into_iter().map(convert::size), &values[..]);
+    let mut tensors = Vec::with_capacity(names.len());
+    for (name, rank) in names.into_iter().zip(ranks) {
+        let shape: Vec<usize> = sizes.by_ref().take(convert::size(rank)).collect();
+        let elements = shape.iter().try_fold(1_usize, |product, size| product.checked_mul(*size));
+        let of_tensor = elements.and_then(|elements| left.split_at_checked(elements));
+        let Some((of_tensor, rest)) = of_tensor else {
+            return Err(refused(format!(
+                "score.{name} is {shape:?}, and {} values are left for it",
+                left.len()
+            )));
+        };
+        left = rest;
+        tensors.push(Tensor { name: name.to_owned(), shape, values: of_tensor.into() });
+    }
+    if !left.is_empty() {
+        return Err(refused(format!("score.values has {} more than its parameters", left.len())));
+    }
+    Ok(Score::new(&function, tensors).map_err(OperatorError::from)?)
 }
 
 /// The numbers of a table or a parameter.

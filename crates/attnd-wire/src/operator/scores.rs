@@ -5,6 +5,7 @@ use attnd_kernel::{Bias, Normaliser, OperatorError, Relative, Shift, Swin};
 use super::function::numbers;
 use crate::convert::{self, small};
 use crate::error::{Error, Reason};
+use crate::limits::MAX_BUCKETS;
 use crate::proto::bias::Kind as BiasKind;
 use crate::proto::normaliser::Kind as NormaliserKind;
 use crate::{floats, proto};
@@ -13,15 +14,18 @@ use crate::{floats, proto};
 pub(super) fn encode_biases(biases: &[Bias]) -> Vec<proto::Bias> {
     let encode = |bias: &Bias| match bias {
         Bias::Dense => None,
-        Bias::Relative(relative) => Some(BiasKind::Relative(proto::Relative {
-            table: floats::into_bytes(relative.table().to_vec()),
-            buckets: small(relative.buckets()),
-            max_distance: relative.max_distance(),
-            bidirectional: relative.bidirectional(),
-        })),
-        Bias::Swin(swin) => Some(BiasKind::Swin(encode_swin(swin))),
+        Bias::Relative(relative) => Some(BiasKind::Relative(
+            proto::Relative {
+                table: floats::into_bytes(relative.table().to_vec()),
+                buckets: small(relative.buckets()),
+                max_distance: relative.max_distance(),
+                bidirectional: relative.bidirectional(),
+            }
+            .into(),
+        )),
+        Bias::Swin(swin) => Some(BiasKind::Swin(encode_swin(swin).into())),
         Bias::Alibi { slopes, by_key } => {
-            Some(BiasKind::Alibi(proto::Alibi { slopes: slopes.to_vec(), by_key: *by_key }))
+            Some(BiasKind::Alibi(proto::Alibi { slopes: slopes.to_vec(), by_key: *by_key }.into()))
         }
     };
     biases.iter().filter_map(encode).map(|kind| proto::Bias { kind: Some(kind) }).collect()
@@ -32,15 +36,22 @@ pub(super) fn decode_biases(biases: Vec<proto::Bias>) -> Result<Vec<Bias>, Error
     convert::count("biases", biases.len())?;
     let decode = |(at, bias): (usize, proto::Bias)| match bias.kind {
         Some(BiasKind::Dense(_)) => Ok(Bias::Dense),
-        Some(BiasKind::Alibi(proto::Alibi { slopes, by_key })) => {
+        Some(BiasKind::Alibi(alibi)) => {
+            let proto::Alibi { slopes, by_key } = *alibi;
             Ok(Bias::Alibi { slopes: slopes.into(), by_key })
         }
-        Some(BiasKind::Relative(proto::Relative { table, buckets, max_distance, bidirectional })) => {
+        Some(BiasKind::Relative(relative)) => {
+            let proto::Relative { table, buckets, max_distance, bidirectional } = *relative;
+            let got = convert::size(buckets);
+            if got > MAX_BUCKETS {
+                let text = format!("bias.relative has {got} buckets, at most {MAX_BUCKETS}");
+                return Err(Error::new(Reason::Operator, text));
+            }
             let table = numbers("bias.relative.table", &table)?.into();
             let relative = Relative::new(table, convert::size(buckets), max_distance, bidirectional);
             Ok(Bias::Relative(relative.map_err(OperatorError::from)?))
         }
-        Some(BiasKind::Swin(swin)) => decode_swin(swin).map(Bias::Swin),
+        Some(BiasKind::Swin(swin)) => decode_swin(*swin).map(Bias::Swin),
         None => Err(unknown_kind(&format!("biases[{at}]"))),
     };
     biases.into_iter().enumerate().map(decode).collect()

@@ -319,7 +319,7 @@ fn what_scores_meet_is_checked_and_named() {
     assert_eq!(cap(f32::NAN), "OPERATOR: softcap is NaN, scale is 1");
     assert_eq!(cap(f32::INFINITY), "OPERATOR: softcap is inf, scale is 1");
     let alibi = |slopes: &[f32], by_key| proto::Bias {
-        kind: Some(proto::bias::Kind::Alibi(proto::Alibi { slopes: slopes.into(), by_key })),
+        kind: Some(proto::bias::Kind::Alibi(proto::Alibi { slopes: slopes.into(), by_key }.into())),
     };
     let with = |biases: Vec<proto::Bias>| proto::Operator { biases, ..Default::default() };
     let biases = |biases: Vec<proto::Bias>| top_left(with(biases));
@@ -382,48 +382,53 @@ fn runs_are_counted_and_bounded() {
 
 #[test]
 fn what_a_score_is_given_is_checked_and_named() {
-    let parameter = |name: &str, shape: &[u32], values: &[u8]| proto::Parameter {
-        name: name.to_owned(),
-        shape: shape.to_vec(),
-        values: values.to_vec().into(),
-    };
-    let score = |function: &str, parameters: Vec<proto::Parameter>| {
-        let score = proto::Score { function: function.to_owned(), parameters, previous: None };
+    let refused_score = |score: proto::Score| {
         refused(proto::Causal::None, proto::Operator { score: Some(score), ..Default::default() })
+    };
+    let score = |function: &str, parameters: &str, ranks: &[u32], sizes: &[u32], values: &[u8]| {
+        refused_score(proto::Score {
+            function: function.to_owned(),
+            parameters: parameters.to_owned(),
+            ranks: ranks.to_vec(),
+            sizes: sizes.to_vec(),
+            values: values.to_vec().into(),
+            previous: None,
+        })
     };
     let known = "additive, biaffine, concat, cosine, distance, dot, gat, gatv2, general, keras_additive, keras_concat, \
                  location, location_aware, scaled_dot";
-    assert_eq!(score("sharp", vec![]), format!("OPERATOR: score=sharp: there are {known}"));
+    assert_eq!(score("sharp", "", &[], &[], &[]), format!("OPERATOR: score=sharp: there are {known}"));
     assert_eq!(
-        score("general", vec![]),
+        score("general", "", &[], &[], &[]),
         "COMBINATION: score=general and no parameter w of [query_dim 1, head_dim 1] or [num_heads 2, query_dim 1, head_dim 1]"
     );
     assert_eq!(
-        score("dot", vec![parameter("w", &[1], &[0; 4])]),
+        score("dot", "w", &[1], &[1], &[0; 4]),
         "COMBINATION: score=dot and a parameter w: it takes one each of none"
     );
+    let general = |ranks: &[u32], sizes: &[u32], values: &[u8]| score("general", "w", ranks, sizes, values);
+    assert_eq!(general(&[2], &[1, 1], &[0; 5]), "OPERATOR: score.values has 5 bytes, not a multiple of 4");
+    assert_eq!(general(&[2], &[1, 1], &[0; 8]), "OPERATOR: score.values has 1 more than its parameters");
+    assert_eq!(general(&[2], &[1, 3], &[0; 8]), "OPERATOR: score.w is [1, 3], and 2 values are left for it");
+    let max = u32::MAX;
     assert_eq!(
-        score("general", vec![parameter("w", &[1, 1], &[0; 5])]),
-        "OPERATOR: score.w has 5 bytes, not a multiple of 4"
+        general(&[3], &[max, max, max], &[0; 8]),
+        "OPERATOR: score.w is [4294967295, 4294967295, 4294967295], and 2 values are left for it"
     );
+    assert_eq!(general(&[2, 1], &[1, 1, 1], &[0; 8]), "OPERATOR: score has 1 parameters, 2 ranks");
+    assert_eq!(general(&[max], &[1, 1], &[0; 4]), "OPERATOR: score has 2 sizes, its ranks count 4294967295");
     assert_eq!(
-        score("general", vec![parameter("w", &[1, 1], &[0; 8])]),
-        "OPERATOR: score.w has 2 elements, its shape has 1"
-    );
-    assert_eq!(
-        score("general", vec![parameter("w", &[1, 1], &f32::NAN.to_le_bytes())]),
+        general(&[2], &[1, 1], &f32::NAN.to_le_bytes()),
         "OPERATOR: score.w[0] is NaN, not a finite number"
     );
-    let large = vec![0; OPERATOR_BYTES];
     assert_eq!(
-        score("general", vec![parameter("w", &[1024, 1024], &large)]),
+        general(&[2], &[1024, 1280], &vec![0; OPERATOR_BYTES]),
         format!(
-            "OPERATOR: its parameters, tables and lists have {} bytes, at most 4194304",
-            OPERATOR_BYTES + 23
+            "OPERATOR: its parameters, tables and lists have {} bytes, at most 5242880",
+            OPERATOR_BYTES + 31
         )
     );
-    let control = score("dot\n", vec![]);
-    assert_eq!(control, "OPERATOR: score.function has control characters: dot\n");
+    assert_eq!(score("dot\n", "", &[], &[], &[]), "OPERATOR: score.function has control characters: dot\n");
 }
 
 #[test]
@@ -435,14 +440,12 @@ fn tables_and_blocks_are_checked_and_named() {
     };
     let relative = |bytes: usize, buckets, max_distance| {
         let table = vec![0; bytes].into();
-        bias(proto::bias::Kind::Relative(proto::Relative {
-            table,
-            buckets,
-            max_distance,
-            bidirectional: true,
-        }))
+        bias(proto::bias::Kind::Relative(
+            proto::Relative { table, buckets, max_distance, bidirectional: true }.into(),
+        ))
     };
     assert_eq!(relative(33, 4, 9), "OPERATOR: bias.relative.table has 33 bytes, not a multiple of 4");
+    assert_eq!(relative(32, 70_000, 9), "OPERATOR: bias.relative has 70000 buckets, at most 65536");
     assert_eq!(relative(32, 3, 9), "OPERATOR: bias.relative has 3 buckets, at least 4 are needed");
     assert_eq!(
         relative(28, 8, 1),
@@ -455,11 +458,11 @@ fn tables_and_blocks_are_checked_and_named() {
     );
     let swin = proto::Swin { height: 2, width: 3, between: -100.0, ..Default::default() };
     assert_eq!(
-        bias(proto::bias::Kind::Swin(swin.clone())),
+        bias(proto::bias::Kind::Swin(swin.clone().into())),
         "COMBINATION: bias.swin.between -100 and no bias.swin.regions"
     );
     assert_eq!(
-        bias(proto::bias::Kind::Swin(proto::Swin { between: 0.0, ..swin })),
+        bias(proto::bias::Kind::Swin(proto::Swin { between: 0.0, ..swin }.into())),
         "OPERATOR: bias.swin has windows of 2 * 3 tokens, q_len is 3"
     );
     let blocks = |csr| refused_mask(proto::Causal::None, |m| m.csr = Some(csr));
@@ -561,7 +564,7 @@ proptest! {
         let mask = proto::Mask {
             positions, offsets, window, chunk, key_end: ends.clone(), query_end: ends, ..Default::default()
         };
-        let alibi = slopes.map(|slopes| proto::bias::Kind::Alibi(proto::Alibi { slopes, by_key }));
+        let alibi = slopes.map(|slopes| proto::bias::Kind::Alibi(proto::Alibi { slopes, by_key }.into()));
         let biases = alibi.map(|kind| proto::Bias { kind: Some(kind) }).into_iter().collect();
         let operator = Some(proto::Operator { softcap, biases, mask: Some(mask), ..Default::default() });
         if let Ok(operator) = (Encoded { scale, causal, operator }).decode(&shape(), &Sides::default()) {

@@ -226,7 +226,7 @@ fn previous_weights_become_planes_of_each_head() {
     let mut bytes = vec![0; 1900 * 4];
     bytes[700 * 4..][..4].copy_from_slice(&f32::INFINITY.to_le_bytes());
     let refused = assembly(&sides, &whole(), &budget).accept(SideTensor::Previous, 0, 0, &bytes).unwrap_err();
-    assert_eq!(refused.message(), "NON_FINITE: previous[b=0,h=0,pos=0,key=700] inf");
+    assert_eq!(refused.message(), "NON_FINITE: previous[b=0,h=0,pos=0,key=700] +inf");
 }
 
 fn whole() -> [Piece; 1] {
