@@ -22,6 +22,8 @@ where attnd runs:
   q = \"x.npz:q\"
   causal = true
   window = [4096, 0]
+  score = \"cosine\"
+  param = { beta = 2.5 }
 
 What is told beside the context is exact, costs a second pass over the scores, and is in the .safetensors file. Each
 array begins with [heads, queries], or [batch, heads, queries] where q has a batch; heads are those of --output-heads:
@@ -40,6 +42,11 @@ Examples:
   attnd attend --workers 2 --q x.npz:q --k x.npz:k --v x.npz:v --causal --window 4096,0 --sinks x.npz:sinks
   attnd attend --workers 2 --q x.npz:q --k x.npz:k --v x.npz:v --attn-mask mask.npy --bias x.npz:bias
   attnd attend --workers 2 --q x.npz:q --k x.npz:k --v x.npz:v --causal --softcap 50 --alibi auto
+  attnd attend --workers 2 --q x.npz:q --k x.npz:k --v x.npz:v --score additive --param v=x.npz:v_a \\
+               --param w_q=x.npz:w_q --param w_k=x.npz:w_k
+  attnd attend --workers 2 --q x.npz:q --k x.npz:k --v x.npz:v --relative t5.npy --relative-bidirectional
+  attnd attend --workers 2 --q x.npz:q --k x.npz:k --v x.npz:v --csr-row-ptr graph.npz:indptr \\
+               --csr-columns graph.npz:indices
   attnd attend --request call.toml --softcap 30 -o out.safetensors
   attnd attend --workers 2 --q x.npz:q --k x.npz:k --v x.npz:v --top-k 8 --entropy -o out.safetensors
   attnd attend --workers 2 --q x.npz:q --k x.npz:k --v x.npz:v --rectangle weights:0-3:last:0-99 -o out.safetensors
