@@ -143,8 +143,8 @@ async fn shares_that_nobody_can_compute() {
         ("no keys", begun(|begin| begin.shape.as_mut().unwrap().keys = 0), invalid("SHAPE_ZERO: kv_len")),
         (
             "a head dim over the limit",
-            begun(|begin| begin.shape.as_mut().unwrap().head_dim = 513),
-            invalid("SHAPE_LIMIT: head_dim 513 > 512"),
+            begun(|begin| begin.shape.as_mut().unwrap().head_dim = 1025),
+            invalid("SHAPE_LIMIT: head_dim 1025 > 1024"),
         ),
         ("no dtype", begun(|begin| begin.dtype = 0), invalid("DTYPE: 0")),
         (

@@ -24,7 +24,8 @@ pub struct Operands {
     pub q: Bytes,
     /// `[batch, kv_heads, keys, head_dim]`.
     pub k: Bytes,
-    /// `[batch, kv_heads, keys, value_dim]`.
+    /// `[batch, kv_heads, keys, value_dim]`; empty where values are the first elements of keys
+    /// ([`AttnShape::with_values_from_keys`]).
     pub v: Bytes,
 }
 

@@ -22,7 +22,7 @@ use crate::operator::{Operator, Path, Queries};
 use crate::pages::{KvHead, padded_columns};
 use crate::partial::PartialRows;
 use crate::plane::DensePlane;
-use crate::shape::AttnShape;
+use crate::shape::{AttnShape, MAX_INT8_DIM};
 use crate::slot::{Node, PAGE_KEYS, pages_of_slot};
 
 /// Blocks per thread below which the keys are split too.
@@ -112,6 +112,11 @@ impl GroupCall<'_> {
             "shape of kv"
         );
         assert_eq!(operator.storage(call.kv.storage()), call.kv.storage(), "storage of kv");
+        let (int8, dims) = (call.compute.compute() == Compute::Int8, [shape.head_dim(), shape.value_dim()]);
+        assert!(
+            !int8 || dims.iter().all(|dim| *dim <= MAX_INT8_DIM),
+            "dimensions {dims:?} of int8 dot products"
+        );
         assert!(call.group < shape.n_groups(), "group {} of {}", call.group, shape.n_groups());
         assert!(tokens.end <= shape.n_queries(), "tokens {tokens:?} of {}", shape.n_queries());
         let compute = call.compute.compute();

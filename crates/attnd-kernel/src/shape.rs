@@ -3,7 +3,9 @@
 /// Largest number of query heads, and of batch times query heads.
 pub const MAX_HEADS: usize = 1024;
 /// Largest head dimension, of keys and of values.
-pub const MAX_DIM: usize = 512;
+pub const MAX_DIM: usize = 1024;
+/// Largest head dimension of dot products of integers, so that no sum leaves 32 bits.
+pub const MAX_INT8_DIM: usize = 512;
 /// Largest number of query tokens.
 pub const MAX_QUERIES: usize = 65_536;
 /// Largest number of key tokens.
@@ -21,6 +23,7 @@ pub struct AttnShape {
     query_dim: usize,
     head_dim: usize,
     value_dim: usize,
+    value_is_key_prefix: bool,
 }
 
 /// Why a set of dimensions is no attention shape. Fields carry the name of the dimension as the API spells it.
@@ -49,6 +52,14 @@ pub enum ShapeError {
         heads: usize,
         /// Key/value heads.
         kv_heads: usize,
+    },
+    /// Values that are the first elements of keys, and more of them than these have.
+    #[error("value_is_key_prefix and value_dim {value_dim}: keys have {head_dim}")]
+    Prefix {
+        /// Elements of a value.
+        value_dim: usize,
+        /// Elements of a key.
+        head_dim: usize,
     },
 }
 
@@ -88,6 +99,7 @@ impl AttnShape {
             query_dim: check("head_dim", dims.head_dim, MAX_DIM)?,
             head_dim: check("head_dim", dims.head_dim, MAX_DIM)?,
             value_dim: check("value_dim", dims.value_dim, MAX_DIM)?,
+            value_is_key_prefix: false,
         };
         check("batch * num_heads", dims.batch * dims.heads, MAX_HEADS)?;
         if !shape.n_heads.is_multiple_of(shape.n_kv_heads) {
@@ -107,6 +119,20 @@ impl AttnShape {
             Ok(query_dim) if query_dim <= limit => Ok(Self { query_dim, ..self }),
             _ => Err(ShapeError::Limit { field, got: query_dim, limit: limit as u64 }),
         }
+    }
+
+    /// The same with values that aren't sent, because each is the first `value_dim` elements of its key: the absorbed form of multi-head
+    /// latent attention (DeepSeek-V2, 2024, section 2.1.2 and appendix C), whose one kv head is `[latent, rotary part]` and has the
+    /// latent for its values.
+    ///
+    /// # Errors
+    /// If keys are shorter than that.
+    pub fn with_values_from_keys(self) -> Result<Self, ShapeError> {
+        let Self { head_dim, value_dim, .. } = self;
+        if value_dim > head_dim {
+            return Err(ShapeError::Prefix { value_dim, head_dim });
+        }
+        Ok(Self { value_is_key_prefix: true, ..self })
     }
 
     /// Independent problems.
@@ -140,6 +166,10 @@ impl AttnShape {
     /// Dimension of values.
     pub fn value_dim(&self) -> usize {
         self.value_dim
+    }
+    /// Whether values are the first elements of keys, and aren't sent.
+    pub fn value_is_key_prefix(&self) -> bool {
+        self.value_is_key_prefix
     }
     /// Query heads that share one kv head.
     pub fn group_size(&self) -> usize {

@@ -8,6 +8,7 @@
 
 use attnd_kernel::{AttnShape, Causal, Csr, Mask, Operator, Path};
 
+use crate::Tensor;
 use crate::planner::PlanRequest;
 
 /// Bytes that one message carries when a large tensor streams.
@@ -77,7 +78,7 @@ pub(crate) struct CallCosts {
     model: CostModel,
     /// Operations per key of one kv group, or as many as pass while the key is read.
     flops_per_key: f64,
-    /// Bytes of K and V per key of one kv group, on the wire and in memory.
+    /// Bytes of K and V per key of one kv group, on the wire.
     bytes_per_key: f64,
     /// Bytes of Q of one kv group.
     query_bytes: f64,
@@ -92,6 +93,7 @@ impl CallCosts {
     pub(crate) fn new(model: &CostModel, req: &PlanRequest, tokens_per_cell: usize) -> Self {
         let PlanRequest { shape, operator, outputs, dtype, .. } = req;
         let (d, dv, bytes) = (shape.head_dim() as f64, shape.value_dim() as f64, dtype.size() as f64);
+        let sent_dv = Tensor::V.layout(shape).2 as f64;
         let score = operator.score_cost(shape) as f64;
         // A key becomes another one once.
         let of_key = if operator.keeps_keys() { 0.0 } else { 2.0 * d * operator.key_dim(shape) as f64 };
@@ -106,7 +108,7 @@ impl CallCosts {
             model: *model,
             flops_per_key: (passes * 2.0 * (score + dv) * pairs / shape.n_keys() as f64 + of_key)
                 .max((d + dv) * bytes * model.flops_per_byte),
-            bytes_per_key: (d + dv) * bytes,
+            bytes_per_key: (d + sent_dv) * bytes,
             query_bytes: group_rows * shape.query_dim() as f64 * bytes,
             partial_bytes: group_rows * (dv + 2.0) * 4.0,
             partial_messages: shape.n_queries().div_ceil(tokens_per_cell) as f64,

@@ -51,7 +51,7 @@ pub enum Tensor {
     Q,
     /// Keys, `[batch, kv_heads, keys, head_dim]`.
     K,
-    /// Values, `[batch, kv_heads, keys, value_dim]`.
+    /// Values, `[batch, kv_heads, keys, value_dim]`; nothing where they are parts of keys.
     V,
 }
 
@@ -59,11 +59,12 @@ impl Tensor {
     /// All three, in the order of the wire.
     pub const ALL: [Self; 3] = [Self::Q, Self::K, Self::V];
 
-    /// Heads over the batch, tokens per head and elements per token of this tensor in a call of `shape`.
+    /// Heads over the batch, tokens per head and elements per token of this tensor, as it is sent in a call of `shape`.
     pub fn layout(self, shape: &attnd_kernel::AttnShape) -> (usize, usize, usize) {
         match self {
             Self::Q => (shape.batch() * shape.n_heads(), shape.n_queries(), shape.query_dim()),
             Self::K => (shape.n_groups(), shape.n_keys(), shape.head_dim()),
+            Self::V if shape.value_is_key_prefix() => (shape.n_groups(), shape.n_keys(), 0),
             Self::V => (shape.n_groups(), shape.n_keys(), shape.value_dim()),
         }
     }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use attnd_kernel::slot::N_SLOTS;
 use attnd_kernel::{AttnShape, Dtype, Operator, Outputs};
 
+use crate::Tensor;
 use crate::cost::{CallCosts, CostModel, Load};
 use crate::inspection::tokens_per_report;
 use crate::line::{Hand, Line};
@@ -249,7 +250,8 @@ impl<'a> Planner<'a> {
         let intervals = self.line.cut(&hands, use_all, &self.costs)?;
         let given =
             || chosen.iter().zip(&intervals).filter_map(|(worker, places)| Some((*worker, places.as_ref()?)));
-        let key_bytes = (self.dtype.size() * (self.shape.head_dim() + self.shape.value_dim())) as u64;
+        let dims = [Tensor::K, Tensor::V].map(|tensor| tensor.layout(&self.shape).2);
+        let key_bytes = (self.dtype.size() * (dims[0] + dims[1])) as u64;
         let loads: Vec<Load> = given()
             .map(|(worker, places)| Load {
                 keys: self.line.keys(places),

@@ -41,6 +41,7 @@ impl From<&AttnShape> for proto::Shape {
             head_dim: small(shape.head_dim()),
             value_dim: small(shape.value_dim()),
             query_dim: if shape.query_dim() == shape.head_dim() { 0 } else { small(shape.query_dim()) },
+            value_is_key_prefix: shape.value_is_key_prefix(),
         }
     }
 }
@@ -60,8 +61,11 @@ pub fn shape(message: Option<proto::Shape>) -> Result<AttnShape, Error> {
         head_dim: message.head_dim.into(),
         value_dim: message.value_dim.into(),
     };
-    let shape = refusal::shape(dims)?;
-    if message.query_dim == 0 { Ok(shape) } else { Ok(shape.with_query_dim(message.query_dim.into())?) }
+    let mut shape = refusal::shape(dims)?;
+    if message.query_dim != 0 {
+        shape = shape.with_query_dim(message.query_dim.into())?;
+    }
+    if message.value_is_key_prefix { Ok(shape.with_values_from_keys()?) } else { Ok(shape) }
 }
 
 impl From<Dtype> for proto::Dtype {
@@ -279,11 +283,13 @@ mod tests {
     proptest! {
         #[test]
         fn no_shape_and_no_piece_panics(
-            dims in any::<[u32; 8]>(), tiny in any::<bool>(), ends in any::<[u32; 4]>(), n_groups in 1..1024_usize,
+            dims in any::<[u32; 8]>(), value_is_key_prefix in any::<bool>(), tiny in any::<bool>(), ends in any::<[u32; 4]>(), n_groups in 1..1024_usize,
         ) {
             let [batch, heads, kv_heads, queries, keys, head_dim, value_dim, query_dim] =
                 dims.map(|d| if tiny { d % 4 } else { d });
-            let message = proto::Shape { batch, heads, kv_heads, queries, keys, head_dim, value_dim, query_dim };
+            let message = proto::Shape {
+                batch, heads, kv_heads, queries, keys, head_dim, value_dim, query_dim, value_is_key_prefix,
+            };
             if let Ok(shape) = shape(Some(message)) {
                 // The dimension of keys is what absence means.
                 let query_dim = if query_dim == head_dim { 0 } else { query_dim };

@@ -263,7 +263,7 @@ mod tests {
 
     #[test]
     fn each_field_of_a_hello_is_checked() {
-        assert_eq!(refused(|h| h.wire_version = 5), "WIRE: 5 not in 1..4");
+        assert_eq!(refused(|h| h.wire_version = 6), "WIRE: 6 not in 1..5");
         for id in ["", "a\u{1b}", &"x".repeat(65)] {
             assert_eq!(refused(|h| h.worker_id = id.into()), "HELLO: worker_id: 1..64 of [A-Za-z0-9._-]");
         }

@@ -162,6 +162,7 @@ impl From<ShapeError> for Error {
             ShapeError::Zero { .. } => Reason::ShapeZero,
             ShapeError::Limit { .. } => Reason::ShapeLimit,
             ShapeError::GqaRatio { .. } => Reason::GqaRatio,
+            ShapeError::Prefix { .. } => Reason::Combination,
         };
         Self::new(reason, error.to_string())
     }

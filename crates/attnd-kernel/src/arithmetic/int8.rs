@@ -19,13 +19,13 @@ use std::ops::Range;
 
 use super::Arithmetic;
 use crate::lanes::{DotLanes, LANES};
-use crate::shape::MAX_DIM;
+use crate::shape::MAX_INT8_DIM;
 use crate::slot::PAGE_KEYS;
 
 /// A scale, over the power of two that it is made of.
 const UNIT: f32 = 1.0 / (1 << 14) as f32;
 
-const _: () = assert!(MAX_DIM * 127 * 32_767 <= i32::MAX as usize && PAGE_KEYS <= MAX_DIM);
+const _: () = assert!(MAX_INT8_DIM * 127 * 32_767 <= i32::MAX as usize && PAGE_KEYS <= MAX_INT8_DIM);
 
 /// The scale of integers that stand for numbers of up to `largest`: 1 where that is 0 or no number.
 #[inline(always)]

@@ -54,7 +54,7 @@ pub(crate) async fn place(
 /// The first version of workers that can compute the call.
 fn least_version(begin: &Begin) -> u32 {
     match (begin.operator.path(), begin.operator.kernel_id(Compute::F32)) {
-        _ if is_of_scores(&begin.operator) => SCORES,
+        _ if begin.shape.value_is_key_prefix() || is_of_scores(&begin.operator) => SCORES,
         _ if begin.outputs.is_some() => OUTPUTS,
         (Path::Plain, KERNEL_ID) => *WIRE_VERSIONS.start(),
         (Path::Plain, _newer) => OPERATORS,

@@ -85,7 +85,8 @@ pub(crate) struct GroupAssembly {
     kv: Option<KvHead>,
     sent_keys: Option<SentKeys>,
     k: Pages,
-    v: Pages,
+    /// Of values that are sent.
+    v: Option<Pages>,
 }
 
 impl GroupAssembly {
@@ -103,7 +104,7 @@ impl GroupAssembly {
             kv: None,
             sent_keys: sent_keys.then(|| SentKeys::new(&layout)),
             k: pages(shape.head_dim()),
-            v: pages(shape.value_dim()),
+            v: (!shape.value_is_key_prefix()).then(|| pages(shape.value_dim())),
             slots,
         }
     }
@@ -119,7 +120,8 @@ impl GroupAssembly {
         let shape = &layout.shape;
         let keys = keys_in_slots(slots.clone(), shape.n_keys()) as u64;
         let q = (shape.group_size() * shape.n_queries()) as u64 * shape.query_dim() as u64;
-        (q + keys * (shape.head_dim() + shape.value_dim()) as u64) * layout.dtype.size() as u64
+        let sent = Tensor::K.layout(shape).2 + Tensor::V.layout(shape).2;
+        (q + keys * sent as u64) * layout.dtype.size() as u64
     }
 
     /// Takes the next run of one head: `data` starts `offset` bytes into the head's `[tokens, dim]` matrix.
@@ -170,7 +172,8 @@ impl GroupAssembly {
     }
 
     fn accept_kv(&mut self, tensor: Tensor, offset: u64, data: &[u8]) -> Result<(), AssemblyError> {
-        let Layout { dtype, check_finite, .. } = self.layout;
+        let Layout { shape, dtype, check_finite, .. } = self.layout;
+        let row_bytes = shape.head_dim() * dtype.size();
         let kv = match &mut self.kv {
             Some(kv) => kv,
             None => self.kv.insert(self.layout.pages(self.slots.clone())?),
@@ -178,9 +181,24 @@ impl GroupAssembly {
         let head = self.group;
         let slots = &self.slots;
         let sent_keys = &mut self.sent_keys;
-        let pages = if tensor == Tensor::K { &mut self.k } else { &mut self.v };
+        let pages = match (tensor, &mut self.v) {
+            (Tensor::V, Some(v)) => v,
+            (Tensor::V, None) if data.is_empty() => return Ok(()),
+            (Tensor::V, None) => {
+                return Err(AssemblyError::Offset { tensor, head, expected: 0, got: offset });
+            }
+            (Tensor::Q | Tensor::K, _) => &mut self.k,
+        };
+        let prefix = shape.value_is_key_prefix().then(|| shape.value_dim() * dtype.size());
         pages
             .take(offset, data, |page, rows| {
+                if let Some(bytes) = prefix.filter(|_| tensor == Tensor::K) {
+                    let values: Vec<u8> =
+                        rows.chunks(row_bytes).flat_map(|row| &row[..bytes]).copied().collect();
+                    let written = kv.write_v(page, &values, dtype, check_finite);
+                    // It is the key's number, too.
+                    written.map_err(|found| AssemblyError::NonFinite { tensor, head, found })?;
+                }
                 let written = match (tensor, &mut *sent_keys) {
                     (Tensor::K, Some(sent)) => return sent.take(head, page, rows, slots),
                     (Tensor::K, None) => kv.write_k(page, rows, dtype, check_finite),
@@ -197,7 +215,8 @@ impl GroupAssembly {
     /// Whether every byte is here.
     pub(crate) fn is_complete(&self) -> bool {
         let n_queries = self.layout.shape.n_queries();
-        self.k.is_complete() && self.v.is_complete() && self.q_heads.iter().all(|rows| rows.done == n_queries)
+        let values = self.v.as_ref().is_none_or(Pages::is_complete);
+        self.k.is_complete() && values && self.q_heads.iter().all(|rows| rows.done == n_queries)
     }
 
     /// The operands, once complete.
@@ -358,6 +377,44 @@ mod tests {
         };
         assert_eq!((found.token, found.dim), (700, 1));
         assert!(found.value.is_nan());
+    }
+
+    #[test]
+    fn values_that_are_the_first_of_keys_are_there_with_them() {
+        let of_prefix = |layout: Layout| {
+            let shape = layout.shape.with_values_from_keys().unwrap();
+            let residency = Residency::new(shape, layout.dtype, &Operator::plain(1.0, Causal::None));
+            Layout { shape, residency, ..layout }
+        };
+        let layout = layout(Dtype::F32);
+        let k = matrix(1900, 3, 0.5);
+        let v: Vec<u8> = k.chunks(12).flat_map(|row| &row[..8]).copied().collect();
+        let q = matrix(5, 3, 2.0);
+        let kernels = Kernels::available()[0];
+        let partials = |layout: Layout, sends_values: bool| {
+            let mut rng = StdRng::seed_from_u64(3);
+            let mut assembly = GroupAssembly::new(layout, 0, 0..64);
+            for head in 0..2 {
+                assembly.accept(Tensor::Q, head, 0, &q).unwrap();
+            }
+            if sends_values {
+                feed(&mut assembly, Tensor::V, 0, &v, 0..v.len(), &mut rng);
+            } else {
+                let refused = assembly.accept(Tensor::V, 0, 0, &v[..8]).unwrap_err();
+                assert_eq!(refused.to_string(), "v head 0: expected offset 0, got 0");
+            }
+            assert!(!assembly.is_complete());
+            feed(&mut assembly, Tensor::K, 0, &k, 0..k.len(), &mut rng);
+            let Operands { q, kv, .. } = assembly.finish().unwrap();
+            let (operator, side) = (&Operator::plain(1.0, Causal::None), Side::default());
+            let (shape, compute) = (layout.shape, Effective::F32);
+            let call = GroupCall { shape, operator, group: 0, q: &q, kv: &kv, side, compute };
+            attend_node(kernels, &call, slot::Node::ROOT, 0..5).0
+        };
+        assert_eq!(partials(of_prefix(layout), false), partials(layout, true));
+        let bytes =
+            [layout, of_prefix(layout)].map(|layout| GroupAssembly::bytes_expected(&layout, &(0..64)));
+        assert_eq!(bytes[0] - bytes[1], 1900 * 2 * 4);
     }
 
     #[test]

@@ -6,7 +6,7 @@ use attnd_kernel::{Causal, Dims, KvHead, OperatorParts, Storage};
 use proptest::prelude::*;
 
 use super::*;
-use crate::{Router, Tensor};
+use crate::Router;
 
 /// Dimensions, and (gflops, fraction of the memory that is needed) of each worker.
 pub(crate) type AnyCall = (Dims, Vec<(f64, f64)>);

@@ -29,7 +29,7 @@ fn shapes_are_refused_with_field_and_numbers() {
         (Dims { head_dim: 0, ..GOOD }, "SHAPE_ZERO: head_dim"),
         (Dims { value_dim: 0, ..GOOD }, "SHAPE_ZERO: value_dim"),
         (Dims { heads: max, ..GOOD }, "SHAPE_LIMIT: num_heads 4294967295 > 1024"),
-        (Dims { head_dim: 513, ..GOOD }, "SHAPE_LIMIT: head_dim 513 > 512"),
+        (Dims { head_dim: 1025, ..GOOD }, "SHAPE_LIMIT: head_dim 1025 > 1024"),
         (Dims { batch: 129, ..GOOD }, "SHAPE_LIMIT: batch * num_heads 1032 > 1024"),
         (Dims { heads: 7, ..GOOD }, "GQA_RATIO: 7 % 2 != 0"),
         (Dims { batch: max, heads: max, queries: max, ..GOOD }, "SHAPE_OVERFLOW"),
@@ -104,7 +104,7 @@ fn refusals_have_their_exact_text_and_code() {
             "REPLY_INVALID: the coordinator is older: it computes c1-f32, asked c1-f32-op1",
         ),
         (kernel_mix("c2", "c1-f32"), Code::FailedPrecondition, "KERNEL_MIX: c2, this node computes c1-f32"),
-        (wire(5), Code::FailedPrecondition, "WIRE: 5 not in 1..4"),
+        (wire(6), Code::FailedPrecondition, "WIRE: 6 not in 1..5"),
     ] {
         assert_eq!((error.message().as_str(), error.reason.code()), (text, code));
     }

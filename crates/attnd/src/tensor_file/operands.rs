@@ -157,6 +157,6 @@ mod tests {
         assert_eq!(refusal(q, k, [1, 2, 4, 6]), "k and v disagree: tokens (5, 4)");
         assert_eq!(refusal(q, k, [1, 1, 5, 6]), "k and v disagree: heads (2, 1)");
         assert!(refusal([1, 5, 3, 8], k, v).contains("q has 5 heads, which is no multiple of the 2"));
-        assert!(refusal([1, 4, 3, 600], [1, 2, 5, 600], v).contains("head_dim 600 > 512"));
+        assert!(refusal([1, 4, 3, 1100], [1, 2, 5, 1100], v).contains("head_dim 1100 > 1024"));
     }
 }
