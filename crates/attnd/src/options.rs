@@ -3,9 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use attnd_client::{
-    Alibi, AttendOptions, AttnShape, Documents, Mask, Normaliser, Run,
-};
+use attnd_client::{Alibi, AttendOptions, AttnShape, Documents, Mask, Normaliser, Run};
 use attnd_kernel::{Csr, Relative, Score, Shift, Swin, Tensor};
 
 use crate::args::{
@@ -94,7 +92,10 @@ fn check_pairs(args: &OperatorArgs) -> Result<(), BadInput> {
         (row_ptr, columns),
         (columns, row_ptr),
         (("--csr-block", sparse.csr_block.is_some()), row_ptr),
-        (("--query-documents", sparse.query_documents.is_some()), ("--documents", sparse.documents.is_some())),
+        (
+            ("--query-documents", sparse.query_documents.is_some()),
+            ("--documents", sparse.documents.is_some()),
+        ),
     ] {
         if is_typed && !is_there {
             return Err(BadInput::new(format!("{flag} needs {needed}")));
@@ -165,7 +166,8 @@ fn swin(args: &TableArgs) -> anyhow::Result<Option<Swin>> {
         Some(source) => {
             let Numbers { shape, values } = tensor_file::read_integers(source)?;
             if shape.len() != 2 || shape.get(1) != Some(&tokens) {
-                let what = format!("shape {shape:?}, --swin-window {height}x{width} needs [windows, {tokens}]");
+                let what =
+                    format!("shape {shape:?}, --swin-window {height}x{width} needs [windows, {tokens}]");
                 return Err(refused("--swin-regions", source, what).into());
             }
             let regions = Numbering::default().of(&values);

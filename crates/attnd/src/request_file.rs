@@ -113,9 +113,7 @@ impl Entry {
                 texts.iter().map(|text| word(text)).collect()
             }
             Written::List(texts) => vec![word(&texts.join(","))],
-            Written::Named(texts) => {
-                texts.iter().map(|(own, text)| word(&format!("{own}={text}"))).collect()
-            }
+            Written::Named(texts) => texts.iter().map(|(own, text)| word(&format!("{own}={text}"))).collect(),
         }
     }
 

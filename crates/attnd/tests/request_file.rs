@@ -139,23 +139,23 @@ fn parameters_have_names_in_a_file() {
         fs::write(folder.join("call.toml"), format!("{call}{extra}\n")).unwrap();
         result(&["--request", "call.toml"])
     };
-    let flags = ["--q=q.npy", "--k=k.npy", "--v=v.npy", "--workers=2", "--use-workers=2", "--score=additive"];
+    let flags = ["--q=q.npy", "--k=k.npy", "--v=v.npy", "--workers=2", "--use-workers=2", "--score=gatv2"];
     let files = ["--param=v=v_a.npy", "--param=w_q=w_q.npy", "--param=w_k=w_k.npy"];
-    let wanted = result(&[&flags[..], &files[..], &["--param", "b=0.5"]].concat());
-    let table = "score = 'additive'\n[param]\nv = 'v_a.npy'\nw_q = 'w_q.npy'\nw_k = 'w_k.npy'\nb = 0.5";
-    assert!(wanted != of_file(&table.replace("0.5", "0.25")), "b is looked at");
+    let wanted = result(&[&flags[..], &files[..], &["--param", "slope=0.5"]].concat());
+    let table = "score = 'gatv2'\n[param]\nv = 'v_a.npy'\nw_q = 'w_q.npy'\nw_k = 'w_k.npy'\nslope = 0.5";
+    assert!(wanted != of_file(&table.replace("0.5", "0.25")), "the slope is looked at");
     assert!(wanted == of_file(table));
-    let list = "score = 'additive'\nparam = ['w_k=w_k.npy', 'b=0.5', 'v=v_a.npy', 'w_q=w_q.npy']";
+    let list = "score = 'gatv2'\nparam = ['w_k=w_k.npy', 'slope=0.5', 'v=v_a.npy', 'w_q=w_q.npy']";
     assert!(wanted == of_file(list));
-    let json = r#"{ "q": "q.npy", "k": "k.npy", "v": "v.npy", "workers": 2, "use-workers": 2, "score": "additive",
-        "param": { "v": "v_a.npy", "w_q": "w_q.npy", "w_k": "w_k.npy", "b": 5e-1 } }"#;
+    let json = r#"{ "q": "q.npy", "k": "k.npy", "v": "v.npy", "workers": 2, "use-workers": 2, "score": "gatv2",
+        "param": { "v": "v_a.npy", "w_q": "w_q.npy", "w_k": "w_k.npy", "slope": 5e-1 } }"#;
     fs::write(folder.join("call.json"), json).unwrap();
     assert!(wanted == result(&["--request", "call.json"]));
 
     // Typed parameters stand for all of the file.
-    let typed = attend(folder, &["--request", "call.json", "--param=b=1"]);
+    let typed = attend(folder, &["--request", "call.json", "--param=slope=1"]);
     assert_eq!(typed.status.code(), Some(2));
-    assert!(stderr(&typed).contains("score=additive and no parameter v"), "{}", stderr(&typed));
+    assert!(stderr(&typed).contains("score=gatv2 and no parameter v"), "{}", stderr(&typed));
 }
 
 #[test]

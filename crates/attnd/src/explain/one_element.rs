@@ -32,7 +32,8 @@ fn part_of<T>(all: &[T], batch: usize, n: usize) -> Option<&[T]> {
 pub fn score_of(whole: &Score, batch: usize, shape: &AttnShape) -> Score {
     let n = shape.batch();
     let cut = |tensor: &Tensor| {
-        let is_of_each = symbols(whole, tensor).is_some_and(|symbols| symbols.first() == Some(&Symbol::Batch));
+        let is_of_each =
+            symbols(whole, tensor).is_some_and(|symbols| symbols.first() == Some(&Symbol::Batch));
         match (part_of(&tensor.values, batch, n), &*tensor.shape) {
             (Some(own), [first, rest @ ..]) if is_of_each && *first == n => {
                 Tensor { name: tensor.name.clone(), shape: [&[1], rest].concat(), values: own.into() }
@@ -77,7 +78,9 @@ pub fn csr_of(whole: &Csr, batch: usize, shape: &AttnShape) -> Csr {
 /// Documents of the element.
 pub fn documents_of(whole: &Documents, batch: usize) -> Documents {
     let own = match (whole.queries().get(batch), whole.keys().get(batch)) {
-        (Some(queries), Some(keys)) => Documents::new(std::slice::from_ref(queries), std::slice::from_ref(keys)).ok(),
+        (Some(queries), Some(keys)) => {
+            Documents::new(std::slice::from_ref(queries), std::slice::from_ref(keys)).ok()
+        }
         _ => None,
     };
     own.unwrap_or_else(|| whole.clone())
@@ -104,13 +107,19 @@ mod tests {
         let beta = score("cosine", "beta", &[2, 2, 3]);
         let own = score_of(&beta, 1, &shape());
         let tensor = &own.parameters()[0];
-        assert_eq!((&tensor.shape[..], &tensor.values[..]), (&[1, 2, 3][..], &[6.0, 7.0, 8.0, 9.0, 10.0, 11.0][..]));
+        assert_eq!(
+            (&tensor.shape[..], &tensor.values[..]),
+            (&[1, 2, 3][..], &[6.0, 7.0, 8.0, 9.0, 10.0, 11.0][..])
+        );
         for same in [&[2, 3][..], &[2], &[1], &[3, 2, 3]] {
             let beta = score("cosine", "beta", same);
             assert_eq!(score_of(&beta, 1, &shape()), beta, "{same:?}");
         }
         let of = |score| is_about_all(&AttendOptions { score, ..AttendOptions::default() });
-        assert_eq!([of(beta), of(score("cosine", "beta", &[2, 3])), of(score("cosine", "beta", &[2]))], [true, true, false]);
+        assert_eq!(
+            [of(beta), of(score("cosine", "beta", &[2, 3])), of(score("cosine", "beta", &[2]))],
+            [true, true, false]
+        );
         assert!(!of(Score::default()) && !of(score("general", "w", &[1, 1])));
     }
 

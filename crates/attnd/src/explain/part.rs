@@ -54,7 +54,8 @@ impl Rules {
         };
         let operator = |mask: &Mask| {
             let parts = OperatorParts { mask: mask.clone(), ..OperatorParts::plain(1.0, Causal::None) };
-            Operator::new(parts, &without_query_dim(&shape)?).map_err(|error| BadInput::new(error.to_string()))
+            Operator::new(parts, &without_query_dim(&shape)?)
+                .map_err(|error| BadInput::new(error.to_string()))
         };
         operator(&mask)?;
         if mask.documents.is_some() {

@@ -25,7 +25,14 @@ pub(super) fn read(mut reader: impl Read, len: u64) -> Result<Stored, Fault> {
         return Err(Fault::Length { what: "data", declared, held });
     }
     let bytes = read_all(reader, held)?;
-    Ok(Stored { shape: header.shape, element, spelled, big_endian, fortran: header.layout.is_fortran(), bytes })
+    Ok(Stored {
+        shape: header.shape,
+        element,
+        spelled,
+        big_endian,
+        fortran: header.layout.is_fortran(),
+        bytes,
+    })
 }
 
 /// Reads magic, version, header length and header; returns the header and the number of bytes all of that took.

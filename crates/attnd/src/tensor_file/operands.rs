@@ -143,10 +143,10 @@ mod tests {
         let [q, k, v] = [[1, 4, 3, 9], [1, 2, 5, 8], [1, 2, 5, 6]].map(|shape| tensor(shape, Dtype::F32));
         let shape = assemble(q, k, v, QueryDim::Any).unwrap().operands.shape;
         assert_eq!((shape.query_dim(), shape.head_dim(), shape.value_dim()), (9, 8, 6));
-        let wide = [[1, 1, 1, 513], [1, 1, 1, 8], [1, 1, 1, 8]].map(|shape| tensor(shape, Dtype::F32));
+        let wide = [[1, 1, 1, 1025], [1, 1, 1, 8], [1, 1, 1, 8]].map(|shape| tensor(shape, Dtype::F32));
         let [q, k, v] = wide;
         let refusal = assemble(q, k, v, QueryDim::Any).unwrap_err().to_string();
-        assert_eq!(refusal, "over the limit: query_dim 513 > 512");
+        assert_eq!(refusal, "over the limit: query_dim 1025 > 1024");
     }
 
     #[test]

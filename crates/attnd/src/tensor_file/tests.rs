@@ -429,7 +429,10 @@ fn integers_of_every_kind_are_read_and_nothing_else_is() {
     for (name, descr, encode) in kinds {
         let data: Vec<u8> = numbers.into_iter().flat_map(encode).collect();
         files.put(&format!("{name}.npy"), &npy(descr, false, "(2, 3)", &data));
-        files.put("f.npz", &npz(&[("a", npy(descr, true, "(3, 2)", &data))], zip::CompressionMethod::Deflated));
+        files.put(
+            "f.npz",
+            &npz(&[("a", npy(descr, true, "(3, 2)", &data))], zip::CompressionMethod::Deflated),
+        );
         let wanted = Numbers { shape: vec![2, 3], values: numbers.to_vec() };
         assert_eq!(read_list(&files, &format!("{name}.npy")), Ok(wanted), "{descr}");
         let transposed = Numbers { shape: vec![3, 2], values: vec![0, 7, 5, 2, 1 << 30, 3] };
@@ -446,7 +449,8 @@ fn integers_of_every_kind_are_read_and_nothing_else_is() {
         "l":{"dtype":"I64","shape":[1],"data_offsets":[8,16]},
         "u":{"dtype":"U32","shape":[],"data_offsets":[16,20]},
         "h":{"dtype":"F16","shape":[2],"data_offsets":[20,24]}}"#;
-    let data = [&(-7_i32).to_le_bytes()[..], &[9, 0, 0, 0], &(1_i64 << 40).to_le_bytes(), &[4, 0, 0, 0], &[0; 4]];
+    let data =
+        [&(-7_i32).to_le_bytes()[..], &[9, 0, 0, 0], &(1_i64 << 40).to_le_bytes(), &[4, 0, 0, 0], &[0; 4]];
     files.put("m.safetensors", &safetensors_file(header, &data.concat()));
     let read = |name: &str| read_list(&files, &format!("m.safetensors:{name}"));
     let list = |shape: &[usize], values: &[i64]| Ok(Numbers { shape: shape.into(), values: values.into() });
@@ -473,5 +477,8 @@ fn floats_of_any_shape_are_read() {
     assert_eq!(read("half.npy").unwrap(), Numbers { shape: vec![1, 2, 1, 1, 1], values: vec![1.0, -2.0] });
     files.put("int.npy", &npy("'<i4'", false, "(1,)", &[0; 4]));
     let refusal = read("int.npy").unwrap_err().to_string();
-    assert!(refusal.contains("dtype '<i4' is not supported; f16, bf16, f32 and f64 are; convert it"), "{refusal}");
+    assert!(
+        refusal.contains("dtype '<i4' is not supported; f16, bf16, f32 and f64 are; convert it"),
+        "{refusal}"
+    );
 }

@@ -69,9 +69,10 @@ fn table_of(functions: &[FunctionReport]) -> String {
         }
         for parameter in &function.parameters {
             let shapes = parameter.shapes.iter().map(|shape| format!("[{}]", shape.join(", ")));
-            let default = parameter.default.map_or_else(|| "needed".to_owned(), |value| {
-                format!("{value:?}").trim_end_matches(".0").to_owned()
-            });
+            let default = parameter.default.map_or_else(
+                || "needed".to_owned(),
+                |value| format!("{value:?}").trim_end_matches(".0").to_owned(),
+            );
             let shapes = shapes.collect::<Vec<_>>().join(" or ");
             let row = of_function.map(str::to_owned).into_iter();
             table.add_row(row.chain([parameter.name.to_owned(), shapes, default]));
@@ -89,7 +90,8 @@ mod tests {
     fn every_function_and_parameter_has_a_row() {
         let functions: Vec<FunctionReport> = FUNCTIONS.iter().copied().map(FunctionReport::from).collect();
         let table = table_of(&functions);
-        let cells = |line: &str| line.split(['│', '┆']).map(|cell| cell.trim().to_owned()).collect::<Vec<_>>();
+        let cells =
+            |line: &str| line.split(['│', '┆']).map(|cell| cell.trim().to_owned()).collect::<Vec<_>>();
         let rows: Vec<Vec<String>> = table.lines().map(cells).filter(|cells| cells.len() == 8).collect();
         let parameters: usize = FUNCTIONS.iter().map(|function| function.parameters.len().max(1)).sum();
         assert_eq!(rows.len(), 1 + parameters, "{table}");
@@ -109,8 +111,7 @@ mod tests {
     fn json_has_what_a_call_needs_to_know() {
         let functions: Vec<FunctionReport> = FUNCTIONS.iter().copied().map(FunctionReport::from).collect();
         let json = serde_json::to_string(&functions).unwrap();
-        let scaled =
-            r#"{"name":"scaled_dot","formula":"q . k / sqrt(head_dim) (Vaswani)","default_scale":"1/sqrt(head_dim)","parameters":[]}"#;
+        let scaled = r#"{"name":"scaled_dot","formula":"q . k / sqrt(head_dim) (Vaswani)","default_scale":"1/sqrt(head_dim)","parameters":[]}"#;
         assert!(json.contains(scaled), "{json}");
         let eps = r#"{"name":"eps","shapes":[["1"]],"default":1e-8}"#;
         let w_a = r#"{"name":"w_a","shapes":[["positions","query_dim"],["num_kv_heads","positions","query_dim"]],"default":null}"#;
