@@ -153,6 +153,32 @@ mod tests {
     }
 
     #[test]
+    fn scores_tables_and_lists_are_known_with_their_files() {
+        let typed = attend(&[
+            "--score=additive",
+            "--param=v=x.npz:v",
+            "--param",
+            "b=-2",
+            "--previous=p.npy",
+            "--relative=t5.npy",
+            "--swin-between",
+            "-1.5",
+            "--csr-block=2x64",
+            "--documents=d.npy",
+        ]);
+        let operator = typed.unwrap().operator;
+        assert_eq!(operator.function.score.as_deref(), Some("additive"));
+        assert_eq!(operator.function.param[1].value, super::super::ParamValue::Number(-2.0));
+        assert_eq!(operator.tables.swin_between, Some(-1.5));
+        let block = operator.sparse.csr_block.map(|block| (block.rows.get(), block.columns.get()));
+        assert_eq!(block, Some((2, 64)));
+        let sources: Vec<String> =
+            operator.sources().map(|(flag, source)| format!("{flag} {source}")).collect();
+        let expected = ["--param x.npz:v", "--previous p.npy", "--documents d.npy", "--relative t5.npy"];
+        assert_eq!(sources, expected);
+    }
+
+    #[test]
     fn wrong_values_are_refused_with_exit_code_2() {
         for wrong in [
             &["--scale", "inf"][..],
@@ -168,6 +194,15 @@ mod tests {
             &["--alibi", "x"],
             &["--alibi-by-key"],
             &["--sigmoid", "inf"],
+            &["--score", "nothing"],
+            &["--param", "beta"],
+            &["--param", "beta=nan"],
+            &["--previous", "x.npz"],
+            &["--relative-max-distance", "-1"],
+            &["--swin-window", "7"],
+            &["--swin-between", "inf"],
+            &["--csr-block", "0x1"],
+            &["--documents", "ids.txt"],
             &["--timeout=-1"],
             &["--timeout", "0"],
             &["--timeout", "1e12"],
