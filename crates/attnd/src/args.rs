@@ -16,8 +16,12 @@ pub use self::bench::{Bench, BenchArgs, BenchKernelArgs, BenchPeersArgs};
 pub use self::explain::{ExplainArgs, HeadChoice, PicturePath};
 pub use self::layer::LayerArgs;
 pub use self::operator::OperatorArgs;
+pub use self::score_function::{FunctionArgs, ParamValue};
 pub use self::scores::{ScoreArgs, Slopes};
 pub use self::site::SiteArgs;
+pub use self::sparse::SparseArgs;
+pub use self::tables::TableArgs;
+pub use self::values::Sides;
 use self::values::{parse_count, parse_size, parse_workers};
 
 mod attend;
@@ -27,9 +31,12 @@ mod layer;
 mod mask;
 mod operator;
 mod outputs;
+mod score_function;
 mod scores;
 mod site;
 mod span;
+mod sparse;
+mod tables;
 mod values;
 
 /// Environment variable that stands in for `--endpoint`.
@@ -106,6 +113,8 @@ pub enum Verb {
     Attend(Box<AttendArgs>),
     /// Show which keys queries attend to, head by head, with words and a heatmap
     Explain(Box<ExplainArgs>),
+    /// List the score functions, with formulas and parameters
+    Scores(ScoresArgs),
     /// Compute a layer of multi-head attention: its matrices here, its attention on the cluster
     Layer(Box<LayerArgs>),
     /// Run a coordinator and N worker processes on this machine
@@ -164,6 +173,22 @@ pub struct LocalArgs {
     /// Address of the coordinator; port 0 takes a free one
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:0")]
     pub listen: SocketAddr,
+}
+
+/// Arguments of `attnd scores`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Shapes are those of one call: units, filters, taps and positions are as many as the parameters have; a leading num_heads
+or num_kv_heads gives each head its own. A parameter without a default must be given.
+
+Examples:
+  attnd scores
+  attnd scores --json | jq '.[] | select(.name == \"additive\").parameters'
+  attnd attend --workers 2 --q x.npz:q --k x.npz:k --v x.npz:v --score cosine --param beta=2.5")]
+pub struct ScoresArgs {
+    /// Print a JSON array instead of a table
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Arguments of `attnd status`.

@@ -11,6 +11,7 @@ mod exit;
 mod explain;
 mod heatmap;
 mod logging;
+mod options;
 mod output;
 mod outputs;
 mod progress;
@@ -55,6 +56,7 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
             Verb::Demo(args) => verbs::demo::run(args).await,
             Verb::Attend(args) => verbs::attend::run(args).await,
             Verb::Explain(args) => verbs::explain::run(args).await,
+            Verb::Scores(args) => verbs::scores::run(args),
             Verb::Layer(args) => verbs::layer::run(args).await,
             Verb::Local(args) => verbs::local::run(args).await,
             Verb::Status(args) => verbs::status::run(args).await,

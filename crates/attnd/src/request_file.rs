@@ -11,7 +11,7 @@ use std::path::Path;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::parser::ValueSource;
-use clap::{Arg, Command, CommandFactory as _, FromArgMatches as _};
+use clap::{Arg, ArgAction, Command, CommandFactory as _, FromArgMatches as _};
 use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use toml::de::{DeTable, DeValue};
@@ -43,8 +43,11 @@ pub fn with_request(cli: Cli, words: Vec<OsString>) -> Result<Cli, BadInput> {
     let typed = typed(&words, attend);
     let gives_way =
         |arg: &Arg| typed.iter().any(|other| other == arg || exclude_each_other(attend, other, arg));
-    let stays = |entry: &&Entry| find(attend, &entry.name).is_some_and(|arg| !gives_way(arg));
-    let added = entries.iter().filter(stays).filter_map(Entry::word);
+    let added = entries.iter().filter_map(|entry| {
+        let arg = find(attend, &entry.name).filter(|arg| !gives_way(arg))?;
+        Some(entry.words(arg))
+    });
+    let added = added.flatten();
     let matches = Cli::command().try_get_matches_from(words.into_iter().chain(added.map(OsString::from)));
     matches
         .and_then(|matches| Cli::from_arg_matches(&matches))
@@ -91,16 +94,34 @@ enum Written {
     Switch(bool),
     /// As it would be typed behind the flag.
     Text(String),
+    /// The same for several; a flag that may be given again has each by itself, others have them with commas.
+    List(Vec<String>),
+    /// Values with names, of a flag that may be given again and takes NAME=VALUE.
+    Named(Vec<(String, String)>),
 }
 
 impl Entry {
-    /// The entry as a word of the command line.
-    fn word(&self) -> Option<String> {
+    /// The entry as words of the command line.
+    fn words(&self, arg: &Arg) -> Vec<String> {
+        let name = &self.name;
+        let word = |text: &str| format!("--{name}={text}");
         match &self.value {
-            Written::Switch(false) => None,
-            Written::Switch(true) => Some(format!("--{}", self.name)),
-            Written::Text(text) => Some(format!("--{}={text}", self.name)),
+            Written::Switch(false) => Vec::new(),
+            Written::Switch(true) => vec![format!("--{name}")],
+            Written::Text(text) => vec![word(text)],
+            Written::List(texts) if matches!(arg.get_action(), ArgAction::Append) => {
+                texts.iter().map(|text| word(text)).collect()
+            }
+            Written::List(texts) => vec![word(&texts.join(","))],
+            Written::Named(texts) => texts.iter().map(|(own, text)| word(&format!("{own}={text}"))).collect(),
         }
+    }
+
+    /// Whether values have names where the flag takes none.
+    fn is_misnamed(&self, arg: &Arg) -> bool {
+        let takes_names =
+            arg.get_value_names().unwrap_or_default().iter().any(|value| value.as_str().contains('='));
+        matches!(self.value, Written::Named(_)) && !takes_names
     }
 }
 
@@ -155,7 +176,16 @@ fn toml_value(value: &DeValue<'_>) -> Result<Written, &'static str> {
         DeValue::Boolean(on) => Ok(Written::Switch(*on)),
         DeValue::Array(list) => {
             let list: Result<Vec<String>, _> = list.iter().map(|value| scalar(value.get_ref())).collect();
-            Ok(Written::Text(list?.join(",")))
+            Ok(Written::List(list?))
+        }
+        DeValue::Table(table) => {
+            let mut named = Vec::with_capacity(table.len());
+            for (name, value) in table {
+                let text = scalar(value.get_ref())?;
+                named.push((name.span().start, (name.get_ref().to_string(), text)));
+            }
+            named.sort_by_key(|(at, _)| *at);
+            Ok(Written::Named(named.into_iter().map(|(_, named)| named).collect()))
         }
         value => scalar(value).map(Written::Text),
     }
@@ -166,14 +196,14 @@ fn of_json(text: &str) -> Result<Vec<Entry>, Fault> {
         let what = error.to_string();
         Fault::new(Some(error.line()), what.split(" at line ").next().unwrap_or_default())
     })?;
-    let entry = |(name, value): (String, serde_json::Value)| match json_value(&value) {
+    let entry = |(name, value): (String, Json)| match json_value(&value) {
         Ok(value) => Ok(Entry { name, value, line: None }),
         Err(what) => Err(Fault::new(None, format!("{name}: {what}"))),
     };
     members.into_iter().map(entry).collect()
 }
 
-fn json_value(value: &serde_json::Value) -> Result<Written, &'static str> {
+fn json_value(value: &Json) -> Result<Written, &'static str> {
     use serde_json::Value;
     let scalar = |value: &Value| match value {
         Value::String(text) => Ok(text.clone()),
@@ -181,19 +211,35 @@ fn json_value(value: &serde_json::Value) -> Result<Written, &'static str> {
         Value::Null | Value::Bool(_) | Value::Array(_) | Value::Object(_) => Err(NO_VALUE),
     };
     match value {
-        Value::Bool(on) => Ok(Written::Switch(*on)),
-        Value::Array(list) => {
-            let list: Result<Vec<String>, _> = list.iter().map(scalar).collect();
-            Ok(Written::Text(list?.join(",")))
+        Json::Members(Members(members)) => {
+            let named = members.iter().map(|(name, value)| match value {
+                Json::Other(value) => Ok((name.clone(), scalar(value)?)),
+                Json::Members(_) => Err(NO_VALUE),
+            });
+            named.collect::<Result<_, _>>().map(Written::Named)
         }
-        value => scalar(value).map(Written::Text),
+        // Its members would have been told apart.
+        Json::Other(Value::Object(_)) => Err("an option or a name in it twice"),
+        Json::Other(Value::Bool(on)) => Ok(Written::Switch(*on)),
+        Json::Other(Value::Array(list)) => {
+            list.iter().map(scalar).collect::<Result<_, _>>().map(Written::List)
+        }
+        Json::Other(value) => scalar(value).map(Written::Text),
     }
+}
+
+/// A value of an option.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Json {
+    Members(Members),
+    Other(serde_json::Value),
 }
 
 const NO_VALUE: &str = "expected a text, a number, a list of them, true or false";
 
 /// The members of an object in their order; one that comes twice is refused, which maps would not notice.
-struct Members(Vec<(String, serde_json::Value)>);
+struct Members(Vec<(String, Json)>);
 
 impl<'de> Deserialize<'de> for Members {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -206,8 +252,8 @@ impl<'de> Deserialize<'de> for Members {
             }
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Members, A::Error> {
-                let mut members: Vec<(String, serde_json::Value)> = Vec::new();
-                while let Some(member) = map.next_entry::<String, serde_json::Value>()? {
+                let mut members: Vec<(String, Json)> = Vec::new();
+                while let Some(member) = map.next_entry::<String, Json>()? {
                     if members.iter().any(|(name, _)| *name == member.0) {
                         return Err(serde::de::Error::custom(format!("{} twice", member.0)));
                     }
@@ -245,11 +291,14 @@ fn check(entries: &[Entry], attend: &Command) -> Result<(), Fault> {
     // One at a time: clap says of which flag a value is only as it prints it.
     for entry in entries {
         let fault = |what: String| Err(Fault::new(entry.line, format!("{}: {what}", entry.name)));
-        if find(attend, &entry.name).is_none() {
+        let Some(arg) = find(attend, &entry.name) else {
             return fault(format!("no such option{}", similar(&entry.name)));
+        };
+        if entry.is_misnamed(arg) {
+            return fault(NO_VALUE.into());
         }
-        let Some(word) = entry.word() else { continue };
-        let Err(error) = Cli::command().try_get_matches_from(["attnd", VERB, "--request=x", &word]) else {
+        let words = ["attnd", VERB, "--request=x"].map(str::to_owned).into_iter().chain(entry.words(arg));
+        let Err(error) = Cli::command().try_get_matches_from(words) else {
             continue;
         };
         match error.kind() {

@@ -122,6 +122,43 @@ fn a_file_is_the_flags_that_it_has_the_names_of() {
 }
 
 #[test]
+fn parameters_have_names_in_a_file() {
+    let folder = TempDir::new().unwrap();
+    let folder = folder.path();
+    operands(folder);
+    for (name, shape, seed) in [("w_q", &[6, 8][..], 6), ("w_k", &[6, 8], 7), ("v_a", &[2, 6], 8)] {
+        numbers(&folder.join(format!("{name}.npy")), shape, seed);
+    }
+    let call = "q = 'q.npy'\nk = 'k.npy'\nv = 'v.npy'\nworkers = 2\nuse-workers = 2\n";
+    let result = |words: &[&str]| {
+        let ended = attend(folder, &[words, &["-o", "out.safetensors"]].concat());
+        assert!(ended.status.success(), "{words:?}: {}", stderr(&ended));
+        fs::read(folder.join("out.safetensors")).unwrap()
+    };
+    let of_file = |extra: &str| {
+        fs::write(folder.join("call.toml"), format!("{call}{extra}\n")).unwrap();
+        result(&["--request", "call.toml"])
+    };
+    let flags = ["--q=q.npy", "--k=k.npy", "--v=v.npy", "--workers=2", "--use-workers=2", "--score=gatv2"];
+    let files = ["--param=v=v_a.npy", "--param=w_q=w_q.npy", "--param=w_k=w_k.npy"];
+    let wanted = result(&[&flags[..], &files[..], &["--param", "slope=0.5"]].concat());
+    let table = "score = 'gatv2'\n[param]\nv = 'v_a.npy'\nw_q = 'w_q.npy'\nw_k = 'w_k.npy'\nslope = 0.5";
+    assert!(wanted != of_file(&table.replace("0.5", "0.25")), "the slope is looked at");
+    assert!(wanted == of_file(table));
+    let list = "score = 'gatv2'\nparam = ['w_k=w_k.npy', 'slope=0.5', 'v=v_a.npy', 'w_q=w_q.npy']";
+    assert!(wanted == of_file(list));
+    let json = r#"{ "q": "q.npy", "k": "k.npy", "v": "v.npy", "workers": 2, "use-workers": 2, "score": "gatv2",
+        "param": { "v": "v_a.npy", "w_q": "w_q.npy", "w_k": "w_k.npy", "slope": 5e-1 } }"#;
+    fs::write(folder.join("call.json"), json).unwrap();
+    assert!(wanted == result(&["--request", "call.json"]));
+
+    // Typed parameters stand for all of the file.
+    let typed = attend(folder, &["--request", "call.json", "--param=slope=1"]);
+    assert_eq!(typed.status.code(), Some(2));
+    assert!(stderr(&typed).contains("score=gatv2 and no parameter v"), "{}", stderr(&typed));
+}
+
+#[test]
 fn what_is_wrong_with_a_file_is_said_in_one_line() {
     let folder = TempDir::new().unwrap();
     let folder = folder.path();
@@ -159,6 +196,15 @@ fn what_is_wrong_with_a_file_is_said_in_one_line() {
             "call.toml: line 4: scale: expected a text, a number, a list of them, true or false",
         ),
         ("scale = 2026-01-01", "call.toml: line 4: scale: expected a text"),
+        ("param = { beta = [1, 2] }", "call.toml: line 4: param: expected a text, a number, a list of them"),
+        ("param = { beta = 'x' }", "call.toml: line 4: param: "),
+        ("param = ['beta']", "expected NAME=SRC or NAME=NUMBER, such as w_q=x.npz:w_q or beta=2.5"),
+        ("param = { beta = 1, beta = 2 }", "call.toml: line 4: duplicate key"),
+        ("param = { beta = 1 }\nworkers = 1", "--param needs --score"),
+        ("score = 'cosin'", "call.toml: line 4: score: "),
+        ("score = 'cosin'", "score=cosin: there are additive, biaffine"),
+        ("swin-window = 7", "expected rows x columns, each at least 1, such as 7x7"),
+        ("csr-block = [1, 2]", "call.toml: line 4: csr-block: "),
         ("key-end = [[1], [2]]", "call.toml: line 4: key-end: expected a text"),
         ("q = 'q.npy'", "call.toml: line 4: duplicate key"),
         ("scale = ", "call.toml: line 4: "),
@@ -180,6 +226,9 @@ fn what_is_wrong_with_a_file_is_said_in_one_line() {
     for (json, text) in [
         ("[]", "call.json: line 1: invalid type: sequence, expected an object of options"),
         ("{\"q\": \"q.npy\",\n \"q\": \"k.npy\"}", "call.json: line 2: q twice"),
+        ("{\"param\": {\"beta\": 1,\n \"beta\": 2}}", "call.json: param: an option or a name in it twice"),
+        ("{\"param\": {\"beta\": {\"x\": 2}}}", "call.json: param: expected a text, a number"),
+        ("{\"scale\": {\"x\": 2}}", "call.json: scale: expected a text, a number"),
         ("{\"scale\": null}", "call.json: scale: expected a text"),
         ("{\"window\": \"5\"}", "expected LEFT,RIGHT, such as 4096,0"),
         ("{\"q\": ", "call.json: line 1: EOF while parsing"),

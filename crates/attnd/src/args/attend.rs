@@ -22,6 +22,8 @@ where attnd runs:
   q = \"x.npz:q\"
   causal = true
   window = [4096, 0]
+  score = \"cosine\"
+  param = { beta = 2.5 }
 
 What is told beside the context is exact, costs a second pass over the scores, and is in the .safetensors file. Each
 array begins with [heads, queries], or [batch, heads, queries] where q has a batch; heads are those of --output-heads:
@@ -40,6 +42,11 @@ Examples:
   attnd attend --workers 2 --q x.npz:q --k x.npz:k --v x.npz:v --causal --window 4096,0 --sinks x.npz:sinks
   attnd attend --workers 2 --q x.npz:q --k x.npz:k --v x.npz:v --attn-mask mask.npy --bias x.npz:bias
   attnd attend --workers 2 --q x.npz:q --k x.npz:k --v x.npz:v --causal --softcap 50 --alibi auto
+  attnd attend --workers 2 --q x.npz:q --k x.npz:k --v x.npz:v --score additive --param v=x.npz:v_a \\
+               --param w_q=x.npz:w_q --param w_k=x.npz:w_k
+  attnd attend --workers 2 --q x.npz:q --k x.npz:k --v x.npz:v --relative t5.npy --relative-bidirectional
+  attnd attend --workers 2 --q x.npz:q --k x.npz:k --v x.npz:v --csr-row-ptr graph.npz:indptr \\
+               --csr-columns graph.npz:indices
   attnd attend --request call.toml --softcap 30 -o out.safetensors
   attnd attend --workers 2 --q x.npz:q --k x.npz:k --v x.npz:v --top-k 8 --entropy -o out.safetensors
   attnd attend --workers 2 --q x.npz:q --k x.npz:k --v x.npz:v --rectangle weights:0-3:last:0-99 -o out.safetensors
@@ -146,6 +153,32 @@ mod tests {
     }
 
     #[test]
+    fn scores_tables_and_lists_are_known_with_their_files() {
+        let typed = attend(&[
+            "--score=additive",
+            "--param=v=x.npz:v",
+            "--param",
+            "b=-2",
+            "--previous=p.npy",
+            "--relative=t5.npy",
+            "--swin-between",
+            "-1.5",
+            "--csr-block=2x64",
+            "--documents=d.npy",
+        ]);
+        let operator = typed.unwrap().operator;
+        assert_eq!(operator.function.score.as_deref(), Some("additive"));
+        assert_eq!(operator.function.param[1].value, super::super::ParamValue::Number(-2.0));
+        assert_eq!(operator.tables.swin_between, Some(-1.5));
+        let block = operator.sparse.csr_block.map(|block| (block.rows.get(), block.columns.get()));
+        assert_eq!(block, Some((2, 64)));
+        let sources: Vec<String> =
+            operator.sources().map(|(flag, source)| format!("{flag} {source}")).collect();
+        let expected = ["--param x.npz:v", "--previous p.npy", "--documents d.npy", "--relative t5.npy"];
+        assert_eq!(sources, expected);
+    }
+
+    #[test]
     fn wrong_values_are_refused_with_exit_code_2() {
         for wrong in [
             &["--scale", "inf"][..],
@@ -161,6 +194,15 @@ mod tests {
             &["--alibi", "x"],
             &["--alibi-by-key"],
             &["--sigmoid", "inf"],
+            &["--score", "nothing"],
+            &["--param", "beta"],
+            &["--param", "beta=nan"],
+            &["--previous", "x.npz"],
+            &["--relative-max-distance", "-1"],
+            &["--swin-window", "7"],
+            &["--swin-between", "inf"],
+            &["--csr-block", "0x1"],
+            &["--documents", "ids.txt"],
             &["--timeout=-1"],
             &["--timeout", "0"],
             &["--timeout", "1e12"],

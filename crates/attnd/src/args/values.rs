@@ -32,6 +32,23 @@ pub(super) fn parse_positive(text: &str) -> Result<f32, String> {
     parse_finite(text).ok().filter(|x| *x > 0.0).ok_or_else(|| "must be finite and > 0".into())
 }
 
+/// A number of rows and one of columns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sides {
+    /// At least 1.
+    pub rows: NonZeroUsize,
+    /// At least 1.
+    pub columns: NonZeroUsize,
+}
+
+/// Rows and columns, as 7x7.
+pub(super) fn parse_sides(text: &str) -> Result<Sides, String> {
+    let sides = text.split_once('x').and_then(|(rows, columns)| {
+        Some(Sides { rows: parse_count(rows).ok()?, columns: parse_count(columns).ok()? })
+    });
+    sides.ok_or_else(|| "expected rows x columns, each at least 1, such as 7x7".into())
+}
+
 /// A time in seconds, > 0 and at most [`MAX_TIMEOUT`].
 pub(super) fn parse_seconds(text: &str) -> Result<Duration, String> {
     let seconds =
@@ -78,6 +95,15 @@ mod tests {
         assert_eq!(parse_size("17"), Ok(17));
         for wrong in ["", "GiB", "1.5GiB", "1PB", "0", "99999999999TiB", "-1"] {
             assert!(parse_size(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn sides_are_rows_and_columns() {
+        let sides = |text: &str| parse_sides(text).map(|sides| (sides.rows.get(), sides.columns.get()));
+        assert_eq!((sides("7x8"), sides("1 x 64")), (Ok((7, 8)), Ok((1, 64))));
+        for wrong in ["", "7", "x7", "7x", "0x7", "7x0", "7x7x7", "7,7", "-1x2"] {
+            assert!(sides(wrong).unwrap_err().contains("such as 7x7"), "{wrong}");
         }
     }
 

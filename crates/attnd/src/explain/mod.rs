@@ -1,5 +1,6 @@
 //! What `attnd explain` shows: which part of a call it asks for, and what it makes of the answer.
 
+pub mod one_element;
 pub mod part;
 pub mod tables;
 pub mod views;

@@ -1,4 +1,4 @@
-//! One element of a batch and some of its queries, as a call of their own.
+//! One element of a batch and some of its queries, as a call of their own; all of them where rules are about all.
 //!
 //! Outputs of rows come for all queries of a call. Of a few queries out of 65,536 they are asked in a call that has no others:
 //! it costs their rows of scores, where the whole call would compute and send those of all. Nothing is lost by that: a
@@ -6,10 +6,12 @@
 //! along.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use attnd_client::{Alibi, AttnShape, Causal, DenseTensor, Dims, Mask, Operands, PerBatch, Positions};
 use attnd_kernel::{Operator, OperatorParts};
 
+use super::one_element::documents_of;
 use crate::exit::BadInput;
 
 /// Positions further out than this are taken for no place among tokens.
@@ -21,8 +23,17 @@ pub struct Rules {
     mask: Mask,
     shape: AttnShape,
     batch: usize,
-    /// Where the first query stands, if anybody said so, or there is only one way.
-    first_position: Option<i64>,
+    /// Where queries stand, if anybody said so, or there is only one way.
+    positions: Option<Stand>,
+}
+
+/// Where the queries of one element of the batch stand on the axis of the keys.
+#[derive(Debug)]
+enum Stand {
+    /// One after the other; the first one here.
+    From(i64),
+    /// Each by its number in its document.
+    InDocuments,
 }
 
 impl Rules {
@@ -41,13 +52,23 @@ impl Rules {
             positions: mask.positions.clone().or(rule.positions.filter(|_| rule.causal)),
             ..mask
         };
-        let parts = OperatorParts { mask: mask.clone(), ..OperatorParts::plain(1.0, Causal::None) };
-        Operator::new(parts, &shape).map_err(|error| BadInput::new(error.to_string()))?;
+        let operator = |mask: &Mask| {
+            let parts = OperatorParts { mask: mask.clone(), ..OperatorParts::plain(1.0, Causal::None) };
+            Operator::new(parts, &without_query_dim(&shape)?)
+                .map_err(|error| BadInput::new(error.to_string()))
+        };
+        operator(&mask)?;
+        if mask.documents.is_some() {
+            // A causal rule needs to know where queries stand.
+            let is_known = operator(&Mask { causal: true, ..mask.clone() }).is_ok();
+            let positions = is_known.then_some(Stand::InDocuments);
+            return Ok(Self { positions, mask, shape, batch });
+        }
         let of = |ends: &Option<PerBatch<usize>>, all| ends.as_ref().map_or(all, |ends| ends.of(batch));
         let (queries, keys) = (of(&mask.query_end, shape.n_queries()), of(&mask.key_end, shape.n_keys()));
         let first = mask.of_batch(batch, &shape).position(0);
         let is_known = mask.positions.is_some() || queries == keys;
-        Ok(Self { first_position: is_known.then_some(first), mask, shape, batch })
+        Ok(Self { positions: is_known.then_some(Stand::From(first)), mask, shape, batch })
     }
 
     /// The shape of the whole call.
@@ -55,14 +76,26 @@ impl Rules {
         &self.shape
     }
 
+    /// Which element of the batch it is.
+    pub fn batch(&self) -> usize {
+        self.batch
+    }
+
     /// Where a query stands on the axis of the keys.
     pub fn position(&self, query: usize) -> Option<i64> {
-        Some(self.first_position?.saturating_add(i64::try_from(query).ok()?))
+        match self.positions.as_ref()? {
+            Stand::From(first) => Some(first.saturating_add(i64::try_from(query).ok()?)),
+            Stand::InDocuments => Some(self.mask.of_batch(self.batch, &self.shape).position(query)),
+        }
     }
 
     /// Whether distances between queries and keys mean anything.
     pub fn has_distances(&self) -> bool {
-        self.first_position.is_some_and(|first| first.unsigned_abs() < FAR)
+        match self.positions {
+            None => false,
+            Some(Stand::From(first)) => first.unsigned_abs() < FAR,
+            Some(Stand::InDocuments) => true,
+        }
     }
 
     /// The first key that is no padding, or the last one if all are.
@@ -71,26 +104,30 @@ impl Rules {
         begin.min(self.shape.n_keys().saturating_sub(1))
     }
 
-    /// The mask of a call that has only this element of the batch, and of it only these queries.
+    /// The mask of a call that has only this element of the batch, and of it only these queries; all of them where there are documents.
     pub fn mask_of(&self, queries: &Range<usize>) -> Mask {
         let same = |lengths: &Option<PerBatch<usize>>| {
             lengths.as_ref().map(|all| PerBatch::Same(all.of(self.batch)))
         };
-        let Mask { causal, window, chunk, .. } = self.mask;
+        let Mask { causal, window, chunk, ref documents, .. } = self.mask;
         let query_end =
             self.mask.query_end.as_ref().map(|ends| {
                 PerBatch::Same(ends.of(self.batch).saturating_sub(queries.start).min(queries.len()))
             });
         Mask {
             causal,
-            positions: self.position(queries.start).map(|first| Positions::Offset(PerBatch::Same(first))),
+            // In documents queries stand where these say.
+            positions: match documents {
+                None => self.position(queries.start).map(|first| Positions::Offset(PerBatch::Same(first))),
+                Some(_) => self.mask.positions.clone(),
+            },
             window,
             chunk,
             prefix: same(&self.mask.prefix),
             key_begin: same(&self.mask.key_begin),
             key_end: same(&self.mask.key_end),
             query_end,
-            documents: None,
+            documents: documents.as_ref().map(|whole| Arc::new(documents_of(whole, self.batch))),
         }
     }
 
@@ -141,7 +178,8 @@ impl Rules {
             head_dim: shape.head_dim() as u64,
             value_dim: shape.value_dim() as u64,
         };
-        let part = AttnShape::new(part).map_err(|error| BadInput::new(format!("--query: {error}")))?;
+        let part = AttnShape::new(part).and_then(|part| part.with_query_dim(shape.query_dim() as u64));
+        let part = part.map_err(|error| BadInput::new(format!("--query: {error}")))?;
         let element = |bytes: &bytes::Bytes| {
             let size = bytes.len() / shape.batch();
             bytes.slice(self.batch * size..(self.batch + 1) * size)
@@ -150,13 +188,19 @@ impl Rules {
         let q = if queries.len() == shape.n_queries() {
             q
         } else {
-            let row = shape.head_dim() * whole.dtype.size();
+            let row = shape.query_dim() * whole.dtype.size();
             let heads = q.chunks(shape.n_queries() * row);
             let rows = heads.filter_map(|head| head.get(queries.start * row..queries.end * row));
             rows.collect::<Vec<_>>().concat().into()
         };
         Ok(Operands { shape: part, dtype: whole.dtype, q, k, v })
     }
+}
+
+/// The same shape for the plain score function, which takes queries of the dimension of keys alone.
+fn without_query_dim(shape: &AttnShape) -> Result<AttnShape, BadInput> {
+    let plain = shape.with_query_dim(shape.head_dim() as u64);
+    plain.map_err(|error| BadInput::new(error.to_string()))
 }
 
 #[cfg(test)]

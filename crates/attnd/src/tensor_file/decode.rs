@@ -14,6 +14,10 @@ pub(super) enum Element {
     Bf16,
     F32,
     F64,
+    /// Of lists alone, as the others are.
+    I32,
+    I64,
+    U32,
 }
 
 impl Element {
@@ -21,8 +25,8 @@ impl Element {
         match self {
             Self::Bool => 1,
             Self::F16 | Self::Bf16 => 2,
-            Self::F32 => 4,
-            Self::F64 => 8,
+            Self::F32 | Self::I32 | Self::U32 => 4,
+            Self::F64 | Self::I64 => 8,
         }
     }
 }
@@ -32,6 +36,8 @@ impl Element {
 pub(super) struct Stored {
     pub(super) shape: Vec<usize>,
     pub(super) element: Element,
+    /// The type as the file spells it, and what to do about it where it isn't wanted.
+    pub(super) spelled: (String, &'static str),
     pub(super) big_endian: bool,
     /// First index fastest.
     pub(super) fortran: bool,
@@ -75,9 +81,15 @@ impl Stored {
     /// The same of a type that travels.
     pub(super) fn into_c_order(self) -> Result<(Dtype, Vec<u8>), Fault> {
         let (element, shape) = (self.element, self.shape.clone());
+        if matches!(element, Element::I32 | Element::I64 | Element::U32) {
+            let (got, hint) = self.spelled;
+            return Err(Fault::Dtype { got, hint });
+        }
         let bytes = self.into_bytes_in_c_order()?;
         Ok(match element {
-            Element::Bool => return Err(Fault::Dtype { got: "bool".into(), hint: "" }),
+            Element::Bool | Element::I32 | Element::I64 | Element::U32 => {
+                return Err(Fault::Dtype { got: "bool".into(), hint: "" });
+            }
             Element::F16 => (Dtype::F16, bytes),
             Element::Bf16 => (Dtype::Bf16, bytes),
             Element::F32 => (Dtype::F32, bytes),
@@ -110,6 +122,20 @@ impl Stored {
         let mut numbers = vec![0.0; heads];
         attnd_kernel::widen(&bytes, dtype, &mut numbers);
         Ok(numbers)
+    }
+
+    /// Integers of any shape.
+    pub(super) fn into_integers(self) -> Result<Vec<i64>, Fault> {
+        let element = self.element;
+        if !matches!(element, Element::I32 | Element::I64 | Element::U32) {
+            return Err(Fault::NoIntegers { got: self.spelled.0 });
+        }
+        let bytes = self.into_bytes_in_c_order()?;
+        Ok(match element {
+            Element::I32 => bytes.as_chunks().0.iter().map(|raw| i32::from_le_bytes(*raw).into()).collect(),
+            Element::U32 => bytes.as_chunks().0.iter().map(|raw| u32::from_le_bytes(*raw).into()).collect(),
+            _ => bytes.as_chunks().0.iter().map(|raw| i64::from_le_bytes(*raw)).collect(),
+        })
     }
 
     /// Elements of any shape.

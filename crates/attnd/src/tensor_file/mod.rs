@@ -3,6 +3,7 @@
 //! Files are copied into memory, never mapped: a file that somebody truncates while it is mapped kills the process.
 //! What a header declares is compared with the length of the file before memory is asked for.
 
+mod arrays;
 mod decode;
 mod dense;
 mod npy;
@@ -20,8 +21,9 @@ use std::path::Path;
 use attnd_kernel::Dtype;
 use bytes::Bytes;
 
+pub use arrays::{Numbers, read_floats, read_integers};
 pub use dense::read_dense;
-pub use operands::{Inputs, OperandError, assemble};
+pub use operands::{Inputs, OperandError, QueryDim, assemble};
 pub use rows::{read_rows, read_state};
 pub use source::{OutputPath, Source};
 pub use write::{Array, Elements, Output, WriteError, check, is_file_of, replace, write, write_named};
@@ -97,6 +99,12 @@ pub enum Fault {
         got: String,
         /// What to do about it; empty or beginning with `; `.
         hint: &'static str,
+    },
+    /// Elements that are no integers of a kind attnd knows.
+    #[error("dtype {got} is not supported; i32, i64 and u32 are")]
+    NoIntegers {
+        /// As the file spells it.
+        got: String,
     },
     /// The archive has no tensor of that name.
     #[error("no tensor named '{name}'; the file has {}", list(.names))]

@@ -17,7 +17,7 @@ const MAX_BRACKETS: usize = 64;
 /// Reads one array from a stream of `len` bytes that holds nothing else.
 pub(super) fn read(mut reader: impl Read, len: u64) -> Result<Stored, Fault> {
     let (header, header_len) = read_header(&mut reader, len)?;
-    let (element, big_endian) = element(&header)?;
+    let (element, spelled, big_endian) = element(&header)?;
     check_shape(&header.shape)?;
     let declared = declared_bytes(&header.shape, element);
     let held = len - header_len;
@@ -25,7 +25,14 @@ pub(super) fn read(mut reader: impl Read, len: u64) -> Result<Stored, Fault> {
         return Err(Fault::Length { what: "data", declared, held });
     }
     let bytes = read_all(reader, held)?;
-    Ok(Stored { shape: header.shape, element, big_endian, fortran: header.layout.is_fortran(), bytes })
+    Ok(Stored {
+        shape: header.shape,
+        element,
+        spelled,
+        big_endian,
+        fortran: header.layout.is_fortran(),
+        bytes,
+    })
 }
 
 /// Reads magic, version, header length and header; returns the header and the number of bytes all of that took.
@@ -62,12 +69,14 @@ fn read_header(reader: &mut impl Read, len: u64) -> Result<(Header, u64), Fault>
     }
 }
 
-/// Element type and whether it is big-endian.
-fn element(header: &Header) -> Result<(Element, bool), Fault> {
+/// Element type, how it is spelled and what makes floats of it, and whether it is big-endian.
+fn element(header: &Header) -> Result<(Element, (String, &'static str), bool), Fault> {
+    const CONVERT: &str = "; convert it with .astype('float32')";
     let Some(descr) = header.type_descriptor.as_string() else {
         return Err(Fault::Dtype { got: header.type_descriptor.to_string(), hint: "" });
     };
-    let unsupported = |hint| Fault::Dtype { got: format!("'{}'", descr.escape_default()), hint };
+    let spelled = format!("'{}'", descr.escape_default());
+    let unsupported = |hint| Fault::Dtype { got: spelled.clone(), hint };
     let (order, kind) = descr.split_at_checked(1).ok_or_else(|| unsupported(""))?;
     let big_endian = match order {
         ">" => true,
@@ -79,9 +88,12 @@ fn element(header: &Header) -> Result<(Element, bool), Fault> {
         "f2" => Element::F16,
         "f4" => Element::F32,
         "f8" => Element::F64,
+        "i4" => Element::I32,
+        "i8" => Element::I64,
+        "u4" => Element::U32,
         "O" => return Err(unsupported("; this is an object array, convert it with .astype('float32')")),
         "V2" => return Err(unsupported("; numpy does not record bfloat16, save it as safetensors")),
-        _ => return Err(unsupported("; convert it with .astype('float32')")),
+        _ => return Err(unsupported(CONVERT)),
     };
-    Ok((element, big_endian))
+    Ok((element, (spelled, CONVERT), big_endian))
 }

@@ -44,25 +44,37 @@ pub struct Inputs {
     pub notes: Vec<String>,
 }
 
+/// Which last dimension queries may have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum QueryDim {
+    /// That of keys.
+    OfKeys,
+    /// Any: a score function says what it takes.
+    Any,
+}
+
 /// Puts q, k and v together. Equal element types travel as they are, others as f32, which is exact.
 ///
 /// # Errors
 /// If the dimensions don't fit together or are over a limit.
-pub fn assemble(q: Tensor, k: Tensor, v: Tensor) -> Result<Inputs, OperandError> {
+pub fn assemble(q: Tensor, k: Tensor, v: Tensor, allowed: QueryDim) -> Result<Inputs, OperandError> {
     let same = |first, second, what, a: usize, b: usize| {
         if a == b { Ok(()) } else { Err(OperandError::Mismatch { first, second, what, got: (a, b) }) }
     };
-    let [batch, heads, queries, head_dim] = q.shape;
-    let [k_batch, kv_heads, keys, k_dim] = k.shape;
+    let [batch, heads, queries, query_dim] = q.shape;
+    let [k_batch, kv_heads, keys, head_dim] = k.shape;
     let [v_batch, v_heads, v_keys, value_dim] = v.shape;
     same("q", "k", "batch", batch, k_batch)?;
-    same("q", "k", "dim", head_dim, k_dim)?;
+    if allowed == QueryDim::OfKeys {
+        same("q", "k", "dim", query_dim, head_dim)?;
+    }
     same("k", "v", "batch", k_batch, v_batch)?;
     same("k", "v", "heads", kv_heads, v_heads)?;
     same("k", "v", "tokens", keys, v_keys)?;
     let dims = [batch, heads, kv_heads, queries, keys, head_dim, value_dim].map(|n| n as u64);
     let [batch, heads, kv_heads, queries, keys, head_dim, value_dim] = dims;
     let shape = AttnShape::new(Dims { batch, heads, kv_heads, queries, keys, head_dim, value_dim });
+    let shape = shape.and_then(|shape| shape.with_query_dim(query_dim as u64));
     let shape = shape.map_err(|error| match error {
         ShapeError::GqaRatio { heads, kv_heads } => OperandError::GqaRatio { heads, kv_heads },
         other => OperandError::Shape(other),
@@ -98,12 +110,13 @@ mod tests {
 
     fn refusal(q: [usize; 4], k: [usize; 4], v: [usize; 4]) -> String {
         let [q, k, v] = [q, k, v].map(|shape| tensor(shape, Dtype::F32));
-        assemble(q, k, v).unwrap_err().to_string()
+        assemble(q, k, v, QueryDim::OfKeys).unwrap_err().to_string()
     }
 
     #[test]
     fn equal_types_travel_as_they_are_and_mixed_ones_as_f32() {
         let [q, k, v] = [[1, 4, 3, 8], [1, 2, 5, 8], [1, 2, 5, 6]];
+        let assemble = |q, k, v| assemble(q, k, v, QueryDim::OfKeys);
         let half = assemble(tensor(q, Dtype::F16), tensor(k, Dtype::F16), tensor(v, Dtype::F16)).unwrap();
         assert_eq!(
             (half.operands.dtype, half.operands.q.len(), half.notes.len()),
@@ -121,7 +134,19 @@ mod tests {
         let mut k = tensor([1, 1, 1, 1], Dtype::F32);
         k.rounded_from_f64 = true;
         let one = || tensor([1, 1, 1, 1], Dtype::F32);
-        assert_eq!(assemble(one(), k, one()).unwrap().notes, ["k is f64 and was rounded to f32"]);
+        let inputs = assemble(one(), k, one(), QueryDim::OfKeys).unwrap();
+        assert_eq!(inputs.notes, ["k is f64 and was rounded to f32"]);
+    }
+
+    #[test]
+    fn queries_may_be_wider_where_a_score_function_takes_them() {
+        let [q, k, v] = [[1, 4, 3, 9], [1, 2, 5, 8], [1, 2, 5, 6]].map(|shape| tensor(shape, Dtype::F32));
+        let shape = assemble(q, k, v, QueryDim::Any).unwrap().operands.shape;
+        assert_eq!((shape.query_dim(), shape.head_dim(), shape.value_dim()), (9, 8, 6));
+        let wide = [[1, 1, 1, 1025], [1, 1, 1, 8], [1, 1, 1, 8]].map(|shape| tensor(shape, Dtype::F32));
+        let [q, k, v] = wide;
+        let refusal = assemble(q, k, v, QueryDim::Any).unwrap_err().to_string();
+        assert_eq!(refusal, "over the limit: query_dim 1025 > 1024");
     }
 
     #[test]

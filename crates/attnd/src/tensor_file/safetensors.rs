@@ -50,6 +50,9 @@ fn read_tensor(file: &mut File, metadata: &Metadata, data_start: u64, name: &str
         Dtype::BF16 => Element::Bf16,
         Dtype::F32 => Element::F32,
         Dtype::F64 => Element::F64,
+        Dtype::I32 => Element::I32,
+        Dtype::I64 => Element::I64,
+        Dtype::U32 => Element::U32,
         other => return Err(Fault::Dtype { got: format!("{other:?}"), hint: "" }),
     };
     check_shape(&info.shape)?;
@@ -58,7 +61,8 @@ fn read_tensor(file: &mut File, metadata: &Metadata, data_start: u64, name: &str
     file.seek(SeekFrom::Start(data_start + begin as u64))?;
     let size = (end - begin) as u64;
     let bytes = read_all(file.take(size), size)?;
-    Ok(Stored { shape: info.shape.clone(), element, big_endian: false, fortran: false, bytes })
+    let spelled = (format!("{:?}", info.dtype), "");
+    Ok(Stored { shape: info.shape.clone(), element, spelled, big_endian: false, fortran: false, bytes })
 }
 
 /// What the header of a file of `len` bytes says under `key` beside its tensors; nothing if it doesn't.

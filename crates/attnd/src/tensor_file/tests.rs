@@ -47,6 +47,11 @@ fn npy(descr: &str, fortran: bool, shape: &str, data: &[u8]) -> Vec<u8> {
     bytes
 }
 
+fn read_list(files: &Files, name: &str) -> Result<Numbers<i64>, String> {
+    let source = format!("{}/{name}", files.0.path().display());
+    read_integers(&source.parse().unwrap()).map_err(|error| error.to_string())
+}
+
 fn safetensors_file(header: &str, data: &[u8]) -> Vec<u8> {
     [&(header.len() as u64).to_le_bytes(), header.as_bytes(), data].concat()
 }
@@ -407,4 +412,73 @@ proptest! {
             prop_assert_eq!(tensor.shape.iter().product::<usize>() * tensor.dtype.size(), tensor.bytes.len());
         }
     }
+}
+
+#[test]
+fn integers_of_every_kind_are_read_and_nothing_else_is() {
+    let files = Files::new();
+    type Encode = fn(i64) -> Vec<u8>;
+    let kinds: [(&str, &str, Encode); 5] = [
+        ("i4", "'<i4'", |x| (x as i32).to_le_bytes().into()),
+        ("I4", "'>i4'", |x| (x as i32).to_be_bytes().into()),
+        ("i8", "'<i8'", |x| x.to_le_bytes().into()),
+        ("I8", "'>i8'", |x| x.to_be_bytes().into()),
+        ("u4", "'<u4'", |x| (x as u32).to_le_bytes().into()),
+    ];
+    let numbers = [0, 5, 1 << 30, 7, 2, 3];
+    for (name, descr, encode) in kinds {
+        let data: Vec<u8> = numbers.into_iter().flat_map(encode).collect();
+        files.put(&format!("{name}.npy"), &npy(descr, false, "(2, 3)", &data));
+        files.put(
+            "f.npz",
+            &npz(&[("a", npy(descr, true, "(3, 2)", &data))], zip::CompressionMethod::Deflated),
+        );
+        let wanted = Numbers { shape: vec![2, 3], values: numbers.to_vec() };
+        assert_eq!(read_list(&files, &format!("{name}.npy")), Ok(wanted), "{descr}");
+        let transposed = Numbers { shape: vec![3, 2], values: vec![0, 7, 5, 2, 1 << 30, 3] };
+        assert_eq!(read_list(&files, "f.npz:a"), Ok(transposed), "{descr}");
+    }
+    let large = [-1_i64, i64::MIN, 3];
+    let data: Vec<u8> = large.into_iter().flat_map(i64::to_le_bytes).collect();
+    files.put("large.npy", &npy("'<i8'", false, "(3,)", &data));
+    assert_eq!(read_list(&files, "large.npy").unwrap().values, large);
+    files.put("u.npy", &npy("'<u4'", false, "(1,)", &[255; 4]));
+    assert_eq!(read_list(&files, "u.npy").unwrap().values, [i64::from(u32::MAX)]);
+
+    let header = r#"{"i":{"dtype":"I32","shape":[2],"data_offsets":[0,8]},
+        "l":{"dtype":"I64","shape":[1],"data_offsets":[8,16]},
+        "u":{"dtype":"U32","shape":[],"data_offsets":[16,20]},
+        "h":{"dtype":"F16","shape":[2],"data_offsets":[20,24]}}"#;
+    let data =
+        [&(-7_i32).to_le_bytes()[..], &[9, 0, 0, 0], &(1_i64 << 40).to_le_bytes(), &[4, 0, 0, 0], &[0; 4]];
+    files.put("m.safetensors", &safetensors_file(header, &data.concat()));
+    let read = |name: &str| read_list(&files, &format!("m.safetensors:{name}"));
+    let list = |shape: &[usize], values: &[i64]| Ok(Numbers { shape: shape.into(), values: values.into() });
+    assert_eq!(read("i"), list(&[2], &[-7, 9]));
+    assert_eq!(read("l"), list(&[1], &[1 << 40]));
+    assert_eq!(read("u"), list(&[], &[4]));
+    assert!(read("h").unwrap_err().ends_with("dtype F16 is not supported; i32, i64 and u32 are"));
+    files.put("f.npy", &npy("'<f4'", false, "(2,)", &[0; 8]));
+    assert!(read_list(&files, "f.npy").unwrap_err().contains("dtype '<f4' is not supported; i32, i64"));
+    files.put("b.npy", &npy("'|b1'", false, "(2,)", &[0; 2]));
+    assert!(read_list(&files, "b.npy").unwrap_err().contains("dtype '|b1' is not supported; i32, i64"));
+    files.put("none.npy", &npy("'<i4'", false, "(0,)", &[]));
+    assert!(read_list(&files, "none.npy").unwrap_err().contains("shape [0] has no elements"));
+}
+
+#[test]
+fn floats_of_any_shape_are_read() {
+    let files = Files::new();
+    files.put("one.npy", &npy("'<f8'", false, "()", &2.5_f64.to_le_bytes()));
+    let read = |name: &str| read_floats(&format!("{}/{name}", files.0.path().display()).parse().unwrap());
+    assert_eq!(read("one.npy").unwrap(), Numbers { shape: vec![], values: vec![2.5] });
+    let half: Vec<u8> = [1.0, -2.0].into_iter().flat_map(|x| f16::from_f32(x).to_le_bytes()).collect();
+    files.put("half.npy", &npy("'<f2'", false, "(1, 2, 1, 1, 1)", &half));
+    assert_eq!(read("half.npy").unwrap(), Numbers { shape: vec![1, 2, 1, 1, 1], values: vec![1.0, -2.0] });
+    files.put("int.npy", &npy("'<i4'", false, "(1,)", &[0; 4]));
+    let refusal = read("int.npy").unwrap_err().to_string();
+    assert!(
+        refusal.contains("dtype '<i4' is not supported; f16, bf16, f32 and f64 are; convert it"),
+        "{refusal}"
+    );
 }

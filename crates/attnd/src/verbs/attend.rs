@@ -2,16 +2,17 @@
 
 use std::time::Instant;
 
-use attnd_client::{Alibi, AttendOptions, Attended, Normaliser, Operands};
+use attnd_client::{AttendOptions, Attended, Operands};
 use serde::Serialize;
 
-use crate::args::{AttendArgs, EmptyRowArg, OperatorArgs, ScoreArgs, SiteArgs, Slopes};
+use crate::args::{AttendArgs, EmptyRowArg};
 use crate::call_report::{PlanReport, TimingsReport, plan_table, timing_table};
 use crate::exit::{BadInput, connect};
+use crate::options;
 use crate::output;
 use crate::outputs;
 use crate::progress::CallProgress;
-use crate::site::{Site, worker_choice};
+use crate::site::Site;
 use crate::tensor_file::{self, Array, Inputs, Output, OutputPath, Source};
 
 /// Runs the verb.
@@ -34,10 +35,11 @@ pub async fn run(args: &AttendArgs) -> anyhow::Result<()> {
             }
         }
     }
-    let options = options(args)?;
+    let options = of_args(args)?;
     let [(_, q), (_, k), (_, v)] = sources;
     let [q, k, v] = [tensor_file::read(q)?, tensor_file::read(k)?, tensor_file::read(v)?];
-    let inputs = tensor_file::assemble(q, k, v)?;
+    let inputs = tensor_file::assemble(q, k, v, options::query_dim(&args.operator))?;
+    options::check_documents(&args.operator, &inputs.operands.shape)?;
     inputs.notes.iter().for_each(|note| output::note(note));
 
     let parts = args.outputs.parts(&inputs.operands.shape);
@@ -81,45 +83,12 @@ fn check_room(args: &AttendArgs, output: &OutputPath) -> Result<(), BadInput> {
 }
 
 /// What is asked for, as the client takes it.
-fn options(args: &AttendArgs) -> anyhow::Result<AttendOptions> {
+fn of_args(args: &AttendArgs) -> anyhow::Result<AttendOptions> {
     Ok(AttendOptions {
         empty_row: args.empty_row.into(),
         allow_non_finite: args.allow_non_finite,
-        ..operator_options(&args.operator, &args.site)?
+        ..options::of_flags(&args.operator, &args.site)?
     })
-}
-
-/// What is to be computed, by whom, and for how long at most.
-pub(super) fn operator_options(args: &OperatorArgs, site: &SiteArgs) -> anyhow::Result<AttendOptions> {
-    let missing = || BadInput::new("--causal=offset needs --offset");
-    let (causal, mask) = args.causal_and_mask().ok_or_else(missing)?;
-    let sinks = args.sinks.as_ref().map(tensor_file::read_vector).transpose()?;
-    let dense = |source: &Option<Source>| source.as_ref().map(tensor_file::read_dense).transpose();
-    let normaliser = args.scores.sigmoid.map_or(Normaliser::Softmax, |bias| Normaliser::Sigmoid { bias });
-    Ok(AttendOptions {
-        scale: args.scale,
-        softcap: args.scores.softcap,
-        alibi: alibi(&args.scores)?,
-        causal,
-        mask,
-        dense_mask: dense(&args.attn_mask)?,
-        dense_bias: dense(&args.bias)?,
-        normaliser,
-        sinks: sinks.map(Into::into),
-        workers: worker_choice(site),
-        timeout: Some(site.timeout),
-        ..AttendOptions::default()
-    })
-}
-
-fn alibi(scores: &ScoreArgs) -> anyhow::Result<Option<Alibi>> {
-    let slopes = match &scores.alibi {
-        None => return Ok(None),
-        Some(Slopes::Published) => None,
-        Some(Slopes::Each(slopes)) => Some(slopes.as_slice().into()),
-        Some(Slopes::File(source)) => Some(tensor_file::read_vector(source)?.into()),
-    };
-    Ok(Some(Alibi { slopes, by_key: scores.alibi_by_key }))
 }
 
 /// One call, with a progress bar, and the seconds that it took.

@@ -7,14 +7,16 @@ use std::ops::Range;
 use attnd_client::{AttendOptions, Attended, Inspected, Operands, OutputsParts, Rectangle, Stage};
 use attnd_kernel::Dtype;
 
-use super::attend::{call, operator_options};
+use super::attend::call;
 use crate::args::{ExplainArgs, HeadChoice, PicturePath};
 use crate::exit::BadInput;
+use crate::explain::one_element::{csr_of, is_about_all, score_of, swin_of};
 use crate::explain::part::Rules;
 use crate::explain::tables::{head_table, key_table, percent};
 use crate::explain::views::{Answer, Explanation, HeatmapView};
 use crate::explain::words::{self, Words};
 use crate::heatmap::{HeadPanel, Maps};
+use crate::options;
 use crate::output;
 use crate::site::Site;
 use crate::tensor_file::{self, Inputs, Tensor};
@@ -45,14 +47,15 @@ pub async fn run(args: &ExplainArgs) -> anyhow::Result<()> {
     };
     let (key_words, query_words) =
         (read("--tokens", &args.tokens)?, read("--query-tokens", &args.query_tokens)?);
-    let options = operator_options(&args.operator, &args.site)?;
+    let options = options::of_flags(&args.operator, &args.site)?;
     let inputs = inputs(args)?;
     inputs.notes.iter().for_each(|note| output::note(note));
     let shape = inputs.operands.shape;
+    options::check_documents(&args.operator, &shape)?;
     inside("--batch", &(args.batch..args.batch.saturating_add(1)), "elements of the batch", shape.batch())?;
     let rules = Rules::new(options.causal, options.mask.clone(), shape, args.batch)?;
     let words = Words::new(key_words, query_words, &rules)?;
-    let question = Question::new(args, &rules)?;
+    let question = Question::new(args, &rules, is_about_all(&options))?;
 
     let answers = site.ask(async |endpoint| question.ask(endpoint, &options, &inputs.operands).await).await?;
     let view = question.explanation(&answers, &words);
@@ -94,12 +97,13 @@ fn inputs(args: &ExplainArgs) -> anyhow::Result<Inputs> {
         bytes: vec![0; zeros].into(),
         ..k.clone()
     };
+    let query_dim = options::query_dim(&args.operator);
     if q.dtype == k.dtype {
-        return Ok(tensor_file::assemble(q, k, v)?);
+        return Ok(tensor_file::assemble(q, k, v, query_dim)?);
     }
     let note = format!("q and k are {} and {}; both travel as {}", q.dtype, k.dtype, Dtype::F32);
     let [q, k, v] = [q, k, v].map(Tensor::into_f32);
-    let mut inputs = tensor_file::assemble(q, k, v)?;
+    let mut inputs = tensor_file::assemble(q, k, v, query_dim)?;
     inputs.notes.push(note);
     Ok(inputs)
 }
@@ -119,6 +123,8 @@ struct Question<'a> {
     rules: &'a Rules,
     /// What the tables are about.
     queries: Range<usize>,
+    /// The queries of the call that has them.
+    asked: Range<usize>,
     /// Heads that are shown; all for their mean.
     heads: Range<usize>,
 }
@@ -126,7 +132,7 @@ struct Question<'a> {
 /// What came back.
 #[derive(Debug)]
 struct Answers {
-    /// Of the call that had the chosen queries, or all.
+    /// Of the chosen queries.
     numbers: Attended,
     /// Of the call that had all queries, if the other one hadn't and a picture is wanted.
     whole: Option<Attended>,
@@ -141,7 +147,8 @@ impl Answers {
 }
 
 impl<'a> Question<'a> {
-    fn new(args: &'a ExplainArgs, rules: &'a Rules) -> Result<Self, BadInput> {
+    /// `about_all` where rules are about all queries, which then are in one call.
+    fn new(args: &'a ExplainArgs, rules: &'a Rules, about_all: bool) -> Result<Self, BadInput> {
         let shape = rules.shape();
         let queries = args.query.on(shape.n_queries());
         inside("--query", &queries, "queries", shape.n_queries())?;
@@ -150,7 +157,8 @@ impl<'a> Question<'a> {
             HeadChoice::Mean | HeadChoice::All => 0..shape.n_heads(),
         };
         inside("--head", &heads, "heads", shape.n_heads())?;
-        let question = Self { args, rules, queries, heads };
+        let asked = if about_all { 0..shape.n_queries() } else { queries.clone() };
+        let question = Self { args, rules, queries, asked, heads };
         if question.needs_weights() {
             let rows = shape.n_heads().saturating_mul(question.queries.len());
             let n = rows.saturating_mul(shape.n_keys());
@@ -176,8 +184,15 @@ impl<'a> Question<'a> {
         self.is_listed() && self.args.head == HeadChoice::Mean
     }
 
+    /// Whether the call of the numbers has all queries, and so the map.
     fn is_whole(&self) -> bool {
-        self.queries.len() == self.rules.shape().n_queries()
+        self.asked.len() == self.rules.shape().n_queries()
+    }
+
+    /// The chosen queries, by their places in that call.
+    fn places(&self) -> Range<usize> {
+        let begin = self.queries.start - self.asked.start;
+        begin..begin + self.queries.len()
     }
 
     /// Rows and columns of a map.
@@ -188,7 +203,7 @@ impl<'a> Question<'a> {
 
     /// What tables are made of: of each row a few numbers and the weight of the first key.
     fn numbers(&self) -> OutputsParts {
-        let (heads, tokens) = (0..self.rules.shape().n_heads(), 0..self.queries.len());
+        let (heads, tokens) = (0..self.rules.shape().n_heads(), self.places());
         let first_key = self.rules.first_key();
         let rectangle =
             |keys| Rectangle { stage: Stage::Weights, heads: heads.clone(), tokens: tokens.clone(), keys };
@@ -223,10 +238,15 @@ impl<'a> Question<'a> {
         options: &AttendOptions,
         whole: &Operands,
     ) -> anyhow::Result<Answers> {
+        let (batch, shape) = (self.rules.batch(), self.rules.shape());
         let part = async |queries: &Range<usize>, outputs| {
             // What the causal rule says is in the mask.
             let options = AttendOptions {
                 causal: attnd_client::Causal::None,
+                score: score_of(&options.score, batch, shape),
+                previous: options.previous.as_ref().map(|weights| self.rules.dense_of(weights, queries)),
+                swin: options.swin.as_ref().map(|swin| swin_of(swin, batch)),
+                csr: options.csr.as_ref().map(|csr| csr_of(csr, batch, shape)),
                 mask: self.rules.mask_of(queries),
                 dense_mask: options.dense_mask.as_ref().map(|mask| self.rules.dense_of(mask, queries)),
                 dense_bias: options.dense_bias.as_ref().map(|bias| self.rules.dense_of(bias, queries)),
@@ -236,7 +256,8 @@ impl<'a> Question<'a> {
             };
             call(endpoint, &options, &self.rules.operands_of(whole, queries)?).await
         };
-        let (numbers, mut seconds) = part(&self.queries, self.numbers()).await?;
+        let (mut numbers, mut seconds) = part(&self.asked, self.numbers()).await?;
+        keep_rows(&mut numbers.inspected, self.asked.len(), &self.places());
         let mut map = None;
         if self.args.heatmap.is_some() && !self.is_whole() {
             let (attended, more) = part(&(0..self.rules.shape().n_queries()), self.map()).await?;
@@ -334,6 +355,32 @@ impl<'a> Question<'a> {
         let heads =
             if self.args.head == HeadChoice::Mean { Vec::new() } else { self.heads.clone().collect() };
         Ok(HeatmapView { path: to.path().display().to_string(), rows, columns, heads, largest })
+    }
+}
+
+/// Leaves some of the queries in outputs of rows, which come for all that a call has.
+fn keep_rows(inspected: &mut Inspected, n_queries: usize, places: &Range<usize>) {
+    fn keep<T: Copy>(values: &mut Vec<T>, n_heads: usize, n_queries: usize, places: &Range<usize>) {
+        let row = values.len() / n_heads.saturating_mul(n_queries).max(1);
+        if row > 0 {
+            let heads = values.chunks(n_queries * row);
+            let kept = heads.filter_map(|head| head.get(places.start * row..places.end * row));
+            *values = kept.collect::<Vec<_>>().concat();
+        }
+    }
+    if places.len() == n_queries {
+        return;
+    }
+    let n_heads = inspected.heads.len();
+    keep(&mut inspected.top_keys, n_heads, n_queries, places);
+    for values in [
+        &mut inspected.top_weights,
+        &mut inspected.top_scores,
+        &mut inspected.entropy,
+        &mut inspected.distance,
+        &mut inspected.max_score,
+    ] {
+        keep(values, n_heads, n_queries, places);
     }
 }
 

@@ -8,5 +8,6 @@ pub mod demo;
 pub mod explain;
 pub mod layer;
 pub mod local;
+pub mod scores;
 pub mod status;
 pub mod worker;
