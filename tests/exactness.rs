@@ -3,6 +3,8 @@
 mod dense;
 mod operators;
 mod outputs;
+mod scores;
+mod tables;
 
 use std::collections::BTreeSet;
 

@@ -35,7 +35,7 @@ pub(crate) struct Answer {
 
 /// Dimensions of one batch element: query heads, kv heads, queries, keys, head dim, value dim.
 pub(crate) fn dims([heads, kv_heads, queries, keys, head_dim, value_dim]: [u32; 6]) -> proto::Shape {
-    proto::Shape { batch: 1, heads, kv_heads, queries, keys, head_dim, value_dim }
+    proto::Shape { batch: 1, heads, kv_heads, queries, keys, head_dim, value_dim, query_dim: 0 }
 }
 
 impl Draft {
@@ -54,7 +54,7 @@ impl Draft {
     /// A call whose element `i` of tensor `t` (0 is Q, 1 is K, 2 is V) is `value(t, i)`, rounded to `dtype`.
     pub(crate) fn of_values(shape: proto::Shape, dtype: Dtype, value: impl Fn(usize, usize) -> f32) -> Self {
         let n = |sizes: [u32; 4]| sizes.into_iter().map(|size| size as usize).product::<usize>();
-        let proto::Shape { batch, heads, kv_heads, queries, keys, head_dim, value_dim } = shape;
+        let proto::Shape { batch, heads, kv_heads, queries, keys, head_dim, value_dim, query_dim: _ } = shape;
         let elements = [
             n([batch, heads, queries, head_dim]),
             n([batch, kv_heads, keys, head_dim]),

@@ -50,7 +50,7 @@ fn parts(case: &Case, seed: u64) -> OutputsParts {
     }
 }
 
-fn assert_bits(got: &Inspected, wanted: &Inspected, what: &str) {
+pub(super) fn assert_bits(got: &Inspected, wanted: &Inspected, what: &str) {
     let same = |name: &str, got: &[f32], wanted: &[f32]| {
         assert_eq!(got.len(), wanted.len(), "{what}: {name}");
         let bits = got.iter().zip(wanted).position(|(a, b)| a.to_bits() != b.to_bits());

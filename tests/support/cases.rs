@@ -7,12 +7,13 @@ use std::time::Duration;
 use attnd_client::{
     Alibi, AttendOptions, Attended, DenseTensor, Inspected, Operands, Rectangle, WorkerChoice,
 };
+use attnd_kernel::reference::operator::At;
 use attnd_kernel::reference::{ReferenceRow, reference_row};
 use attnd_kernel::slot::{N_SLOTS, Node, PAGE_KEYS, keys_in_page, n_pages};
 use attnd_kernel::{
-    AttnShape, Bias, Causal, Dims, Dtype, Effective, ElementTile, EmptyRow, FinishedRows, GroupCall, Kernels,
-    KvHead, Mask, NodeReport, Normaliser, Operator, OperatorParts, Outputs, OutputsParts, RowSums, Side,
-    alibi_slopes, attend_node, inspect_node, widen,
+    AttnShape, Bias, Causal, Csr, Dims, Dtype, Effective, ElementTile, EmptyRow, FinishedRows, GroupCall,
+    Kernels, KvHead, Mask, NodeReport, Normaliser, Operator, OperatorParts, Outputs, OutputsParts, Relative,
+    RowSums, Score, Side, Swin, alibi_slopes, attend_node, inspect_node, widen,
 };
 use bytes::Bytes;
 use half::{bf16, f16};
@@ -48,18 +49,25 @@ impl Data {
 pub(crate) type Row = (usize, usize);
 
 /// One call.
+#[derive(Clone)]
 pub(crate) struct Case {
     pub(crate) data: Data,
     pub(crate) causal: Causal,
+    pub(crate) score: Score,
+    /// Of numbers, where the score looks at them.
+    pub(crate) previous: Option<DenseTensor>,
     pub(crate) scale: f32,
     pub(crate) softcap: Option<f32>,
     pub(crate) alibi: Option<Alibi>,
+    pub(crate) relative: Option<Relative>,
+    pub(crate) swin: Option<Swin>,
     /// Beside the causal rule.
     pub(crate) mask: Mask,
     /// Of bools.
     pub(crate) dense_mask: Option<DenseTensor>,
     /// Of numbers.
     pub(crate) dense_bias: Option<DenseTensor>,
+    pub(crate) csr: Option<Csr>,
     pub(crate) normaliser: Normaliser,
     pub(crate) sinks: Option<Arc<[f32]>>,
     pub(crate) empty_row: EmptyRow,
@@ -102,6 +110,11 @@ impl Case {
     /// Seeded operands of that shape.
     pub(crate) fn new(seed: u64, data: Data, causal: Causal, dtype: Dtype, dims: Dims) -> Self {
         let shape = AttnShape::new(dims).unwrap_or_else(|error| panic!("{dims:?}: {error}"));
+        Self::of_shape(seed, data, causal, dtype, shape)
+    }
+
+    /// The same of a shape, whose queries may have a dimension of their own.
+    pub(crate) fn of_shape(seed: u64, data: Data, causal: Causal, dtype: Dtype, shape: AttnShape) -> Self {
         let mut rng = SmallRng::seed_from_u64(seed);
         let (qk, value) = match data {
             Data::Peaked => (12.0, 1.0),
@@ -114,7 +127,7 @@ impl Case {
         let k = fill(&mut rng, shape.k_elements(), qk, data, dtype);
         let v = fill(&mut rng, shape.v_elements(), value, data, dtype);
         // Not always the default, and never a power of two by accident.
-        let scale = (dims.head_dim as f32).sqrt().recip() * if seed.is_multiple_of(2) { 1.0 } else { 0.7 };
+        let scale = (shape.head_dim() as f32).sqrt().recip() * if seed.is_multiple_of(2) { 1.0 } else { 0.7 };
         Self::of(data, causal, scale, Operands { shape, dtype, q, k, v })
     }
 
@@ -122,9 +135,15 @@ impl Case {
     pub(crate) fn of(data: Data, causal: Causal, scale: f32, operands: Operands) -> Self {
         let (mask, normaliser, empty_row) = (Mask::default(), Normaliser::Softmax, EmptyRow::Zero);
         let (softcap, alibi, dense_mask, dense_bias, sinks) = (None, None, None, None, None);
+        let (previous, relative, swin, csr) = (None, None, None, None);
         Self {
             data,
             causal,
+            score: Score::default(),
+            previous,
+            relative,
+            swin,
+            csr,
             scale,
             softcap,
             alibi,
@@ -140,20 +159,28 @@ impl Case {
 
     /// What is computed.
     pub(crate) fn operator(&self) -> Operator {
+        Operator::new(self.parts(), self.shape()).unwrap_or_else(|error| panic!("{error}"))
+    }
+
+    /// The same as somebody types it.
+    pub(crate) fn parts(&self) -> OperatorParts {
         let mask = attnd_wire::operator::with_causal(self.causal, self.mask.clone()).expect("one position");
         let (selection, dense) = self.reads();
         let alibi = self.slopes().map(|(slopes, by_key)| Bias::Alibi { slopes, by_key });
-        let parts = OperatorParts {
+        let relative = self.relative.clone().map(Bias::Relative);
+        let swin = self.swin.clone().map(Bias::Swin);
+        OperatorParts {
+            score: self.score.clone(),
             softcap: self.softcap,
-            biases: alibi.into_iter().chain(dense).collect(),
+            biases: [alibi, relative, swin].into_iter().flatten().chain(dense).collect(),
             mask,
             selection,
+            csr: self.csr.clone(),
             normaliser: self.normaliser,
             sinks: self.sinks.clone(),
             empty_row: self.empty_row,
             ..OperatorParts::plain(self.scale, Causal::None)
-        };
-        Operator::new(parts, self.shape()).unwrap_or_else(|error| panic!("{error}"))
+        }
     }
 
     /// Slopes of the linear bias, and whether it is by key.
@@ -177,9 +204,7 @@ impl Case {
             attnd_wire::floats::into_bytes(floats)
         };
         let operands = Operands { shape, dtype: Dtype::F32, q: widened(q), k: widened(k), v: widened(v) };
-        let (alibi, mask, sinks) = (self.alibi.clone(), self.mask.clone(), self.sinks.clone());
-        let (dense_mask, dense_bias) = (self.dense_mask.clone(), self.dense_bias.clone());
-        Self { operands, alibi, mask, dense_mask, dense_bias, sinks, ..*self }
+        Self { operands, ..self.clone() }
     }
 
     pub(crate) fn shape(&self) -> &AttnShape {
@@ -189,6 +214,11 @@ impl Case {
     /// The call's options, with this choice of workers.
     pub(crate) fn options(&self, workers: WorkerChoice) -> AttendOptions {
         AttendOptions {
+            score: self.score.clone(),
+            previous: self.previous.clone(),
+            relative: self.relative.clone(),
+            swin: self.swin.clone(),
+            csr: self.csr.clone(),
             scale: Some(self.scale),
             softcap: self.softcap,
             alibi: self.alibi.clone(),
@@ -228,7 +258,8 @@ impl Case {
             let (batch, first) =
                 (group / shape.n_kv_heads(), group % shape.n_kv_heads() * shape.group_size());
             let sees = |head: usize, token: usize| {
-                mask.visible(token).any(|key| self.shows(batch, first + head, token, key))
+                let at = |key| At { batch, head: first + head, token, key };
+                mask.visible(token).any(|key| self.shows(at(key)))
             };
             let of_head = |head: usize| (0..shape.n_queries()).filter(|token| !sees(head, *token)).count();
             (0..shape.group_size()).map(of_head).sum::<usize>()
@@ -246,18 +277,30 @@ impl Case {
     }
 
     /// Keys and values of one kv group, all of them.
-    fn resident(&self, group: usize) -> KvHead {
-        let shape = self.shape();
+    fn resident(&self, kernels: &Kernels, group: usize) -> KvHead {
+        let (shape, operator) = (self.shape(), &self.operator());
         let (d, dv, n_keys) = (shape.head_dim(), shape.value_dim(), shape.n_keys());
         let (dtype, finite) = (self.operands.dtype, self.data != Data::Poisoned);
-        let mut kv = KvHead::new(n_keys, d, dv, 0..N_SLOTS).expect("memory for one kv head");
+        let key_dim = operator.key_dim(shape);
+        let mut kv = KvHead::new(n_keys, key_dim, dv, 0..N_SLOTS).expect("memory for one kv head");
         for page in 0..n_pages(n_keys) {
             let rows = |bytes: &Bytes, dim: usize| {
                 let token = dim * dtype.size();
                 let begin = (group * n_keys + page * PAGE_KEYS) * token;
                 bytes.slice(begin..begin + keys_in_page(page, n_keys) * token)
             };
-            kv.write_k(page, &rows(&self.operands.k, d), dtype, finite).expect("finite keys");
+            let k = rows(&self.operands.k, d);
+            if operator.keeps_keys() {
+                kv.write_k(page, &k, dtype, finite).expect("finite keys");
+            } else {
+                let n = keys_in_page(page, n_keys);
+                let (mut sent, mut others) = (vec![0.0; n * d], vec![0.0; n * key_dim]);
+                widen(&k, dtype, &mut sent);
+                let keys = page * PAGE_KEYS..page * PAGE_KEYS + n;
+                operator.key_rows(kernels, shape, group, keys, &sent, &mut others);
+                let others = attnd_wire::floats::into_bytes(others);
+                kv.write_k(page, &others, Dtype::F32, finite).expect("finite keys");
+            }
             kv.write_v(page, &rows(&self.operands.v, dv), dtype, finite).expect("finite values");
         }
         kv
@@ -291,7 +334,7 @@ impl Case {
     /// The queries of one kv group.
     fn queries(&self, group: usize) -> Vec<f32> {
         let shape = self.shape();
-        let mut q = vec![0.0; shape.group_size() * shape.n_queries() * shape.head_dim()];
+        let mut q = vec![0.0; shape.group_size() * shape.n_queries() * shape.query_dim()];
         let bytes = q.len() * self.operands.dtype.size();
         widen(&self.operands.q[group * bytes..][..bytes], self.operands.dtype, &mut q);
         q
@@ -307,10 +350,12 @@ impl Case {
         let elements = outputs.rectangles().iter().map(|rectangle| vec![f32::NAN; size(rectangle)]).collect();
         let mut all = Inspected { heads: outputs.heads(), elements, ..Inspected::default() };
         for group in 0..shape.n_groups() {
-            let (q, kv) = (self.queries(group), self.resident(group));
+            let (q, kv) = (self.queries(group), self.resident(kernels, group));
             let planes = self.planes(group);
             let [mask, bias] = planes.each_ref().map(|planes| planes.iter().collect::<Vec<_>>());
-            let side = Side { mask: &mask, bias: &bias, ..Side::default() };
+            let previous = self.previous_of(group);
+            let previous: Vec<&[f32]> = previous.iter().map(Vec::as_slice).collect();
+            let side = Side { mask: &mask, bias: &bias, previous: &previous };
             let call = GroupCall { shape, operator, group, q: &q, kv: &kv, side, compute: Effective::F32 };
             let tokens = 0..shape.n_queries();
             let (partial, _overflow) = attend_node(kernels, &call, Node::ROOT, tokens.clone());
@@ -346,17 +391,19 @@ impl Case {
     /// Some tokens of one kv group, all heads of the group.
     fn compute_group(&self, kernels: &Kernels, group: usize, tokens: Range<usize>) -> FinishedRows {
         let shape = *self.shape();
-        let (q, kv) = (self.queries(group), self.resident(group));
+        let (q, kv) = (self.queries(group), self.resident(kernels, group));
         let operator = &self.operator();
         let planes = self.planes(group);
         let [mask, bias] = planes.each_ref().map(|planes| planes.iter().collect::<Vec<_>>());
+        let previous = self.previous_of(group);
+        let previous: Vec<&[f32]> = previous.iter().map(Vec::as_slice).collect();
         let call = GroupCall {
             shape,
             operator,
             group,
             q: &q,
             kv: &kv,
-            side: Side { mask: &mask, bias: &bias, ..Side::default() },
+            side: Side { mask: &mask, bias: &bias, previous: &previous },
             compute: Effective::F32,
         };
         let (partial, _overflow) = attend_node(kernels, &call, Node::ROOT, tokens);

@@ -1,8 +1,10 @@
 //! Dense masks and biases of seeded calls, and the planes that they become in this process.
 
 use attnd_client::{DenseTensor, Element};
+use attnd_kernel::reference::masks;
+use attnd_kernel::reference::operator::At;
 use attnd_kernel::slot::{N_SLOTS, PAGE_KEYS};
-use attnd_kernel::{AttnShape, Bias, DensePlane, Dtype, Selection, widen};
+use attnd_kernel::{AttnShape, Bias, Csr, DensePlane, Documents, Dtype, Run, Selection, widen};
 use attnd_plan::{SideLayout, SideTensor, Sides};
 use attnd_wire::floats;
 use bytes::Bytes;
@@ -80,8 +82,26 @@ impl Case {
     }
 
     fn tensors(&self) -> impl Iterator<Item = (SideTensor, &DenseTensor)> {
+        self.hiding().chain(self.previous.iter().map(|previous| (SideTensor::Previous, previous)))
+    }
+
+    /// Those that hide keys.
+    fn hiding(&self) -> impl Iterator<Item = (SideTensor, &DenseTensor)> {
         let mask = self.dense_mask.iter().map(|mask| (SideTensor::Mask, mask));
         mask.chain(self.dense_bias.iter().map(|bias| (SideTensor::Bias, bias)))
+    }
+
+    /// The weights that the rows of one kv group had before, of each head or of all.
+    pub(super) fn previous_of(&self, group: usize) -> Vec<Vec<f32>> {
+        let Some(tensor) = &self.previous else { return Vec::new() };
+        let ([batch, heads, rows, keys], shape) = (tensor.shape, self.shape());
+        let along = |size: usize, at: usize| if size == 1 { 0 } else { at };
+        let first_head = group % shape.n_kv_heads() * shape.group_size();
+        let of_head = |head: usize| {
+            let plane = along(batch, group / shape.n_kv_heads()) * heads + along(heads, first_head + head);
+            numbers(tensor)[plane * rows * keys..][..rows * keys].to_vec()
+        };
+        (0..if heads == 1 { 1 } else { shape.group_size() }).map(of_head).collect()
     }
 
     /// What travels beside the operands.
@@ -134,23 +154,38 @@ impl Case {
         [of_group(&self.dense_mask), of_group(&self.dense_bias)]
     }
 
-    /// Whether the dense tensors let a query see a key: said of one element.
-    pub(super) fn shows(&self, batch: usize, head: usize, token: usize, key: usize) -> bool {
-        self.tensors().all(|(_, DenseTensor { element, shape, bytes })| {
-            let along = |size: usize, at: usize| if size == 1 { 0 } else { at };
-            let row = (along(shape[0], batch) * shape[1] + along(shape[1], head)) * shape[2];
-            if key >= shape[3] {
-                return false;
-            }
-            let at = ((row + along(shape[2], token)) * shape[3] + key) * element.size();
-            match element {
-                Element::Bool => bytes[at] == 1,
-                Element::Float(dtype) => {
-                    let mut value = [0.0];
-                    widen(&bytes[at..at + element.size()], *dtype, &mut value);
-                    value[0] > lowest_of(*dtype)
+    /// Whether dense tensors, blocks and documents let a query see a key: said of one element.
+    pub(super) fn shows(&self, at: At) -> bool {
+        let At { batch, head, token, key } = at;
+        let is_listed = |csr: &Csr| {
+            let (blocks, lists) = ((csr.query_block(), csr.key_block()), (csr.row_ptr(), csr.columns()));
+            masks::csr(blocks, csr.layouts(), lists, self.shape().n_heads())(at)
+        };
+        let is_of_document = |documents: &Documents| {
+            let id = |batches: &[Vec<Run>], token: usize| {
+                let runs = &batches[batch % batches.len()];
+                runs.iter().find(|run| token < run.end).map(|run| run.id)
+            };
+            id(documents.queries(), token) == id(documents.keys(), key)
+        };
+        let shown = self.csr.as_ref().is_none_or(is_listed)
+            && self.mask.documents.as_deref().is_none_or(is_of_document);
+        shown
+            && self.hiding().all(|(_, DenseTensor { element, shape, bytes })| {
+                let along = |size: usize, at: usize| if size == 1 { 0 } else { at };
+                let row = (along(shape[0], batch) * shape[1] + along(shape[1], head)) * shape[2];
+                if key >= shape[3] {
+                    return false;
                 }
-            }
-        })
+                let at = ((row + along(shape[2], token)) * shape[3] + key) * element.size();
+                match element {
+                    Element::Bool => bytes[at] == 1,
+                    Element::Float(dtype) => {
+                        let mut value = [0.0];
+                        widen(&bytes[at..at + element.size()], *dtype, &mut value);
+                        value[0] > lowest_of(*dtype)
+                    }
+                }
+            })
     }
 }

@@ -161,14 +161,34 @@ mod tests {
                 dense(SideTensor::Bias, float, [1, 4, 50, 2000]),
             ])
             .unwrap(),
+            Sides::new(vec![dense(SideTensor::Previous, float, [2, 4, 50, 3000])]).unwrap(),
         ];
-        let outputs = [None, None, Some(wanted)];
-        let dtypes = [Dtype::F32, Dtype::F16, Dtype::Bf16];
-        for ((dtype, sides), outputs) in dtypes.into_iter().zip(beside).zip(outputs) {
+        // Keys become others, which takes them twice.
+        let ones = |name: &str, shape: &[usize]| Tensor {
+            name: name.into(),
+            shape: shape.into(),
+            values: vec![1.0; shape.iter().product()].into(),
+        };
+        let parameters = [
+            ("v", [3].as_slice()),
+            ("w_q", &[3, 65]),
+            ("w_k", &[3, 65]),
+            ("u", &[3, 1]),
+            ("filters", &[1, 5]),
+        ];
+        let score =
+            Score::new("location_aware", parameters.map(|(name, shape)| ones(name, shape)).into()).unwrap();
+        let parts = OperatorParts { score, ..OperatorParts::plain(1.0, Causal::None) };
+        let aware = Arc::new(Operator::new(parts, &shape).unwrap());
+        let operators = [&operator, &operator, &operator, &aware];
+        let outputs = [None, None, Some(wanted), None];
+        let dtypes = [Dtype::F32, Dtype::F16, Dtype::Bf16, Dtype::F16];
+        let calls = dtypes.into_iter().zip(operators).zip(beside).zip(outputs);
+        for (((dtype, operator), sides), outputs) in calls {
             for n in 1..=3 {
                 let req = PlanRequest {
                     shape,
-                    operator: Arc::clone(&operator),
+                    operator: Arc::clone(operator),
                     outputs: outputs.clone(),
                     dtype,
                     sides: sides.clone(),
@@ -180,7 +200,7 @@ mod tests {
                         call_id: 1,
                         shape,
                         dtype,
-                        operator: Arc::clone(&operator),
+                        operator: Arc::clone(operator),
                         outputs: outputs.clone(),
                         sides: sides.clone(),
                         allow_non_finite: false,

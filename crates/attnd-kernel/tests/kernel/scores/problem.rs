@@ -298,10 +298,10 @@ impl Problem {
             let (kv, plane) = (self.resident(group, &operator, slots.clone()), self.plane(&slots));
             let plane = [&plane];
             // One for each head, or none.
-            let of_group = self.previous.get(group * of_previous..(group + 1) * of_previous);
+            let weights = self.previous.get(group * of_previous..(group + 1) * of_previous);
             let of_head = shape.n_queries() * shape.n_keys();
             let previous: Vec<&[f32]> =
-                of_group.map_or(Vec::new(), |of_group| of_group.chunks(of_head).collect());
+                weights.map_or(Vec::new(), |weights| weights.chunks(of_head).collect());
             let call = GroupCall {
                 shape,
                 operator: &operator,

@@ -81,7 +81,10 @@ fn whole_plane(layout: &SideLayout, bytes: &[u8], plane: usize) -> DensePlane {
                 .unwrap();
         }
     }
-    written
+    match written {
+        Plane::Dense(written) => written,
+        Plane::Whole(_) => panic!("{} has no slots", layout.tensor()),
+    }
 }
 
 /// The chain from the client's bytes to partials: what a worker assembles of the parts that the coordinator cuts has
@@ -174,6 +177,56 @@ fn any_cut_of_the_bytes_gives_the_same_planes() {
         }
         assert_eq!(budget.reserved(), 0, "what was reserved is back");
     }
+}
+
+/// Weights that rows had before go whole to who has any slot of a group.
+#[test]
+fn previous_weights_become_planes_of_each_head() {
+    let shape = shape();
+    let element = Element::Float(Dtype::Bf16);
+    for dims in [[2, 4, 5, 1900], [1, 1, 5, 1900], [2, 1, 1, 1900], [1, 4, 1, 1900]] {
+        let layout = SideLayout::dense(SideTensor::Previous, element, dims, &shape).unwrap();
+        let sides = Sides::new(vec![layout]).unwrap();
+        let mut rng = StdRng::seed_from_u64(5);
+        let weights: Vec<f32> =
+            (0..dims.iter().product()).map(|_| rng.random_range(0..64) as f32 / 64.0).collect();
+        // The upper half of an f32 is a bf16, and these numbers have nothing below it.
+        let bytes: Vec<u8> = weights.iter().flat_map(|x| x.to_le_bytes().into_iter().skip(2)).collect();
+        let plan = plan();
+        let cutter = Cutter::new(&plan, &shape, &sides);
+        let budget = Budget::new(1 << 30);
+        for (at, share) in plan.shares.iter().enumerate() {
+            let mut assembly = assembly(&sides, &share.pieces, &budget);
+            for first in (0..bytes.len()).step_by(998) {
+                let len = (bytes.len() - first).min(998);
+                let cut = cutter.cut(SideTensor::Previous, first as u64, len).into_iter();
+                for Gathered { part, offset, runs, .. } in cut.filter(|cut| cut.share == at) {
+                    let data: Vec<u8> = runs.into_iter().flatten().map(|byte| bytes[first + byte]).collect();
+                    assembly.accept(SideTensor::Previous, part, offset, &data).unwrap();
+                }
+            }
+            assert_eq!(assembly.missing(), None);
+            let planes = assembly.finish().unwrap();
+            for group in share.pieces.iter().flat_map(|piece| piece.groups.clone()) {
+                let of_plane = dims[2] * 1900;
+                let wanted =
+                    layout.planes_of(group, &shape).map(|plane| &weights[plane * of_plane..][..of_plane]);
+                assert!(
+                    planes.previous_of_group(group, &shape).into_iter().eq(wanted),
+                    "{dims:?} group {group}"
+                );
+                assert!(planes.of_group(SideTensor::Bias, group, &(0..64), &shape).is_empty());
+            }
+        }
+        assert_eq!(budget.reserved(), 0);
+    }
+    let layout = SideLayout::dense(SideTensor::Previous, Element::Float(Dtype::F32), [1, 1, 1, 1900], &shape);
+    let sides = Sides::new(vec![layout.unwrap()]).unwrap();
+    let budget = Budget::new(1 << 30);
+    let mut bytes = vec![0; 1900 * 4];
+    bytes[700 * 4..][..4].copy_from_slice(&f32::INFINITY.to_le_bytes());
+    let refused = assembly(&sides, &whole(), &budget).accept(SideTensor::Previous, 0, 0, &bytes).unwrap_err();
+    assert_eq!(refused.message(), "NON_FINITE: previous[b=0,h=0,pos=0,key=700] inf");
 }
 
 fn whole() -> [Piece; 1] {
