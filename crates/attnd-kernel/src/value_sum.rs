@@ -100,7 +100,11 @@ mod tests {
     #[test]
     fn large_and_small_values_neither_overflow_nor_vanish() {
         assert_eq!(mean(&shape(4, 1), &[f32::MAX; 4]), [f32::MAX]);
-        assert_eq!(mean(&shape(3, 1), &[f32::MAX, 3.0, -f32::MAX]), [0.0], "3 is under half a unit of the sum");
+        assert_eq!(
+            mean(&shape(3, 1), &[f32::MAX, 3.0, -f32::MAX]),
+            [0.0],
+            "3 is under half a unit of the sum"
+        );
         let tiny = f32::from_bits(6);
         assert_eq!(mean(&shape(2, 1), &[tiny, 0.0]), [f32::from_bits(3)]);
         let signs = mean(&shape(2, 2), &[-0.0, -f32::from_bits(1), -0.0, 0.0]);

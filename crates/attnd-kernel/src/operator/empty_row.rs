@@ -48,7 +48,11 @@ impl Operator {
             }
             EmptyRow::Uniform => {
                 let of_length = mean.filter(|mean| mean.len() == rows.value_dim);
-                assert!(of_length.is_some(), "uniform rows of {} need the mean of their values", rows.value_dim);
+                assert!(
+                    of_length.is_some(),
+                    "uniform rows of {} need the mean of their values",
+                    rows.value_dim
+                );
                 of_length
             }
         };

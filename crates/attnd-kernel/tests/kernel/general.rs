@@ -8,8 +8,9 @@ mod selections;
 
 use attnd_kernel::slot::{N_SLOTS, Node};
 use attnd_kernel::{
-    AttnShape, Bias, Causal, Compute, Dims, Effective, EmptyRow, FinishedRows, GroupCall, Kernels, Mask, Normaliser,
-    Operator, OperatorError, OperatorParts, Path, Positions, Selection, Side, Storage, Window, attend_node,
+    AttnShape, Bias, Causal, Compute, Dims, Effective, EmptyRow, FinishedRows, GroupCall, Kernels, Mask,
+    Normaliser, Operator, OperatorError, OperatorParts, Path, Positions, Selection, Side, Storage, Window,
+    attend_node,
 };
 use proptest::prelude::*;
 use rand::rngs::SmallRng;

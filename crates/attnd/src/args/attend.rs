@@ -88,6 +88,8 @@ pub enum EmptyRowArg {
     Zero,
     /// NaN
     Nan,
+    /// The mean of the values over all keys, padding and hidden ones included
+    Uniform,
 }
 
 impl From<EmptyRowArg> for EmptyRow {
@@ -95,6 +97,7 @@ impl From<EmptyRowArg> for EmptyRow {
         match typed {
             EmptyRowArg::Zero => Self::Zero,
             EmptyRowArg::Nan => Self::Nan,
+            EmptyRowArg::Uniform => Self::Uniform,
         }
     }
 }
@@ -143,6 +146,14 @@ mod tests {
         assert_eq!((scores.softcap, scores.alibi_by_key, scores.sigmoid), (Some(30.0), true, Some(-3.0)));
         assert_eq!(scores.alibi, Some(super::super::Slopes::Each(vec![-0.5, 1.0])));
         assert_eq!(attend(&[]).unwrap().operator.scores, super::super::ScoreArgs::default());
+    }
+
+    #[test]
+    fn empty_rows_are_one_of_three() {
+        let typed = |extra: &[&str]| EmptyRow::from(attend(extra).unwrap().empty_row);
+        assert_eq!(typed(&[]), EmptyRow::Zero);
+        assert_eq!(typed(&["--empty-row", "nan"]), EmptyRow::Nan);
+        assert_eq!(typed(&["--empty-row", "uniform"]), EmptyRow::Uniform);
     }
 
     #[test]
