@@ -5,6 +5,7 @@ mod operators;
 mod outputs;
 mod scores;
 mod tables;
+mod uniform;
 
 use std::collections::BTreeSet;
 

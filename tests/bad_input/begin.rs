@@ -227,7 +227,8 @@ async fn operators_that_make_no_sense() {
         (Causal::None, |_, m| m.query_end = vec![4], "OPERATOR: mask.query_end[0] is 4, q_len is 3"),
         (Causal::None, |o, _| o.sinks = vec![0.0], "OPERATOR: sinks has 1 logits, num_heads is 2"),
         (Causal::None, |o, _| o.sinks = vec![0.0, f32::NAN], "OPERATOR: sinks[1] is NaN"),
-        (Causal::None, |o, _| o.empty_row = 2, "OPERATOR: empty_row 2"),
+        (Causal::None, |o, _| o.empty_row = 3, "OPERATOR: empty_row 3"),
+        (Causal::None, |o, _| o.empty_row = -1, "OPERATOR: empty_row -1"),
         (Causal::None, |o, _| o.softcap = Some(0.0), "OPERATOR: softcap is 0, scale is 0.35355338"),
         (Causal::None, |o, _| o.softcap = Some(-5.0), "OPERATOR: softcap is -5, scale is 0.35355338"),
         (Causal::None, |o, _| o.softcap = Some(f32::NAN), "OPERATOR: softcap is NaN, scale is 0.35355338"),
@@ -276,6 +277,11 @@ async fn operators_that_make_no_sense() {
             |o, _| (o.normaliser, o.sinks) = (sigmoid(0.0), vec![0.0; 2]),
             "COMBINATION: normaliser=sigmoid and sinks",
         ),
+        (
+            Causal::None,
+            |o, _| (o.normaliser, o.empty_row) = (sigmoid(0.0), 2),
+            "COMBINATION: normaliser=sigmoid and empty_row=uniform",
+        ),
     ];
     let mut scene = Scene::open().await;
     let with = |causal: Causal, operator: proto::Operator| {
@@ -300,10 +306,14 @@ async fn operators_that_make_no_sense() {
         let draft = with(Causal::None, proto::Operator { mask, ..Default::default() });
         scene.refuses(text, draft.frames(), &Refusal::invalid(text)).await;
     }
-    let nan = with(Causal::None, proto::Operator { empty_row: 1, ..Default::default() });
-    let frames = nan.with(|begin| begin.forbid_empty_rows = true).frames();
-    let refusal = Refusal::invalid("COMBINATION: forbid_empty_rows and empty_row=nan");
-    scene.refuses("forbidden rows that are filled", frames, &refusal).await;
+    for (empty_row, text) in [
+        (1, "COMBINATION: forbid_empty_rows and empty_row=nan"),
+        (2, "COMBINATION: forbid_empty_rows and empty_row=uniform"),
+    ] {
+        let filled = with(Causal::None, proto::Operator { empty_row, ..Default::default() });
+        let frames = filled.with(|begin| begin.forbid_empty_rows = true).frames();
+        scene.refuses("forbidden rows that are filled", frames, &Refusal::invalid(text)).await;
+    }
     // The padding of the queries sees nothing: 1 token of 2 heads.
     let mask = Some(proto::Mask { query_end: vec![2], ..Default::default() });
     let padded = with(Causal::None, proto::Operator { mask, ..Default::default() });

@@ -7,6 +7,7 @@ use attnd_kernel::{Causal, Compute, Dims, Dtype, EmptyRow, Kernels, Normaliser};
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 
+use super::operators::empty_row;
 use crate::support::cases::{Answer, Case, Data};
 use crate::support::cluster::Cluster;
 use crate::support::dense::{random_bias, random_mask, random_shape};
@@ -50,7 +51,7 @@ fn case(seed: u64) -> Case {
     } else if rng.random() {
         case.sinks = Some((0..dims.heads).map(|_| rng.random_range(-9.0..9.0)).collect());
     }
-    case.empty_row = [EmptyRow::Zero, EmptyRow::Nan][seed as usize % 2];
+    case.empty_row = empty_row(seed, case.normaliser);
     case
 }
 
@@ -68,7 +69,7 @@ async fn random_dense_tensors_have_the_same_bits_on_any_number_of_workers() {
     let cluster = Cluster::start(4).await;
     let client = cluster.client();
     let fast = Kernels::available()[0];
-    let mut empty = 0;
+    let (mut empty, mut uniform) = (0, 0);
     for seed in 0..CALLS {
         let case = case(seed);
         let wanted = case.compute(fast);
@@ -81,8 +82,11 @@ async fn random_dense_tensors_have_the_same_bits_on_any_number_of_workers() {
         let what = format!("seed {seed}, {:?}", case.operator());
         wanted.assert_within_operator(&case, &case.operator_reference(&rows), &what);
         empty += u64::from(case.empty_rows() > 0);
+        let is_uniform = case.empty_row == EmptyRow::Uniform && wanted.lse.contains(&f32::NEG_INFINITY);
+        uniform += u64::from(is_uniform);
     }
     assert!(empty >= CALLS / 4, "only {empty} calls with rows that see no key");
+    assert!(uniform >= CALLS / 12, "only {uniform} calls with rows that are uniform");
     cluster.wait_until_idle(Duration::from_secs(1)).await;
 }
 

@@ -110,8 +110,17 @@ pub(super) fn case(seed: u64) -> Case {
         let mut logit = |_| if maybe(&mut rng) { f32::NEG_INFINITY } else { rng.random_range(-9.0..9.0) };
         case.sinks = Some((0..dims.heads).map(&mut logit).collect());
     }
-    case.empty_row = [EmptyRow::Zero, EmptyRow::Nan][seed as usize % 2];
+    case.empty_row = empty_row(seed, case.normaliser);
     case
+}
+
+/// Each kind of empty rows in turn, but for uniform ones of sigmoids.
+pub(super) fn empty_row(seed: u64, normaliser: Normaliser) -> EmptyRow {
+    match (seed / 3 % 3, normaliser) {
+        (0, _) => EmptyRow::Nan,
+        (1, Normaliser::Softmax) => EmptyRow::Uniform,
+        _ => EmptyRow::Zero,
+    }
 }
 
 /// Slopes as published, of each head, or of each head of each element of the batch; some of the wrong sign.
@@ -131,7 +140,7 @@ async fn random_operators_have_the_same_bits_on_any_number_of_workers() {
     let cluster = Cluster::start(4).await;
     let client = cluster.client();
     let fast = Kernels::available()[0];
-    let (mut empty, mut filled, mut sunk, mut shared) = (0, 0, 0, 0);
+    let (mut empty, mut filled, mut uniform, mut sunk, mut shared) = (0, 0, 0, 0, 0);
     let (mut general, mut capped, mut biased, mut sigmoids) = (0, 0, 0, 0);
     for seed in 0..CALLS {
         let case = case(seed);
@@ -154,6 +163,8 @@ async fn random_operators_have_the_same_bits_on_any_number_of_workers() {
         }
         empty += usize::from(case.empty_rows() > 0);
         filled += usize::from(wanted.context.iter().any(|x| x.is_nan()));
+        let is_uniform = case.empty_row == EmptyRow::Uniform && wanted.lse.contains(&f32::NEG_INFINITY);
+        uniform += usize::from(is_uniform);
         sunk += usize::from(case.sinks.is_some());
         general += usize::from(operator.path() == Path::General);
         capped += usize::from(case.softcap.is_some());
@@ -164,6 +175,7 @@ async fn random_operators_have_the_same_bits_on_any_number_of_workers() {
     for (what, met) in [
         ("empty rows", empty),
         ("NaN rows", filled),
+        ("uniform rows", uniform),
         ("sinks", sunk),
         ("four shares", shared),
         ("general path", general),

@@ -107,7 +107,7 @@ fn case(seed: u64) -> Case {
     if rng.random_range(0..4) == 0 {
         case.sinks = Some((0..shape.n_heads()).map(|_| rng.random_range(-9.0..9.0)).collect());
     }
-    case.empty_row = [EmptyRow::Zero, EmptyRow::Nan][usize::from(rng.random::<bool>())];
+    case.empty_row = [EmptyRow::Zero, EmptyRow::Nan, EmptyRow::Uniform][rng.random_range(0..3)];
     case
 }
 

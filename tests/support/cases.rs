@@ -424,7 +424,20 @@ impl Case {
             compute: Effective::F32,
         };
         let (partial, _overflow) = attend_node(kernels, &call, Node::ROOT, tokens);
-        operator.finish(partial, group, &shape, kernels)
+        let mean = (self.empty_row == EmptyRow::Uniform).then(|| self.value_mean(group));
+        operator.finish(partial, group, &shape, mean.as_deref(), kernels)
+    }
+
+    /// The mean of one kv group's values by its definition: columns summed in f64, key by key.
+    pub(crate) fn value_mean(&self, group: usize) -> Vec<f32> {
+        let (n_keys, dim) = (self.shape().n_keys(), self.shape().value_dim());
+        let [_, _, v] = self.floats();
+        let column = |column: usize| {
+            let values = (0..n_keys).map(|key| f64::from(v[(group * n_keys + key) * dim + column]));
+            let mean = (values.fold(0.0, |sum, value| sum + value) / n_keys as f64) as f32;
+            if mean.is_nan() { f32::from_bits(0x7fc0_0000) } else { mean + 0.0 }
+        };
+        (0..dim).map(column).collect()
     }
 
     /// Q, K and V, widened.

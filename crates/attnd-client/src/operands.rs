@@ -64,11 +64,11 @@ pub struct AttendOptions {
     pub normaliser: Normaliser,
     /// A logit for each query head of one batch element, `[heads]`, that joins the denominator of its rows.
     pub sinks: Option<Arc<[f32]>>,
-    /// The context of rows that see neither a key nor a sink.
+    /// The context of rows that see neither a key nor a sink. No sigmoid has uniform ones.
     pub empty_row: EmptyRow,
     /// What is wanted beside the context. It costs a second pass over the scores.
     pub outputs: OutputsParts,
-    /// Lets NaN and infinities through; they follow IEEE 754 into the rows that see them.
+    /// Lets NaN and infinities through; they follow IEEE 754 into the rows that see them, and out of V into all uniform ones.
     pub allow_non_finite: bool,
     /// Refuses rows that see no key instead of answering; not together with another `empty_row` than 0.
     pub forbid_empty_rows: bool,

@@ -69,6 +69,7 @@ mod score;
 pub mod shape;
 pub mod slot;
 mod storage;
+mod value_sum;
 mod widen;
 
 pub use attend::{GroupCall, ScoreOverflow, Side, attend_node};
@@ -95,3 +96,4 @@ pub use project::Linear;
 pub use score::{DefaultScale, FUNCTIONS, Function, Parameter, Score, ScoreError, Symbol, Tensor};
 pub use shape::{AttnShape, Dims, ShapeError};
 pub use storage::Storage;
+pub use value_sum::ValueSum;

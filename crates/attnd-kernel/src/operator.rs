@@ -3,13 +3,15 @@
 //! [`OperatorParts`] is what somebody asked for, [`Operator`] what makes sense for a shape. Another part is another field of
 //! the first, its check in [`Operator::new`], and its share in [`Operator::kernel_id`].
 
+mod empty_row;
 mod transform;
 
 use std::sync::Arc;
 
+pub use self::empty_row::EmptyRow;
 pub(crate) use self::transform::Queries;
 use crate::bias::{Bias, BiasError, Ramp, RelativeRow, SwinRow};
-use crate::canonical::{CANONICAL_NAN, query_factor};
+use crate::canonical::query_factor;
 use crate::compute::Compute;
 use crate::dispatch::Kernels;
 use crate::general::reduce::Reducer;
@@ -94,16 +96,6 @@ pub enum Path {
     Plain,
     /// Stages between the products and the weights.
     General,
-}
-
-/// The context of a row that sees nothing. Its lse is -inf whatever the context is.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub enum EmptyRow {
-    /// Zeros (torch's SDPA, flash-attn, ONNX).
-    #[default]
-    Zero,
-    /// NaN, as a softmax gives that adds -inf to every score.
-    Nan,
 }
 
 /// Why parts are no operator. The text names the options and both numbers.
@@ -242,6 +234,10 @@ impl Operator {
             }
             if parts.sinks.is_some() {
                 return Err(OperatorError::Together { one: "normaliser=sigmoid", other: "sinks" });
+            }
+            if parts.empty_row == EmptyRow::Uniform {
+                let other = "empty_row=uniform";
+                return Err(OperatorError::Together { one: "normaliser=sigmoid", other });
             }
         }
         if let Some(sinks) = &parts.sinks {
@@ -427,25 +423,27 @@ impl Operator {
     }
 
     /// Makes the result of one kv group's rows, ordered `[head in group, token]`, over all keys: sinks join on the right,
-    /// then rows are divided, and those that saw nothing are filled.
+    /// then rows are divided, and those that saw nothing are filled, with `mean` if they are uniform (see [`Self::divide`]).
     ///
     /// # Panics
-    /// If the group's heads don't divide the rows, or the lengths of the partial don't agree with each other.
+    /// If the group's heads don't divide the rows, or the lengths of the partial don't agree with each other; if rows are
+    /// uniform and there is no mean of their length.
     pub fn finish(
         &self,
         rows: PartialRows,
         group: usize,
         shape: &AttnShape,
+        mean: Option<&[f32]>,
         kernels: &Kernels,
     ) -> FinishedRows {
-        self.divide(self.join_sinks(rows, group, shape, kernels), kernels)
+        self.divide(self.join_sinks(rows, group, shape, kernels), mean, kernels)
     }
 
     /// The first half of [`Self::finish`]: sinks join. What it leaves in `m` and `l` is what a second pass over the rows
     /// divides by, see [`crate::RowSums`].
     ///
     /// # Panics
-    /// As [`Self::finish`].
+    /// If the group's heads don't divide the rows, or the lengths of the partial don't agree with each other.
     #[must_use]
     pub fn join_sinks(
         &self,
@@ -459,23 +457,6 @@ impl Operator {
             Some(sinks) => rows.with_sinks(&sinks[first_head..][..shape.group_size()], kernels),
             None => rows,
         }
-    }
-
-    /// The second half of [`Self::finish`], for rows that sinks have joined.
-    ///
-    /// # Panics
-    /// If the lengths of the partial don't agree with each other.
-    pub fn divide(&self, rows: PartialRows, kernels: &Kernels) -> FinishedRows {
-        let unseen = match self.parts.empty_row {
-            EmptyRow::Zero => Vec::new(),
-            EmptyRow::Nan => rows.unseen(),
-        };
-        let mut finished = match self.parts.normaliser {
-            Normaliser::Softmax => rows.finish(kernels),
-            Normaliser::Sigmoid { .. } => rows.finish_sigmoid(kernels),
-        };
-        finished.fill(&unseen, CANONICAL_NAN);
-        finished
     }
 }
 

@@ -116,12 +116,11 @@ impl PartialRows {
 }
 
 impl FinishedRows {
-    /// Puts what was asked for into rows that saw nothing. [`Self::non_finite_row`] stays: a NaN that was asked for is no
-    /// accident.
-    pub(crate) fn fill(&mut self, rows: &[usize], value: f32) {
-        let value_dim = self.context.len() / self.lse.len().max(1);
+    /// Puts what was asked for into rows that saw nothing, `[value_dim]`. [`Self::non_finite_row`] stays: a NaN that was asked for
+    /// is no accident, and neither is one in the mean of values that may have some.
+    pub(crate) fn fill(&mut self, rows: &[usize], context: &[f32]) {
         for row in rows {
-            self.context[row * value_dim..][..value_dim].fill(value);
+            self.context[row * context.len()..][..context.len()].copy_from_slice(context);
         }
     }
 }

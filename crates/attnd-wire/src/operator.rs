@@ -54,6 +54,7 @@ impl From<&Operator> for Encoded {
         let empty_row = match operator.empty_row() {
             EmptyRow::Zero => proto::EmptyRow::Zero,
             EmptyRow::Nan => proto::EmptyRow::Nan,
+            EmptyRow::Uniform => proto::EmptyRow::Uniform,
         };
         let is_causal = mask.as_causal().is_some() && operator.csr().is_none();
         let more = proto::Operator {
@@ -106,6 +107,7 @@ impl Encoded {
         let empty_row = match proto::EmptyRow::try_from(empty_row) {
             Ok(proto::EmptyRow::Zero) => EmptyRow::Zero,
             Ok(proto::EmptyRow::Nan) => EmptyRow::Nan,
+            Ok(proto::EmptyRow::Uniform) => EmptyRow::Uniform,
             Err(_) => return Err(Error::new(Reason::Operator, format!("empty_row {empty_row}"))),
         };
         let biases = scores::decode_biases(biases)?;
@@ -195,7 +197,8 @@ fn positions_option(positions: proto::Positions) -> &'static str {
 pub fn check_empty_rows(operator: &Operator, forbidden: bool) -> Result<(), Error> {
     match operator.empty_row() {
         EmptyRow::Nan if forbidden => Err(together("forbid_empty_rows", "empty_row=nan")),
-        EmptyRow::Zero | EmptyRow::Nan => Ok(()),
+        EmptyRow::Uniform if forbidden => Err(together("forbid_empty_rows", "empty_row=uniform")),
+        EmptyRow::Zero | EmptyRow::Nan | EmptyRow::Uniform => Ok(()),
     }
 }
 

@@ -237,3 +237,39 @@ fn what_is_wrong_with_a_file_is_said_in_one_line() {
         refused("call.json", text);
     }
 }
+
+#[test]
+fn a_file_says_what_rows_without_keys_are() {
+    let folder = TempDir::new().unwrap();
+    let folder = folder.path();
+    operands(folder);
+    // Queries stand at -3 to 1: the first three of each of four heads see nothing.
+    let whole = "q = 'q.npy'\nk = 'k.npy'\nv = 'v.npy'\nworkers = 2\ncausal = 'offset'\noffset = -3\n";
+    let result = |empty_row: &str, said: &str| {
+        fs::write(folder.join("call.toml"), format!("{whole}empty-row = '{empty_row}'\n")).unwrap();
+        let ended = attend(folder, &["--request=call.toml", "-o", "context.npy"]);
+        assert!(ended.status.success(), "{empty_row}: {}", stderr(&ended));
+        let stdout = String::from_utf8_lossy(&ended.stdout).into_owned();
+        assert!(
+            stdout.contains(&format!("12 rows see no key: their context is {said} and their lse -inf")),
+            "{stdout}"
+        );
+        let bytes = fs::read(folder.join("context.npy")).unwrap();
+        let values = bytes[bytes.len() - 2 * 2 * 5 * 8 * 4..].as_chunks().0.iter();
+        values.map(|value| f32::from_le_bytes(*value)).collect::<Vec<f32>>()
+    };
+    let zero = result("zero", "0");
+    let nan = result("nan", "NaN");
+    let uniform = result("uniform", "the mean of the values");
+    for (at, ((zero, nan), uniform)) in zero.iter().zip(&nan).zip(&uniform).enumerate() {
+        if at / 8 % 5 < 3 {
+            // Of 300 numbers between -1 and 1.
+            assert!(*zero == 0.0 && nan.is_nan() && *uniform != 0.0 && uniform.abs() < 0.2, "element {at}");
+        } else {
+            assert_eq!((zero, zero), (nan, uniform), "element {at}");
+        }
+    }
+    fs::write(folder.join("call.toml"), format!("{whole}empty-row = 'uniform'\nsigmoid = 0\n")).unwrap();
+    let refused = attend(folder, &["--request=call.toml"]);
+    assert!(stderr(&refused).contains("normaliser=sigmoid and empty_row=uniform"), "{}", stderr(&refused));
+}

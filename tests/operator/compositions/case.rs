@@ -175,7 +175,8 @@ impl Case {
             parts.sinks = Some((0..heads).map(sink).collect());
         }
         if one_in(rng, 3) {
-            parts.empty_row = EmptyRow::Nan;
+            let may_be_uniform = parts.normaliser == Normaliser::Softmax && rng.random();
+            parts.empty_row = if may_be_uniform { EmptyRow::Uniform } else { EmptyRow::Nan };
         }
     }
 

@@ -7,7 +7,8 @@ use attnd_kernel::slot::{
     N_SLOTS, Node, PAGE_KEYS, cover, keys_in_page, keys_in_slots, n_pages, slot_of_page,
 };
 use attnd_kernel::{
-    DensePlane, Dtype, Effective, GroupCall, Kernels, KvHead, PartialRows, ScoreOverflow, Side, attend_node,
+    DensePlane, Dtype, Effective, EmptyRow, GroupCall, Kernels, KvHead, PartialRows, ScoreOverflow, Side,
+    ValueSum, attend_node,
 };
 
 use super::case::Case;
@@ -169,7 +170,11 @@ pub(super) fn attend_cut(case: &Case, kernels: &[&Kernels], cuts: &[usize]) -> R
 /// Adds the finished rows of a group.
 fn finish(case: &Case, group: usize, parts: &[(Node, PartialRows)], kernels: &Kernels, all: &mut Rows) {
     let whole = merge_up(Node::ROOT, parts, kernels).unwrap();
-    let finished = case.operator().finish(whole, group, &case.shape, kernels);
+    let mut sum = ValueSum::new(&case.shape);
+    let of_group = case.shape.n_keys() * case.shape.value_dim();
+    sum.add(&case.v[group * of_group..][..of_group]);
+    let mean = sum.mean().filter(|_| case.parts.empty_row == EmptyRow::Uniform);
+    let finished = case.operator().finish(whole, group, &case.shape, mean.as_deref(), kernels);
     all.context.extend_from_slice(&finished.context);
     all.lse.extend_from_slice(&finished.lse);
 }

@@ -98,7 +98,10 @@ pub(super) const FAULTS: [(&str, Fault); 35] = [
         (case.parts.empty_row == EmptyRow::Zero)
             .then(|| of_formula(case, |formula| formula.empty_row = Empty::Nan))
     }),
-    ("uniform empty rows", |case| Some(of_formula(case, |formula| formula.empty_row = Empty::Uniform))),
+    ("uniform empty rows", |case| {
+        (case.parts.empty_row != EmptyRow::Uniform)
+            .then(|| of_formula(case, |formula| formula.empty_row = Empty::Uniform))
+    }),
     ("window one too wide", |case| {
         of_mask(case, |mask| mask.window.left = mask.window.left.map(|left| left + 1))
     }),

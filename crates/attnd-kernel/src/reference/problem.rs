@@ -129,6 +129,7 @@ impl<'a> Problem<'a> {
             empty_row: match parts.empty_row {
                 Empty::Zero => EmptyRow::Zero,
                 Empty::Nan => EmptyRow::Nan,
+                Empty::Uniform => EmptyRow::Uniform,
             },
         }
     }

@@ -8,8 +8,9 @@ mod selections;
 
 use attnd_kernel::slot::{N_SLOTS, Node};
 use attnd_kernel::{
-    AttnShape, Bias, Causal, Compute, Dims, Effective, FinishedRows, GroupCall, Kernels, Mask, Normaliser,
-    Operator, OperatorError, OperatorParts, Path, Positions, Selection, Side, Storage, Window, attend_node,
+    AttnShape, Bias, Causal, Compute, Dims, Effective, EmptyRow, FinishedRows, GroupCall, Kernels, Mask,
+    Normaliser, Operator, OperatorError, OperatorParts, Path, Positions, Selection, Side, Storage, Window,
+    attend_node,
 };
 use proptest::prelude::*;
 use rand::rngs::SmallRng;
@@ -331,6 +332,8 @@ fn parts_that_make_no_operator_are_refused() {
     assert_eq!(refused(sigmoid(f32::NAN)), "normaliser.sigmoid_bias is NaN");
     let text = refused(OperatorParts { sinks: Some(vec![0.0; 4].into()), ..sigmoid(0.0) });
     assert_eq!(text, "normaliser=sigmoid and sinks");
+    let text = refused(OperatorParts { empty_row: EmptyRow::Uniform, ..sigmoid(0.0) });
+    assert_eq!(text, "normaliser=sigmoid and empty_row=uniform");
 
     for (parts, option) in [
         (OperatorParts { softcap: Some(30.0), ..plain() }, "softcap"),

@@ -1,11 +1,12 @@
 //! What a call computes beside products: the sign of a scale, sinks, rows that see nothing, and what is refused.
 
 use std::num::NonZeroUsize;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use attnd_kernel::{
     AttnShape, Causal, Compute, Dims, Documents, EmptyRow, FinishedRows, Kernels, Mask, MaskError, Operator,
-    OperatorError, OperatorParts, PartialRows, PerBatch, Positions, Run, Window,
+    OperatorError, OperatorParts, PartialRows, PerBatch, Positions, Run, ValueSum, Window,
 };
 
 use crate::cases::{Case, Data, differing_bits};
@@ -47,7 +48,10 @@ fn with_sinks(case: &Case, partial: PartialRows, sinks: &[f32], empty_row: Empty
     let plain = OperatorParts::plain(case.scale, Causal::None);
     let parts = OperatorParts { mask: case.mask.clone(), sinks: Some(sinks.into()), empty_row, ..plain };
     let operator = Operator::new(parts, &case.shape).unwrap();
-    operator.finish(partial, 0, &case.shape, Kernels::available()[0])
+    let mut sum = ValueSum::new(&case.shape);
+    sum.add(&case.v);
+    let mean = sum.mean().filter(|_| empty_row == EmptyRow::Uniform);
+    operator.finish(partial, 0, &case.shape, mean.as_deref(), Kernels::available()[0])
 }
 
 #[test]
@@ -104,7 +108,7 @@ fn sinks_are_those_of_the_groups_heads() {
     let kernels = Kernels::available()[0];
     // The second kv group of either batch element has heads 2 and 3.
     for (group, expected) in [(0, [0.0, 1.0]), (1, [2.0, 3.0]), (2, [0.0, 1.0]), (3, [2.0, 3.0])] {
-        let finished = operator.finish(PartialRows::empty(6, 2), group, &shape(), kernels);
+        let finished = operator.finish(PartialRows::empty(6, 2), group, &shape(), None, kernels);
         for (row, lse) in finished.lse.iter().enumerate() {
             assert!((lse - expected[row / 3]).abs() < 1e-6, "group {group} row {row}: {lse}");
         }
@@ -133,6 +137,57 @@ fn a_row_that_sees_nothing_is_what_was_asked_for() {
     // With a sink the row has something to look at, if nothing to take from it.
     let sunk = with_sinks(&case, partial, &[1.0, 1.0], EmptyRow::Nan);
     assert!(sunk.context.iter().all(|x| x.is_finite()) && sunk.lse.iter().all(|lse| lse.is_finite()));
+}
+
+/// Rows that see a key, or a sink, are what they were; the others have the mean over all keys, those behind the padding included.
+#[test]
+fn a_uniform_row_is_the_mean_of_all_values() {
+    let mut case = Case::new(13, Data::Normal, Causal::BottomRight, [2, 60, 300, 8, 5]);
+    case.mask.key_begin = Some(PerBatch::Same(20));
+    case.mask.key_end = Some(PerBatch::Same(35));
+    let kernels = Kernels::available()[0];
+    let partial = case.partial(kernels, &case.resident(0..64), attnd_kernel::slot::Node::ROOT, 0..60);
+    // Queries stand at keys -25 to 34, and those before key 20 see nothing.
+    let sinks = [f32::NEG_INFINITY, 0.5];
+    let zero = with_sinks(&case, partial.clone(), &sinks, EmptyRow::Zero);
+    let uniform = with_sinks(&case, partial, &sinks, EmptyRow::Uniform);
+    assert_eq!((&uniform.lse, uniform.non_finite_row), (&zero.lse, None));
+    let mean = |column: usize| {
+        let of_keys = (0..300).map(|key| f64::from(case.v[key * 5 + column]));
+        (of_keys.fold(0.0, |sum, value| sum + value) / 300.0) as f32
+    };
+    let mean = [0, 1, 2, 3, 4].map(|column| mean(column).to_bits());
+    assert!(!mean.contains(&0));
+    for row in 0..120 {
+        let bits = |rows: &FinishedRows| -> Vec<u32> {
+            rows.context[row * 5..][..5].iter().map(|value| value.to_bits()).collect()
+        };
+        if row < 45 {
+            assert_eq!((bits(&zero), uniform.lse[row]), (vec![0; 5], f32::NEG_INFINITY), "row {row}");
+            assert_eq!(bits(&uniform), mean, "row {row}");
+        } else {
+            assert_eq!(bits(&uniform), bits(&zero), "row {row}");
+        }
+    }
+    assert!(zero.context[60 * 5..][..5].iter().all(|value| *value == 0.0), "this row saw its sink");
+}
+
+#[test]
+fn uniform_rows_are_not_finished_without_their_mean() {
+    let parts = OperatorParts { empty_row: EmptyRow::Uniform, ..parts() };
+    let operator = Operator::new(parts.clone(), &shape()).unwrap();
+    let kernels = Kernels::available()[0];
+    let finish = |mean: Option<&[f32]>| {
+        let seen = PartialRows { m: vec![0.0; 6], l: vec![1.0; 6], ..PartialRows::empty(6, 2) };
+        let finished = AssertUnwindSafe(|| operator.finish(seen, 0, &shape(), mean, kernels));
+        catch_unwind(finished).is_ok()
+    };
+    // Not even where no row needs it: who forgets it learns of it at once.
+    assert!(!finish(None));
+    assert!(!finish(Some(&[1.0])));
+    assert!(finish(Some(&[1.0, 2.0])));
+    let zero = operator.without_empty_row();
+    assert_eq!(zero, Operator::new(OperatorParts { empty_row: EmptyRow::Zero, ..parts }, &shape()).unwrap());
 }
 
 #[test]
@@ -176,6 +231,7 @@ fn only_what_old_nodes_know_has_their_name() {
         OperatorParts { mask: Mask { key_end: Some(PerBatch::Same(4)), ..Mask::default() }, ..parts() },
         OperatorParts { sinks: Some([0.0; 4].into()), ..parts() },
         OperatorParts { empty_row: EmptyRow::Nan, ..parts() },
+        OperatorParts { empty_row: EmptyRow::Uniform, ..parts() },
     ] {
         let ids = Compute::ALL.map(|compute| id(new.clone(), compute));
         assert_eq!(ids, ["c1-f32-op1", "c1-bf16-op1", "c1-int8-op1"], "{new:?}");

@@ -38,6 +38,7 @@ use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::SendTimeoutError;
 use tonic::Streaming;
 
+use self::averaging::Averaging;
 use self::clock::{Clock, Stall};
 use self::outgoing::{Outgoing, room};
 use super::Hub;
@@ -51,6 +52,7 @@ use super::worker_actor::OpenedShare;
 use crate::compute_pool::WorkError;
 use crate::shutdown::Calls;
 
+mod averaging;
 mod clock;
 mod outgoing;
 mod reports;
@@ -157,6 +159,8 @@ struct Flow<'a> {
     pending: VecDeque<(usize, ComputeRequest)>,
     pending_stall: Stall,
     shares: Vec<Outgoing>,
+    /// Where rows that see no key become the mean of the values.
+    averaging: Option<Averaging>,
 
     incoming: Incoming,
     backlog: Backlog,
@@ -200,6 +204,7 @@ impl<'a> Flow<'a> {
         let call = Call::new(&plan, begin.dtype.size(), &begin.sides, outputs.clone(), now);
         let second = outputs.map(|outputs| SecondPass::new(outputs, &plan, &begin.shape));
         let backlog = Backlog::new(&plan, &begin.shape);
+        let averaging = Averaging::of(&begin);
         Self {
             hub,
             begin,
@@ -210,6 +215,7 @@ impl<'a> Flow<'a> {
             pending: VecDeque::new(),
             pending_stall: Stall::default(),
             shares: outgoing,
+            averaging,
             incoming: Incoming::new(incoming),
             backlog,
             second,
@@ -226,9 +232,10 @@ impl<'a> Flow<'a> {
 
     async fn run(mut self) -> Result<(), Error> {
         while !self.is_answered() {
-            self.start_merging();
+            self.start_merging()?;
+            let is_adding = self.is_adding();
             let queue = self.pending.front().and_then(|(share, _)| self.shares.get(*share)?.requests.clone());
-            let reads_client = self.pending.is_empty() && !self.requests_ended;
+            let reads_client = self.pending.is_empty() && !is_adding && !self.requests_ended;
             let wanted = self.backlog.wanted();
             let client_stalled = self.outbox_stall.after(!self.outbox.is_empty());
             let worker_stalled = self.pending_stall.after(!self.pending.is_empty());
@@ -243,6 +250,10 @@ impl<'a> Flow<'a> {
                     self.outbox_stall = Stall::default();
                 }
                 Some(merged) = self.merging.next() => self.take_merged(merged)?,
+                added = Averaging::added(&mut self.averaging), if is_adding => {
+                    added?;
+                    self.free_client();
+                }
                 Some((share, said)) = poll_fn(|cx| self.incoming.poll(wanted.as_deref(), cx)),
                     if self.ready.len() < READY && self.outbox.len() < FULL_OUTBOX => self.take_said(share, said)?,
                 room = room(queue), if !self.pending.is_empty() => {
@@ -334,7 +345,17 @@ impl<'a> Flow<'a> {
                 share.requests = None;
             }
         }
-        if self.pending.is_empty() {
+        self.free_client();
+    }
+
+    /// A chunk of V is being added up.
+    fn is_adding(&self) -> bool {
+        self.averaging.as_ref().is_some_and(Averaging::is_adding)
+    }
+
+    /// From here on, time is the client's, unless something else still holds it back.
+    fn free_client(&mut self) {
+        if self.pending.is_empty() && !self.is_adding() {
             self.clock.client_freed();
         }
     }
@@ -361,17 +382,20 @@ impl<'a> Flow<'a> {
         self.event(event, &Bytes::new())
     }
 
-    fn start_merging(&mut self) {
-        while self.merging.len() <= self.hub.pool.threads()
+    fn start_merging(&mut self) -> Result<(), Error> {
+        while !self.is_adding()
+            && self.merging.len() <= self.hub.pool.threads()
             && self.outbox.len() < OUTBOX
             && let Some(whole) = self.ready.pop_front()
         {
             let (pool, kernels) = (self.hub.pool.clone(), self.hub.kernels);
             let Begin { shape, allow_non_finite, .. } = self.begin;
             let operator = Arc::clone(&self.begin.operator);
-            let checks = Checks { allow_non_finite, keep_sums: self.second.is_some() };
+            let keep_sums = self.second.is_some();
             self.merging.push(match whole {
                 Whole::Rows(ready) => {
+                    let mean = self.averaging.as_ref().map(|averaging| averaging.mean(ready.group));
+                    let checks = Checks { mean: mean.transpose()?, allow_non_finite, keep_sums };
                     let row = (ready.group, ready.tokens.start);
                     let work = move || finish(ready, &shape, &operator, checks, kernels).map(Made::Rows);
                     Box::pin(async move { (row, pool.run(work).await) })
@@ -382,6 +406,7 @@ impl<'a> Flow<'a> {
                 }
             });
         }
+        Ok(())
     }
 
     fn take_merged(
@@ -427,6 +452,9 @@ impl<'a> Flow<'a> {
                     for run in &runs {
                         self.forward(tensor, run, data);
                     }
+                    if let Some(averaging) = self.averaging.as_mut().filter(|_| tensor == Tensor::V) {
+                        averaging.add(&self.hub.pool, runs, data.clone())?;
+                    }
                 }
                 CallAction::ForwardSide { tensor, parts } => {
                     for part in &parts {
@@ -450,7 +478,7 @@ impl<'a> Flow<'a> {
                 CallAction::Complete => self.gathered = true,
             }
         }
-        if !self.pending.is_empty() {
+        if !self.pending.is_empty() || self.is_adding() {
             self.clock.client_held();
         }
         Ok(())

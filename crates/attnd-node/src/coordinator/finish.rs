@@ -1,6 +1,7 @@
 //! From the partials of some rows to the messages that carry them to the client. Pure; runs on the compute pool.
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use attnd_kernel::{AttnShape, FinishedRows, Kernels, Operator, PartialRows};
@@ -21,8 +22,10 @@ pub(crate) struct Finish {
 }
 
 /// What else is asked of finished rows.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Checks {
+    /// The mean of the group's values, where it is what rows are that see nothing.
+    pub(crate) mean: Option<Arc<[f32]>>,
     /// Rows may have NaN and infinities.
     pub(crate) allow_non_finite: bool,
     /// Their sums are needed again.
@@ -37,7 +40,7 @@ pub(crate) fn finish(
     ready: Ready<PartialRows>,
     shape: &AttnShape,
     operator: &Operator,
-    Checks { allow_non_finite, keep_sums }: Checks,
+    Checks { mean, allow_non_finite, keep_sums }: Checks,
     kernels: &Kernels,
 ) -> Result<Finish, Error> {
     let begun = Instant::now();
@@ -58,7 +61,7 @@ pub(crate) fn finish(
         m: merged.m.clone(),
         l: merged.l.clone(),
     });
-    let finished = operator.divide(merged, kernels);
+    let finished = operator.divide(merged, mean.as_deref(), kernels);
     if let Some(row) = finished.non_finite_row.filter(|_| !allow_non_finite) {
         let (head, token) = (row / tokens.len(), row % tokens.len());
         return Err(refusal::output_overflow(first_head + head, tokens.start + token));
@@ -129,7 +132,7 @@ mod tests {
     ) -> Result<Finish, Error> {
         let ready = Ready { group: 1, tokens, parts: vec![(Node::ROOT, part)] };
         let operator = Operator::plain(1.0, Causal::None);
-        let checks = Checks { allow_non_finite: allow, keep_sums: false };
+        let checks = Checks { mean: None, allow_non_finite: allow, keep_sums: false };
         finish(ready, shape, &operator, checks, Kernels::for_isa(Isa::Portable).unwrap())
     }
 

@@ -4,7 +4,7 @@
 //!   is alive and has a `worker_actor.rs` for each of them.
 //! * `attention_service.rs` admits calls. Each is an `attend_call.rs` in a task of its own: `placement.rs` finds its
 //!   workers, `incoming.rs` hears their shares, `backlog.rs` bounds the partials that wait, `finish.rs` turns partials
-//!   into rows.
+//!   into rows, with `value_means.rs` where rows that see no key are to be the mean of the values.
 //! * `reply_stream.rs` is how a task answers a stream; `tasks.rs` holds those tasks.
 //!
 //! Decisions are `attnd-plan`'s; here are their clocks, sockets and queues.
@@ -35,6 +35,7 @@ mod placement;
 mod reply_stream;
 mod second_pass;
 mod tasks;
+mod value_means;
 mod worker_actor;
 
 use attention_service::AttentionService;

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use attnd_kernel::{AttnShape, Bias, Compute, KERNEL_ID, Operator, Path};
+use attnd_kernel::{AttnShape, Bias, Compute, EmptyRow, KERNEL_ID, Operator, Path};
 use attnd_plan::{Capacity, Plan, PlanError, PlanRequest, VerifiedPlan};
 use attnd_wire::join::{GENERAL_PATH, OPERATORS, OUTPUTS, SCORES, WIRE_VERSIONS};
 use attnd_wire::{Begin, ComputeBegin, Deadline, Error, Reason};
@@ -54,10 +54,20 @@ pub(crate) async fn place(
     ))
 }
 
+/// What workers are told to compute. Rows that see nothing are filled where all partials have merged, which is here, so what they
+/// become neither reaches workers nor asks for new ones.
+fn of_workers(operator: &Arc<Operator>) -> Arc<Operator> {
+    match operator.empty_row() {
+        EmptyRow::Zero => Arc::clone(operator),
+        EmptyRow::Nan | EmptyRow::Uniform => Arc::new(operator.without_empty_row()),
+    }
+}
+
 /// The first version of workers that can compute the call.
 fn least_version(begin: &Begin) -> u32 {
-    match (begin.operator.path(), begin.operator.kernel_id(Compute::F32)) {
-        _ if is_of_scores_shape(&begin.shape) || is_of_scores(&begin.operator) => SCORES,
+    let operator = of_workers(&begin.operator);
+    match (operator.path(), operator.kernel_id(Compute::F32)) {
+        _ if is_of_scores_shape(&begin.shape) || is_of_scores(&operator) => SCORES,
         _ if begin.outputs.is_some() => OUTPUTS,
         (Path::Plain, KERNEL_ID) => *WIRE_VERSIONS.start(),
         (Path::Plain, _newer) => OPERATORS,
@@ -137,13 +147,14 @@ async fn open(
         let worker = workers.iter().find(|worker| worker.capacity.id == share.worker)?;
         reserved.push((share, worker, worker.memory.reserve(share.resident_bytes).ok()?));
     }
+    let operator = of_workers(&begin.operator);
     let mut opened = Vec::with_capacity(reserved.len());
     for (share, worker, memory) in reserved {
         let begin = ComputeBegin {
             call_id,
             shape: begin.shape,
             dtype: begin.dtype,
-            operator: Arc::clone(&begin.operator),
+            operator: Arc::clone(&operator),
             outputs: begin.outputs.clone(),
             sides: begin.sides.clone(),
             allow_non_finite: begin.allow_non_finite,
@@ -197,6 +208,14 @@ mod tests {
             ),
             5
         );
+        // What rows without keys become is nothing to workers.
+        for empty_row in [EmptyRow::Nan, EmptyRow::Uniform] {
+            assert_eq!(version(OperatorParts { empty_row, ..plain() }), 1);
+            assert_eq!(version(OperatorParts { empty_row, softcap: Some(30.0), ..plain() }), 3);
+            let operator = Operator::new(OperatorParts { empty_row, ..plain() }, &shape).unwrap();
+            assert_eq!(operator.kernel_id(Compute::F32), "c1-f32-op1", "the answer has a name of its own");
+            assert_eq!(*of_workers(&Arc::new(operator)), Operator::plain(1.0, Causal::TopLeft));
+        }
         let csr = Csr::new((1, 1), 1, [0, 1].into(), [0].into()).unwrap();
         assert_eq!(version(OperatorParts { csr: Some(csr), ..plain() }), 5);
         let large = |dims| of_shape(AttnShape::new(dims).unwrap(), plain(), OutputsParts::default());

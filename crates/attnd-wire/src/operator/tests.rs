@@ -167,7 +167,7 @@ pub(crate) fn operators() -> impl Strategy<Value = (AttnShape, Arc<Operator>)> {
         let mask = prop_oneof![1 => causal.prop_map(Mask::from), 2 => masks(&shape)];
         let logit = prop_oneof![9 => -50_f32..50.0, 1 => Just(f32::NEG_INFINITY)];
         let sinks = proptest::option::of(proptest::collection::vec(logit, shape.n_heads()));
-        let empty_row = proptest::sample::select(&[EmptyRow::Zero, EmptyRow::Nan][..]);
+        let empty_row = proptest::sample::select(&[EmptyRow::Zero, EmptyRow::Nan, EmptyRow::Uniform][..]);
         let scale = prop_oneof![1e-30_f32..1e30, -10_f32..10.0, Just(0.0)];
         let new = (scores(&shape), blocks(&shape), tables(&shape));
         (Just(shape), scale, mask, sinks, empty_row, stages(&shape), new, any::<bool>())
@@ -280,6 +280,7 @@ fn what_does_not_fit_the_shape_is_named_with_numbers() {
         refused(none, operator)
     };
     assert_eq!(operator(|o| o.empty_row = 9), "OPERATOR: empty_row 9");
+    assert_eq!(operator(|o| o.empty_row = 3), "OPERATOR: empty_row 3");
     assert_eq!(operator(|o| o.sinks = vec![0.0; 3]), "OPERATOR: sinks has 3 logits, num_heads is 2");
     assert_eq!(operator(|o| o.sinks = vec![0.0, f32::NAN]), "OPERATOR: sinks[1] is NaN");
     assert_eq!(operator(|o| o.sinks = vec![f32::INFINITY, 0.0]), "OPERATOR: sinks[0] is inf");
@@ -515,13 +516,15 @@ fn previous_weights_are_there_if_and_only_if_a_score_looks_at_them() {
 
 #[test]
 fn rows_that_are_forbidden_are_not_filled() {
-    let nan = OperatorParts { empty_row: EmptyRow::Nan, ..OperatorParts::plain(1.0, Causal::None) };
-    let nan = Operator::new(nan, &shape()).unwrap();
-    assert_eq!(
-        check_empty_rows(&nan, true).unwrap_err().message(),
-        "COMBINATION: forbid_empty_rows and empty_row=nan"
-    );
-    assert_eq!(check_empty_rows(&nan, false), Ok(()));
+    for (empty_row, text) in [
+        (EmptyRow::Nan, "COMBINATION: forbid_empty_rows and empty_row=nan"),
+        (EmptyRow::Uniform, "COMBINATION: forbid_empty_rows and empty_row=uniform"),
+    ] {
+        let filled = OperatorParts { empty_row, ..OperatorParts::plain(1.0, Causal::None) };
+        let filled = Operator::new(filled, &shape()).unwrap();
+        assert_eq!(check_empty_rows(&filled, true).unwrap_err().message(), text);
+        assert_eq!(check_empty_rows(&filled, false), Ok(()));
+    }
     assert_eq!(check_empty_rows(&Operator::plain(1.0, Causal::None), true), Ok(()));
 }
 

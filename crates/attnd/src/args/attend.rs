@@ -95,6 +95,8 @@ pub enum EmptyRowArg {
     Zero,
     /// NaN
     Nan,
+    /// The mean of the values over all keys, padding and hidden ones included
+    Uniform,
 }
 
 impl From<EmptyRowArg> for EmptyRow {
@@ -102,6 +104,7 @@ impl From<EmptyRowArg> for EmptyRow {
         match typed {
             EmptyRowArg::Zero => Self::Zero,
             EmptyRowArg::Nan => Self::Nan,
+            EmptyRowArg::Uniform => Self::Uniform,
         }
     }
 }
@@ -176,6 +179,14 @@ mod tests {
             operator.sources().map(|(flag, source)| format!("{flag} {source}")).collect();
         let expected = ["--param x.npz:v", "--previous p.npy", "--documents d.npy", "--relative t5.npy"];
         assert_eq!(sources, expected);
+    }
+
+    #[test]
+    fn empty_rows_are_one_of_three() {
+        let typed = |extra: &[&str]| EmptyRow::from(attend(extra).unwrap().empty_row);
+        assert_eq!(typed(&[]), EmptyRow::Zero);
+        assert_eq!(typed(&["--empty-row", "nan"]), EmptyRow::Nan);
+        assert_eq!(typed(&["--empty-row", "uniform"]), EmptyRow::Uniform);
     }
 
     #[test]

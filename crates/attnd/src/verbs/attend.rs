@@ -182,6 +182,7 @@ fn report(
             (Some(_), _) => "",
             (None, EmptyRowArg::Zero) => ": their context is 0 and their lse -inf",
             (None, EmptyRowArg::Nan) => ": their context is NaN and their lse -inf",
+            (None, EmptyRowArg::Uniform) => ": their context is the mean of the values and their lse -inf",
         };
         output::line(&format!("{} rows see no key{filled}", report.empty_rows))?;
     }

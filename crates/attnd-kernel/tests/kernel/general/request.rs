@@ -268,7 +268,7 @@ impl Request {
     }
 
     fn finish(&self, partial: PartialRows, kernels: &Kernels) -> FinishedRows {
-        self.operator().finish(partial, 0, &self.case.shape, kernels)
+        self.operator().finish(partial, 0, &self.case.shape, None, kernels)
     }
 
     pub(super) fn attend_tokens(&self, kernels: &Kernels, tokens: Range<usize>) -> FinishedRows {

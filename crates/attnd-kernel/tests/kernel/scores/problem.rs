@@ -322,7 +322,7 @@ impl Problem {
             }
         }
         let whole = merge_up(Node::ROOT, &parts, kernels[0]).expect("at least one key");
-        operator.finish(whole, group, &shape, kernels[0])
+        operator.finish(whole, group, &shape, None, kernels[0])
     }
 
     /// The worst error of a group's result over the bound, by a formula of a scale, what the function is given, a query, and a
