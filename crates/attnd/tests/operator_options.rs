@@ -433,3 +433,21 @@ fn score_functions_are_listed() {
         assert!(stdout.contains(function.name) && stdout.contains(function.summary), "{stdout}");
     }
 }
+
+/// The latent of multi-head latent attention is the value and a part of the key: it is sent once, and the context is the same.
+#[test]
+fn values_are_the_first_elements_of_keys() {
+    let latent: Vec<f32> = numbers(2, 300 * 6).chunks(6).flat_map(|key| key[..4].to_vec()).collect();
+    let case = Case::new([1, 4, 1, 3, 300, 6, 6], &[("latent", f32s(&[1, 1, 300, 4], &latent))]);
+    let context = |values: &str, file: &str| {
+        let call = format!("attend --workers 2 --q x.npz:q --k x.npz:k {values} --causal -o {file}");
+        let (code, _, said) = run(case.folder.path(), &call);
+        assert_eq!(code, Some(0), "{said}");
+        fs::read(case.folder.path().join(file)).unwrap()
+    };
+    assert_eq!(context("--value-prefix 4", "prefix.npy"), context("--v x.npz:latent", "sent.npy"));
+    let (code, _, said) =
+        run(case.folder.path(), &format!("attend {NOBODY} --q x.npz:q --k x.npz:k --value-prefix 7"));
+    assert_eq!(code, Some(2));
+    assert!(said.contains("values are the first 7 elements of keys, which have 6"), "{said}");
+}

@@ -1,5 +1,6 @@
 //! The flags of `attnd attend`: where the tensors are, what to compute over them, and who computes it.
 
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use attnd_client::EmptyRow;
@@ -8,6 +9,7 @@ use clap::{Args, ValueEnum};
 use super::operator::OperatorArgs;
 use super::outputs::OutputArgs;
 use super::site::SiteArgs;
+use super::values::parse_count;
 use crate::tensor_file::{OutputPath, Source};
 
 /// Arguments of `attnd attend`.
@@ -47,6 +49,7 @@ Examples:
   attnd attend --workers 2 --q x.npz:q --k x.npz:k --v x.npz:v --relative t5.npy --relative-bidirectional
   attnd attend --workers 2 --q x.npz:q --k x.npz:k --v x.npz:v --csr-row-ptr graph.npz:indptr \\
                --csr-columns graph.npz:indices
+  attnd attend --workers 2 --q mla.npz:q --k mla.npz:latent_and_rope --value-prefix 512
   attnd attend --request call.toml --softcap 30 -o out.safetensors
   attnd attend --workers 2 --q x.npz:q --k x.npz:k --v x.npz:v --top-k 8 --entropy -o out.safetensors
   attnd attend --workers 2 --q x.npz:q --k x.npz:k --v x.npz:v --rectangle weights:0-3:last:0-99 -o out.safetensors
@@ -63,8 +66,12 @@ pub struct AttendArgs {
     #[arg(long, value_name = "SRC", required_unless_present = "request")]
     pub k: Option<Source>,
     /// Values
-    #[arg(long, value_name = "SRC", required_unless_present = "request")]
+    #[arg(long, value_name = "SRC", required_unless_present_any = ["request", "value_prefix"])]
     pub v: Option<Source>,
+    /// Take the first N elements of each key for its value, and send no others: the latent of multi-head latent attention
+    /// (MLA), whose one kv head is [latent, rotary part]
+    #[arg(long, value_name = "N", conflicts_with = "v", value_parser = parse_count)]
+    pub value_prefix: Option<NonZeroUsize>,
     /// What is computed over them.
     #[command(flatten)]
     pub operator: OperatorArgs,

@@ -23,7 +23,7 @@ use bytes::Bytes;
 
 pub use arrays::{Numbers, read_floats, read_integers};
 pub use dense::read_dense;
-pub use operands::{Inputs, OperandError, QueryDim, assemble};
+pub use operands::{Inputs, OperandError, QueryDim, Values, assemble};
 pub use rows::{read_rows, read_state};
 pub use source::{OutputPath, Source};
 pub use write::{Array, Elements, Output, WriteError, check, is_file_of, replace, write, write_named};

@@ -1,5 +1,6 @@
 //! `attnd attend`: tensors from files, one call, the result into a file.
 
+use std::num::NonZeroUsize;
 use std::time::Instant;
 
 use attnd_client::{AttendOptions, Attended, Operands};
@@ -13,7 +14,7 @@ use crate::output;
 use crate::outputs;
 use crate::progress::CallProgress;
 use crate::site::Site;
-use crate::tensor_file::{self, Array, Inputs, Output, OutputPath, Source};
+use crate::tensor_file::{self, Array, Inputs, Output, OutputPath, Source, Values};
 
 /// Runs the verb.
 ///
@@ -26,7 +27,7 @@ pub async fn run(args: &AttendArgs) -> anyhow::Result<()> {
     if let Some(output) = &args.output {
         check_room(args, output)?;
         output.check().map_err(|error| BadInput::new(error.to_string()))?;
-        for (option, source) in sources.into_iter().chain(args.operator.sources()) {
+        for (option, source) in sources.iter().copied().chain(args.operator.sources()) {
             if output.is_file_of(source) {
                 let path = output.path().display();
                 let text =
@@ -36,8 +37,11 @@ pub async fn run(args: &AttendArgs) -> anyhow::Result<()> {
         }
     }
     let options = of_args(args)?;
-    let [(_, q), (_, k), (_, v)] = sources;
-    let [q, k, v] = [tensor_file::read(q)?, tensor_file::read(k)?, tensor_file::read(v)?];
+    let [q, k] = [tensor_file::read(sources[0].1)?, tensor_file::read(sources[1].1)?];
+    let v = match (sources.get(2), args.value_prefix) {
+        (Some((_, v)), _) => Values::Sent(tensor_file::read(v)?),
+        (None, prefix) => Values::OfKeys(prefix.map_or(0, NonZeroUsize::get)),
+    };
     let inputs = tensor_file::assemble(q, k, v, options::query_dim(&args.operator))?;
     options::check_documents(&args.operator, &inputs.operands.shape)?;
     inputs.notes.iter().for_each(|note| output::note(note));
@@ -59,14 +63,16 @@ pub async fn run(args: &AttendArgs) -> anyhow::Result<()> {
     reported
 }
 
-/// Where the operands are, and the flags that say so.
-fn sources(args: &AttendArgs) -> Result<[(&'static str, &Source); 3], BadInput> {
+/// Where q, k and, unless it is part of k, v are, and the flags that say so.
+fn sources(args: &AttendArgs) -> Result<Vec<(&'static str, &Source)>, BadInput> {
     let all = [("--q", &args.q), ("--k", &args.k), ("--v", &args.v)];
-    if let [(q, Some(of_q)), (k, Some(of_k)), (v, Some(of_v))] = all {
-        return Ok([(q, of_q), (k, of_k), (v, of_v)]);
+    let needed = if args.value_prefix.is_some() { &all[..2] } else { &all[..] };
+    let given = needed.iter().filter_map(|(flag, source)| Some((*flag, source.as_ref()?))).collect::<Vec<_>>();
+    if given.len() == needed.len() {
+        return Ok(given);
     }
     // Without a request file the command line would have been refused.
-    let flag = all.iter().find(|(_, source)| source.is_none()).map_or("", |(flag, _)| flag);
+    let flag = needed.iter().find(|(_, source)| source.is_none()).map_or("", |(flag, _)| flag);
     let file = args.request.as_ref().map_or_else(String::new, |file| format!(" nor in {}", file.display()));
     Err(BadInput::new(format!("{flag} is missing: not typed{file}")))
 }

@@ -19,7 +19,7 @@ use crate::heatmap::{HeadPanel, Maps};
 use crate::options;
 use crate::output;
 use crate::site::Site;
-use crate::tensor_file::{self, Inputs, Tensor};
+use crate::tensor_file::{self, Inputs, Tensor, Values};
 
 /// Keys are listed for at most so many queries: more than that nobody reads.
 const MAX_LISTED: usize = 64;
@@ -99,11 +99,11 @@ fn inputs(args: &ExplainArgs) -> anyhow::Result<Inputs> {
     };
     let query_dim = options::query_dim(&args.operator);
     if q.dtype == k.dtype {
-        return Ok(tensor_file::assemble(q, k, v, query_dim)?);
+        return Ok(tensor_file::assemble(q, k, Values::Sent(v), query_dim)?);
     }
     let note = format!("q and k are {} and {}; both travel as {}", q.dtype, k.dtype, Dtype::F32);
     let [q, k, v] = [q, k, v].map(Tensor::into_f32);
-    let mut inputs = tensor_file::assemble(q, k, v, query_dim)?;
+    let mut inputs = tensor_file::assemble(q, k, Values::Sent(v), query_dim)?;
     inputs.notes.push(note);
     Ok(inputs)
 }
