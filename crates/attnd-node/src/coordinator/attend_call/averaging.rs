@@ -80,3 +80,87 @@ impl Averaging {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::task::Poll;
+
+    use attnd_kernel::{AttnShape, Causal, Dims, Dtype, EmptyRow, Operator, OperatorParts};
+    use attnd_plan::{Sides, WorkerChoice};
+
+    use super::*;
+
+    fn begin(empty_row: EmptyRow) -> Begin {
+        let dims = Dims { batch: 1, heads: 2, kv_heads: 2, queries: 1, keys: 4, head_dim: 1, value_dim: 1 };
+        let shape = AttnShape::new(dims).unwrap();
+        let parts = OperatorParts { empty_row, ..OperatorParts::plain(1.0, Causal::None) };
+        Begin {
+            shape,
+            dtype: Dtype::F32,
+            operator: Arc::new(Operator::new(parts, &shape).unwrap()),
+            outputs: None,
+            sides: Sides::default(),
+            allow_non_finite: false,
+            forbid_empty_rows: false,
+            workers: WorkerChoice::Auto,
+        }
+    }
+
+    fn run(head: usize, head_offset: u64, bytes: std::ops::Range<usize>) -> Run {
+        Run { share: 0, head, head_offset, bytes }
+    }
+
+    #[tokio::test]
+    async fn chunks_are_added_one_at_a_time_whoever_stops_waiting() {
+        let pool = ComputePool::new(1, 1).unwrap();
+        let values: Vec<u8> = (0..8).flat_map(|value: u16| f32::from(value).to_le_bytes()).collect();
+        let data = Bytes::from(values);
+        let mut averaging = Averaging::of(&begin(EmptyRow::Uniform));
+        let add = |averaging: &mut Option<Averaging>, runs| {
+            averaging.as_mut().unwrap().add(&pool, runs, data.clone())
+        };
+        // A chunk with the second half of one group and the first half of the next one comes second.
+        for (runs, is_whole) in [
+            (vec![run(0, 0, 0..8)], [false, false]),
+            (vec![run(0, 8, 8..16), run(1, 0, 16..24)], [true, false]),
+            (vec![run(1, 8, 24..32)], [true, true]),
+        ] {
+            add(&mut averaging, runs).unwrap();
+            assert!(averaging.as_ref().unwrap().is_adding());
+            assert_eq!(
+                add(&mut averaging, Vec::new()).unwrap_err().message(),
+                "INTERNAL: two chunks of V at a time"
+            );
+            // Somebody polls once and turns to something else.
+            let polled = futures::poll!(Box::pin(Averaging::added(&mut averaging)));
+            if polled.is_pending() {
+                Averaging::added(&mut averaging).await.unwrap();
+            }
+            assert!(!averaging.as_ref().unwrap().is_adding());
+            let means = [0, 1].map(|group| averaging.as_ref().unwrap().mean(group).is_ok());
+            assert_eq!(means, is_whole);
+        }
+        let averaging = averaging.unwrap();
+        let means = [0, 1].map(|group| averaging.mean(group).unwrap()[0]);
+        assert_eq!(means, [1.5, 5.5]);
+    }
+
+    #[tokio::test]
+    async fn who_adds_nothing_waits_for_nothing() {
+        for mut averaging in [Averaging::of(&begin(EmptyRow::Zero)), Averaging::of(&begin(EmptyRow::Uniform))]
+        {
+            let polled = futures::poll!(Box::pin(Averaging::added(&mut averaging)));
+            assert!(matches!(polled, Poll::Pending));
+        }
+        assert!(Averaging::of(&begin(EmptyRow::Nan)).is_none());
+    }
+
+    #[test]
+    fn rows_of_a_group_whose_values_are_missing_are_refused() {
+        let averaging = Averaging::of(&begin(EmptyRow::Uniform)).unwrap();
+        assert_eq!(
+            averaging.mean(1).unwrap_err().message(),
+            "INTERNAL: group 1 was computed before all of its values were here"
+        );
+    }
+}
