@@ -22,7 +22,7 @@ use super::scene::{Refusal, Scene, within};
 
 /// Streaming methods, the unary one, and the largest message each takes.
 const METHODS: [(&str, u32); 4] =
-    [(ATTEND, 8 << 20), (STATUS, 8 << 20), (JOIN, 64 << 10), (COMPUTE, 6 << 20)];
+    [(ATTEND, 8 << 20), (STATUS, 8 << 20), (JOIN, 64 << 10), (COMPUTE, 7 << 20)];
 
 /// The port that serves a method.
 async fn port_of(scene: &Scene, path: &str) -> SocketAddr {

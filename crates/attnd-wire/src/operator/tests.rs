@@ -429,7 +429,7 @@ fn what_a_score_is_given_is_checked_and_named() {
             OPERATOR_BYTES + 31
         )
     );
-    assert_eq!(score("dot\n", "", &[], &[], &[]), "OPERATOR: score.function has control characters: dot\n");
+    assert_eq!(score("dot\n", "", &[], &[], &[]), "OPERATOR: score.function has control characters: dot\\n");
 }
 
 #[test]
