@@ -123,6 +123,24 @@ async fn many_large_chunks_are_added_as_they_pass() {
     }
 }
 
+/// Values that are the first elements of keys don't travel, and the mean is that of what did.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn values_that_begin_keys_have_a_mean_too() {
+    let cluster = Cluster::start(3).await;
+    let client = cluster.client();
+    let dims = Dims { batch: 2, heads: 4, kv_heads: 2, queries: 6, keys: 2000, head_dim: 40, value_dim: 24 };
+    let mut case = Case::new(11, Data::Normal, Causal::None, Dtype::F16, dims).with_values_from_keys();
+    case.empty_row = EmptyRow::Uniform;
+    case.mask.query_end = Some(PerBatch::Each([4, 6].into()));
+    let wanted = wanted(&case);
+    for count in 1..=3 {
+        let what = format!("{count} workers");
+        let answer = attended(&client, &case, count, &what).await;
+        assert_eq!(answer.empty_rows, 4 * 2);
+        Answer::from(answer).assert_bits_of(&wanted, &what);
+    }
+}
+
 /// What hides in V follows IEEE 754 into the mean, and into no row that sees a key and not these.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn values_that_are_no_numbers_are_in_the_mean_alone() {

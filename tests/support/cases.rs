@@ -428,18 +428,6 @@ impl Case {
         operator.finish(partial, group, &shape, mean.as_deref(), kernels)
     }
 
-    /// The mean of one kv group's values by its definition: columns summed in f64, key by key.
-    pub(crate) fn value_mean(&self, group: usize) -> Vec<f32> {
-        let (n_keys, dim) = (self.shape().n_keys(), self.shape().value_dim());
-        let [_, _, v] = self.floats();
-        let column = |column: usize| {
-            let values = (0..n_keys).map(|key| f64::from(v[(group * n_keys + key) * dim + column]));
-            let mean = (values.fold(0.0, |sum, value| sum + value) / n_keys as f64) as f32;
-            if mean.is_nan() { f32::from_bits(0x7fc0_0000) } else { mean + 0.0 }
-        };
-        (0..dim).map(column).collect()
-    }
-
     /// Q, K and V, widened.
     pub(crate) fn floats(&self) -> [Vec<f32>; 3] {
         let Operands { dtype, ref q, ref k, .. } = self.operands;

@@ -228,11 +228,6 @@ impl Operator {
             csr.check(shape)?;
         }
         parts.check_biases(shape)?;
-        if parts.empty_row == EmptyRow::Uniform && shape.value_is_key_prefix() {
-            // Who would add values up sees none of them.
-            let (one, other) = ("empty_row=uniform", "value_is_key_prefix");
-            return Err(OperatorError::Together { one, other });
-        }
         if let Normaliser::Sigmoid { bias } = parts.normaliser {
             if !query_factor(bias).is_finite() {
                 return Err(OperatorError::SigmoidBias { bias });

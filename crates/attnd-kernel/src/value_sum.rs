@@ -4,7 +4,8 @@ use crate::canonical::CANONICAL_NAN;
 use crate::float_env::FloatEnvironment;
 use crate::shape::AttnShape;
 
-/// Sums of the columns of one kv group's V, `[keys, value_dim]`.
+/// Sums of the columns of one kv group's V, `[keys, value_dim]`; where values are the first elements of keys as they were sent
+/// ([`AttnShape::value_is_key_prefix`]), of its K, `[keys, head_dim]`.
 ///
 /// `mean_c = f32(sum_j v_jc / n)`, with a sum in f64 from +0 over all `n` keys, `j` ascending, one division in f64, and one
 /// rounding to f32: wherever V is cut while it is added, the bits are the same. At most `2^20` keys of f32 lose nothing that f32
@@ -18,12 +19,16 @@ pub struct ValueSum {
     keys: usize,
     /// Rows that there should be.
     n_keys: usize,
+    /// The columns that are values.
+    value_dim: usize,
 }
 
 impl ValueSum {
     /// Nothing yet of a kv group of a call of `shape`.
     pub fn new(shape: &AttnShape) -> Self {
-        Self { columns: vec![0.0; shape.value_dim()], column: 0, keys: 0, n_keys: shape.n_keys() }
+        let value_dim = shape.value_dim();
+        let row = if shape.value_is_key_prefix() { shape.head_dim() } else { value_dim };
+        Self { columns: vec![0.0; row], column: 0, keys: 0, n_keys: shape.n_keys(), value_dim }
     }
 
     /// Adds the next elements, row by row; they may end, and the next ones begin, in the middle of a row.
@@ -57,7 +62,7 @@ impl ValueSum {
             let mean = (sum / n) as f32 + 0.0;
             if mean.is_nan() { CANONICAL_NAN } else { mean }
         };
-        Some(self.columns.iter().map(of_column).collect())
+        Some(self.columns.iter().take(self.value_dim).map(of_column).collect())
     }
 }
 
@@ -126,6 +131,13 @@ mod tests {
             sum.add(&[1.0]);
             assert_eq!(sum.mean(), is_whole.then(|| vec![1.0; 3]));
         }
+    }
+
+    #[test]
+    fn values_that_begin_keys_are_the_first_columns_of_these() {
+        let dims = Dims { batch: 1, heads: 2, kv_heads: 1, queries: 1, keys: 2, head_dim: 3, value_dim: 2 };
+        let shape = AttnShape::new(dims).unwrap().with_values_from_keys().unwrap();
+        assert_eq!(mean(&shape, &[1.0, 2.0, f32::NAN, 3.0, 5.0, f32::INFINITY]), [2.0, 3.5]);
     }
 
     #[test]

@@ -452,8 +452,8 @@ impl<'a> Flow<'a> {
                     for run in &runs {
                         self.forward(tensor, run, data);
                     }
-                    if let Some(averaging) = self.averaging.as_mut().filter(|_| tensor == Tensor::V) {
-                        averaging.add(&self.hub.pool, runs, data.clone())?;
+                    if let Some(averaging) = &mut self.averaging {
+                        averaging.add(&self.hub.pool, tensor, runs, data.clone())?;
                     }
                 }
                 CallAction::ForwardSide { tensor, parts } => {

@@ -36,7 +36,8 @@ impl ValueMeans {
         Self { dtype, groups: (0..shape.n_groups()).map(|_| group()).collect() }
     }
 
-    /// Adds bytes of a group that begin at byte `offset` of its `[keys, value_dim]`. Groups come in any order and each front to back,
+    /// Adds bytes of a group that begin at byte `offset` of its V, or of its K where values are the first elements of keys. Groups come
+    /// in any order and each front to back,
     /// cut anywhere, which shows in no bit of a mean. Bytes out of place count for nothing, so their group never has one.
     pub(crate) fn add(&mut self, group: usize, offset: u64, mut bytes: &[u8]) {
         let size = self.dtype.size();

@@ -50,7 +50,7 @@ pub(crate) enum Progress {
     /// More frames are needed.
     More,
     /// A group can be computed.
-    Ready(ReadyGroup),
+    Ready(Box<ReadyGroup>),
     /// Everything is here and verified, but for sums.
     Committed,
     /// Rows can be reported on.
@@ -212,7 +212,7 @@ impl Intake {
         }
         let ready = complete.and_then(|Waiting { assembly, memory }| {
             let operands: Operands = assembly.finish()?;
-            Some(ReadyGroup { group, operands, planes, _memory: memory })
+            Some(Box::new(ReadyGroup { group, operands, planes, _memory: memory }))
         });
         ready
             .map(Progress::Ready)

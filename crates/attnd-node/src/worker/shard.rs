@@ -108,7 +108,7 @@ impl Shard {
         match self.intake.frame(ComputeRequest::decode(frame, Some(&self.call.begin))?)? {
             Progress::More => {}
             Progress::Ready(group) => {
-                let queued = self.ready.as_ref().is_some_and(|ready| ready.try_send(group).is_ok());
+                let queued = self.ready.as_ref().is_some_and(|ready| ready.try_send(*group).is_ok());
                 if !queued {
                     // The queue holds as many groups as there are; the task alone can be gone, and says why itself.
                     tracing::debug!("a group is ready and nothing computes any more");

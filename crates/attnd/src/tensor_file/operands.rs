@@ -117,7 +117,8 @@ pub fn assemble(q: Tensor, k: Tensor, v: Values, allowed: QueryDim) -> Result<In
         }
     }
     if sent.iter().any(|(_, tensor)| tensor.dtype != dtype) {
-        let list = |of: &dyn Fn(&(&str, Tensor)) -> String| sent.iter().map(of).collect::<Vec<_>>().join(", ");
+        let list =
+            |of: &dyn Fn(&(&str, Tensor)) -> String| sent.iter().map(of).collect::<Vec<_>>().join(", ");
         let (names, types) = (list(&|(name, _)| (*name).to_owned()), list(&|(_, of)| of.dtype.to_string()));
         notes.push(format!("{names} are {types}; all travel as f32"));
         sent = sent.into_iter().map(|(name, tensor)| (name, tensor.into_f32())).collect();
@@ -200,7 +201,10 @@ mod tests {
             assemble(q, k, Values::OfKeys(value_dim), QueryDim::OfKeys)
         };
         let Operands { shape, dtype, v, .. } = of_keys(8).unwrap().operands;
-        assert_eq!((shape.value_dim(), shape.value_is_key_prefix(), dtype, v.len()), (8, true, Dtype::F16, 0));
+        assert_eq!(
+            (shape.value_dim(), shape.value_is_key_prefix(), dtype, v.len()),
+            (8, true, Dtype::F16, 0)
+        );
         let refusal = of_keys(10).unwrap_err().to_string();
         assert_eq!(refusal, "values are the first 10 elements of keys, which have 9");
     }

@@ -67,7 +67,8 @@ pub async fn run(args: &AttendArgs) -> anyhow::Result<()> {
 fn sources(args: &AttendArgs) -> Result<Vec<(&'static str, &Source)>, BadInput> {
     let all = [("--q", &args.q), ("--k", &args.k), ("--v", &args.v)];
     let needed = if args.value_prefix.is_some() { &all[..2] } else { &all[..] };
-    let given = needed.iter().filter_map(|(flag, source)| Some((*flag, source.as_ref()?))).collect::<Vec<_>>();
+    let given =
+        needed.iter().filter_map(|(flag, source)| Some((*flag, source.as_ref()?))).collect::<Vec<_>>();
     if given.len() == needed.len() {
         return Ok(given);
     }

@@ -7,7 +7,7 @@
 
 use std::sync::Arc;
 
-use attnd_plan::Run;
+use attnd_plan::{Run, Tensor};
 use attnd_wire::{Begin, Error, Reason};
 use bytes::Bytes;
 use futures::future::BoxFuture;
@@ -17,6 +17,8 @@ use crate::compute_pool::{ComputePool, WorkError};
 
 /// The sums of a call whose empty rows are uniform.
 pub(super) struct Averaging {
+    /// Whose chunks have the values.
+    tensor: Tensor,
     /// Absent while a chunk is added to them.
     means: Option<ValueMeans>,
     adding: Option<BoxFuture<'static, Result<ValueMeans, WorkError>>>,
@@ -26,14 +28,28 @@ impl Averaging {
     /// Sums of nothing yet, where the call needs any.
     pub(super) fn of(begin: &Begin) -> Option<Self> {
         let is_needed = begin.operator.empty_row() == attnd_kernel::EmptyRow::Uniform;
-        is_needed.then(|| Self { means: Some(ValueMeans::new(&begin.shape, begin.dtype)), adding: None })
+        is_needed.then(|| Self {
+            tensor: if begin.shape.value_is_key_prefix() { Tensor::K } else { Tensor::V },
+            means: Some(ValueMeans::new(&begin.shape, begin.dtype)),
+            adding: None,
+        })
     }
 
-    /// Begins to add a chunk of V that is routed in these runs: each byte is in one of them, because each key is in one share.
+    /// Begins to add a chunk that is routed in these runs, if it has values: each byte of K and V is in one of them, because each key
+    /// is in one share.
     ///
     /// # Errors
     /// [`Reason::Internal`] while another chunk is added.
-    pub(super) fn add(&mut self, pool: &ComputePool, runs: Vec<Run>, data: Bytes) -> Result<(), Error> {
+    pub(super) fn add(
+        &mut self,
+        pool: &ComputePool,
+        tensor: Tensor,
+        runs: Vec<Run>,
+        data: Bytes,
+    ) -> Result<(), Error> {
+        if tensor != self.tensor {
+            return Ok(());
+        }
         let means = self.means.take();
         let mut means = means.ok_or_else(|| Error::new(Reason::Internal, "two chunks of V at a time"))?;
         let pool = pool.clone();
@@ -57,7 +73,9 @@ impl Averaging {
     /// # Errors
     /// [`Reason::Internal`] if adding panicked.
     pub(super) async fn added(of: &mut Option<Self>) -> Result<(), Error> {
-        let Some(Self { means, adding: slot @ Some(_) }) = of else { return std::future::pending().await };
+        let Some(Self { means, adding: slot @ Some(_), .. }) = of else {
+            return std::future::pending().await;
+        };
         if let Some(adding) = slot {
             let added = adding.await;
             *slot = None;
@@ -117,7 +135,7 @@ mod tests {
         let data = Bytes::from(values);
         let mut averaging = Averaging::of(&begin(EmptyRow::Uniform));
         let add = |averaging: &mut Option<Averaging>, runs| {
-            averaging.as_mut().unwrap().add(&pool, runs, data.clone())
+            averaging.as_mut().unwrap().add(&pool, Tensor::V, runs, data.clone())
         };
         // A chunk with the second half of one group and the first half of the next one comes second.
         for (runs, is_whole) in [
@@ -136,7 +154,8 @@ mod tests {
             if polled.is_pending() {
                 Averaging::added(&mut averaging).await.unwrap();
             }
-            assert!(!averaging.as_ref().unwrap().is_adding());
+            averaging.as_mut().unwrap().add(&pool, Tensor::K, vec![run(0, 0, 0..16)], data.clone()).unwrap();
+            assert!(!averaging.as_ref().unwrap().is_adding(), "keys are no values");
             let means = [0, 1].map(|group| averaging.as_ref().unwrap().mean(group).is_ok());
             assert_eq!(means, is_whole);
         }
