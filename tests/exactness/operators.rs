@@ -111,14 +111,18 @@ pub(super) fn case(seed: u64) -> Case {
         case.sinks = Some((0..dims.heads).map(&mut logit).collect());
     }
     case.empty_row = empty_row(seed, case.normaliser);
+    // A row with a sink is none of them.
+    if case.empty_row == EmptyRow::Uniform {
+        case.sinks = None;
+    }
     case
 }
 
 /// Each kind of empty rows in turn, but for uniform ones of sigmoids.
 pub(super) fn empty_row(seed: u64, normaliser: Normaliser) -> EmptyRow {
-    match (seed / 3 % 3, normaliser) {
-        (0, _) => EmptyRow::Nan,
-        (1, Normaliser::Softmax) => EmptyRow::Uniform,
+    match (seed % 5, normaliser) {
+        (0 | 1, _) => EmptyRow::Nan,
+        (2 | 3, Normaliser::Softmax) => EmptyRow::Uniform,
         _ => EmptyRow::Zero,
     }
 }

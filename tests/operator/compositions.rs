@@ -5,8 +5,8 @@ mod case;
 mod compute;
 mod faults;
 
-use attnd_kernel::Kernels;
 use attnd_kernel::reference::operator::OperatorRow;
+use attnd_kernel::{EmptyRow, Kernels};
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 use rayon::prelude::*;
@@ -50,7 +50,10 @@ fn poisoned(case: &Case, wanted: &[OperatorRow]) -> Case {
                 let bad = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 3e38][key % 4];
                 let at = group * shape.n_keys() + key;
                 case.k[at * shape.head_dim()..][..shape.head_dim()].fill(bad);
-                case.v[at * shape.value_dim()..][..shape.value_dim()].fill(bad);
+                // The mean of uniform rows is that of all values.
+                if case.parts.empty_row != EmptyRow::Uniform {
+                    case.v[at * shape.value_dim()..][..shape.value_dim()].fill(bad);
+                }
             }
         }
     }
