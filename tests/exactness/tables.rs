@@ -76,7 +76,7 @@ fn swin(shape: &AttnShape, rng: &mut SmallRng) -> Swin {
 fn case(seed: u64) -> Case {
     let mut rng = SmallRng::seed_from_u64(31_000 + seed);
     let kv_heads = rng.random_range(1..=3);
-    let is_swin = seed % 4 == 0;
+    let is_swin = seed.is_multiple_of(4);
     let tokens = 6 * rng.random_range(1..=60);
     let dims = Dims {
         batch: rng.random_range(1..=3),

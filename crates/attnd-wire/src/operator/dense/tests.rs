@@ -51,7 +51,6 @@ pub(crate) fn operators_and_sides() -> impl Strategy<Value = (AttnShape, Arc<Ope
             normaliser: operator.normaliser(),
             sinks: operator.sinks().map(Arc::from),
             empty_row: operator.empty_row(),
-            ..OperatorParts::plain(1.0, Causal::None)
         };
         let operator = Arc::new(Operator::new(parts, &shape).unwrap());
         let sides = Sides::new(bias.into_iter().chain(mask).chain(previous).collect()).unwrap();
