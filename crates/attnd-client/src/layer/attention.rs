@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
-use attnd_kernel::{AttnShape, Causal, Dims, Dtype, Linear, OutputsParts, Stage};
+use attnd_kernel::{AttnShape, Causal, Dims, Dtype, Linear, OutputsParts, Score, Stage, Symbol};
 use attnd_wire::{Error, floats, operator};
 use bytes::Bytes;
 
-use super::learnt::behind_learnt_key;
+use super::learnt::{behind_learnt_key, with_learnt_column};
 use super::rope::Turns;
 use super::{Inner, Layer, LayerDims, LayerError, Rows};
 use crate::client::{Attended, Client, Progress};
@@ -140,6 +140,10 @@ impl Inner {
                 let why = Some("the zero key is one");
                 return Err(LayerError::Together { one: "add_zero_attn", other: "sinks", why });
             }
+            if !is_zero_of_zeros(&options.score) {
+                let why = Some("its score with a key of zeros isn't 0");
+                return Err(LayerError::Together { one: "add_zero_attn", other: "score", why });
+            }
             options.sinks = Some(vec![0.0; self.dims.heads].into());
         }
         if self.learnt.is_some() {
@@ -149,13 +153,19 @@ impl Inner {
             }
             // These say something of each key by its place, and the learnt one has none among them.
             let by_place = [
-                ("mask.dense", options.dense_mask.is_some()),
-                ("bias.dense", options.dense_bias.is_some()),
                 ("bias.alibi", options.alibi.is_some()),
+                ("bias.relative", options.relative.is_some()),
+                ("bias.swin", options.swin.is_some()),
+                ("mask.csr", options.csr.is_some()),
+                ("score.previous", options.previous.is_some()),
+                ("score", knows_places(&options.score)),
             ];
             if let Some((other, _)) = by_place.into_iter().find(|(_, is_there)| *is_there) {
                 let why = Some("it says nothing of the learnt key, which has no place");
                 return Err(LayerError::Together { one: "a learnt key", other, why });
+            }
+            for dense in [&mut options.dense_mask, &mut options.dense_bias].into_iter().flatten() {
+                *dense = with_learnt_column(dense)?;
             }
             let mask = std::mem::take(&mut options.mask);
             let mask = operator::with_causal(options.causal, mask).map_err(ClientError::from)?;
@@ -306,6 +316,18 @@ impl Inner {
             }
         }
     }
+}
+
+/// Whether a score depends on where a key stands.
+fn knows_places(score: &Score) -> bool {
+    let is_of_places = |symbol: &Symbol| matches!(symbol, Symbol::Positions | Symbol::Taps);
+    let parameters = score.function().parameters.iter();
+    parameters.flat_map(|parameter| parameter.shapes.iter().copied().flatten()).any(is_of_places)
+}
+
+/// Whether a score of any query and a key of zeros is 0.
+fn is_zero_of_zeros(score: &Score) -> bool {
+    ["scaled_dot", "dot", "general", "cosine"].contains(&score.function().name)
 }
 
 fn expect(what: &'static str, got: usize, expected: usize) -> Result<(), LayerError> {

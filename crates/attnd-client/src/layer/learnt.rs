@@ -5,8 +5,10 @@
 //! more, and the causal rule gets a prefix that holds the learnt key. Rules whose intervals may begin behind it are refused.
 
 use attnd_kernel::{Mask, PerBatch, Positions, Window};
+use attnd_plan::Element;
 
 use super::LayerError;
+use crate::side::DenseTensor;
 
 /// `mask` for keys with the learnt one before them.
 ///
@@ -33,6 +35,33 @@ pub(super) fn behind_learnt_key(mask: Mask) -> Result<Mask, LayerError> {
     Ok(Mask { positions, prefix: prefix.map(one_more), key_end: mask.key_end.map(one_more), ..mask })
 }
 
+/// A dense mask or bias with a column for the learnt key before the others, which every row sees, and to whose score nothing is added.
+/// One whose bytes aren't those of its shape gets none: it is refused later, with its own numbers.
+///
+/// # Errors
+/// [`LayerError::RowMemory`].
+pub(super) fn with_learnt_column(dense: &DenseTensor) -> Result<DenseTensor, LayerError> {
+    let DenseTensor { element, shape: [batch, heads, queries, keys], ref bytes } = *dense;
+    let row = keys.saturating_mul(element.size());
+    let rows = batch.saturating_mul(heads).saturating_mul(queries);
+    if row == 0 || bytes.len() != rows.saturating_mul(row) {
+        return Ok(dense.clone());
+    }
+    let learnt = match element {
+        Element::Bool => vec![1],
+        Element::Float(dtype) => vec![0; dtype.size()],
+    };
+    let len = bytes.len() + rows * learnt.len();
+    let mut out = Vec::new();
+    let refused = |_full| LayerError::RowMemory { what: "a mask or a bias", elements: len / element.size() };
+    out.try_reserve_exact(len).map_err(refused)?;
+    for row in bytes.chunks_exact(row) {
+        out.extend_from_slice(&learnt);
+        out.extend_from_slice(row);
+    }
+    Ok(DenseTensor { element, shape: [batch, heads, queries, keys + 1], bytes: out.into() })
+}
+
 fn map<T: Copy>(numbers: PerBatch<T>, f: impl Fn(T) -> T) -> PerBatch<T> {
     match numbers {
         PerBatch::Same(number) => PerBatch::Same(f(number)),
@@ -42,7 +71,7 @@ fn map<T: Copy>(numbers: PerBatch<T>, f: impl Fn(T) -> T) -> PerBatch<T> {
 
 #[cfg(test)]
 mod tests {
-    use attnd_kernel::{AttnShape, Causal, Dims, Operator, OperatorParts};
+    use attnd_kernel::{AttnShape, Causal, Dims, Dtype, Operator, OperatorParts};
 
     use super::*;
 
@@ -84,6 +113,23 @@ mod tests {
                 assert!(before.is_empty() || before.start == 0, "{mask:?}");
                 assert_eq!(*after, 0..end + 1, "{mask:?} shows {before:?}");
             }
+        }
+    }
+
+    #[test]
+    fn dense_tensors_have_a_column_more_that_hides_and_adds_nothing() {
+        let dense =
+            |element, shape, bytes: &[u8]| DenseTensor { element, shape, bytes: bytes.to_vec().into() };
+        let with_column = |tensor: &DenseTensor| {
+            let DenseTensor { shape, bytes, .. } = with_learnt_column(tensor).unwrap();
+            (shape, bytes.to_vec())
+        };
+        let mask = dense(Element::Bool, [1, 1, 2, 3], &[0, 1, 0, 1, 0, 0]);
+        assert_eq!(with_column(&mask), ([1, 1, 2, 4], vec![1, 0, 1, 0, 1, 1, 0, 0]));
+        let bias = dense(Element::Float(Dtype::F16), [1, 2, 1, 1], &[7, 8, 9, 10]);
+        assert_eq!(with_column(&bias), ([1, 2, 1, 2], vec![0, 0, 7, 8, 0, 0, 9, 10]));
+        for wrong in [dense(Element::Bool, [1, 1, 2, 3], &[1; 5]), dense(Element::Bool, [1, 1, 2, 0], &[])] {
+            assert_eq!(with_learnt_column(&wrong).unwrap(), wrong);
         }
     }
 

@@ -1,6 +1,6 @@
 //! Parts of a layer against their formulas in f64.
 
-use attnd_kernel::{Causal, Dims, Mask, PerBatch};
+use attnd_kernel::{Causal, Csr, Dims, Mask, PerBatch, Relative, Score};
 use attnd_plan::Element;
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
@@ -220,25 +220,39 @@ fn options_go_to_the_cluster_as_the_layer_needs_them() {
         zero.inner.options(&LayerCall { options: own, ..LayerCall::default() }).unwrap_err().to_string();
     assert_eq!(text, "add_zero_attn and sinks: the zero key is one");
 
+    let score = |name: &str| Score::new(name, Vec::new()).unwrap();
+    let own = AttendOptions { score: score("additive"), ..AttendOptions::default() };
+    let text =
+        zero.inner.options(&LayerCall { options: own, ..LayerCall::default() }).unwrap_err().to_string();
+    assert_eq!(text, "add_zero_attn and score: its score with a key of zeros isn't 0");
+
     let scaled = layer(&|parts| parts.scale = Some(0.5));
     assert_eq!(scaled.inner.options(&LayerCall::default()).unwrap().scale, Some(0.5));
 
     let learnt = Learnt { key: vec![0.0; 12], value: vec![0.0; 10] };
     let learnt = layer(&|parts| parts.weights.learnt = Some(learnt.clone()));
     let dense = || DenseTensor { element: Element::Bool, shape: [1, 1, 1, 1], bytes: vec![1].into() };
+    let relative = || Relative::new([0.5; 32].into(), 8, 20, false).ok();
+    let csr = || Csr::new((1, 1), 1, [0, 1].into(), [0].into()).ok();
     for (options, other) in [
-        (AttendOptions { dense_mask: Some(dense()), ..AttendOptions::default() }, "mask.dense"),
-        (AttendOptions { dense_bias: Some(dense()), ..AttendOptions::default() }, "bias.dense"),
         (AttendOptions { alibi: Some(Alibi::default()), ..AttendOptions::default() }, "bias.alibi"),
+        (AttendOptions { relative: relative(), ..AttendOptions::default() }, "bias.relative"),
+        (AttendOptions { csr: csr(), ..AttendOptions::default() }, "mask.csr"),
+        (AttendOptions { score: score("location"), ..AttendOptions::default() }, "score"),
+        (AttendOptions { score: score("location_aware"), ..AttendOptions::default() }, "score"),
     ] {
         let error = learnt.inner.options(&LayerCall { options, ..LayerCall::default() }).unwrap_err();
         assert!(error.to_string().starts_with(&format!("a learnt key and {other}: ")), "{error}");
     }
+    let cosine = AttendOptions { score: score("cosine"), ..AttendOptions::default() };
+    assert!(learnt.inner.options(&LayerCall { options: cosine, ..LayerCall::default() }).is_ok());
     let mask = Mask { key_end: Some(PerBatch::Each([2, 4].into())), ..Mask::default() };
-    let options = AttendOptions { causal: Causal::TopLeft, mask, ..AttendOptions::default() };
+    let dense_mask = Some(dense());
+    let options = AttendOptions { causal: Causal::TopLeft, mask, dense_mask, ..AttendOptions::default() };
     let call = LayerCall { options, weights: Some(LayerWeights::PerHead), ..LayerCall::default() };
     let options = learnt.inner.options(&call).unwrap();
     assert_eq!((options.causal, options.mask.causal), (Causal::None, true));
+    assert_eq!(options.dense_mask.unwrap().shape, [1, 1, 1, 2], "a column for the learnt key");
     assert_eq!(options.mask.key_end, Some(PerBatch::Each([3, 5].into())));
     assert_eq!(options.outputs.stages, [attnd_kernel::Stage::Weights]);
 }
