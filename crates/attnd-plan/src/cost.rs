@@ -115,7 +115,7 @@ impl CallCosts {
             query_bytes: group_rows * shape.query_dim() as f64 * bytes,
             partial_bytes: group_rows * (dv + 2.0) * 4.0,
             partial_messages: shape.n_queries().div_ceil(tokens_per_cell) as f64,
-            operator_bytes: Residency::new(*shape, *dtype, operator).of_share() as f64 / 2.0,
+            operator_bytes: Residency::new(*shape, *dtype, operator).operator_bytes() as f64,
             result_bytes: group_rows * shape.n_groups() as f64 * (dv + 1.0) * 4.0,
         }
     }

@@ -17,7 +17,9 @@ pub struct Residency {
     sent_bytes: Option<usize>,
     /// Elements of a query that is made of one that was sent.
     made_queries: usize,
-    /// Bytes of the operator's own tensors, as they are sent and as kernels read them.
+    /// Bytes of the operator's own tensors, as they are sent.
+    operator_bytes: u64,
+    /// The same as they are sent and as kernels read them.
     of_share: u64,
 }
 
@@ -31,12 +33,15 @@ impl Residency {
             Bias::Swin(swin) => swin.table.len() + swin.shift.as_ref().map_or(0, |shift| shift.regions.len()),
         });
         let elements = lists + tables.sum::<usize>();
+        let parameters: usize =
+            operator.score().parameters().iter().map(|parameter| parameter.values.len()).sum();
         Self {
             shape,
             key_dim: operator.key_dim(&shape),
             storage: operator.storage(dtype.into()),
             sent_bytes: (!operator.keeps_keys()).then_some(dtype.size()),
             made_queries: if operator.keeps_queries() { 0 } else { operator.packed_dim(&shape) },
+            operator_bytes: 4 * (elements + parameters) as u64,
             of_share: operator.score_bytes() + 4 * elements as u64,
         }
     }
@@ -87,6 +92,11 @@ impl Residency {
         (self.shape.group_size() * tokens) as u64 * self.made_queries as u64 * 4
     }
 
+    /// Bytes of the operator's own tensors on the way to each worker.
+    pub(crate) fn operator_bytes(&self) -> u64 {
+        self.operator_bytes
+    }
+
     /// Bytes that a worker takes once, however many groups it has.
     pub fn of_share(&self) -> u64 {
         self.of_share
@@ -120,6 +130,7 @@ mod tests {
         assert_eq!(gatv2.group_bytes(&(0..N_SLOTS)), 2 * 256 * ((32 + 16) * 4 + 8 * 2) + queries);
         // Both projections have room for 64 outputs.
         assert_eq!(gatv2.of_share(), 2 * (256 + 256 + 32) * 4 + 2 * 64 * 8 * 4);
+        assert_eq!((plain.operator_bytes(), gatv2.operator_bytes()), (0, (256 + 256 + 32) * 4));
         assert_eq!(gatv2.cell_bytes(3), 2 * 3 * (16 + 2 + 32) * 4);
         assert_eq!((plain.cell_bytes(3), plain.inspected_bytes(3)), (2 * 3 * (16 + 2) * 4, 0));
         // The second page is in slot 32.

@@ -2,8 +2,8 @@
 //! asked to be uniform. Pure; runs on the compute pool.
 //!
 //! No worker could say it: who has a part of the keys knows neither the other values nor, of a dense mask, whether a row sees none
-//! of the other keys. The coordinator sees every byte of V once, so it adds up what passes, and holds `8 * value_dim` bytes of each
-//! group and no value.
+//! of the other keys. The coordinator sees every byte of V once, so it adds up what passes, and holds 8 bytes for each
+//! column of each group and no value.
 
 use std::sync::Arc;
 
@@ -37,8 +37,8 @@ impl ValueMeans {
     }
 
     /// Adds bytes of a group that begin at byte `offset` of its V, or of its K where values are the first elements of keys. Groups come
-    /// in any order and each front to back,
-    /// cut anywhere, which shows in no bit of a mean. Bytes out of place count for nothing, so their group never has one.
+    /// in any order and each front to back, cut anywhere, which shows in no bit of a mean. Bytes out of place count for nothing, so
+    /// their group never has one.
     pub(crate) fn add(&mut self, group: usize, offset: u64, mut bytes: &[u8]) {
         let size = self.dtype.size();
         let Some(group) = self.groups.get_mut(group).filter(|group| group.passed == offset) else { return };
