@@ -11,27 +11,27 @@ const DOC: &str = "doc --workspace --no-deps --document-private-items --profile 
 const TEST: &str = "test --workspace --profile suite --locked";
 // As it is shipped.
 const RELEASE_TEST: &str = "test --workspace --release --locked";
-// The free order, which only a measurement needs, is compiled nowhere else. It is written for x86-64. Its tests compile the
-// kernels once more, which takes minutes.
+// The free order, which only a measurement needs, is compiled nowhere else. It is written for x86-64. Its features are others, so
+// both check or compile the kernels once more.
 const FREE_ORDER_CLIPPY: &str = "clippy --package attnd-kernel --features free-order --all-targets --profile suite --locked -- -D warnings";
 const FREE_ORDER_TEST: &str =
     "test --package attnd-kernel --features free-order --lib --release --locked free_order";
 
 /// Format, clippy, docs, tests.
 pub(crate) fn test() -> Result<(), String> {
-    let mut steps = vec![Step::cargo("fmt --all --check"), Step::cargo(CLIPPY)];
-    if cfg!(target_arch = "x86_64") {
-        steps.push(Step::cargo(FREE_ORDER_CLIPPY));
-    }
-    steps.extend([Step::cargo(DOC).env("RUSTDOCFLAGS", "-D warnings"), Step::cargo(TEST)]);
-    run_all(&steps)
+    run_all(&[
+        Step::cargo("fmt --all --check"),
+        Step::cargo(CLIPPY),
+        Step::cargo(DOC).env("RUSTDOCFLAGS", "-D warnings"),
+        Step::cargo(TEST),
+    ])
 }
 
-/// All tests of a release with `ATTND_NIGHTLY=1`, on which tests extend their lists of cases, and those of the free order.
+/// All tests of a release with `ATTND_NIGHTLY=1`, on which tests extend their lists of cases, and the free order.
 pub(crate) fn nightly() -> Result<(), String> {
     let mut steps = vec![Step::cargo(RELEASE_TEST).env("ATTND_NIGHTLY", "1")];
     if cfg!(target_arch = "x86_64") {
-        steps.push(Step::cargo(FREE_ORDER_TEST));
+        steps.extend([FREE_ORDER_CLIPPY, FREE_ORDER_TEST].map(Step::cargo));
     }
     run_all(&steps)
 }
