@@ -125,19 +125,21 @@ async fn calls_at_the_same_time_do_not_mix() {
     cluster.wait_until_idle(Duration::from_secs(1)).await;
 }
 
-/// Makes a call, and completes `planned` when the workers know of it.
+/// Makes a call, and completes `begun` when it is on its workers: all has left this process, more than fits into what
+/// lies in between, and the last group isn't computed.
 async fn attend_and_tell(
     client: &Client,
     case: &Case,
     options: &AttendOptions,
-    planned: oneshot::Sender<()>,
+    begun: oneshot::Sender<()>,
 ) -> Answer {
-    let mut planned = Some(planned);
+    let mut begun = Some(begun);
     let mut progress = |progress: Progress| {
-        if let Progress::Planned(_) = progress
-            && let Some(planned) = planned.take()
+        if let Progress::Sent { bytes, total } = progress
+            && bytes == total
+            && let Some(begun) = begun.take()
         {
-            planned.send(()).expect("somebody waits for the plan");
+            begun.send(()).expect("somebody waits for the call");
         }
     };
     let attended = client.attend(&case.operands, options, &mut progress).await;
@@ -156,10 +158,10 @@ async fn sigterm_lets_calls_in_flight_finish_and_exits_with_0() {
     let wanted = computed_here(&case);
 
     // A worker.
-    let (tell, planned) = oneshot::channel();
+    let (tell, begun) = oneshot::channel();
     let options = case.options(WorkerChoice::Exactly(2));
     let terminate = async {
-        planned.await.expect("the call is planned");
+        begun.await.expect("the call is sent");
         cluster.worker(1).signal("TERM");
     };
     let (answer, ()) = tokio::join!(attend_and_tell(&client, &case, &options, tell), terminate);
@@ -171,10 +173,10 @@ async fn sigterm_lets_calls_in_flight_finish_and_exits_with_0() {
     assert_right(&client, &case, &wanted, WorkerChoice::AtMost(2), "after a worker has left").await;
 
     // The coordinator.
-    let (tell, planned) = oneshot::channel();
+    let (tell, begun) = oneshot::channel();
     let options = case.options(WorkerChoice::Auto);
     let terminate = async {
-        planned.await.expect("the call is planned");
+        begun.await.expect("the call is sent");
         cluster.coordinator().signal("TERM");
     };
     let (answer, ()) = tokio::join!(attend_and_tell(&client, &case, &options, tell), terminate);
@@ -197,9 +199,9 @@ async fn a_coordinator_that_stands_still_for_a_while_loses_neither_workers_nor_c
         Dims { batch: 1, heads: 8, kv_heads: 8, queries: 2000, keys: 4000, head_dim: 128, value_dim: 128 };
     let case = Case::plain(8, dims);
     let options = case.options(WorkerChoice::Exactly(2));
-    let (tell, planned) = oneshot::channel();
+    let (tell, begun) = oneshot::channel();
     let pause = async {
-        planned.await.expect("the call is planned");
+        begun.await.expect("the call is sent");
         cluster.coordinator().signal("STOP");
         tokio::time::sleep(PAUSE).await;
         let left: Vec<String> =

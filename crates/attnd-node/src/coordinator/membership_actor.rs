@@ -1,11 +1,11 @@
 //! The actor that knows the workers: a thin shell around [`attnd_plan::Membership`], which decides.
 //!
-//! It starts a [`WorkerActor`] for every worker that is admitted and kills it when the worker is dead. The two are
-//! linked:
+//! It starts a [`WorkerActor`] for every worker that is admitted and kills it when the worker is dead. That of a worker that drained
+//! and left is let go of: what the worker said last may still be on its way. The two are linked:
 //!
 //! | who dies                        | what happens                                                               |
 //! |---------------------------------|----------------------------------------------------------------------------|
-//! | a worker actor, killed          | nothing: this actor did it                                                 |
+//! | a worker actor, killed or done  | nothing: this actor did it                                                 |
 //! | a worker actor, by a panic      | its worker is dead; it joins again with a new incarnation, clean both ends |
 //! | this actor, whatever the reason | all worker actors with it; the coordinator ends, see [`super::run`]        |
 //!
@@ -227,10 +227,14 @@ impl MembershipActor {
     /// Ends what runs for workers that are gone. What changes else is looked up in [`Membership`] when it is needed.
     fn end_members(&mut self, actions: &[MemberAction]) {
         for MemberAction { id, incarnation, change } in actions {
-            let is_gone = matches!(change, MemberChange::Dead(_) | MemberChange::Drained);
-            if is_gone && let Some(member) = self.members.remove(id) {
+            let is_dead = matches!(change, MemberChange::Dead(_));
+            if (is_dead || *change == MemberChange::Drained)
+                && let Some(member) = self.members.remove(id)
+            {
                 debug_assert_eq!(member.hello.incarnation, *incarnation);
-                member.actor.kill();
+                if is_dead {
+                    member.actor.kill();
+                }
             }
         }
     }

@@ -2,7 +2,8 @@
 //!
 //! The actor lives as long as one incarnation of the worker is a member. When it is killed, because the worker is
 //! dead, its tasks end, their queues close, and every call that waits on one of them knows at once: a call never
-//! waits for a worker that is gone.
+//! waits for a worker that is gone. A worker that drained has answered all its calls before it left, which is read to the
+//! end: then its tasks end with their streams, at the latest with the worker's connection.
 
 use std::time::Instant;
 
@@ -12,7 +13,7 @@ use attnd_wire::{
     CallShape, ComputeBegin, ComputeReply, ComputeRequest, Deadline, Error, Outcome, Reason, limits, proto,
 };
 use kameo::actor::{Actor, ActorRef, WeakActorRef};
-use kameo::error::Infallible;
+use kameo::error::{ActorStopReason, Infallible};
 use kameo::mailbox::{MailboxReceiver, Signal};
 use kameo::message::{Context, Message};
 use tokio::sync::{mpsc, watch};
@@ -86,6 +87,16 @@ impl Actor for WorkerActor {
                 Some(ended) = self.shares.join_next() => tasks::report(ended),
             }
         }
+    }
+
+    async fn on_stop(&mut self, _: WeakActorRef<Self>, reason: ActorStopReason) -> Result<(), Infallible> {
+        // Let go of, and not killed: shares run to their end, and none follows.
+        while matches!(reason, ActorStopReason::Normal)
+            && let Some(ended) = self.shares.join_next().await
+        {
+            tasks::report(ended);
+        }
+        Ok(())
     }
 }
 

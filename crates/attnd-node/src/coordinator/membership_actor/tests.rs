@@ -4,7 +4,7 @@ use attnd_kernel::{AttnShape, Causal, Dims, Dtype, Operator};
 use attnd_plan::Piece;
 use attnd_plan::membership::MAX_FLAPS;
 use attnd_wire::join::{GENERAL_PATH, OPERATORS};
-use attnd_wire::{ComputeBegin, Deadline, Link, limits};
+use attnd_wire::{ComputeBegin, ComputeReply, Deadline, Link, limits};
 use kameo::error::SendError;
 
 use super::super::worker_actor::OpenShare;
@@ -127,6 +127,46 @@ async fn a_worker_that_a_share_cannot_connect_to_gets_nothing_for_a_while() {
     assert_eq!(error.message(), "TRANSPORT: connect failed");
     let Candidates { usable, unused } = candidates(&cluster).await;
     assert_eq!((usable.len(), unused.to_string()), (0, "1 not connected".into()));
+}
+
+/// Has a worker leave, with a goodbye or without, while a share waits for its answer; returns what the share hears of it.
+async fn share_of_one_who_leaves(draining: bool) -> Option<Result<ComputeReply, Error>> {
+    // Accepts connections and says nothing.
+    let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = format!("http://{}", silent.local_addr().unwrap());
+    let cluster = MembershipActor::spawn(());
+    let channel = limits::endpoint(&address, Link::Cluster).unwrap().connect_lazy();
+    let of = Join { hello: Hello { address, ..hello(1) }, channel };
+    let id = of.hello.worker.clone();
+    cluster.ask(of).send().await.unwrap();
+    let candidate = candidates(&cluster).await.usable.remove(0);
+    let share = OpenShare {
+        begin: compute_begin(),
+        memory: candidate.memory.reserve(1).unwrap(),
+        deadline: Deadline::after(Instant::now(), Duration::from_secs(60)),
+    };
+    let mut opened = candidate.actor.ask(share).send().await.unwrap();
+    drop(candidate);
+    let connection = silent.accept().await.unwrap();
+    let heartbeat = Heartbeat { memory_used_bytes: 0, calls_in_flight: 1, load: 0.0, draining };
+    cluster.ask(Beat { worker: id.clone(), incarnation: 1, heartbeat }).send().await.unwrap();
+    cluster.ask(Closed { worker: id, incarnation: 1 }).send().await.unwrap();
+    assert!(cluster.ask(Roster).send().await.unwrap().is_empty());
+    let hears = tokio::time::timeout(Duration::from_millis(100), opened.replies.recv()).await;
+    match hears {
+        Ok(at_once) => at_once,
+        Err(_nothing_yet) => {
+            drop((connection, silent));
+            tokio::time::timeout(Duration::from_secs(5), opened.replies.recv()).await.unwrap()
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_a_drained_worker_said_last_is_still_read() {
+    assert!(share_of_one_who_leaves(false).await.is_none(), "nobody waits for a dead worker");
+    let until_the_connection_ended = share_of_one_who_leaves(true).await.unwrap();
+    assert_eq!(until_the_connection_ended.unwrap_err().reason, Reason::Transport);
 }
 
 #[tokio::test]
