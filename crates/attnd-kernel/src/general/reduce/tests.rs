@@ -62,10 +62,12 @@ fn distance(factor: f32, q: &[f32], k: &[f32]) -> f32 {
 
 #[test]
 fn every_isa_gives_the_bits_of_the_definitions() {
-    let cases = if cfg!(miri) { 2 } else { 40 };
+    let cases = if cfg!(miri) { 1 } else { 40 };
     for seed in 0..cases {
         let mut rng = SmallRng::seed_from_u64(900 + seed);
-        let (n_rows, d) = (rng.random_range(1..=13), rng.random_range(1..=21_usize));
+        let sizes = (rng.random_range(1..=13), rng.random_range(1..=21_usize));
+        // An interpreter takes minutes for a page of thirteen rows.
+        let (n_rows, d) = if cfg!(miri) { (3, 3) } else { sizes };
         let mut element = |size: f32| match rng.random_range(0..400_u32) {
             0 => f32::NAN,
             1 => [f32::INFINITY, f32::NEG_INFINITY, -0.0, 1e38, -1e-40][seed as usize % 5],
