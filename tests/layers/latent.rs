@@ -165,7 +165,7 @@ const FULL: Dims = Dims { heads: 3, rank: 512, nope: 128, rope: 64, value: 128 }
 /// What outputs of matrices that keep the size of what they are applied to may be off by, in roundings of the largest of their row. Sums of
 /// magnitudes, which the bound of all layers has, grow by a factor of some 10 with each of the matrices in a row, and so do no errors
 /// unless they conspire.
-const ROUNDINGS: f64 = 256.0;
+const ROUNDINGS: f64 = 64.0;
 
 /// Both sizes, queries compressed and not, with both styles of positions and none, causal and not: within the bound of
 /// all layers, within a few roundings, and with the same bits on one, two and three workers.

@@ -176,3 +176,83 @@ fn room(what: &'static str, rows: usize, width: usize) -> Result<Vec<f32>, Layer
     let elements = rows.saturating_mul(width);
     zeros(elements).ok_or(LayerError::RowMemory { what, elements })
 }
+
+#[cfg(test)]
+mod tests {
+    use attnd_kernel::Score;
+
+    use super::super::{LayerCall, Matrix, RopeStyle, Rows};
+    use super::*;
+    use crate::operands::AttendOptions;
+
+    fn matrix(name: &str, [outputs, inputs]: [usize; 2]) -> Matrix {
+        let weight = (0..outputs * inputs).map(|i| i as f32 / 64.0).collect();
+        Matrix { name: name.into(), outputs, inputs, weight, bias: None }
+    }
+
+    fn norm(elements: usize) -> Norm {
+        Norm { name: "norm".into(), weight: vec![1.0; elements], eps: 1e-6 }
+    }
+
+    /// 2 heads of 3 + 2 for queries and 4 for values, latents of 5, rows of 7, queries by way of 6.
+    fn parts() -> LatentParts {
+        let weights = LatentWeights {
+            query_down: Some((matrix("query down", [6, 7]), norm(6))),
+            query: matrix("query", [10, 6]),
+            latent: matrix("latent", [7, 7]),
+            norm: norm(5),
+            up: matrix("up", [14, 5]),
+            output: matrix("output", [7, 8]),
+        };
+        LatentParts { weights, heads: 2, scale: None, rope: None, add_zero_attn: false }
+    }
+
+    fn rows(tokens: usize) -> Rows {
+        Rows::new((0..tokens * 7).map(|i| (i % 5) as f32).collect(), [1, tokens, 7]).unwrap()
+    }
+
+    #[test]
+    fn one_latent_is_kept_of_a_row_and_values_do_not_travel() {
+        let layer = Layer::latent(parts()).unwrap();
+        let (x, kept) = (rows(3), rows(9));
+        let kv = layer.inner.keys_and_values(&kept, &kept, 0).unwrap();
+        assert_eq!((kv.tokens(), kv.bytes(), kv.v.len()), (9, 9 * 7 * 4, 0));
+        let (operands, gate) = layer.inner.operands(&x, &kv, 0).unwrap();
+        let shape = &operands.shape;
+        assert_eq!((shape.n_heads(), shape.n_kv_heads(), shape.head_dim(), shape.value_dim()), (2, 1, 7, 5));
+        assert!(shape.value_is_key_prefix() && gate.is_none());
+        let begin = operands.begin(&layer.inner.options(&LayerCall::default()).unwrap()).unwrap();
+        // Of a head's query as it is defined, not of the keys that are sent.
+        assert_eq!(begin.operator.scale(), 5.0_f32.sqrt().recip());
+
+        let plan = layer.plan(&x, &kept, &kept);
+        assert_eq!(plan.operand_bytes, (3 * 2 * 7 + 9 * 7) * 4);
+        // Queries: down, up, W^UK, W^UV and the result; keys: one matrix.
+        let of_query = 6 * 7 + 10 * 6 + 2 * 3 * 5 + 2 * 4 * 5 + 7 * 8;
+        assert_eq!(plan.flops, 2 * (3 * of_query + 9 * 7 * 7));
+    }
+
+    #[test]
+    fn what_the_absorbed_form_can_not_say_is_refused() {
+        let layer = Layer::latent(parts()).unwrap();
+        let (kept, others) = (rows(9), rows(9));
+        let text = layer.inner.keys_and_values(&kept, &others, 0).unwrap_err().to_string();
+        assert_eq!(text, "latent attention and rows of values: its values are parts of its keys");
+        let of_score = |name: &str| {
+            let score = Score::new(name, Vec::new()).unwrap();
+            let options = AttendOptions { score, ..AttendOptions::default() };
+            layer.inner.options(&LayerCall { options, ..LayerCall::default() })
+        };
+        let text = of_score("cosine").unwrap_err().to_string();
+        assert_eq!(text, "latent attention and score: only products of queries and keys can be absorbed");
+        assert!(of_score("dot").is_ok());
+
+        let rope = Rope::new(RopeStyle::Interleaved, 1e4);
+        let with = |rope: Rope| Layer::latent(LatentParts { rope: Some(rope), ..parts() });
+        let turned = with(rope.clone()).unwrap();
+        let rope = turned.inner.rope.clone().unwrap();
+        assert_eq!((rope.first, rope.dims), (5, Some(2)), "behind the latent");
+        let text = with(Rope { dims: Some(4), first: 0, ..rope }).unwrap_err().to_string();
+        assert_eq!(text, "rope: 4 elements from 0 on, rows of a head have 2");
+    }
+}
