@@ -16,6 +16,7 @@ mod output;
 mod outputs;
 mod progress;
 mod request_file;
+mod score_numbers;
 mod site;
 mod table;
 mod tensor_file;

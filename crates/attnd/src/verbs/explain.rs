@@ -19,6 +19,7 @@ use crate::explain::words::{self, Words};
 use crate::heatmap::{HeadPanel, Maps, WeightUnit};
 use crate::options;
 use crate::output;
+use crate::score_numbers;
 use crate::site::Site;
 use crate::tensor_file::{self, Inputs, Tensor, Values};
 
@@ -47,6 +48,8 @@ pub async fn run(args: &ExplainArgs) -> anyhow::Result<()> {
     inputs.notes.iter().for_each(|note| output::note(note));
     let shape = inputs.operands.shape;
     options::check_documents(&args.operator, &shape)?;
+    let score = score_numbers::spread(options.score, &args.operator.function, &shape)?;
+    let options = AttendOptions { score, ..options };
     inside("--batch", &(args.batch..args.batch.saturating_add(1)), "elements of the batch", shape.batch())?;
     let rules = Rules::new(options.causal, options.mask.clone(), shape, args.batch)?;
     let words = Words::new(key_words, query_words, &rules)?;
