@@ -9,6 +9,7 @@ mod demo;
 mod embedded;
 mod exit;
 mod explain;
+mod flags;
 mod heatmap;
 mod logging;
 mod options;

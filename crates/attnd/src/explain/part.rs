@@ -13,6 +13,7 @@ use attnd_kernel::{Operator, OperatorParts};
 
 use super::one_element::documents_of;
 use crate::exit::BadInput;
+use crate::flags::with_flags;
 
 /// Positions further out than this are taken for no place among tokens.
 const FAR: u64 = 1 << 30;
@@ -55,7 +56,7 @@ impl Rules {
         let operator = |mask: &Mask| {
             let parts = OperatorParts { mask: mask.clone(), ..OperatorParts::plain(1.0, Causal::None) };
             Operator::new(parts, &without_query_dim(&shape)?)
-                .map_err(|error| BadInput::new(error.to_string()))
+                .map_err(|error| BadInput::new(with_flags(&error.to_string())))
         };
         operator(&mask)?;
         if mask.documents.is_some() {

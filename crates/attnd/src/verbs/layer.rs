@@ -12,6 +12,7 @@ use serde::Serialize;
 use crate::args::LayerArgs;
 use crate::call_report::{PlanReport, TimingsReport, plan_table, timing_table};
 use crate::exit::{BadInput, connect};
+use crate::flags::with_flags;
 use crate::output;
 use crate::progress::CallProgress;
 use crate::site::{Site, worker_choice};
@@ -114,12 +115,12 @@ fn bad_input(error: LayerError) -> Result<String, anyhow::Error> {
     match error {
         LayerError::Call(error) => Err(error.into()),
         LayerError::Memory(_) | LayerError::RowMemory { .. } | LayerError::Stopped => Err(error.into()),
+        LayerError::Together { .. } => Ok(with_flags(&error.to_string())),
         LayerError::Weights(_)
         | LayerError::Rows { .. }
         | LayerError::Elements { .. }
         | LayerError::Rope(_)
-        | LayerError::Isa(_)
-        | LayerError::Together { .. } => Ok(error.to_string()),
+        | LayerError::Isa(_) => Ok(error.to_string()),
     }
 }
 
