@@ -11,7 +11,7 @@ use attnd_kernel::Dtype;
 use super::attend::call;
 use crate::args::{ExplainArgs, HeadChoice, PicturePath};
 use crate::exit::BadInput;
-use crate::explain::one_element::{csr_of, is_about_all, score_of, swin_of};
+use crate::explain::one_element::{asked_around, csr_of, score_of, swin_of};
 use crate::explain::part::Rules;
 use crate::explain::tables::{head_table, key_table};
 use crate::explain::views::{Answer, Explanation, HeatmapView};
@@ -53,7 +53,7 @@ pub async fn run(args: &ExplainArgs) -> anyhow::Result<()> {
     inside("--batch", &(args.batch..args.batch.saturating_add(1)), "elements of the batch", shape.batch())?;
     let rules = Rules::new(options.causal, options.mask.clone(), shape, args.batch)?;
     let words = Words::new(key_words, query_words, &rules)?;
-    let question = Question::new(args, &rules, is_about_all(&options))?;
+    let question = Question::new(args, &rules, &options)?;
 
     let answers = site.ask(async |endpoint| question.ask(endpoint, &options, &inputs.operands).await).await?;
     let view = question.explanation(&answers, &words);
@@ -145,8 +145,7 @@ impl Answers {
 }
 
 impl<'a> Question<'a> {
-    /// `about_all` where rules are about all queries, which then are in one call.
-    fn new(args: &'a ExplainArgs, rules: &'a Rules, about_all: bool) -> Result<Self, BadInput> {
+    fn new(args: &'a ExplainArgs, rules: &'a Rules, options: &AttendOptions) -> Result<Self, BadInput> {
         let shape = rules.shape();
         let queries = args.query.on(shape.n_queries());
         inside("--query", &queries, "queries", shape.n_queries())?;
@@ -155,7 +154,7 @@ impl<'a> Question<'a> {
             HeadChoice::Mean | HeadChoice::All => 0..shape.n_heads(),
         };
         inside("--head", &heads, "heads", shape.n_heads())?;
-        let asked = if about_all { 0..shape.n_queries() } else { queries.clone() };
+        let asked = asked_around(options, args.batch, shape, &queries);
         let question = Self { args, rules, queries, asked, heads };
         if question.needs_weights() {
             let rows = shape.n_heads().saturating_mul(question.queries.len());
@@ -252,10 +251,10 @@ impl<'a> Question<'a> {
             // What the causal rule says is in the mask.
             let options = AttendOptions {
                 causal: attnd_client::Causal::None,
-                score: score_of(&options.score, batch, shape),
+                score: score_of(&options.score, batch, shape, queries),
                 previous: options.previous.as_ref().map(|weights| self.rules.dense_of(weights, queries)),
                 swin: options.swin.as_ref().map(|swin| swin_of(swin, batch)),
-                csr: options.csr.as_ref().map(|csr| csr_of(csr, batch, shape)),
+                csr: options.csr.as_ref().map(|csr| csr_of(csr, batch, shape, queries)),
                 mask: self.rules.mask_of(queries),
                 dense_mask: options.dense_mask.as_ref().map(|mask| self.rules.dense_of(mask, queries)),
                 dense_bias: options.dense_bias.as_ref().map(|bias| self.rules.dense_of(bias, queries)),
