@@ -196,14 +196,14 @@ impl Inner {
         value: &Rows,
         position: usize,
     ) -> Result<ProjectedKv, LayerError> {
+        if self.latent.is_some() && !value.are(key) && value.values() != key.values() {
+            let why = Some("its values are parts of its keys");
+            return Err(LayerError::Together { one: "latent attention", other: "rows of values", why });
+        }
         expect("width of keys", key.width(), self.key.inputs())?;
         expect("width of values", value.width(), self.value.inputs())?;
         expect("batch of values", value.batch(), key.batch())?;
         expect("number of values", value.tokens(), key.tokens())?;
-        if self.latent.is_some() && !value.are(key) {
-            let why = Some("its values are parts of its keys");
-            return Err(LayerError::Together { one: "latent attention", other: "rows of values", why });
-        }
         let LayerDims { kv_heads, head_dim, value_dim, .. } = self.dims;
         let (batch, tokens) = (key.batch(), key.tokens());
         let learnt = self.learnt.as_ref();

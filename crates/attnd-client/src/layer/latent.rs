@@ -55,7 +55,7 @@ pub(super) struct Latent {
 
 impl Layer {
     /// A layer of multi-head latent attention of these parts. Its keys and values are made of the same rows: [`Self::project`] wants
-    /// clones of each other. What it keeps of each is a latent and the rotary part, for all heads together.
+    /// equal ones. What it keeps of each is a latent and the rotary part, for all heads together.
     ///
     /// # Errors
     /// As [`Self::new`].
@@ -235,9 +235,10 @@ mod tests {
     #[test]
     fn what_the_absorbed_form_can_not_say_is_refused() {
         let layer = Layer::latent(parts()).unwrap();
-        let (kept, others) = (rows(9), rows(9));
+        let (kept, others) = (rows(9), rows(8));
         let text = layer.inner.keys_and_values(&kept, &others, 0).unwrap_err().to_string();
         assert_eq!(text, "latent attention and rows of values: its values are parts of its keys");
+        assert!(layer.inner.keys_and_values(&kept, &rows(9), 0).is_ok(), "equal ones");
         let of_score = |name: &str| {
             let score = Score::new(name, Vec::new()).unwrap();
             let options = AttendOptions { score, ..AttendOptions::default() };
