@@ -7,6 +7,7 @@
 
 mod fixtures;
 mod formula;
+mod latent;
 
 use attnd_client::layer::{
     Layer, LayerAnswer, LayerCall, LayerParts, LayerWeights, Learnt, Matrix, Rope, RopeStyle, Rows, Weights,

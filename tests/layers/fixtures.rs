@@ -1,8 +1,9 @@
-//! Layers as torch and Keras computed them: files that `tests/fixtures/torch_layers.py` and `keras_layers.py` wrote.
+//! Layers as torch, Keras and transformers computed them: files that `tests/fixtures/torch_layers.py`, `keras_layers.py` and
+//! `latent_layers.py` wrote.
 
 use std::path::Path;
 
-use attnd_client::layer::{Rows, StateTensor};
+use attnd_client::layer::{Rope, RopeStyle, Rows, StateTensor};
 use safetensors::SafeTensors;
 use serde_json::Value;
 
@@ -14,8 +15,12 @@ pub(super) struct Fixture {
     pub(super) heads: usize,
     pub(super) kv_heads: usize,
     pub(super) zero: bool,
-    /// Whose first query sees the first key.
+    /// Whose first query sees the keys to its position.
     pub(super) causal: bool,
+    /// Of the first query.
+    pub(super) position: usize,
+    /// Rotary positions, where the layer has them.
+    pub(super) rope: Option<Rope>,
     /// Keys before the padding.
     pub(super) lengths: Option<Vec<usize>>,
     pub(super) per_head: bool,
@@ -72,6 +77,15 @@ impl Fixture {
             kv_heads: size("kv_heads").unwrap_or(heads),
             zero: case["zero"].as_bool().unwrap_or(false),
             causal: case["causal"].as_bool().expect("causal"),
+            position: size("position").unwrap_or(0),
+            rope: case["rope"].as_str().map(|pairs| {
+                let style = match pairs {
+                    "interleaved" => RopeStyle::Interleaved,
+                    "half-split" => RopeStyle::HalfSplit,
+                    other => panic!("pairs {other}"),
+                };
+                Rope::new(style, case["base"].as_f64().expect("a base"))
+            }),
             lengths,
             per_head: case["per_head"].as_bool().unwrap_or(true),
             state,
@@ -82,7 +96,7 @@ impl Fixture {
         }
     }
 
-    fn tensor(&self, name: &str) -> Option<&StateTensor> {
+    pub(super) fn tensor(&self, name: &str) -> Option<&StateTensor> {
         self.state.iter().find(|(own, _)| own == name).map(|(_, tensor)| tensor)
     }
 

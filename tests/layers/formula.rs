@@ -10,11 +10,11 @@ pub(super) struct Number {
 }
 
 impl Number {
-    fn exact(value: f32) -> Self {
+    pub(super) fn exact(value: f32) -> Self {
         Self { value: value.into(), magnitude: f64::from(value).abs() }
     }
 
-    fn plus(self, other: Self, factor: f64) -> Self {
+    pub(super) fn plus(self, other: Self, factor: f64) -> Self {
         Self {
             value: self.value + factor * other.value,
             magnitude: self.magnitude + factor.abs() * other.magnitude,
@@ -35,7 +35,7 @@ impl Affine {
         Self { weight, inputs, bias }
     }
 
-    fn of(&self, x: &[Number]) -> Vec<Number> {
+    pub(super) fn of(&self, x: &[Number]) -> Vec<Number> {
         assert_eq!(x.len(), self.inputs, "elements of a row");
         let of_output = |(output, weights): (usize, &[f32])| {
             let bias = self.bias.as_ref().map_or(0.0, |bias| bias[output]);
@@ -100,20 +100,7 @@ impl Formula {
 
     /// Rotates a head's row as its position says.
     fn turned(&self, row: &[Number], position: usize) -> Vec<Number> {
-        let mut out = row.to_vec();
-        let Some(rope) = &self.rope else { return out };
-        let Angles::Base(base) = rope.angles else { panic!("the formula has no tables") };
-        let rotary = rope.dims.unwrap_or(row.len());
-        for pair in 0..rotary / 2 {
-            let (a, b) = match rope.style {
-                RopeStyle::HalfSplit => (rope.first + pair, rope.first + pair + rotary / 2),
-                RopeStyle::Interleaved => (rope.first + 2 * pair, rope.first + 2 * pair + 1),
-            };
-            let angle = position as f64 * base.powf(-2.0 * pair as f64 / rotary as f64);
-            out[a] = Number::default().plus(row[a], angle.cos()).plus(row[b], -angle.sin());
-            out[b] = Number::default().plus(row[b], angle.cos()).plus(row[a], angle.sin());
-        }
-        out
+        self.rope.as_ref().map_or_else(|| row.to_vec(), |rope| turned(rope, row, position))
     }
 
     fn row(
@@ -148,22 +135,7 @@ impl Formula {
                 candidates
                     .push((Some(vec![Number::default(); head_dim]), vec![Number::default(); value_dim]));
             }
-            let scores: Vec<f64> = candidates
-                .iter()
-                .map(|(key, _)| {
-                    let Some(key) = key else { return f64::NEG_INFINITY };
-                    let magnitude: f64 = q.iter().zip(key).map(|(q, k)| q.magnitude * k.magnitude).sum();
-                    largest = largest.max(scale * magnitude);
-                    scale * q.iter().zip(key).map(|(q, k)| q.value * k.value).sum::<f64>()
-                })
-                .collect();
-            let top = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-            let sum: f64 = scores.iter().map(|score| (score - top).exp()).sum();
-            let of_head: Vec<f64> = scores.iter().map(|score| (score - top).exp() / sum).collect();
-            let mut context = vec![Number::default(); value_dim];
-            for (weight, (_, value)) in of_head.iter().zip(&candidates) {
-                context.iter_mut().zip(value).for_each(|(sum, value)| *sum = sum.plus(*value, *weight));
-            }
+            let (of_head, context) = head_of(&q, &candidates, scale, &mut largest);
             contexts.extend(context);
             weights.push(of_head);
         }
@@ -178,7 +150,50 @@ impl Formula {
     }
 }
 
-fn of_problem(rows: &Rows, batch: usize) -> impl Iterator<Item = Vec<Number>> + '_ {
+/// The row of a head, rotated as its position says.
+pub(super) fn turned(rope: &Rope, row: &[Number], position: usize) -> Vec<Number> {
+    let mut out = row.to_vec();
+    let Angles::Base(base) = rope.angles else { panic!("the formula has no tables") };
+    let rotary = rope.dims.unwrap_or(row.len());
+    for pair in 0..rotary / 2 {
+        let (a, b) = match rope.style {
+            RopeStyle::HalfSplit => (rope.first + pair, rope.first + pair + rotary / 2),
+            RopeStyle::Interleaved => (rope.first + 2 * pair, rope.first + 2 * pair + 1),
+        };
+        let angle = position as f64 * base.powf(-2.0 * pair as f64 / rotary as f64);
+        out[a] = Number::default().plus(row[a], angle.cos()).plus(row[b], -angle.sin());
+        out[b] = Number::default().plus(row[b], angle.cos()).plus(row[a], angle.sin());
+    }
+    out
+}
+
+/// Weights and context of a query over keys, those that it doesn't see being `None`, and their values; `largest` is raised to the largest
+/// magnitude of a score.
+pub(super) fn head_of(
+    q: &[Number],
+    candidates: &[(Option<Vec<Number>>, Vec<Number>)],
+    scale: f64,
+    largest: &mut f64,
+) -> (Vec<f64>, Vec<Number>) {
+    let score = |(key, _): &(Option<Vec<Number>>, Vec<Number>)| {
+        let Some(key) = key else { return f64::NEG_INFINITY };
+        let magnitude: f64 = q.iter().zip(key).map(|(q, k)| q.magnitude * k.magnitude).sum();
+        *largest = largest.max(scale * magnitude);
+        scale * q.iter().zip(key).map(|(q, k)| q.value * k.value).sum::<f64>()
+    };
+    let scores: Vec<f64> = candidates.iter().map(score).collect();
+    let top = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let sum: f64 = scores.iter().map(|score| (score - top).exp()).sum();
+    let weights: Vec<f64> = scores.iter().map(|score| (score - top).exp() / sum).collect();
+    let mut context = vec![Number::default(); candidates[0].1.len()];
+    for (weight, (_, value)) in weights.iter().zip(candidates) {
+        context.iter_mut().zip(value).for_each(|(sum, value)| *sum = sum.plus(*value, *weight));
+    }
+    (weights, context)
+}
+
+/// Rows of one problem.
+pub(super) fn of_problem(rows: &Rows, batch: usize) -> impl Iterator<Item = Vec<Number>> + '_ {
     let (tokens, width) = (rows.tokens(), rows.width());
     let problem = &rows.values()[batch * tokens * width..][..tokens * width];
     problem.chunks(width).map(|row| row.iter().map(|x| Number::exact(*x)).collect())

@@ -15,10 +15,12 @@
 //! decoder's attention to its encoder needs.
 //!
 //! `weights.rs` has the matrices, `state.rs` their names in files, `rope.rs` rotary positions, `learnt.rs` what a learnt key does to
-//! the options of a call, `attention.rs` the call, `plan.rs` where projections run and what travels.
+//! the options of a call, `attention.rs` the call, `plan.rs` where projections run and what travels, `latent.rs` latent attention,
+//! whose keys and values are one latent for all heads: to the rest it is a layer with one kv head and more steps around the call.
 
 mod attention;
 mod error;
+mod latent;
 mod learnt;
 mod plan;
 mod rope;
@@ -34,6 +36,8 @@ use attnd_kernel::{Kernels, Linear};
 
 pub use self::attention::{LayerAnswer, LayerCall, LayerWeights, ProjectedKv};
 pub use self::error::LayerError;
+use self::latent::Latent;
+pub use self::latent::{LatentParts, LatentWeights, Norm};
 pub use self::plan::ProjectionPlan;
 pub use self::rope::{Angles, Rope, RopeStyle};
 pub use self::rows::Rows;
@@ -84,6 +88,7 @@ struct Inner {
     output: Option<Linear>,
     gate: Option<Linear>,
     learnt: Option<Learnt>,
+    latent: Option<Latent>,
     scale: Option<f32>,
     rope: Option<Rope>,
     add_zero_attn: bool,
@@ -105,10 +110,6 @@ impl Layer {
             rope.check(dims.head_dim)?;
         }
         let weight_bytes = weights.bytes();
-        let linear = |matrix: &Matrix| {
-            let shape = [matrix.outputs, matrix.inputs];
-            Linear::new(&matrix.weight, shape, matrix.bias.as_deref()).map_err(LayerError::Memory)
-        };
         let inner = Inner {
             kernels: Kernels::from_env()?,
             dims,
@@ -118,6 +119,7 @@ impl Layer {
             output: weights.output.as_ref().map(linear).transpose()?,
             gate: weights.gate.as_ref().map(linear).transpose()?,
             learnt: weights.learnt,
+            latent: None,
             scale,
             rope,
             add_zero_attn,
@@ -151,4 +153,9 @@ impl Layer {
     pub fn plan(&self, query: &Rows, key: &Rows, value: &Rows) -> ProjectionPlan {
         plan::plan(&self.inner, query, key, value)
     }
+}
+
+fn linear(matrix: &Matrix) -> Result<Linear, LayerError> {
+    let shape = [matrix.outputs, matrix.inputs];
+    Linear::new(&matrix.weight, shape, matrix.bias.as_deref()).map_err(LayerError::Memory)
 }

@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use attnd_client::{Client, ClientError, Reason};
 use attnd_node::NodeError;
 
+use crate::flags;
 use crate::output;
 use crate::tensor_file::{OperandError, ReadError};
 
@@ -93,9 +94,15 @@ fn is_about_the_input(reason: Reason) -> bool {
 
 /// The chain of causes, joined with colons; a cause whose text its parent already quotes is left out.
 fn one_line(error: &anyhow::Error) -> String {
-    let mut line = error.to_string();
-    for cause in error.chain().skip(1).map(ToString::to_string) {
-        if !line.contains(&cause) {
+    let text = |cause: &(dyn Error + 'static)| {
+        let of_call = cause.downcast_ref::<ClientError>().and_then(flags::of_call);
+        of_call.unwrap_or_else(|| cause.to_string())
+    };
+    let mut line = String::new();
+    for cause in error.chain().map(text) {
+        if line.is_empty() {
+            line = cause;
+        } else if !line.contains(&cause) {
             line = format!("{line}: {cause}");
         }
     }

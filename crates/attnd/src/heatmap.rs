@@ -10,6 +10,7 @@ mod maps;
 mod raster;
 mod scale;
 mod svg;
+mod unit;
 
 use std::ops::Range;
 
@@ -17,6 +18,7 @@ use cells::{Cells, Frame, draw_legend, draw_words};
 pub use maps::Maps;
 use scale::ColourScale;
 use svg::Svg;
+pub use unit::WeightUnit;
 
 /// Panels in a row of the grid.
 const COLUMNS: usize = 4;
@@ -60,7 +62,7 @@ pub struct HeadPanel {
     pub title: String,
     /// Below the panel.
     pub caption: String,
-    /// Row-major `[queries, keys]`, or as many rows and columns as they were pooled to; 0 to 1.
+    /// Row-major `[queries, keys]`, or as many rows and columns as they were pooled to; 0 or more.
     pub weights: Vec<f64>,
 }
 
@@ -79,7 +81,7 @@ impl Heatmap<'_> {
         let mut svg = Svg::new(WIDTH, height);
         svg.text(MARGIN, 62.0, "h1", self.title);
         svg.text(MARGIN, 92.0, "sub", self.subtitle);
-        draw_legend(&mut svg, &scale, WIDTH - MARGIN - 360.0, 44.0);
+        draw_legend(&mut svg, &scale, WeightUnit::Percent, WIDTH - MARGIN - 360.0, 44.0);
         for (i, head) in self.heads.iter().enumerate() {
             let x = MARGIN + (i % COLUMNS) as f64 * (panel + GAP);
             let y = grid_top + (i / COLUMNS) as f64 * row_height;
@@ -100,7 +102,7 @@ impl Heatmap<'_> {
             let cells = Cells { weights: &head.weights, n, rows, columns, frame };
             cells.draw(&mut svg, &scale);
             let word = |i: usize| self.tokens.get(i).map_or(i.to_string(), |word| format!("{word} ({i})"));
-            cells.draw_tooltips(&mut svg, word, word);
+            cells.draw_tooltips(&mut svg, WeightUnit::Percent, word, word);
         }
         svg.finish()
     }

@@ -1,4 +1,4 @@
-//! `attnd layer` over a layer that torch computed: from its file to a file, and what it says about tensors that it can't use.
+//! `attnd layer` over layers that torch and transformers computed: from its file to a file, and what it says about tensors that it can't use.
 
 #![allow(clippy::unwrap_used)]
 
@@ -15,11 +15,16 @@ fn fixtures() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/torch_layers.safetensors")
 }
 
-fn layer(prefix: &str, heads: &str, extra: &[&str]) -> Output {
+fn attnd() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_attnd"));
     for (key, _) in std::env::vars_os().filter(|(key, _)| key.to_string_lossy().starts_with("ATTND_")) {
         command.env_remove(key);
     }
+    command
+}
+
+fn layer(prefix: &str, heads: &str, extra: &[&str]) -> Output {
+    let mut command = attnd();
     let file = fixtures();
     let tensor = |name: &str| format!("{}:{CASE}.{name}", file.display());
     command.args(["layer", "--heads", heads, "--state"]).arg(&file).args(["--prefix", prefix]);
@@ -46,17 +51,53 @@ fn output_and_weights_of_torchs_layer_come_out_of_its_state_dict() {
     assert!(text.contains("run on the client") && text.contains("workers can't project yet"), "{text}");
 
     let (theirs, ours) = (std::fs::read(fixtures()).unwrap(), std::fs::read(path).unwrap());
-    let theirs = SafeTensors::deserialize(&theirs).unwrap();
-    let ours = SafeTensors::deserialize(&ours).unwrap();
-    // Sums of some 30 terms of magnitude 10 at most, each rounded to 6e-8 of that; the bound proper is that of tests/layers.rs.
+    assert_near(&ours, &theirs, CASE);
+}
+
+/// Sums of some 30 terms of magnitude 10 at most, each rounded to 6e-8 of that; the bound proper is that of tests/layers.rs.
+fn assert_near(ours: &[u8], theirs: &[u8], case: &str) {
+    let [theirs, ours] = [theirs, ours].map(|bytes| SafeTensors::deserialize(bytes).unwrap());
     for (name, tolerance) in [("output", 3e-5), ("weights", 2e-6)] {
         let (shape, got) = floats(&ours, name);
-        let (wanted_shape, wanted) = floats(&theirs, &format!("{CASE}.{name}"));
+        let (wanted_shape, wanted) = floats(&theirs, &format!("{case}.{name}"));
         assert_eq!(shape, wanted_shape, "{name}");
         for (at, (got, wanted)) in got.iter().zip(&wanted).enumerate() {
-            assert!((got - wanted).abs() <= tolerance, "{name}[{at}]: {got}, torch has {wanted}");
+            assert!((got - wanted).abs() <= tolerance, "{name}[{at}]: {got}, {wanted} in the file");
         }
     }
+}
+
+/// Four queries behind 596 keys, as transformers computed them with a cache.
+#[test]
+fn latent_attention_comes_out_of_deepseeks_state_dict() {
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("y.safetensors");
+    let file = fixtures().with_file_name("latent_layers.safetensors");
+    let (state, path_text) = (file.to_str().unwrap(), path.to_str().unwrap());
+    let (query, key) = (format!("{state}:03.query"), format!("{state}:03.key"));
+    let words = ["layer", "--state", state, "--prefix", "03.state", "--heads", "3", "--query", &query];
+    let key = ["--key", &key];
+    let run = |extra: &[&str]| attnd().args(words).args(key).args(extra).output().unwrap();
+    let rotary = ["--rope=interleaved", "--rope-position", "596", "--causal"];
+    let there = ["--workers", "2", "--weights=per-head", "--json", "-o", path_text];
+    let said = run(&[&rotary[..], &there[..]].concat());
+    assert!(said.status.success(), "{}", String::from_utf8_lossy(&said.stderr));
+    let report: serde_json::Value = serde_json::from_slice(&said.stdout).unwrap();
+    // 4 queries of 3 heads and 600 keys of one, of 10 + 4 elements; no values.
+    assert_eq!(report["projections"]["operand_bytes"], (4 * 3 + 600) * 14 * 4);
+    assert_near(&std::fs::read(path).unwrap(), &std::fs::read(&file).unwrap(), "03");
+
+    let refused = |extra: &[&str], reason: &str| {
+        let said = run(&[&["--endpoint", "http://127.0.0.1:9"], extra].concat());
+        let text = String::from_utf8_lossy(&said.stderr).into_owned();
+        assert!(said.status.code() == Some(2) && text.contains(reason), "{extra:?}: {text}");
+    };
+    refused(&["--kv-heads", "1"], "latent attention makes keys and values for each of its 3 heads");
+    refused(&["--value", &query], "latent attention and rows of values: its values are parts of its keys");
+    refused(&["--rope", "--rope-dims", "6"], "6 elements from 0 on, rows of a head have 4");
+    let other = layer("64.state", "6", &["--endpoint", "http://127.0.0.1:9", "--norm-eps", "1e-5"]);
+    let text = String::from_utf8_lossy(&other.stderr).into_owned();
+    assert!(other.status.code() == Some(2) && text.contains("has no latent attention"), "{text}");
 }
 
 #[test]

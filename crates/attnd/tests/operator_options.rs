@@ -231,6 +231,13 @@ fn additive_scores_of_an_archive_with_queries_of_another_dim() {
     let words = format!("--score additive {ADDITIVE} --causal");
     case.check(&words, &score);
     case.check_explained(&words, 4, &score);
+
+    // One number in all places of the bias.
+    let additive = Additive { b: vec![0.5; 7], ..additive };
+    let score = |at: At| (at.key <= 291 + at.query).then(|| additive.score(&case, at, |_| 0.0));
+    let words = words.replace("b=x.npz:b", "b=0.5");
+    case.check(&words, &score);
+    case.check_explained(&words, 4, &score);
 }
 
 #[test]

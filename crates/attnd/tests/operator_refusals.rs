@@ -128,13 +128,40 @@ fn what_makes_no_sense_is_refused_in_one_line() {
             "--documents x.npz:cube",
             "--documents x.npz:cube: shape [1, 1, 4], expected [tokens] or [batch, tokens]",
         ),
-        ("--documents x.npz:ids --key-end 3", "mask.key_end and mask.documents"),
+        (
+            "--documents x.npz:ids --key-end 3",
+            "mask.key_end and mask.documents (in flags: --key-end; --documents)",
+        ),
+        (
+            "--window 1,0 --key-end 3",
+            "mask.window and no mask.positions: q_len 4, kv_len 3 can be aligned two ways \
+             (in flags: --window; --causal or --offset)",
+        ),
+        ("--prefix 2", "mask.prefix and causal=none (in flags: --prefix; --causal)"),
+        (
+            "--key-begin 4 --key-end 2",
+            "mask.key_begin[0] is 4, mask.key_end[0] is 2 (in flags: --key-begin; --key-end)",
+        ),
+        ("--key-end 5", "mask.key_end[0] is 5, kv_len is 4 (in flags: --key-end)"),
+        ("--causal=offset --offset 1,2", "mask.offsets has 2 entries, batch is 1 (in flags: --offset)"),
+        ("--chunk 2 --documents x.npz:ids", "(in flags: --chunk; --documents)"),
+        ("--sigmoid 0 --sinks x.npz:b", "normaliser=sigmoid and sinks (in flags: --sigmoid; --sinks)"),
+        (
+            "--score additive --param v=0.5 --param w_q=x.npz:wq --param w_k=x.npz:wk",
+            "--param v=0.5: v of additive is [units 3] or [num_heads 2, units 3], not one number; \
+             it comes from a file, as --param v=x.npz:v",
+        ),
     ] {
         refused(&folder, words, reason);
     }
+    let explain = "explain --endpoint http://127.0.0.1:9 --q x.npz:q --k x.npz:k --window 1,0 --key-end 3";
+    let (code, _, stderr) = run(folder.path(), explain);
+    assert!(code == Some(2) && stderr.contains("(in flags: --window; --causal or --offset)"), "{stderr}");
     refused(&wide, "", "q and k disagree: dim (6, 4)");
     refused(&wide, "--score dot", "score=dot and query_dim 6: keys have 4");
-    for words in ["--score cosine --param beta=2", "--documents x.npz:ids", "--score scaled_dot"] {
+    let additive =
+        "--score additive --param v=x.npz:va --param w_q=x.npz:wq --param w_k=x.npz:wk --param b=0.5";
+    for words in [additive, "--score cosine --param beta=2", "--documents x.npz:ids", "--score scaled_dot"] {
         let (code, _, stderr) =
             run(folder.path(), &format!("attend {NOBODY} --q x.npz:q --k x.npz:k --v x.npz:v {words}"));
         assert_eq!(code, Some(1), "{words} is a call, which nobody answers: {stderr}");

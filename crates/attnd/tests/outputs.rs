@@ -308,6 +308,7 @@ fn explain_takes_means_over_heads_and_minds_padding() {
         let by_head: Vec<f64> = rows.iter().map(|row| row[expected]).collect();
         assert_eq!(got["strongest"]["head"], ranked(&by_head)[0]);
     }
+    assert_eq!(view["normaliser"], "softmax");
     let heads = view["heads"].as_array().unwrap();
     assert_eq!(heads.len(), HEADS);
     for (head, row) in heads.iter().zip(&rows) {
@@ -334,6 +335,59 @@ fn explain_takes_means_over_heads_and_minds_padding() {
     );
     let svg = fs::read_to_string(case.folder.path().join("maps.svg")).unwrap();
     assert_eq!(svg.matches("<g class=\"cells\"").count(), HEADS);
+}
+
+#[test]
+fn explain_tells_sums_instead_of_entropies_of_sigmoids() {
+    let case = Case::new();
+    let sigmoid = |score: f64| 1.0 / (1.0 + (1.5 - score).exp());
+    let weights = |head: usize, query: usize| -> Vec<f64> {
+        let seen =
+            |(key, score): (usize, &f64)| if causal(query).contains(&key) { sigmoid(*score) } else { 0.0 };
+        case.scores(head, query).iter().enumerate().map(seen).collect()
+    };
+    let words =
+        "explain --workers 2 --q q.npy --k k.npy --causal --sigmoid -1.5 --query 3-4 --tokens words.txt";
+    let view = case.json(&format!("{words} --head 2 --top-k 7 --heatmap map.svg --heatmap-size 100 --json"));
+    assert_eq!(view["normaliser"], "sigmoid");
+    let rows: Vec<Vec<f64>> = [3, 4].iter().map(|query| weights(2, *query)).collect();
+    for (answer, row) in view["attention"][0]["queries"].as_array().unwrap().iter().zip(&rows) {
+        let keys = answer["keys"].as_array().unwrap();
+        assert_eq!(keys.len(), 7);
+        for (got, expected) in keys.iter().zip(ranked(row)) {
+            assert_eq!(got["key"], expected);
+            close(got["weight"].as_f64().unwrap(), row[expected], "weight");
+        }
+    }
+    let head = &view["heads"][0];
+    let sums: Vec<f64> = rows.iter().map(|row| row.iter().sum()).collect();
+    // Nothing that a share would be taken for.
+    assert!(sums.iter().all(|sum| *sum > 20.0), "{sums:?}");
+    close(head["weight_sum"].as_f64().unwrap(), f64::midpoint(sums[0], sums[1]), "weight sum");
+    assert!(head["entropy"].is_null() && head["effective_keys"].is_null());
+    let means: Vec<f64> =
+        rows.iter().zip([3, 4]).zip(&sums).map(|((row, query), sum)| distance(row, query) / sum).collect();
+    close(head["distance"].as_f64().unwrap(), f64::midpoint(means[0], means[1]), "distance");
+    close(head["first_key"].as_f64().unwrap(), f64::midpoint(rows[0][0], rows[1][0]), "first key");
+    let cell = |row: usize, column: usize| weights(2, row)[3 * column..][..3].iter().sum::<f64>();
+    let cells = (0..6).flat_map(|row| (0..100).map(move |column| (row, column)));
+    let largest = cells.map(|(row, column)| cell(row, column)).fold(0.0, f64::max);
+    // Of three keys, whose weights are shares of nothing.
+    assert!(largest > 1.0, "{largest}");
+    close(view["heatmap"]["largest"].as_f64().unwrap(), largest, "largest");
+    let svg = fs::read_to_string(case.folder.path().join("map.svg")).unwrap();
+    assert!(svg.contains(&format!("at most {largest:.4}<")) && !svg.contains(" %<"), "{largest}");
+
+    let (code, stdout, stderr) = case.run(&format!("{words} --head mean"));
+    assert_eq!(code, Some(0), "{stderr}");
+    assert!(
+        stdout.contains("weight sum") && !stdout.contains("entropy ") && !stdout.contains('%'),
+        "{stdout}"
+    );
+    assert!(
+        stdout.contains("a row of them sums to its weight sum, not to 1, and has no entropy"),
+        "{stdout}"
+    );
 }
 
 #[test]

@@ -23,6 +23,7 @@ pub struct ProjectedKv {
     pub(super) keys: usize,
     has_learnt: bool,
     pub(super) k: Bytes,
+    /// Nothing where values are parts of keys.
     pub(super) v: Bytes,
 }
 
@@ -76,6 +77,7 @@ impl Layer {
     ///
     /// # Errors
     /// [`LayerError::Rows`] for rows of another width than the layer's or of another number than each other's,
+    /// [`LayerError::Together`] for other rows of values than of keys where these are one ([`Layer::latent`]),
     /// [`LayerError::Rope`] past the end of tables, [`LayerError::RowMemory`].
     pub async fn project(
         &self,
@@ -134,6 +136,10 @@ impl Inner {
     pub(super) fn options(&self, call: &LayerCall) -> Result<AttendOptions, LayerError> {
         let mut options = call.options.clone();
         options.scale = options.scale.or(self.scale);
+        if self.latent.is_some() && !["scaled_dot", "dot"].contains(&options.score.function().name) {
+            let why = Some("only products of queries and keys can be absorbed");
+            return Err(LayerError::Together { one: "latent attention", other: "score", why });
+        }
         if self.add_zero_attn {
             // Its score is 0 in every row, and its value adds nothing: it joins the sum of exponentials and no more.
             if options.sinks.is_some() {
@@ -190,6 +196,10 @@ impl Inner {
         value: &Rows,
         position: usize,
     ) -> Result<ProjectedKv, LayerError> {
+        if self.latent.is_some() && !value.are(key) && value.values() != key.values() {
+            let why = Some("its values are parts of its keys");
+            return Err(LayerError::Together { one: "latent attention", other: "rows of values", why });
+        }
         expect("width of keys", key.width(), self.key.inputs())?;
         expect("width of values", value.width(), self.value.inputs())?;
         expect("batch of values", value.batch(), key.batch())?;
@@ -198,11 +208,18 @@ impl Inner {
         let (batch, tokens) = (key.batch(), key.tokens());
         let learnt = self.learnt.as_ref();
         let turns = self.rope.as_ref().map(|rope| rope.turns(head_dim, position, tokens)).transpose()?;
-        let k = self.apply(&self.key, key.values(), "keys")?;
+        let mut k = self.apply(&self.key, key.values(), "keys")?;
+        if let Some(latent) = &self.latent {
+            latent.normalise(&mut k);
+        }
         let k =
             into_heads(&k, [batch, tokens, kv_heads, head_dim], learnt.map(|l| &l.key[..]), turns.as_ref())?;
-        let v = self.apply(&self.value, value.values(), "values")?;
-        let v = into_heads(&v, [batch, tokens, kv_heads, value_dim], learnt.map(|l| &l.value[..]), None)?;
+        let v = if self.latent.is_some() {
+            Vec::new()
+        } else {
+            let v = self.apply(&self.value, value.values(), "values")?;
+            into_heads(&v, [batch, tokens, kv_heads, value_dim], learnt.map(|l| &l.value[..]), None)?
+        };
         Ok(ProjectedKv {
             dims: self.dims,
             batch,
@@ -239,9 +256,15 @@ impl Inner {
             head_dim: head_dim_,
             value_dim,
         });
+        let shape = shape
+            .and_then(|shape| if self.latent.is_some() { shape.with_values_from_keys() } else { Ok(shape) });
         let shape = shape.map_err(|error| ClientError::from(Error::from(error)))?;
         let turns = self.rope.as_ref().map(|rope| rope.turns(head_dim, position, queries)).transpose()?;
         let q = self.apply(&self.query, query.values(), "queries")?;
+        let q = match &self.latent {
+            Some(latent) => latent.absorb(self.kernels, q)?,
+            None => q,
+        };
         let q = into_heads(&q, [batch, queries, heads, head_dim], None, turns.as_ref())?;
         let gate = self.gate.as_ref().map(|gate| self.apply(gate, query.values(), "gates")).transpose()?;
         let (k, v) = (kv.k.clone(), kv.v.clone());
@@ -255,7 +278,10 @@ impl Inner {
         context: &[f32],
         gate: Option<Vec<f32>>,
     ) -> Result<Vec<f32>, LayerError> {
-        let mut rows = into_rows(context, shape)?;
+        let mut rows = match &self.latent {
+            Some(latent) => latent.expand(self.kernels, context, shape)?,
+            None => into_rows(context, shape)?,
+        };
         for (element, gate) in rows.iter_mut().zip(gate.iter().flatten()) {
             *element *= (1.0 / (1.0 + (-f64::from(*gate)).exp())) as f32;
         }

@@ -41,8 +41,10 @@ pub(super) fn plan(layer: &Inner, query: &Rows, key: &Rows, value: &Rows) -> Pro
     let learnt = if layer.learnt.is_some() { key.batch() as u64 } else { 0 };
     let dims = &layer.dims;
     let of_queries = rows(query).saturating_mul((dims.heads * dims.head_dim) as u64);
-    let of_keys =
-        (rows(key) + learnt).saturating_mul((dims.kv_heads * (dims.head_dim + dims.value_dim)) as u64);
+    // Values that are parts of keys neither travel nor are projected.
+    let has_values = layer.latent.is_none();
+    let per_key = dims.head_dim + if has_values { dims.value_dim } else { 0 };
+    let of_keys = (rows(key) + learnt).saturating_mul((dims.kv_heads * per_key) as u64);
 
     let mut distinct: Vec<&Rows> = Vec::new();
     for input in [query, key, value] {
@@ -51,14 +53,16 @@ pub(super) fn plan(layer: &Inner, query: &Rows, key: &Rows, value: &Rows) -> Pro
         }
     }
     let on_queries = [Some(&layer.query), layer.gate.as_ref(), layer.output.as_ref()].into_iter().flatten();
-    let work = on_queries.map(|linear| (linear, query)).chain([(&layer.key, key), (&layer.value, value)]);
+    let on_values = has_values.then_some((&layer.value, value));
+    let work = on_queries.map(|linear| (linear, query)).chain([(&layer.key, key)]).chain(on_values);
     let flops = work.map(|(linear, input)| {
         rows(input).saturating_mul(2 * linear.inputs() as u64).saturating_mul(linear.outputs() as u64)
     });
+    let latent = layer.latent.as_ref().map(|latent| rows(query).saturating_mul(latent.flops()));
     ProjectionPlan {
         operand_bytes: bytes(of_queries.saturating_add(of_keys)),
         input_bytes: bytes(distinct.iter().map(|input| input.values().len() as u64).sum()),
         weight_bytes: layer.weight_bytes,
-        flops: flops.fold(0, u64::saturating_add),
+        flops: flops.chain(latent).fold(0, u64::saturating_add),
     }
 }

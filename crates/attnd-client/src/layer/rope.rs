@@ -103,6 +103,16 @@ impl Rope {
         }
     }
 
+    /// These positions for rows of `dims`, as positions for rows that have `first` elements more before them.
+    ///
+    /// # Errors
+    /// As [`Self::check`] for rows of `dims`.
+    pub(super) fn behind(self, first: usize, dims: usize) -> Result<Self, LayerError> {
+        self.check(dims)?;
+        let rotated = self.dims.unwrap_or_else(|| dims.saturating_sub(self.first));
+        Ok(Self { first: first + self.first, dims: Some(rotated), ..self })
+    }
+
     /// The turns of `tokens` positions from `first_position` on, for rows of `head_dim`.
     ///
     /// # Errors

@@ -31,11 +31,27 @@ enum Axes {
 }
 
 /// A part, and how one family of files spells it.
-struct Spelling {
+pub(super) struct Spelling {
     part: &'static str,
     weight: &'static str,
     bias: &'static str,
     axes: Axes,
+}
+
+impl Spelling {
+    /// `[outputs, inputs]`, with a bias unless its name is empty.
+    pub(super) const fn linear(part: &'static str, weight: &'static str, bias: &'static str) -> Self {
+        spelling(part, weight, bias, Axes::OutIn)
+    }
+
+    pub(super) const fn part(&self) -> &'static str {
+        self.part
+    }
+
+    /// The name of the matrix.
+    pub(super) const fn weight(&self) -> &'static str {
+        self.weight
+    }
 }
 
 const fn spelling(part: &'static str, weight: &'static str, bias: &'static str, axes: Axes) -> Spelling {
@@ -104,10 +120,7 @@ impl Weights {
         heads: usize,
         kv_heads: usize,
     ) -> Result<Self, WeightsError> {
-        let named =
-            tensors.into_iter().map(|(name, tensor)| (name.replace('/', "."), Named { name, tensor }));
-        let mut state = State { tensors: named.collect(), heads, kv_heads };
-        IGNORED.iter().for_each(|name| drop(state.tensors.remove(*name)));
+        let mut state = State::new(tensors, heads, kv_heads);
         let [query, key, value] = match state.packed()? {
             Some(parts) => parts,
             None => state.separate()?,
@@ -120,13 +133,7 @@ impl Weights {
             gate: state.matrix(GATE, heads)?,
             learnt: state.learnt()?,
         };
-        if let Some(Named { name, tensor }) = state.tensors.into_values().next() {
-            let names = SPELLINGS.iter().flat_map(|spelling| [spelling.weight, spelling.bias]);
-            let mut known: Vec<&str> = names.chain(LEARNT).filter(|name| !name.is_empty()).collect();
-            known.sort_unstable();
-            known.dedup();
-            return Err(WeightsError::Unknown { name, shape: tensor.shape, known });
-        }
+        state.all_taken(&SPELLINGS, &LEARNT)?;
         weights.dims(heads, kv_heads)?;
         Ok(weights)
     }
@@ -146,13 +153,50 @@ impl Named {
 }
 
 /// The tensors that aren't taken yet.
-struct State {
+pub(super) struct State {
     tensors: BTreeMap<String, Named>,
     heads: usize,
     kv_heads: usize,
 }
 
 impl State {
+    pub(super) fn new(
+        tensors: impl IntoIterator<Item = (String, StateTensor)>,
+        heads: usize,
+        kv_heads: usize,
+    ) -> Self {
+        let named =
+            tensors.into_iter().map(|(name, tensor)| (name.replace('/', "."), Named { name, tensor }));
+        let mut tensors: BTreeMap<String, Named> = named.collect();
+        IGNORED.iter().for_each(|name| drop(tensors.remove(*name)));
+        Self { tensors, heads, kv_heads }
+    }
+
+    /// # Errors
+    /// [`WeightsError::Unknown`] if a tensor is left; `spellings` and `others` are all that would have been taken.
+    pub(super) fn all_taken(
+        self,
+        spellings: &[Spelling],
+        others: &[&'static str],
+    ) -> Result<(), WeightsError> {
+        let Some(Named { name, tensor }) = self.tensors.into_values().next() else { return Ok(()) };
+        let names = spellings.iter().flat_map(|spelling| [spelling.weight, spelling.bias]);
+        let mut known: Vec<&str> =
+            names.chain(others.iter().copied()).filter(|name| !name.is_empty()).collect();
+        known.sort_unstable();
+        known.dedup();
+        Err(WeightsError::Unknown { name, shape: tensor.shape, known })
+    }
+
+    /// A vector by its name, if the file has it.
+    pub(super) fn vector(&mut self, name: &str) -> Result<Option<Vec<f32>>, WeightsError> {
+        let Some(vector) = self.tensors.remove(name) else { return Ok(None) };
+        match vector.tensor.shape[..] {
+            [elements] if elements == vector.tensor.values.len() => Ok(Some(vector.tensor.values)),
+            _ => Err(vector.misshapen("[elements]")),
+        }
+    }
+
     /// The spelling of a part that the file has, if any. Where it has several, the others are left and end up as unknown.
     fn spelled(&self, part: &str) -> Option<&'static Spelling> {
         SPELLINGS.iter().find(|spelling| spelling.part == part && self.tensors.contains_key(spelling.weight))
@@ -160,7 +204,15 @@ impl State {
 
     /// The matrix of a part with `heads` heads, if the file has one.
     fn matrix(&mut self, part: &'static str, heads: usize) -> Result<Option<Matrix>, WeightsError> {
-        let Some(Spelling { weight, bias, axes, .. }) = self.spelled(part) else { return Ok(None) };
+        self.spelled(part).map_or(Ok(None), |spelling| self.spelled_so(spelling, heads))
+    }
+
+    /// The matrix of a spelling, with `heads` heads where these are a dimension, if the file has it.
+    pub(super) fn spelled_so(
+        &mut self,
+        Spelling { weight, bias, axes, .. }: &Spelling,
+        heads: usize,
+    ) -> Result<Option<Matrix>, WeightsError> {
         let Some(weight) = self.tensors.remove(*weight) else { return Ok(None) };
         let elements = weight.tensor.shape.iter().try_fold(1_usize, |n, dim| n.checked_mul(*dim));
         if elements != Some(weight.tensor.values.len()) || elements == Some(0) {

@@ -46,7 +46,7 @@ pub struct Weights {
 }
 
 /// Why tensors make no layer. The text names the tensor, its shape and what was expected.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum WeightsError {
     /// A part that every layer has isn't there.
     #[error("no tensor for {part}; looked for {}", looked_for.join(", "))]
@@ -84,12 +84,20 @@ pub enum WeightsError {
         /// Heads of keys and values.
         kv_heads: usize,
     },
+    /// What a norm divides by could be no number.
+    #[error("{name}: eps {eps}, expected a finite number that isn't below 0")]
+    Eps {
+        /// The tensor of the norm.
+        name: String,
+        /// What is added to its mean square.
+        eps: f64,
+    },
 }
 
 impl Matrix {
     /// # Errors
     /// [`WeightsError::Shape`] with `expected`, unless `fits`.
-    fn expect(&self, fits: bool, expected: impl FnOnce() -> String) -> Result<(), WeightsError> {
+    pub(super) fn expect(&self, fits: bool, expected: impl FnOnce() -> String) -> Result<(), WeightsError> {
         let shape = vec![self.outputs, self.inputs];
         if fits {
             Ok(())
@@ -100,7 +108,7 @@ impl Matrix {
 
     /// # Errors
     /// [`WeightsError::Shape`] if a slice has another length, or there is nothing in it.
-    fn check(&self) -> Result<(), WeightsError> {
+    pub(super) fn check(&self) -> Result<(), WeightsError> {
         let elements = self.outputs.checked_mul(self.inputs);
         self.expect(elements == Some(self.weight.len()) && !self.weight.is_empty(), || {
             format!("{} elements, which is what it has", self.weight.len())
@@ -109,7 +117,7 @@ impl Matrix {
         self.expect(bias == self.outputs, || format!("{bias} outputs, as its bias has"))
     }
 
-    fn elements(&self) -> usize {
+    pub(super) fn elements(&self) -> usize {
         self.weight.len() + self.bias.as_ref().map_or(0, Vec::len)
     }
 }

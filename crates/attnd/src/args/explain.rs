@@ -19,9 +19,11 @@ SRC is file.npy, file.npz:NAME or file.safetensors:NAME, as for `attnd attend`. 
 are asked for. All numbers are exact, and memory grows with what is shown, not with queries times keys.
 
 Tables are about the queries of --query; the picture is about all of them.
-  weight          what the key's value is multiplied by; a row of weights sums to 1, less what a sink takes
-  entropy         of a query's weights, in nats; mean over the queries
-  keys            effective number of keys, exp(entropy); mean over the queries
+  weight          what the key's value is multiplied by; a row of weights sums to 1, less what a sink takes, or with
+                  --sigmoid to anything: then weights are no percents
+  entropy         of a query's weights, in nats; mean over the queries; with --sigmoid there is none
+  keys            effective number of keys, exp(entropy); mean over the queries; with --sigmoid there is none
+  weight sum      of a query's weights, with --sigmoid; mean over the queries
   distance        how far from the query the keys are that it weighs, in tokens; mean over the queries
   first key       weight of the first key that is no padding; mean over the queries
   max score       the highest score of all the queries

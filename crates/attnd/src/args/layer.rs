@@ -19,7 +19,8 @@ use crate::tensor_file::{OutputPath, Source};
 FILE is a .safetensors file with the matrices of one layer, or of a model and then with --prefix. Names and layouts are
 those of torch's nn.MultiheadAttention (in_proj_weight, out_proj.weight, bias_k, ..), of models in the manner of Llama and
 BERT (q_proj.weight, self.query.weight, c_attn.weight, ..), and of Keras and flax (query/kernel, ..). A tensor behind the
-prefix that attnd doesn't know is an error: the result would lack it.
+prefix that attnd doesn't know is an error: the result would lack it. DeepSeek-V2's and V3's multi-head latent attention
+(kv_a_proj_with_mqa.weight, kv_b_proj.weight, ..) is computed in its absorbed form: one kv head of latents for all heads.
 
 SRC is file.npy, file.npz:NAME or file.safetensors:NAME, [tokens, width] or [batch, tokens, width], f32, f16, bf16 or
 f64; all are computed in f32. Projections run in this process, on all its cores; attention runs on the cluster.
@@ -29,7 +30,9 @@ Examples:
   attnd layer --workers 2 --state model.safetensors --prefix model.layers.0.self_attn --heads 32 --kv-heads 8 \\
               --rope --rope-base 500000 --causal --x x.npz:hidden -o y.npy
   attnd layer --endpoint http://10.0.0.1:7400 --state decoder.safetensors --prefix layers.0.multihead_attn --heads 8 \\
-              --query decoder.npy --key encoder.npy --key-end 91,120 --json")]
+              --query decoder.npy --key encoder.npy --key-end 91,120 --json
+  attnd layer --workers 2 --state deepseek.safetensors --prefix model.layers.0.self_attn --heads 16 \
+              --rope=interleaved --causal --x x.npy -o y.npy")]
 pub struct LayerArgs {
     /// The file with the layer's matrices
     #[arg(long, value_name = "FILE")]
@@ -61,12 +64,15 @@ pub struct LayerArgs {
     /// Base of the angles
     #[arg(long, value_name = "X", default_value = "10000", requires = "rope", value_parser = parse_base)]
     pub rope_base: f64,
-    /// How many elements of a head are rotated, from the first on [default: all]
+    /// How many elements of a head are rotated, from the first on; with latent attention of its rotary part [default: all]
     #[arg(long, value_name = "N", requires = "rope", value_parser = parse_count)]
     pub rope_dims: Option<NonZeroUsize>,
     /// Position of the first query, keys being counted from 0
     #[arg(long, value_name = "N", default_value = "0", requires = "rope")]
     pub rope_position: usize,
+    /// What norms of latent attention add to the mean square of a row [default: 0.000001]
+    #[arg(long, value_name = "X", value_parser = parse_eps)]
+    pub norm_eps: Option<f64>,
     /// Hide later keys: with bottom-right the last query sees every key, with top-left query i sees keys 0 to i,
     /// with offset as --offset says [without a value: bottom-right]
     #[arg(long, value_enum, value_name = "ALIGN", num_args = 0..=1, require_equals = true, default_missing_value = "bottom-right")]
@@ -143,6 +149,12 @@ fn parse_base(text: &str) -> Result<f64, String> {
     base.filter(|base| base.is_finite() && *base > 1.0).ok_or_else(|| "expected a number over 1".into())
 }
 
+fn parse_eps(text: &str) -> Result<f64, String> {
+    let eps: Option<f64> = text.parse().ok();
+    eps.filter(|eps| eps.is_finite() && *eps >= 0.0)
+        .ok_or_else(|| "expected a number that isn't below 0".into())
+}
+
 #[cfg(test)]
 mod tests {
     use clap::Parser as _;
@@ -183,6 +195,8 @@ mod tests {
             &["--rope", "--rope-dims", "0"],
             &["--rope=both"],
             &["--kv-heads", "0"],
+            &["--norm-eps", "-1e-6"],
+            &["--norm-eps", "inf"],
             &["--weights=all"],
             &["--query", "y.npy", "--query", "z.npy"],
         ] {

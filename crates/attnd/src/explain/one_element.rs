@@ -1,18 +1,74 @@
-//! Lists, tables and parameters of a call, cut to one element of its batch. What isn't of the call's shape is left as it is, for the
-//! client to refuse.
+//! Lists, tables and parameters of a call, cut to one element of its batch and to some of its queries. What isn't of the call's shape is
+//! left as it is, for the client to refuse.
 
-use attnd_client::{AttendOptions, AttnShape, Documents};
+use std::collections::HashSet;
+use std::ops::Range;
+
+use attnd_client::{AttendOptions, AttnShape, Documents, Run};
 use attnd_kernel::{Csr, Parameter, Score, Shift, Swin, Symbol, Tensor};
 
-/// Whether some of its queries can't be asked alone: where lists, windows or parameters are about all of them.
-pub fn is_about_all(options: &AttendOptions) -> bool {
-    let has_queries = |tensor: &Tensor| {
-        symbols(&options.score, tensor).is_some_and(|symbols| symbols.contains(&Symbol::Queries))
-    };
-    options.csr.is_some()
-        || options.swin.is_some()
-        || options.mask.documents.is_some()
-        || options.score.parameters().iter().any(has_queries)
+/// The queries that a call has to have so that it can have `queries` and these see what they saw: from the first of a block on, and with all
+/// queries of their documents, from which positions are counted. All of them where windows are about all: what a window adds to scores is
+/// said by the places of two tokens in it, and those of some rows can't be said so. Windows are small.
+pub fn asked_around(
+    options: &AttendOptions,
+    batch: usize,
+    shape: &AttnShape,
+    queries: &Range<usize>,
+) -> Range<usize> {
+    let all = 0..shape.n_queries();
+    let documents = options.mask.documents.as_deref().map(|documents| runs_of(documents.queries(), batch));
+    let fits = |csr: &Csr| rows_of(csr) == shape.n_queries().div_ceil(csr.query_block());
+    // Lists of another shape are told with the numbers of the whole call.
+    if options.swin.is_some() || documents == Some(None) || !options.csr.as_ref().is_none_or(fits) {
+        return all;
+    }
+    let mut asked = queries.clone();
+    loop {
+        let before = asked.clone();
+        if let Some(csr) = &options.csr {
+            asked.start -= asked.start % csr.query_block();
+        }
+        if let Some(Some(runs)) = documents {
+            asked = with_whole_documents(runs, &asked);
+        }
+        if asked == before {
+            return asked;
+        }
+    }
+}
+
+/// The runs of an element, of which lists have one for each, or one for all.
+fn runs_of(all: &[Vec<Run>], batch: usize) -> Option<&[Run]> {
+    all.get(if all.len() == 1 { 0 } else { batch }).map(Vec::as_slice)
+}
+
+/// The tokens of each run.
+fn ranges(runs: &[Run]) -> impl Iterator<Item = (Range<usize>, u32)> {
+    let mut before = 0;
+    runs.iter().map(move |run| (std::mem::replace(&mut before, run.end)..run.end, run.id))
+}
+
+/// From the first query of the documents of `queries` to the last one.
+fn with_whole_documents(runs: &[Run], queries: &Range<usize>) -> Range<usize> {
+    let of_queries = ranges(runs).filter(|(range, _)| range.start < queries.end && queries.start < range.end);
+    let documents: HashSet<u32> = of_queries.map(|(_, id)| id).collect();
+    let whole = ranges(runs).filter(|(_, id)| documents.contains(id));
+    whole.fold(queries.clone(), |all, (range, _)| all.start.min(range.start)..all.end.max(range.end))
+}
+
+/// The runs of some queries, counted from the first of them.
+fn runs_among(runs: &[Run], queries: &Range<usize>) -> Vec<Run> {
+    let clipped = ranges(runs).filter_map(|(range, id)| {
+        let (first, end) = (range.start.max(queries.start), range.end.min(queries.end));
+        (first < end).then(|| Run { end: end - queries.start, id })
+    });
+    clipped.collect()
+}
+
+/// Rows of blocks of a layout.
+fn rows_of(csr: &Csr) -> usize {
+    csr.row_ptr().len() / csr.layouts() - 1
 }
 
 /// The dimensions of a parameter by their names, if it has as many as one of the shapes that it may have.
@@ -28,10 +84,10 @@ fn part_of<T>(all: &[T], batch: usize, n: usize) -> Option<&[T]> {
     all.get(batch.checked_mul(size)?..batch.checked_add(1)?.checked_mul(size)?)
 }
 
-/// A score function with the parameters of the element.
-pub fn score_of(whole: &Score, batch: usize, shape: &AttnShape) -> Score {
+/// A score function with the parameters of the element and of some of its queries.
+pub fn score_of(whole: &Score, batch: usize, shape: &AttnShape, queries: &Range<usize>) -> Score {
     let n = shape.batch();
-    let cut = |tensor: &Tensor| {
+    let of_element = |tensor: &Tensor| {
         let is_of_each =
             symbols(whole, tensor).is_some_and(|symbols| symbols.first() == Some(&Symbol::Batch));
         match (part_of(&tensor.values, batch, n), &*tensor.shape) {
@@ -39,6 +95,24 @@ pub fn score_of(whole: &Score, batch: usize, shape: &AttnShape) -> Score {
                 Tensor { name: tensor.name.clone(), shape: [&[1], rest].concat(), values: own.into() }
             }
             _ => tensor.clone(),
+        }
+    };
+    let cut = |tensor: &Tensor| {
+        let tensor = of_element(tensor);
+        let Some(symbols) = symbols(whole, &tensor) else { return tensor };
+        match symbols.iter().position(|symbol| *symbol == Symbol::Queries) {
+            Some(axis) if tensor.shape.get(axis) == Some(&shape.n_queries()) => {
+                let row: usize = tensor.shape.iter().skip(axis + 1).product();
+                let of_all = tensor.values.chunks((shape.n_queries() * row).max(1));
+                let rows = of_all.filter_map(|rows| rows.get(queries.start * row..queries.end * row));
+                let values = rows.collect::<Vec<_>>().concat().into();
+                let mut sizes = tensor.shape;
+                if let Some(size) = sizes.get_mut(axis) {
+                    *size = queries.len();
+                }
+                Tensor { name: tensor.name, shape: sizes, values }
+            }
+            _ => tensor,
         }
     };
     let parameters = whole.parameters().iter().map(cut).collect();
@@ -56,30 +130,40 @@ pub fn swin_of(whole: &Swin, batch: usize) -> Swin {
     Swin { shift, ..whole.clone() }
 }
 
-/// Blocks of the heads of the element.
-pub fn csr_of(whole: &Csr, batch: usize, shape: &AttnShape) -> Csr {
+/// Blocks of the heads of the element, for some of its queries, which begin with a block ([`asked_around`]).
+pub fn csr_of(whole: &Csr, batch: usize, shape: &AttnShape, queries: &Range<usize>) -> Csr {
     let (n, heads) = (shape.batch(), shape.n_heads());
-    if n == 1 || whole.layouts() != n * heads {
-        return whole.clone();
-    }
-    let columns = |pointers: &[u32]| {
-        let of_layouts = pointers.chunks_exact(whole.row_ptr().len() / whole.layouts());
-        of_layouts.filter_map(|layout| layout.last()).map(|end| *end as usize).sum::<usize>()
+    let layouts = if n == 1 || whole.layouts() != n * heads {
+        0..whole.layouts()
+    } else {
+        batch * heads..(batch + 1) * heads
     };
-    let own = part_of(whole.row_ptr(), batch, n).and_then(|row_ptr| {
-        let before = columns(whole.row_ptr().get(..batch * row_ptr.len())?);
-        let columns = whole.columns().get(before..before + columns(row_ptr))?;
-        let block = (whole.query_block(), whole.key_block());
-        Csr::new(block, heads, row_ptr.into(), columns.into()).ok()
-    });
-    own.unwrap_or_else(|| whole.clone())
+    let rows = queries.start / whole.query_block()..queries.end.div_ceil(whole.query_block());
+    cut_rows(whole, &layouts, &rows).unwrap_or_else(|| whole.clone())
 }
 
-/// Documents of the element.
-pub fn documents_of(whole: &Documents, batch: usize) -> Documents {
-    let own = match (whole.queries().get(batch), whole.keys().get(batch)) {
-        (Some(queries), Some(keys)) => {
-            Documents::new(std::slice::from_ref(queries), std::slice::from_ref(keys)).ok()
+/// Some rows of blocks of some layouts; `None` where there are no such.
+fn cut_rows(whole: &Csr, layouts: &Range<usize>, rows: &Range<usize>) -> Option<Csr> {
+    let (mut row_ptr, mut columns, mut first) = (Vec::new(), Vec::new(), 0);
+    for (layout, pointers) in whole.row_ptr().chunks_exact(rows_of(whole) + 1).enumerate() {
+        let of_layout = first..first + *pointers.last()? as usize;
+        first = of_layout.end;
+        if layouts.contains(&layout) {
+            let pointers = pointers.get(rows.start..rows.end.checked_add(1)?)?;
+            let (begin, end) = (*pointers.first()?, *pointers.last()?);
+            row_ptr.extend(pointers.iter().map(|pointer| pointer - begin));
+            columns.extend_from_slice(whole.columns().get(of_layout)?.get(begin as usize..end as usize)?);
+        }
+    }
+    let block = (whole.query_block(), whole.key_block());
+    Csr::new(block, layouts.len(), row_ptr.into(), columns.into()).ok()
+}
+
+/// Documents of the element, for some of its queries, which are those of whole documents ([`asked_around`]).
+pub fn documents_of(whole: &Documents, batch: usize, queries: &Range<usize>) -> Documents {
+    let own = match (runs_of(whole.queries(), batch), runs_of(whole.keys(), batch)) {
+        (Some(of_queries), Some(keys)) => {
+            Documents::new(&[runs_among(of_queries, queries)], &[keys.to_vec()]).ok()
         }
         _ => None,
     };
@@ -88,7 +172,9 @@ pub fn documents_of(whole: &Documents, batch: usize) -> Documents {
 
 #[cfg(test)]
 mod tests {
-    use attnd_client::{Dims, Run};
+    use std::sync::Arc;
+
+    use attnd_client::{Dims, Mask};
 
     use super::*;
 
@@ -105,7 +191,7 @@ mod tests {
     #[test]
     fn parameters_are_those_of_the_element() {
         let beta = score("cosine", "beta", &[2, 2, 3]);
-        let own = score_of(&beta, 1, &shape());
+        let own = score_of(&beta, 1, &shape(), &(0..3));
         let tensor = &own.parameters()[0];
         assert_eq!(
             (&tensor.shape[..], &tensor.values[..]),
@@ -113,14 +199,16 @@ mod tests {
         );
         for same in [&[2, 3][..], &[2], &[1], &[3, 2, 3]] {
             let beta = score("cosine", "beta", same);
-            assert_eq!(score_of(&beta, 1, &shape()), beta, "{same:?}");
+            assert_eq!(score_of(&beta, 1, &shape(), &(0..3)), beta, "{same:?}");
         }
-        let of = |score| is_about_all(&AttendOptions { score, ..AttendOptions::default() });
-        assert_eq!(
-            [of(beta), of(score("cosine", "beta", &[2, 3])), of(score("cosine", "beta", &[2]))],
-            [true, true, false]
-        );
-        assert!(!of(Score::default()) && !of(score("general", "w", &[1, 1])));
+        let some = |score: &Score| {
+            let own = score_of(score, 1, &shape(), &(1..3));
+            (own.parameters()[0].shape.clone(), own.parameters()[0].values.to_vec())
+        };
+        assert_eq!(some(&beta), (vec![1, 2, 2], vec![7.0, 8.0, 10.0, 11.0]));
+        assert_eq!(some(&score("cosine", "beta", &[2, 3])), (vec![2, 2], vec![1.0, 2.0, 4.0, 5.0]));
+        assert_eq!(some(&score("cosine", "beta", &[2])), (vec![2], vec![0.0, 1.0]));
+        assert_eq!(some(&score("general", "w", &[1, 1])), (vec![1, 1], vec![0.0]));
     }
 
     #[test]
@@ -128,17 +216,57 @@ mod tests {
         let row_ptr: [u32; 16] = [0, 1, 2, 3, 0, 0, 1, 1, 0, 2, 2, 4, 0, 1, 1, 1];
         let columns: [u32; 9] = [0, 1, 2, 3, 0, 1, 2, 3, 1];
         let csr = Csr::new((1, 1), 4, row_ptr.into(), columns.into()).unwrap();
-        let own = csr_of(&csr, 1, &shape());
+        let own = csr_of(&csr, 1, &shape(), &(0..3));
         assert_eq!((own.layouts(), own.row_ptr(), own.columns()), (2, &row_ptr[8..], &columns[4..]));
-        assert_eq!(csr_of(&csr, 0, &shape()).columns(), &columns[..4]);
+        assert_eq!(csr_of(&csr, 0, &shape(), &(0..3)).columns(), &columns[..4]);
         let for_all = Csr::new((1, 1), 1, row_ptr[..4].into(), columns[..3].into()).unwrap();
-        assert_eq!(csr_of(&for_all, 1, &shape()), for_all);
+        assert_eq!(csr_of(&for_all, 1, &shape(), &(0..3)), for_all);
+        let own = csr_of(&csr, 1, &shape(), &(1..3));
+        assert_eq!((own.layouts(), own.row_ptr(), own.columns()), (2, &[0, 0, 2, 0, 0, 0][..], &[2, 3][..]));
+        // Too few rows for the queries.
+        let short = Csr::new((1, 1), 1, [0, 1].into(), [0].into()).unwrap();
+        assert_eq!(csr_of(&short, 1, &shape(), &(1..3)), short);
 
         let runs = |ids: [u32; 2]| vec![Run { end: 1, id: ids[0] }, Run { end: 4, id: ids[1] }];
         let documents = Documents::new(&[runs([0, 1]), runs([2, 3])], &[runs([4, 5]), runs([6, 7])]).unwrap();
-        let own = documents_of(&documents, 1);
+        let own = documents_of(&documents, 1, &(0..4));
         assert_eq!((own.queries(), own.keys()), (&[runs([2, 3])][..], &[runs([6, 7])][..]));
-        assert_eq!(documents_of(&own, 1), own);
+        assert_eq!(documents_of(&own, 1, &(0..4)), own, "one for all of the batch");
+        let some = documents_of(&documents, 1, &(1..4));
+        assert_eq!((some.queries(), some.keys()), (&[vec![Run { end: 3, id: 3 }]][..], own.keys()));
+    }
+
+    #[test]
+    fn calls_have_the_queries_of_whole_blocks_and_documents() {
+        let dims = Dims { batch: 2, heads: 2, kv_heads: 1, queries: 12, keys: 4, head_dim: 1, value_dim: 1 };
+        let shape = AttnShape::new(dims).unwrap();
+        let csr = |rows: usize| Csr::new((5, 2), 1, vec![0; rows + 1].into(), [].into()).ok();
+        let runs = |ids: &[(usize, u32)]| ids.iter().map(|(end, id)| Run { end: *end, id: *id }).collect();
+        // The first element has documents 7 (0 to 3, 6 and 7), 8 (4 and 5) and 9; the second one another for each query.
+        let of_queries: [Vec<Run>; 2] = [
+            runs(&[(4, 7), (6, 8), (8, 7), (12, 9)]),
+            (0..12).map(|query| Run { end: query + 1, id: query as u32 }).collect(),
+        ];
+        let of_keys = [runs(&[(4, 7)]), runs(&[(4, 7)])];
+        let documents = || Documents::new(&of_queries, &of_keys).ok().map(Arc::new);
+        let asked = |csr: Option<Csr>, documents: Option<Arc<Documents>>, batch, queries: Range<usize>| {
+            let mask = Mask { documents, ..Mask::default() };
+            let options = AttendOptions { csr, mask, ..AttendOptions::default() };
+            asked_around(&options, batch, &shape, &queries)
+        };
+        assert_eq!(asked(None, None, 0, 3..4), 3..4);
+        assert_eq!([asked(csr(3), None, 0, 3..6), asked(csr(3), None, 0, 11..12)], [0..6, 10..12]);
+        assert_eq!(asked(csr(2), None, 0, 11..12), 0..12, "not of this shape");
+        assert_eq!([asked(None, documents(), 0, 5..6), asked(None, documents(), 1, 5..6)], [4..6, 5..6]);
+        assert_eq!([asked(None, documents(), 0, 7..8), asked(None, documents(), 0, 11..12)], [0..8, 8..12]);
+        // From 8, where the document begins, to 5, where the block does, and to 0, where document 7 does.
+        assert_eq!(
+            [asked(csr(3), documents(), 0, 10..11), asked(csr(3), documents(), 1, 7..8)],
+            [0..12, 5..8]
+        );
+        let swin = Swin { height: 2, width: 6, table: [0.0; 66].into(), shift: None };
+        let options = AttendOptions { swin: Some(swin), ..AttendOptions::default() };
+        assert_eq!(asked_around(&options, 0, &shape, &(3..4)), 0..12);
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! One element of a batch and some of its queries, as a call of their own; all of them where rules are about all.
+//! One element of a batch and some of its queries, as a call of their own; with those around them that rules can't be told without.
 //!
 //! Outputs of rows come for all queries of a call. Of a few queries out of 65,536 they are asked in a call that has no others:
 //! it costs their rows of scores, where the whole call would compute and send those of all. Nothing is lost by that: a
@@ -13,6 +13,7 @@ use attnd_kernel::{Operator, OperatorParts};
 
 use super::one_element::documents_of;
 use crate::exit::BadInput;
+use crate::flags::with_flags;
 
 /// Positions further out than this are taken for no place among tokens.
 const FAR: u64 = 1 << 30;
@@ -55,7 +56,7 @@ impl Rules {
         let operator = |mask: &Mask| {
             let parts = OperatorParts { mask: mask.clone(), ..OperatorParts::plain(1.0, Causal::None) };
             Operator::new(parts, &without_query_dim(&shape)?)
-                .map_err(|error| BadInput::new(error.to_string()))
+                .map_err(|error| BadInput::new(with_flags(&error.to_string())))
         };
         operator(&mask)?;
         if mask.documents.is_some() {
@@ -104,7 +105,8 @@ impl Rules {
         begin.min(self.shape.n_keys().saturating_sub(1))
     }
 
-    /// The mask of a call that has only this element of the batch, and of it only these queries; all of them where there are documents.
+    /// The mask of a call that has only this element of the batch, and of it only these queries, which are those of whole documents
+    /// where there are documents.
     pub fn mask_of(&self, queries: &Range<usize>) -> Mask {
         let same = |lengths: &Option<PerBatch<usize>>| {
             lengths.as_ref().map(|all| PerBatch::Same(all.of(self.batch)))
@@ -127,7 +129,7 @@ impl Rules {
             key_begin: same(&self.mask.key_begin),
             key_end: same(&self.mask.key_end),
             query_end,
-            documents: documents.as_ref().map(|whole| Arc::new(documents_of(whole, self.batch))),
+            documents: documents.as_ref().map(|whole| Arc::new(documents_of(whole, self.batch, queries))),
         }
     }
 
@@ -205,8 +207,9 @@ fn without_query_dim(shape: &AttnShape) -> Result<AttnShape, BadInput> {
 
 #[cfg(test)]
 mod tests {
-    use attnd_client::{Dtype, Window};
+    use attnd_client::{AttendOptions, Documents, Dtype, Run, Window};
 
+    use super::super::one_element::asked_around;
     use super::*;
 
     fn shape(batch: u64, queries: u64, keys: u64) -> AttnShape {
@@ -257,6 +260,47 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn queries_of_documents_see_what_they_saw_and_stand_where_they_stood() {
+        let runs = |ids: &[(usize, u32)]| ids.iter().map(|(end, id)| Run { end: *end, id: *id }).collect();
+        let queries: [Vec<Run>; 2] = [runs(&[(3, 1), (5, 2), (6, 1), (7, 3)]), runs(&[(2, 4), (7, 5)])];
+        let keys: [Vec<Run>; 2] = [runs(&[(2, 2), (7, 1), (9, 3)]), runs(&[(5, 5), (9, 4)])];
+        let documents = Some(Arc::new(Documents::new(&queries, &keys).unwrap()));
+        let (shape, mut fewer) = (shape(2, 7, 9), 0);
+        let window = Window { left: Some(1), right: Some(0) };
+        for (causal, window) in [
+            (Causal::None, Window::default()),
+            (Causal::TopLeft, Window::default()),
+            (Causal::BottomRight, Window::default()),
+            (Causal::BottomRight, window),
+        ] {
+            let mask = Mask { documents: documents.clone(), window, ..Mask::default() };
+            let options = AttendOptions { mask: mask.clone(), ..AttendOptions::default() };
+            for (batch, query) in (0..2).flat_map(|batch| (0..7).map(move |query| (batch, query))) {
+                let rules = Rules::new(causal, mask.clone(), shape, batch).unwrap();
+                let asked = asked_around(&options, batch, &shape, &(query..query + 1));
+                assert!(asked.contains(&query));
+                fewer += usize::from(asked.len() < 7);
+                let dims = Dims {
+                    batch: 1,
+                    heads: 4,
+                    kv_heads: 2,
+                    queries: asked.len() as u64,
+                    keys: 9,
+                    head_dim: 3,
+                    value_dim: 1,
+                };
+                let (part, of_part) = (AttnShape::new(dims).unwrap(), rules.mask_of(&asked));
+                let (whole, of_part) = (rules.mask.of_batch(batch, &shape), of_part.of_batch(0, &part));
+                for (at, query) in asked.clone().enumerate() {
+                    assert_eq!(of_part.visible(at), whole.visible(query), "{causal:?} {batch} {query}");
+                    assert_eq!(of_part.position(at), whole.position(query), "{causal:?} {batch} {query}");
+                }
+            }
+        }
+        assert!(fewer > 20, "{fewer} calls had fewer queries than all");
     }
 
     #[test]

@@ -4,13 +4,14 @@ use comfy_table::Table;
 
 use super::views::{AttentionView, HeadView, KeyView, QueryView};
 use super::words::printable;
+use crate::heatmap::WeightUnit;
 use crate::table;
 
 /// Characters of the longest bar.
 const BAR: usize = 16;
 
 /// A row for each key that the queries of a view attend to. A query is named in its first row, and only where there are several.
-pub fn key_table(view: &AttentionView) -> Table {
+pub fn key_table(view: &AttentionView, unit: WeightUnit) -> Table {
     let several = view.queries.len() > 1;
     let last = if view.head.is_some() { "score" } else { "most in head" };
     let header = ["query", "key", "token", "weight", "", last];
@@ -30,9 +31,9 @@ pub fn key_table(view: &AttentionView) -> Table {
                     named,
                     key.key.to_string(),
                     printable(key.token.as_deref().unwrap_or_default()),
-                    percent(key.weight),
+                    unit.short(key.weight),
                     bar(key.weight / largest),
-                    detail(key),
+                    detail(key, unit),
                 ]
             };
             table.add_row(&cells[usize::from(!several)..]);
@@ -51,35 +52,41 @@ fn query_name(query: &QueryView) -> String {
     }
 }
 
-fn detail(key: &KeyView) -> String {
+fn detail(key: &KeyView, unit: WeightUnit) -> String {
     match (key.score, key.strongest) {
         (Some(score), _) => format!("{score:.3}"),
-        (None, Some(strongest)) => format!("{}: {}", strongest.head, percent(strongest.weight)),
+        (None, Some(strongest)) => format!("{}: {}", strongest.head, unit.short(strongest.weight)),
         (None, None) => String::new(),
     }
 }
 
-/// A row for each head.
-pub fn head_table(heads: &[HeadView]) -> Table {
-    let mut table = table::with_header(["head", "entropy", "keys", "distance", "first key", "max score"]);
+/// A row for each head. Weights that are no shares of a row have no entropy, but a sum.
+pub fn head_table(heads: &[HeadView], unit: WeightUnit) -> Table {
     let number = |value: Option<f64>, digits: usize| value.map_or("-".into(), |x| format!("{x:.digits$}"));
+    let of_rows = |head: &HeadView| match unit {
+        WeightUnit::Percent => vec![number(head.entropy, 3), number(head.effective_keys, 1)],
+        WeightUnit::Plain => vec![number(head.weight_sum, 3)],
+    };
+    let of_rows_named: &[&str] = match unit {
+        WeightUnit::Percent => &["entropy", "keys"],
+        WeightUnit::Plain => &["weight sum"],
+    };
+    let header = [&["head"], of_rows_named, &["distance", "first key", "max score"]].concat();
+    let mut table = table::with_header(&header);
     for head in heads {
-        table.add_row([
-            head.head.to_string(),
-            number(head.entropy, 3),
-            number(head.effective_keys, 1),
-            number(head.distance, 1),
-            head.first_key.map_or("-".into(), percent),
-            number(head.max_score, 3),
-        ]);
+        let row = [
+            vec![head.head.to_string()],
+            of_rows(head),
+            vec![
+                number(head.distance, 1),
+                head.first_key.map_or("-".into(), |weight| unit.short(weight)),
+                number(head.max_score, 3),
+            ],
+        ];
+        table.add_row(row.concat());
     }
-    table::align_right(&mut table, &[0, 1, 2, 3, 4, 5]);
+    table::align_right(&mut table, &Vec::from_iter(0..header.len()));
     table
-}
-
-/// A weight for a person. What is too small for two digits is no zero.
-pub fn percent(weight: f64) -> String {
-    if weight > 0.0 && weight < 5e-5 { "<0.01 %".into() } else { format!("{:.2} %", 100.0 * weight) }
 }
 
 /// A share of the longest bar, to the eighth of a character.
@@ -119,12 +126,12 @@ mod tests {
     #[test]
     fn a_query_is_named_once_and_only_among_others() {
         let one = AttentionView { head: Some(2), queries: vec![query(7, &[(3, 0.5), (1, 0.25)])] };
-        let table = rows(&key_table(&one));
+        let table = rows(&key_table(&one, WeightUnit::Percent));
         assert_eq!(table[0], ["key", "token", "weight", "", "score"]);
         assert_eq!(table[1], ["3", "w3\\n", "50.00 %", &"█".repeat(16), "-1.500"]);
         assert_eq!(table[2], ["1", "w1\\n", "25.00 %", &"█".repeat(8), "-1.500"]);
         let two = AttentionView { head: Some(2), queries: vec![one.queries[0].clone(), query(8, &[])] };
-        let table = rows(&key_table(&two));
+        let table = rows(&key_table(&two, WeightUnit::Percent));
         assert_eq!((table[1][0].as_str(), table[2][0].as_str()), ("7 the", ""));
         assert_eq!(table[3], ["8 the", "", "sees no key", "", "", ""]);
     }
@@ -134,8 +141,10 @@ mod tests {
         let mut view = AttentionView { head: None, queries: vec![query(0, &[(3, 0.5)])] };
         let key = &mut view.queries[0].keys[0];
         (key.score, key.strongest) = (None, Some(Strongest { head: 4, weight: 0.875 }));
-        let table = rows(&key_table(&view));
+        let table = rows(&key_table(&view, WeightUnit::Percent));
         assert_eq!((table[0][4].as_str(), table[1][4].as_str()), ("most in head", "4: 87.50 %"));
+        let table = rows(&key_table(&view, WeightUnit::Plain));
+        assert_eq!((table[1][2].as_str(), table[1][4].as_str()), ("0.5000", "4: 0.8750"));
     }
 
     #[test]
@@ -144,12 +153,17 @@ mod tests {
             head: 3,
             entropy: Some(1.0),
             effective_keys: Some(1.0_f64.exp()),
+            weight_sum: None,
             distance: None,
             first_key: Some(1e-9),
             max_score: Some(-2.0),
         };
-        let table = rows(&head_table(&[head]));
+        let table = rows(&head_table(std::slice::from_ref(&head), WeightUnit::Percent));
         assert_eq!(table[1], ["3", "1.000", "2.7", "-", "<0.01 %", "-2.000"]);
+        let sigmoids = HeadView { entropy: None, effective_keys: None, weight_sum: Some(17.25), ..head };
+        let table = rows(&head_table(&[sigmoids], WeightUnit::Plain));
+        assert_eq!(table[0], ["head", "weight sum", "distance", "first key", "max score"]);
+        assert_eq!(table[1], ["3", "17.250", "-", "<0.0001", "-2.000"]);
     }
 
     #[test]

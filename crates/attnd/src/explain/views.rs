@@ -17,6 +17,8 @@ pub struct Explanation {
     pub n_queries: usize,
     /// Keys of the call.
     pub n_keys: usize,
+    /// How scores become weights: `softmax` or `sigmoid`.
+    pub normaliser: &'static str,
     /// Queries that `heads` and `attention` are about: the first, and the one behind the last.
     pub queries: [usize; 2],
     /// How many of them see no key, counted for each head.
@@ -42,6 +44,8 @@ pub struct HeadView {
     pub entropy: Option<f64>,
     /// Mean of `exp(entropy)`, the effective number of keys.
     pub effective_keys: Option<f64>,
+    /// Mean sum of a query's weights, where these are sigmoids; then there is no entropy. Of softmax it is 1, less what a sink takes.
+    pub weight_sum: Option<f64>,
     /// Mean distance to the keys, each counted by its weight; nothing where nobody said where queries stand.
     pub distance: Option<f64>,
     /// Mean weight of the first key that is no padding.
@@ -143,6 +147,8 @@ impl Answer<'_> {
                 head,
                 entropy: mean(&inspected.entropy, |nats| nats),
                 effective_keys: mean(&inspected.entropy, f64::exp),
+                // Asked for as the mass of one block, which has all keys.
+                weight_sum: mean(&inspected.mass, |weight| weight),
                 distance: mean(&inspected.distance, |tokens| tokens),
                 first_key: mean(first_key, |weight| weight),
                 max_score: scores.copied().map(f64::from).max_by(f64::total_cmp),
@@ -266,6 +272,7 @@ pub(crate) mod tests {
             head: 0,
             entropy: Some(2.0),
             effective_keys: Some(effective),
+            weight_sum: None,
             distance: Some(3.0),
             first_key: Some(0.375),
             max_score: Some(5.0),
@@ -274,12 +281,18 @@ pub(crate) mod tests {
             head: 1,
             entropy: None,
             effective_keys: None,
+            weight_sum: None,
             distance: None,
             first_key: None,
             max_score: None,
         };
         assert_eq!(heads, [first, nothing]);
         assert_eq!(answer.empty_rows(), 4);
+        let mass = vec![40.0, 0.0, 24.0, 0.0, 0.0, 0.0];
+        let sigmoids = Inspected { entropy: Vec::new(), mass, ..inspected.clone() };
+        let answer = Answer { inspected: &sigmoids, ..answer };
+        let view = &answer.heads(0..2, &[])[0];
+        assert_eq!((view.weight_sum, view.entropy, view.effective_keys), (Some(32.0), None, None));
         assert_eq!(answer.heads(1..2, &[])[0].head, 1);
     }
 

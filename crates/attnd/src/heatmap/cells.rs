@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use super::scale::{ColourScale, LEVELS};
 use super::svg::Svg;
+use super::unit::WeightUnit;
 
 /// Tooltips are given to at most this many cells, the heaviest first.
 pub(super) const MAX_TOOLTIPS: usize = 4_000;
@@ -83,6 +84,7 @@ impl Cells<'_> {
     pub(super) fn draw_tooltips(
         &self,
         svg: &mut Svg,
+        unit: WeightUnit,
         row: impl Fn(usize) -> String,
         column: impl Fn(usize) -> String,
     ) {
@@ -102,7 +104,7 @@ impl Cells<'_> {
             let (from, to) = (row(self.rows.start + y), column(self.columns.start + x));
             svg.open(format_args!("rect x=\"{x}\" y=\"{y}\" width=\"1\" height=\"1\""));
             svg.open(format_args!("title"));
-            svg.content(&format!("{from} looks at {to}: {:.1} %", weight * 100.0));
+            svg.content(&format!("{from} looks at {to}: {}", unit.with_digits(weight, 1)));
             svg.close("title");
             svg.close("rect");
         }
@@ -135,7 +137,7 @@ pub(super) fn draw_words(svg: &mut Svg, rows: &[String], columns: &[String], fra
 }
 
 /// Draws the colour scale with a few weights written below it.
-pub(super) fn draw_legend(svg: &mut Svg, scale: &ColourScale, x: f64, y: f64) {
+pub(super) fn draw_legend(svg: &mut Svg, scale: &ColourScale, unit: WeightUnit, x: f64, y: f64) {
     const LEGEND_WIDTH: f64 = 360.0;
     let step = LEGEND_WIDTH / LEVELS as f64;
     for level in 0..LEVELS {
@@ -153,7 +155,7 @@ pub(super) fn draw_legend(svg: &mut Svg, scale: &ColourScale, x: f64, y: f64) {
     for share in [0.0, 0.05, 0.25, 0.5, 1.0_f64] {
         let at = x + share.sqrt() * LEGEND_WIDTH;
         svg.open(format_args!("text class=\"tick\" x=\"{at:.2}\" y=\"{:.2}\"", y + 29.0));
-        svg.content(&format!("{:.1} %", share * scale.top * 100.0));
+        svg.content(&unit.with_digits(share * scale.top, 1));
         svg.close("text");
     }
     svg.open(format_args!("text class=\"tick\" x=\"{:.2}\" y=\"{:.2}\"", x + LEGEND_WIDTH / 2.0, y - 8.0));

@@ -3,7 +3,7 @@
 use super::cells::{Cells, Frame, draw_legend, draw_words};
 use super::scale::ColourScale;
 use super::svg::Svg;
-use super::{COLUMNS, GAP, HeadPanel, LABEL_ROOM, MARGIN, WIDTH};
+use super::{COLUMNS, GAP, HeadPanel, LABEL_ROOM, MARGIN, WIDTH, WeightUnit};
 
 /// Most words along a side of a panel that can be read.
 const MAX_WORDS: usize = 160;
@@ -29,6 +29,8 @@ pub struct Maps<'a> {
     pub query_words: &'a [String],
     /// Words of the keys; empty if they have none.
     pub key_words: &'a [String],
+    /// In what weights are written.
+    pub unit: WeightUnit,
     /// The maps.
     pub panels: &'a [HeadPanel],
 }
@@ -61,7 +63,7 @@ impl Maps<'_> {
         let mut svg = Svg::new(WIDTH, top + rows * row_height + MARGIN);
         svg.text(MARGIN, 62.0, "h1", self.title);
         svg.text(MARGIN, 92.0, "sub", self.subtitle);
-        draw_legend(&mut svg, &scale, WIDTH - MARGIN - 360.0, 44.0);
+        draw_legend(&mut svg, &scale, self.unit, WIDTH - MARGIN - 360.0, 44.0);
         for (i, panel) in self.panels.iter().enumerate() {
             let x = left + (i % in_row) as f64 * (width + GAP);
             let y = top + (i / in_row) as f64 * row_height;
@@ -78,6 +80,7 @@ impl Maps<'_> {
             if self.panels.len() == 1 {
                 cells.draw_tooltips(
                     &mut svg,
+                    self.unit,
                     |row| name("query", "queries", row, self.rows, self.queries, self.query_words),
                     |column| name("key", "keys", column, self.columns, self.keys, self.key_words),
                 );
@@ -116,8 +119,8 @@ mod tests {
     fn maps<'a>(panels: &'a [HeadPanel], words: &'a [String]) -> Maps<'a> {
         let (queries, keys, rows, columns) = (2, words.len().max(3), 2, 3);
         let query_words = words.get(..queries).unwrap_or_default();
-        let (title, subtitle, key_words) = ("T", "s", words);
-        Maps { title, subtitle, queries, keys, rows, columns, query_words, key_words, panels }
+        let (title, subtitle, key_words, unit) = ("T", "s", words, WeightUnit::Percent);
+        Maps { title, subtitle, queries, keys, rows, columns, query_words, key_words, unit, panels }
     }
 
     #[test]
@@ -131,6 +134,8 @@ mod tests {
         assert!(svg.contains(&format!("<path stroke=\"{darkest}\" d=\"M0 1.5h1\"/>")), "{svg}");
         assert!(svg.contains("<rect width=\"3\" height=\"2\""));
         assert_eq!(svg.matches(">c</text>").count(), 2, "once a word, once the caption");
+        let svg = Maps { unit: WeightUnit::Plain, ..maps(&panels, &words) }.to_svg();
+        assert!(svg.contains("<title>a (0) looks at c (2): 0.500</title>") && !svg.contains(" %<"), "{svg}");
     }
 
     #[test]

@@ -62,8 +62,8 @@ impl Maps<'_> {
         // Neighbours on a palette have nothing to do with each other.
         encoder.set_filter(png::Filter::NoFilter);
         let scale = self.scale();
-        let darkest =
-            format!("{} The darkest colour is a weight of {:.3} %.", self.subtitle, 100.0 * scale.top);
+        let darkest = self.unit.with_digits(scale.top, 3);
+        let darkest = format!("{} The darkest colour is a weight of {darkest}.", self.subtitle);
         encoder.add_itxt_chunk("Title".into(), self.title.into())?;
         encoder.add_itxt_chunk("Description".into(), darkest)?;
         let mut writer = encoder.write_header()?;
@@ -107,7 +107,7 @@ impl Maps<'_> {
 mod tests {
     use std::io::Cursor;
 
-    use super::super::HeadPanel;
+    use super::super::{HeadPanel, WeightUnit};
     use super::*;
 
     /// Width, height and colours of the pixels of a file.
@@ -125,7 +125,9 @@ mod tests {
     fn drawn(panels: &[HeadPanel], rows: usize, columns: usize) -> Vec<u8> {
         let (queries, keys) = (10 * rows, 10 * columns);
         let (title, subtitle, query_words, key_words) = ("Tïtle", "s.", &[][..], &[][..]);
-        let maps = Maps { title, subtitle, queries, keys, rows, columns, query_words, key_words, panels };
+        let unit = WeightUnit::Percent;
+        let maps =
+            Maps { title, subtitle, queries, keys, rows, columns, query_words, key_words, unit, panels };
         let mut bytes = Vec::new();
         maps.write_png(&mut bytes).unwrap();
         bytes

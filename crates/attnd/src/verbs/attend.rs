@@ -13,6 +13,7 @@ use crate::options;
 use crate::output;
 use crate::outputs;
 use crate::progress::CallProgress;
+use crate::score_numbers;
 use crate::site::Site;
 use crate::tensor_file::{self, Array, Inputs, Output, OutputPath, Source, Values};
 
@@ -47,7 +48,8 @@ pub async fn run(args: &AttendArgs) -> anyhow::Result<()> {
     inputs.notes.iter().for_each(|note| output::note(note));
 
     let parts = args.outputs.parts(&inputs.operands.shape);
-    let options = AttendOptions { outputs: parts.clone(), ..options };
+    let score = score_numbers::spread(options.score, &args.operator.function, &inputs.operands.shape)?;
+    let options = AttendOptions { score, outputs: parts.clone(), ..options };
     let (attended, seconds) =
         site.ask(async |endpoint| call(endpoint, &options, &inputs.operands).await).await?;
     let shape = &inputs.operands.shape;

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{BufWriter, Write as _};
+use std::num::NonZeroUsize;
 use std::ops::Range;
 
 use attnd_client::{AttendOptions, Attended, Inspected, Operands, OutputsParts, Rectangle, Stage};
@@ -10,14 +11,15 @@ use attnd_kernel::Dtype;
 use super::attend::call;
 use crate::args::{ExplainArgs, HeadChoice, PicturePath};
 use crate::exit::BadInput;
-use crate::explain::one_element::{csr_of, is_about_all, score_of, swin_of};
+use crate::explain::one_element::{asked_around, csr_of, score_of, swin_of};
 use crate::explain::part::Rules;
-use crate::explain::tables::{head_table, key_table, percent};
+use crate::explain::tables::{head_table, key_table};
 use crate::explain::views::{Answer, Explanation, HeatmapView};
 use crate::explain::words::{self, Words};
-use crate::heatmap::{HeadPanel, Maps};
+use crate::heatmap::{HeadPanel, Maps, WeightUnit};
 use crate::options;
 use crate::output;
+use crate::score_numbers;
 use crate::site::Site;
 use crate::tensor_file::{self, Inputs, Tensor, Values};
 
@@ -33,12 +35,6 @@ const MAX_MEAN: usize = 1 << 28;
 /// can't be written.
 pub async fn run(args: &ExplainArgs) -> anyhow::Result<()> {
     let site = Site::of(&args.site, |key| std::env::var(key).ok())?;
-    if args.operator.scores.sigmoid.is_some() {
-        return Err(BadInput::new(
-            "--sigmoid: a row of sigmoids is no distribution, and has no entropy to explain",
-        )
-        .into());
-    }
     if let Some(picture) = &args.heatmap {
         check_picture(args, picture)?;
     }
@@ -52,10 +48,12 @@ pub async fn run(args: &ExplainArgs) -> anyhow::Result<()> {
     inputs.notes.iter().for_each(|note| output::note(note));
     let shape = inputs.operands.shape;
     options::check_documents(&args.operator, &shape)?;
+    let score = score_numbers::spread(options.score, &args.operator.function, &shape)?;
+    let options = AttendOptions { score, ..options };
     inside("--batch", &(args.batch..args.batch.saturating_add(1)), "elements of the batch", shape.batch())?;
     let rules = Rules::new(options.causal, options.mask.clone(), shape, args.batch)?;
     let words = Words::new(key_words, query_words, &rules)?;
-    let question = Question::new(args, &rules, is_about_all(&options))?;
+    let question = Question::new(args, &rules, &options)?;
 
     let answers = site.ask(async |endpoint| question.ask(endpoint, &options, &inputs.operands).await).await?;
     let view = question.explanation(&answers, &words);
@@ -66,7 +64,7 @@ pub async fn run(args: &ExplainArgs) -> anyhow::Result<()> {
         Ok(heatmap) => (heatmap, None),
         Err(error) => (None, Some(error)),
     };
-    let reported = report(args, &Explanation { heatmap, ..view }, &answers.numbers);
+    let reported = report(args, &Explanation { heatmap, ..view }, &answers.numbers, question.unit());
     match failed {
         Some(error) => Err(error.into()),
         None => reported,
@@ -147,8 +145,7 @@ impl Answers {
 }
 
 impl<'a> Question<'a> {
-    /// `about_all` where rules are about all queries, which then are in one call.
-    fn new(args: &'a ExplainArgs, rules: &'a Rules, about_all: bool) -> Result<Self, BadInput> {
+    fn new(args: &'a ExplainArgs, rules: &'a Rules, options: &AttendOptions) -> Result<Self, BadInput> {
         let shape = rules.shape();
         let queries = args.query.on(shape.n_queries());
         inside("--query", &queries, "queries", shape.n_queries())?;
@@ -157,7 +154,7 @@ impl<'a> Question<'a> {
             HeadChoice::Mean | HeadChoice::All => 0..shape.n_heads(),
         };
         inside("--head", &heads, "heads", shape.n_heads())?;
-        let asked = if about_all { 0..shape.n_queries() } else { queries.clone() };
+        let asked = asked_around(options, args.batch, shape, &queries);
         let question = Self { args, rules, queries, asked, heads };
         if question.needs_weights() {
             let rows = shape.n_heads().saturating_mul(question.queries.len());
@@ -172,6 +169,15 @@ impl<'a> Question<'a> {
             }
         }
         Ok(question)
+    }
+
+    /// Whether a row of weights sums to anything.
+    fn has_sigmoids(&self) -> bool {
+        self.args.operator.scores.sigmoid.is_some()
+    }
+
+    fn unit(&self) -> WeightUnit {
+        if self.has_sigmoids() { WeightUnit::Plain } else { WeightUnit::Percent }
     }
 
     /// Whether keys are listed for each query.
@@ -215,7 +221,9 @@ impl<'a> Question<'a> {
         OutputsParts {
             rectangles,
             top_k: if lists_heads { self.args.top_k.get() } else { 0 },
-            entropy: true,
+            // Sigmoids are no distribution, so a row has no entropy; what it has instead is a sum.
+            entropy: !self.has_sigmoids(),
+            mass_block: NonZeroUsize::new(self.rules.shape().n_keys()).filter(|_| self.has_sigmoids()),
             distance: self.rules.has_distances(),
             max_score: true,
             heatmap: (self.args.heatmap.is_some() && self.is_whole()).then(|| self.grid()),
@@ -243,10 +251,10 @@ impl<'a> Question<'a> {
             // What the causal rule says is in the mask.
             let options = AttendOptions {
                 causal: attnd_client::Causal::None,
-                score: score_of(&options.score, batch, shape),
+                score: score_of(&options.score, batch, shape, queries),
                 previous: options.previous.as_ref().map(|weights| self.rules.dense_of(weights, queries)),
                 swin: options.swin.as_ref().map(|swin| swin_of(swin, batch)),
-                csr: options.csr.as_ref().map(|csr| csr_of(csr, batch, shape)),
+                csr: options.csr.as_ref().map(|csr| csr_of(csr, batch, shape, queries)),
                 mask: self.rules.mask_of(queries),
                 dense_mask: options.dense_mask.as_ref().map(|mask| self.rules.dense_of(mask, queries)),
                 dense_bias: options.dense_bias.as_ref().map(|bias| self.rules.dense_of(bias, queries)),
@@ -283,6 +291,7 @@ impl<'a> Question<'a> {
             batch: self.args.batch,
             n_queries: self.rules.shape().n_queries(),
             n_keys: self.rules.shape().n_keys(),
+            normaliser: if self.has_sigmoids() { "sigmoid" } else { "softmax" },
             queries: [self.queries.start, self.queries.end],
             empty_rows: answer.empty_rows(),
             heads: answer.heads(self.heads.clone(), elements(0)),
@@ -309,7 +318,7 @@ impl<'a> Question<'a> {
         };
         let panel = |title: String, weights: Vec<f64>| {
             let most = weights.iter().copied().fold(0.0, f64::max);
-            HeadPanel { title, caption: format!("at most {}", percent(most)), weights }
+            HeadPanel { title, caption: format!("at most {}", self.unit().short(most)), weights }
         };
         let panels: Vec<HeadPanel> = if self.args.head == HeadChoice::Mean {
             let mut sums = vec![0.0; rows * columns];
@@ -341,6 +350,7 @@ impl<'a> Question<'a> {
             columns,
             query_words: &words.queries,
             key_words: &words.keys,
+            unit: self.unit(),
             panels: &panels,
         };
         tensor_file::replace(to.path(), |temporary| {
@@ -379,12 +389,18 @@ fn keep_rows(inspected: &mut Inspected, n_queries: usize, places: &Range<usize>)
         &mut inspected.entropy,
         &mut inspected.distance,
         &mut inspected.max_score,
+        &mut inspected.mass,
     ] {
         keep(values, n_heads, n_queries, places);
     }
 }
 
-fn report(args: &ExplainArgs, view: &Explanation, attended: &Attended) -> anyhow::Result<()> {
+fn report(
+    args: &ExplainArgs,
+    view: &Explanation,
+    attended: &Attended,
+    unit: WeightUnit,
+) -> anyhow::Result<()> {
     if args.json {
         return output::json(view);
     }
@@ -406,14 +422,19 @@ fn report(args: &ExplainArgs, view: &Explanation, attended: &Attended) -> anyhow
             None => format!("mean over {} heads", view.heads.len()),
         };
         output::line(&format!("\nWhat {some} {attend} to among {} keys, {heads}:", view.n_keys))?;
-        output::line(&key_table(attention).to_string())?;
+        output::line(&key_table(attention, unit).to_string())?;
     }
     if view.attention.is_empty() {
         let text = format!("\nKeys are listed for up to {MAX_LISTED} queries; --query {} is {n}", args.query);
         output::line(&text)?;
     }
     output::line(&format!("\nHeads, over {some}:"))?;
-    output::line(&head_table(&view.heads).to_string())?;
+    output::line(&head_table(&view.heads, unit).to_string())?;
+    if unit == WeightUnit::Plain {
+        output::line(
+            "Weights are sigmoids: a row of them sums to its weight sum, not to 1, and has no entropy",
+        )?;
+    }
     if view.empty_rows > 0 {
         let rows = n * attended.inspected.heads.len();
         output::line(&format!("{} of {rows} rows see no key and are in no mean", view.empty_rows))?;
@@ -422,7 +443,7 @@ fn report(args: &ExplainArgs, view: &Explanation, attended: &Attended) -> anyhow
         None => Ok(()),
         Some(HeatmapView { path, rows, columns, largest, .. }) => output::line(&format!(
             "wrote {path}: {rows} x {columns} cells, the darkest is {}",
-            percent(*largest)
+            unit.short(*largest)
         )),
     }
 }

@@ -4,13 +4,15 @@ use std::time::Instant;
 
 use attnd_client::AttendOptions;
 use attnd_client::layer::{
-    Layer, LayerAnswer, LayerCall, LayerError, LayerParts, LayerWeights, ProjectionPlan, Rows, Weights,
+    LatentParts, LatentWeights, Layer, LayerAnswer, LayerCall, LayerError, LayerParts, LayerWeights,
+    ProjectionPlan, Rows, Weights,
 };
 use serde::Serialize;
 
 use crate::args::LayerArgs;
 use crate::call_report::{PlanReport, TimingsReport, plan_table, timing_table};
 use crate::exit::{BadInput, connect};
+use crate::flags::with_flags;
 use crate::output;
 use crate::progress::CallProgress;
 use crate::site::{Site, worker_choice};
@@ -80,12 +82,30 @@ fn layer(args: &LayerArgs) -> anyhow::Result<Layer> {
     let heads = args.heads.get();
     let kv_heads = args.kv_heads.map_or(heads, Into::into);
     let state = tensor_file::read_state(&args.state, &args.prefix)?;
+    let is_latent = LatentWeights::are_named(state.iter().map(|(name, _)| name.as_str()));
     let of_file = |error: LayerError| match bad_input(error) {
         Ok(fault) => BadInput::new(format!("{}: {fault}", args.state.display())).into(),
         Err(other) => other,
     };
-    let weights = Weights::from_state(state, heads, kv_heads).map_err(|error| of_file(error.into()))?;
     let (scale, rope) = (args.scale, args.rotary());
+    if is_latent {
+        if kv_heads != heads {
+            let text = format!(
+                "--kv-heads {kv_heads}: latent attention makes keys and values for each of its {heads} heads"
+            );
+            return Err(BadInput::new(text).into());
+        }
+        let weights = LatentWeights::from_state(state, heads, args.norm_eps.unwrap_or(1e-6));
+        let weights = weights.map_err(|error| of_file(error.into()))?;
+        let parts = LatentParts { weights, heads, scale, rope, add_zero_attn: args.add_zero_attn };
+        return Layer::latent(parts).map_err(of_file);
+    }
+    if args.norm_eps.is_some() {
+        let text =
+            format!("--norm-eps: {} has no latent attention, whose norms it is for", args.state.display());
+        return Err(BadInput::new(text).into());
+    }
+    let weights = Weights::from_state(state, heads, kv_heads).map_err(|error| of_file(error.into()))?;
     let parts = LayerParts { weights, heads, kv_heads, scale, rope, add_zero_attn: args.add_zero_attn };
     Layer::new(parts).map_err(of_file)
 }
@@ -95,12 +115,12 @@ fn bad_input(error: LayerError) -> Result<String, anyhow::Error> {
     match error {
         LayerError::Call(error) => Err(error.into()),
         LayerError::Memory(_) | LayerError::RowMemory { .. } | LayerError::Stopped => Err(error.into()),
+        LayerError::Together { .. } => Ok(with_flags(&error.to_string())),
         LayerError::Weights(_)
         | LayerError::Rows { .. }
         | LayerError::Elements { .. }
         | LayerError::Rope(_)
-        | LayerError::Isa(_)
-        | LayerError::Together { .. } => Ok(error.to_string()),
+        | LayerError::Isa(_) => Ok(error.to_string()),
     }
 }
 
