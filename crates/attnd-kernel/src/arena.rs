@@ -297,7 +297,7 @@ mod tests {
                 largest = largest.max(chunk_bytes);
             }
         }
-        assert_eq!(largest, 14 << 20);
+        assert!(largest <= 14 << 20, "{largest}");
         let of = |kib: usize| {
             let Carving { chunk_bytes, frames } = Carving::new(kib * KIB, 2048 * KIB);
             (chunk_bytes / KIB, frames)

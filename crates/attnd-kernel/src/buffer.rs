@@ -132,6 +132,11 @@ impl Buffer {
         Some(Self { start, len, origin: Origin::Mapping { base: memory, bytes } })
     }
 
+    /// How many there are. Makes no slice of the buffer to tell.
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
     /// The first element. Who hands out parts of the buffer makes them of this pointer, and no slice of the whole while
     /// they are in use.
     pub(crate) fn start(&self) -> NonNull<f32> {
