@@ -51,7 +51,11 @@ pub enum AppendError {
 
 impl KvCache {
     /// An empty sequence whose pages in `slots` will lie in `arena`.
+    ///
+    /// # Panics
+    /// If keys or values have no elements.
     pub fn new(arena: &Arena, layout: PageLayout, slots: Range<usize>) -> Self {
+        assert!(layout.head_dim > 0 && layout.value_dim > 0, "elements of {layout:?}");
         let written = Written { keys: 0, values: 0 };
         Self { arena: arena.clone(), layout, slots, len: 0, written, table: Arc::default() }
     }
@@ -310,6 +314,12 @@ mod tests {
 
     fn positions(range: Range<usize>) -> Vec<(f32, f32)> {
         range.map(|at| (at as f32, at as f32)).collect()
+    }
+
+    #[test]
+    fn a_view_goes_to_other_threads() {
+        fn check<T: Send + Sync>() {}
+        check::<(KvCache, KvView, Arena)>();
     }
 
     #[test]

@@ -131,6 +131,9 @@ impl PageLayout {
 
     /// Memory that `n` pages of [`crate::KvCache`]s take in an [`crate::Arena`], in bytes: their frames, with the share of each in
     /// what is lost of a chunk. What whoever appends them reserves.
+    ///
+    /// # Panics
+    /// If keys and values have no elements.
     pub fn resident_bytes(&self, n: usize) -> u64 {
         bytes_of_frames(n, self.page_words())
     }
