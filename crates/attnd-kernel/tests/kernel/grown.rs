@@ -281,7 +281,8 @@ fn whatever_became_of_a_sequence_it_gives_the_bits_of_its_tokens_written_at_once
         let mut views: Vec<(KvView, Vec<u64>)> = Vec::new();
         let mut next_row = 0_u64;
         for step in 0..40 {
-            let which = rng.random_range(0..sequences.len());
+            let n_sequences = sequences.len();
+            let which = rng.random_range(0..n_sequences);
             let sequence = &mut sequences[which];
             let len = sequence.rows.len();
             let piece = [1, 1, 2, 7, 30, 256, 500][rng.random_range(0..7)];
@@ -292,7 +293,7 @@ fn whatever_became_of_a_sequence_it_gives_the_bits_of_its_tokens_written_at_once
                 0..=3 => sequence.append(&rows, Dtype::F32),
                 4 => sequence.append_bad(&mut rng, &rows),
                 5 => sequence.truncate(len - rng.random_range(0..=len.min(300))),
-                6 if sequences.len() < 5 => {
+                6 if n_sequences < 5 => {
                     let fork = sequence.fork();
                     sequences.push(fork);
                 }
