@@ -365,7 +365,7 @@ mod tests {
             } else {
                 let mut frame = arena.zeroed([256, 512, 768][rng.random_range(0..3)]).unwrap();
                 assert!(frame.iter().all(|x| x.to_bits() == 0), "step {step}");
-                assert_eq!(frame.as_ptr().addr() % 64, 0);
+                assert!(frame.as_ptr().addr().is_multiple_of(64));
                 fill_by_copies(&mut frame, value);
                 live.push((value, frame));
             }

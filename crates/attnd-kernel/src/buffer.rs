@@ -237,7 +237,7 @@ mod tests {
         let len = HUGE_PAGE / 4;
         let mut buffers: Vec<Buffer> = (1..=6).map(|n| Buffer::in_huge_pages(n * len).unwrap()).collect();
         for (n, buffer) in buffers.iter_mut().enumerate() {
-            assert!(buffer.as_ptr() as usize % HUGE_PAGE == 0 && buffer.len() == (n + 1) * len);
+            assert!(buffer.as_ptr().addr().is_multiple_of(HUGE_PAGE) && buffer.len() == (n + 1) * len);
             assert!(buffer.iter().all(|x| x.to_bits() == 0));
             buffer.fill(n as f32);
         }
