@@ -19,7 +19,7 @@ use crate::general::reduce::{Layout, Located};
 use crate::general::{self, GeneralBlock, RowTerms};
 use crate::mask::{BatchMask, Selection};
 use crate::operator::{Operator, Path, Queries};
-use crate::pages::{KvHead, padded_columns};
+use crate::pages::{KvView, padded_columns};
 use crate::partial::PartialRows;
 use crate::plane::DensePlane;
 use crate::shape::{AttnShape, MAX_INT8_DIM};
@@ -42,7 +42,7 @@ pub struct GroupCall<'a> {
     /// `[group_size, n_queries, query_dim]`, as it was sent.
     pub q: &'a [f32],
     /// The group's keys, as [`Operator::key_rows`] makes them, and values.
-    pub kv: &'a KvHead,
+    pub kv: &'a KvView,
     /// What else the operator reads.
     pub side: Side<'a>,
     /// In what arithmetic. Where kernels lack the one that is wanted, [`Kernels::effective`] says what there is instead, and

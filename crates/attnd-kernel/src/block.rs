@@ -7,7 +7,7 @@ use crate::arithmetic::int8;
 use crate::canonical::{CANONICAL_NAN, finite_max, rescale};
 use crate::compute::Compute;
 use crate::lanes::{LANES, Lanes};
-use crate::pages::{KvHead, padded_columns};
+use crate::pages::{KvView, padded_columns};
 use crate::queries::Groups;
 use crate::slot::{N_SLOTS, PAGE_KEYS, slot_of_page};
 use crate::storage::{Storage, put};
@@ -24,7 +24,7 @@ pub(crate) struct RowBlock<'a> {
     /// Keys that each row sees, as positions in the sequence.
     pub(crate) visible: &'a [Range<usize>],
     /// Keys and values; every page of `pages` is resident.
-    pub(crate) kv: &'a KvHead,
+    pub(crate) kv: &'a KvView,
     /// Pages to cover, ascending.
     pub(crate) pages: &'a [usize],
 }
@@ -151,7 +151,7 @@ impl QueryLayout {
     }
 
     /// Memory that the block is computed in, in f32s.
-    pub(crate) fn scratch_floats(self, kv: &KvHead) -> usize {
+    pub(crate) fn scratch_floats(self, kv: &KvView) -> usize {
         match self.place {
             Place::Tiles { n_rows, .. } => rows::scratch_floats(n_rows, kv.value_dim()),
             Place::Groups(groups) => queries::scratch_floats(groups, kv, self.compute),

@@ -70,32 +70,93 @@ impl Buffer {
         Ok(Self { start, len, origin: Origin::Allocator(layout) })
     }
 
-    /// Maps anonymous memory. The allocator is no use here: it clears aligned memory by writing to it, and the pages
-    /// are 4 KiB by then.
+    /// Allocates `len` zeros, in nothing but huge pages where they fill some: for buffers of which there are many. To the system
+    /// they are one mapping where they lie side by side, and the number of mappings is limited.
+    pub(crate) fn in_huge_pages(len: usize) -> Result<Self, OutOfMemory> {
+        #[cfg(all(target_os = "linux", not(miri)))]
+        if let Some(bytes) =
+            len.checked_mul(size_of::<f32>()).filter(|bytes| *bytes <= isize::MAX as usize / 2)
+            && bytes > 0
+            && bytes.is_multiple_of(HUGE_PAGE)
+            && !Self::are_fenced()
+        {
+            return Self::packed(len, bytes).ok_or(OutOfMemory { bytes: bytes as u64 });
+        }
+        Self::zeroed(len)
+    }
+
+    /// Whether a test wants this thread's buffers between fences.
     #[cfg(all(target_os = "linux", not(miri)))]
-    fn mapped(len: usize, bytes: usize) -> Option<Self> {
-        let whole = bytes.next_multiple_of(HUGE_PAGE);
-        let mapped = whole + HUGE_PAGE;
+    fn are_fenced() -> bool {
+        #[cfg(test)]
+        return fence::is_up();
+        #[cfg(not(test))]
+        false
+    }
+
+    /// The first address of a fresh mapping of so many bytes, all zeros.
+    #[cfg(all(target_os = "linux", not(miri)))]
+    fn map(bytes: usize) -> Option<*mut libc::c_void> {
         // SAFETY: a fresh private anonymous mapping at an address of the kernel's choice touches no memory in use.
         let base = unsafe {
             libc::mmap(
                 std::ptr::null_mut(),
-                mapped,
+                bytes,
                 libc::PROT_READ | libc::PROT_WRITE,
                 libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
                 -1,
                 0,
             )
         };
-        if base == libc::MAP_FAILED {
-            return None;
+        (base != libc::MAP_FAILED).then_some(base)
+    }
+
+    /// Maps whole huge pages and nothing else.
+    #[cfg(all(target_os = "linux", not(miri)))]
+    fn packed(len: usize, bytes: usize) -> Option<Self> {
+        let base = Self::map(bytes + HUGE_PAGE)?;
+        // The last place that is aligned: Linux maps downwards, so that the next one ends where this one begins.
+        let memory = base.map_addr(|address| (address + HUGE_PAGE) / HUGE_PAGE * HUGE_PAGE);
+        let before = memory.addr() - base.addr();
+        for (rest, bytes) in [(base, before), (memory.wrapping_byte_add(bytes), HUGE_PAGE - before)]
+            .into_iter()
+            .filter(|(_, bytes)| *bytes > 0)
+        {
+            // SAFETY: both ranges lie inside the mapping that was just made and outside of what is kept of it; nothing points
+            // there. If the system refuses, addresses stay taken that no memory is behind.
+            let _refused = unsafe { libc::munmap(rest, bytes) };
         }
-        let memory = base.map_addr(|address| address.next_multiple_of(HUGE_PAGE));
+        // SAFETY: the range is what is kept of the mapping, and the advice changes no contents. A refusal costs speed.
+        let _refused = unsafe { libc::madvise(memory, bytes, libc::MADV_HUGEPAGE) };
+        let start = NonNull::new(memory.cast::<f32>())?;
+        Some(Self { start, len, origin: Origin::Mapping { base: memory, bytes } })
+    }
+
+    /// How many there are. Makes no slice of the buffer to tell.
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// The first element. Who hands out parts of the buffer makes them of this pointer, and no slice of the whole while
+    /// they are in use.
+    pub(crate) fn start(&self) -> NonNull<f32> {
+        self.start
+    }
+
+    /// Maps anonymous memory. The allocator is no use here: it clears aligned memory by writing to it, and the pages
+    /// are 4 KiB by then.
+    #[cfg(all(target_os = "linux", not(miri)))]
+    fn mapped(len: usize, bytes: usize) -> Option<Self> {
+        let whole = bytes.next_multiple_of(HUGE_PAGE);
+        let mapped = whole + HUGE_PAGE;
+        let base = Self::map(mapped)?;
+        // Never the first byte: huge pages below would become one mapping with these.
+        let memory = base.map_addr(|address| (address + 1).next_multiple_of(HUGE_PAGE));
         // What does not fill a huge page stays in small ones, so that a buffer takes the memory that was asked for: its
         // bytes are what a worker reserves.
         let huge = bytes / HUGE_PAGE * HUGE_PAGE;
-        // SAFETY: both ranges lie inside the mapping, which reaches `whole` bytes past the first huge-page boundary, and
-        // the advice changes no contents. A refusal costs speed or memory and nothing else.
+        // SAFETY: `memory` is at most HUGE_PAGE bytes past the mapping's first, so both ranges, `whole` bytes from there, lie
+        // inside the mapping, and the advice changes no contents. A refusal costs speed or memory and nothing else.
         let _refused = unsafe {
             libc::madvise(memory, huge, libc::MADV_HUGEPAGE)
                 | libc::madvise(memory.byte_add(huge), whole - huge, libc::MADV_NOHUGEPAGE)
@@ -172,6 +233,26 @@ mod tests {
 
     #[cfg(all(target_os = "linux", not(miri)))]
     #[test]
+    fn buffers_in_huge_pages_are_zero_aligned_and_go_back_alone() {
+        let len = HUGE_PAGE / 4;
+        let mut buffers: Vec<Buffer> = (1..=6).map(|n| Buffer::in_huge_pages(n * len).unwrap()).collect();
+        for (n, buffer) in buffers.iter_mut().enumerate() {
+            assert!(buffer.as_ptr().addr().is_multiple_of(HUGE_PAGE) && buffer.len() == (n + 1) * len);
+            assert!(buffer.iter().all(|x| x.to_bits() == 0));
+            buffer.fill(n as f32);
+        }
+        // The others stay as they are, on whichever side of it they lie.
+        for n in [3, 0, 4] {
+            buffers.remove(n.min(buffers.len() - 1));
+            for buffer in &buffers {
+                let n = (buffer.len() / len - 1) as f32;
+                assert!(buffer.iter().all(|x| *x == n));
+            }
+        }
+    }
+
+    #[cfg(all(target_os = "linux", not(miri)))]
+    #[test]
     fn a_buffer_takes_the_memory_that_was_asked_for() {
         // Just over one huge page, which rounding up would make two.
         let mut buffer = Buffer::zeroed((HUGE_PAGE + 8192) / 4).unwrap();
@@ -195,5 +276,7 @@ mod tests {
     #[test]
     fn absurd_sizes_are_refused() {
         assert!(Buffer::zeroed(usize::MAX / 8).is_err());
+        assert!(Buffer::in_huge_pages(usize::MAX / 8).is_err());
+        assert!(Buffer::in_huge_pages(1 << 60).is_err());
     }
 }

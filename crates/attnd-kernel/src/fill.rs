@@ -12,9 +12,10 @@ use crate::quantise::quantise;
 use crate::slot::PAGE_KEYS;
 use crate::storage::{Storage, put, round};
 
-/// Rows of the first keys of one page.
+/// Rows of consecutive keys of one page.
 pub(crate) struct Rows<'a> {
-    page: usize,
+    /// Absolute position of the first.
+    first: usize,
     bytes: &'a [u8],
     dim: usize,
     dtype: Dtype,
@@ -23,16 +24,27 @@ pub(crate) struct Rows<'a> {
 
 impl<'a> Rows<'a> {
     /// # Panics
-    /// If `bytes` aren't `n_rows` rows of `dim` elements.
+    /// If `bytes` aren't rows of `dim` elements, or more than there are keys behind `first` in its page.
     pub(crate) fn new(
-        page: usize,
-        n_rows: usize,
+        first: usize,
         bytes: &'a [u8],
         (dim, dtype): (usize, Dtype),
         check_finite: bool,
     ) -> Self {
-        assert_eq!(bytes.len(), n_rows * dim * dtype.size(), "bytes of the {n_rows} rows of page {page}");
-        Self { page, bytes, dim, dtype, check_finite }
+        let rows = Self { first, bytes, dim, dtype, check_finite };
+        assert!(bytes.len().is_multiple_of(rows.stride()), "{} bytes of rows of {dim} {dtype}", bytes.len());
+        assert!(rows.first_key() + rows.count() <= PAGE_KEYS, "{} rows from {first} on", rows.count());
+        rows
+    }
+
+    /// How many there are.
+    pub(crate) fn count(&self) -> usize {
+        self.bytes.len() / self.stride()
+    }
+
+    /// The first key, counted from that of its page.
+    fn first_key(&self) -> usize {
+        self.first % PAGE_KEYS
     }
 
     fn stride(&self) -> usize {
@@ -45,30 +57,30 @@ impl<'a> Rows<'a> {
     }
 
     /// Looks for NaN and infinities in rows that are stored as they were sent, if they are looked for at all: `rows` are
-    /// those from key `first` on.
+    /// those from row `first` on.
     ///
     /// # Errors
     /// The first one.
     fn check(&self, first: usize, rows: &[u8], values: &mut [f32]) -> Result<(), NonFinite> {
         if self.check_finite && !are_finite(rows, self.dtype) {
-            for key in first..first + rows.len() / self.stride() {
-                self.decode(key, self.dtype.into(), values)?;
+            for row in first..first + rows.len() / self.stride() {
+                self.decode(row, self.dtype.into(), values)?;
             }
         }
         Ok(())
     }
 
-    /// Decodes the row of key `key`, rounded to what `storage` holds; returns the scale of integers.
+    /// Decodes row `row`, rounded to what `storage` holds; returns the scale of integers.
     ///
     /// # Errors
     /// Its first NaN or infinity, if they are looked for or are nothing that can be stored.
-    fn decode(&self, key: usize, storage: Storage, values: &mut [f32]) -> Result<Option<f32>, NonFinite> {
-        widen(&self.bytes[key * self.stride()..][..self.stride()], self.dtype, values);
+    fn decode(&self, row: usize, storage: Storage, values: &mut [f32]) -> Result<Option<f32>, NonFinite> {
+        widen(&self.bytes[row * self.stride()..][..self.stride()], self.dtype, values);
         if !self.are_stored_as_sent(storage) {
             round(values, storage);
         }
         match first_non_finite(values).filter(|_| self.check_finite || storage.has_scales()) {
-            Some(dim) => Err(NonFinite { token: self.page * PAGE_KEYS + key, dim, value: values[dim] }),
+            Some(dim) => Err(NonFinite { token: self.first + row, dim, value: values[dim] }),
             None => Ok(storage.has_scales().then(|| quantise(values, storage))),
         }
     }
@@ -89,10 +101,14 @@ impl<'a> Rows<'a> {
         let as_sent = self.are_stored_as_sent(storage);
         let is_whole_words = cfg!(target_endian = "little") && stride == words * size_of::<f32>();
         let mut values = vec![0.0; self.dim];
-        let mut staged = vec![0.0; LANES * words];
-        for (group, rows) in self.bytes.chunks(LANES * stride).enumerate() {
-            let (first, n_rows) = (group * LANES, rows.len() / stride);
-            let (panel, at) = (first / PANEL_KEYS, first % PANEL_KEYS);
+        let mut staged = vec![0.0; LANES.min(self.count()) * words];
+        let mut first = 0;
+        while first < self.count() {
+            // Whole vectors of keys where they begin and end with one.
+            let key = self.first_key() + first;
+            let n_rows = (LANES - key % LANES).min(self.count() - first);
+            let rows = &self.bytes[first * stride..][..n_rows * stride];
+            let (panel, at) = (key / PANEL_KEYS, key % PANEL_KEYS);
             let panel = &mut panels[panel * PANEL_KEYS * words..][..PANEL_KEYS * words];
             if as_sent && is_whole_words && n_rows == LANES {
                 let are_f32_and_finite =
@@ -100,6 +116,7 @@ impl<'a> Rows<'a> {
                 if !are_f32_and_finite {
                     self.check(first, rows, &mut values)?;
                 }
+                first += n_rows;
                 continue;
             }
             if as_sent {
@@ -111,7 +128,7 @@ impl<'a> Rows<'a> {
                     continue;
                 }
                 if let Some(scale) = self.decode(first + i, storage, &mut values)? {
-                    scales[first + i] = scale;
+                    scales[key + i] = scale;
                 }
                 for (word, values) in staged.iter_mut().zip(values.chunks(per_word)) {
                     for (at, value) in values.iter().enumerate() {
@@ -122,12 +139,14 @@ impl<'a> Rows<'a> {
             if n_rows == LANES {
                 kernels.transpose_words(&staged, words, panel, at);
             } else {
-                for (i, row) in staged.chunks_exact(words).take(n_rows).enumerate() {
-                    for (to, word) in panel[at + i..].iter_mut().step_by(PANEL_KEYS).zip(row) {
-                        *to = *word;
+                // A line has the same word of all of them.
+                for (x, line) in panel.chunks_exact_mut(PANEL_KEYS).enumerate() {
+                    for (to, row) in line[at..].iter_mut().zip(staged.chunks_exact(words).take(n_rows)) {
+                        *to = row[x];
                     }
                 }
             }
+            first += n_rows;
         }
         Ok(())
     }
@@ -145,11 +164,11 @@ impl<'a> Rows<'a> {
     ) -> Result<(), NonFinite> {
         let (columns, per_word) = (padded_columns(self.dim), storage.per_word());
         let mut values = vec![0.0; self.dim];
-        for (key, row) in self.bytes.chunks_exact(self.stride()).enumerate() {
-            let as_sent = self.are_stored_as_sent(storage);
+        for (row_number, row) in self.bytes.chunks_exact(self.stride()).enumerate() {
+            let (key, as_sent) = (self.first_key() + row_number, self.are_stored_as_sent(storage));
             if as_sent {
-                self.check(key, row, &mut values)?;
-            } else if let Some(scale) = self.decode(key, storage, &mut values)? {
+                self.check(row_number, row, &mut values)?;
+            } else if let Some(scale) = self.decode(row_number, storage, &mut values)? {
                 scales[key] = scale;
             }
             for first in (0..self.dim).step_by(PANEL_COLUMNS) {

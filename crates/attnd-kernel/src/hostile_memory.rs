@@ -6,6 +6,7 @@
 //!
 //! Where pages can't be protected the NaNs remain. Under Miri, which sees every access by itself, cases are few and small.
 
+mod cache;
 mod general;
 
 use rand::rngs::SmallRng;
@@ -19,7 +20,7 @@ use crate::compute::Compute;
 use crate::dispatch::{Isa, Kernels};
 use crate::dtype::Dtype;
 use crate::mask::{Causal, Mask, PerBatch, Positions, Window};
-use crate::pages::{KvHead, padded_columns};
+use crate::pages::{KvHead, KvView, padded_columns};
 use crate::queries::Groups;
 use crate::shape::{AttnShape, Dims};
 use crate::slot::{N_SLOTS, keys_in_page, n_pages};
@@ -210,7 +211,7 @@ impl Case {
     }
 
     /// What the entries leave of the block: its packed queries, and `m`, `l` and `o` without padding.
-    fn run(&self, kernels: &Kernels, layout: QueryLayout, memory: Memory, kv: &KvHead) -> [Vec<u32>; 4] {
+    fn run(&self, kernels: &Kernels, layout: QueryLayout, memory: Memory, kv: &KvView) -> [Vec<u32>; 4] {
         let (n_rows, d, dv) = (self.n_rows(), self.shape.head_dim(), self.shape.value_dim());
         let rows: Vec<Buffer> = self.data.q.chunks(d).map(|row| memory.copy(row)).collect();
         let rows: Vec<&[f32]> = rows.iter().map(|row| &**row).collect();

@@ -18,7 +18,7 @@
 //! its range are reported, not hidden.
 //!
 //! **Map.** [`slot`] and [`shape`] are the vocabulary; `mask.rs` makes an interval of keys for each row; [`KvHead`] holds
-//! keys and values as the kernels read them; [`attend_node`] computes a [`PartialRows`]; partials merge and finish. Inside:
+//! keys and values as the kernels read them, [`KvCache`] those of a sequence that grows, in an [`Arena`]; [`attend_node`] computes a [`PartialRows`]; partials merge and finish. Inside:
 //! `block.rs` (a block of rows, and which family takes it), `rows.rs` and `queries.rs` (the families: rows broadcast, lanes =
 //! queries), `score.rs` (functions of a query and a key, which transform rows by `project.rs`), `general.rs` (sums that are no dot
 //! products, and stages between scores and weights: cap, biases of `bias.rs`, masks and other normalisers), `inspect.rs` (what a
@@ -32,6 +32,7 @@
 #![allow(clippy::needless_range_loop)]
 
 mod arch;
+mod arena;
 mod arithmetic;
 mod attend;
 mod bias;
@@ -52,6 +53,7 @@ mod general;
 #[cfg(test)]
 mod hostile_memory;
 mod inspect;
+mod kv_cache;
 mod lanes;
 mod mask;
 mod normaliser;
@@ -72,6 +74,7 @@ mod storage;
 mod value_sum;
 mod widen;
 
+pub use arena::Arena;
 pub use attend::{GroupCall, ScoreOverflow, Side, attend_node};
 pub use bias::{Bias, BiasError, Relative, Shift, Swin, alibi_slopes};
 pub use buffer::OutOfMemory;
@@ -84,12 +87,13 @@ pub use inspect::{
     ElementTile, FinishedReport, Heat, NodeReport, Outputs, OutputsError, OutputsParts, Ranked, Rectangle,
     ReportError, RowSums, Stage, inspect_node, sink_weights,
 };
+pub use kv_cache::{AppendError, KvCache};
 pub use mask::{
     BatchMask, Causal, Csr, CsrError, Documents, Mask, MaskError, PerBatch, Positions, Run, Selection, Window,
 };
 pub use normaliser::Normaliser;
 pub use operator::{EmptyRow, Operator, OperatorError, OperatorParts, Path};
-pub use pages::{KvHead, NonFinite};
+pub use pages::{KvHead, KvView, NonFinite, PageLayout};
 pub use partial::{FinishedRows, PartialRows};
 pub use plane::{BiasValue, DensePlane};
 pub use project::Linear;

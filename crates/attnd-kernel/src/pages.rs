@@ -13,8 +13,10 @@
 //! Values are padded to 16 columns with zeros. Keys of a page that were not written yet are zeros; they never influence a
 //! result, whatever they are.
 
-use std::ops::Range;
+use std::ops::{Deref, Range};
+use std::sync::Arc;
 
+use crate::arena::{Frame, bytes_of_frames};
 use crate::buffer::{Buffer, OutOfMemory};
 use crate::dtype::Dtype;
 use crate::fill::Rows;
@@ -30,18 +32,42 @@ pub(crate) const COLUMN_STEP: usize = 16;
 
 pub(crate) const ABSENT: u32 = u32::MAX;
 
-/// Keys and values of one kv head in the pages of a range of slots.
-#[derive(Debug)]
-pub struct KvHead {
-    storage: Storage,
-    n_keys: usize,
-    head_dim: usize,
-    value_dim: usize,
-    slots: Range<usize>,
-    /// Where each page of the sequence lies in `memory`, in pages.
-    place: Vec<u32>,
-    memory: Buffer,
+/// What the pages of a kv head are made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct PageLayout {
+    /// How elements are stored.
+    pub storage: Storage,
+    /// Elements of a key as it is resident: [`crate::Operator::key_dim`].
+    pub head_dim: usize,
+    /// Elements of a value.
+    pub value_dim: usize,
 }
+
+/// Keys and values of one kv head that kernels read: those of a sequence of some length, in the pages of a range of slots.
+/// [`KvHead`] is one that is written page by page; [`crate::KvCache`] grows, and gives out views of itself at any length.
+#[derive(Debug)]
+pub struct KvView {
+    layout: PageLayout,
+    n_keys: usize,
+    slots: Range<usize>,
+    pages: Pages,
+}
+
+/// Where the pages of a sequence are.
+#[derive(Debug)]
+enum Pages {
+    /// In one run of memory: where each page lies in it, in pages.
+    Whole { place: Vec<u32>, memory: Buffer },
+    /// Each in a frame of its own, which others may see too.
+    Framed(Arc<PageTable>),
+}
+
+/// The frame of each page of a sequence, where it is resident.
+pub(crate) type PageTable = Vec<Option<Arc<Frame>>>;
+
+/// Keys and values of one kv head whose sequence has its length from the start.
+#[derive(Debug)]
+pub struct KvHead(KvView);
 
 /// A value that is NaN or infinite where finite values are promised.
 #[derive(Clone, Copy, Debug, PartialEq, thiserror::Error)]
@@ -97,8 +123,127 @@ impl PageWords {
     }
 }
 
+impl PageLayout {
+    /// Words of a page.
+    pub(crate) fn page_words(&self) -> usize {
+        self.words().total()
+    }
+
+    /// Memory that `n` pages of [`crate::KvCache`]s take in an [`crate::Arena`], in bytes: their frames, with the share of each in
+    /// what is lost of a chunk. What whoever appends them reserves.
+    ///
+    /// # Panics
+    /// If keys and values have no elements.
+    pub fn resident_bytes(&self, n: usize) -> u64 {
+        bytes_of_frames(n, self.page_words())
+    }
+
+    fn words(&self) -> PageWords {
+        PageWords::new(self.head_dim, self.value_dim, self.storage)
+    }
+
+    /// The parts of a page.
+    ///
+    /// # Panics
+    /// If `memory` isn't that of one.
+    fn view(self, memory: &[f32]) -> PageView<'_> {
+        let words = self.words();
+        // Kernels read as many by their addresses.
+        assert_eq!(memory.len(), words.total(), "words of a page");
+        let (key_scales, memory) = memory.split_at(words.scales);
+        let (value_scales, memory) = memory.split_at(words.scales);
+        let (k, v) = memory.split_at(words.k);
+        PageView { k, v, key_scales, value_scales }
+    }
+
+    /// Stores rows as keys or as values of the page whose memory this is.
+    ///
+    /// # Errors
+    /// The first NaN or infinity, if they are looked for or can't be stored; rows after it may be partly stored.
+    pub(crate) fn store(self, part: Part, memory: &mut [f32], rows: &Rows<'_>) -> Result<(), NonFinite> {
+        let words = self.words();
+        let (key_scales, memory) = memory.split_at_mut(words.scales);
+        let (value_scales, memory) = memory.split_at_mut(words.scales);
+        let (k, v) = memory.split_at_mut(words.k);
+        match part {
+            Part::Keys => rows.store_keys(self.storage, k, key_scales),
+            Part::Values => rows.store_values(self.storage, v, value_scales),
+        }
+    }
+
+    /// Elements of a row.
+    pub(crate) fn dim(&self, part: Part) -> usize {
+        match part {
+            Part::Keys => self.head_dim,
+            Part::Values => self.value_dim,
+        }
+    }
+}
+
+/// One of the two operands that are resident.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Part {
+    Keys,
+    Values,
+}
+
 pub(crate) fn owned_pages(n_keys: usize, slots: &Range<usize>) -> impl Iterator<Item = usize> {
     (0..n_pages(n_keys)).filter(move |page| slots.contains(&slot_of_page(*page)))
+}
+
+impl KvView {
+    /// The first `n_keys` tokens of a sequence whose pages are in frames.
+    pub(crate) fn of_frames(
+        layout: PageLayout,
+        n_keys: usize,
+        slots: Range<usize>,
+        table: Arc<PageTable>,
+    ) -> Self {
+        Self { layout, n_keys, slots, pages: Pages::Framed(table) }
+    }
+
+    /// What the pages are made of.
+    pub fn layout(&self) -> PageLayout {
+        self.layout
+    }
+    /// How elements are stored.
+    pub fn storage(&self) -> Storage {
+        self.layout.storage
+    }
+    /// Key tokens of the whole sequence, resident here or not. Rows of later ones, where pages have them, are never looked at.
+    pub fn n_keys(&self) -> usize {
+        self.n_keys
+    }
+    /// The slots whose pages are resident.
+    pub fn slots(&self) -> Range<usize> {
+        self.slots.clone()
+    }
+    pub(crate) fn head_dim(&self) -> usize {
+        self.layout.head_dim
+    }
+    pub(crate) fn value_dim(&self) -> usize {
+        self.layout.value_dim
+    }
+
+    /// A page, if it is resident.
+    pub(crate) fn page(&self, page: usize) -> Option<PageView<'_>> {
+        let memory = match &self.pages {
+            Pages::Whole { place, memory } => {
+                let place = *place.get(page).filter(|place| **place != ABSENT)?;
+                let words = self.layout.page_words();
+                &memory[place as usize * words..][..words]
+            }
+            Pages::Framed(table) => table.get(page).filter(|_| page < n_pages(self.n_keys))?.as_deref()?,
+        };
+        Some(self.layout.view(memory))
+    }
+}
+
+impl Deref for KvHead {
+    type Target = KvView;
+    fn deref(&self) -> &KvView {
+        &self.0
+    }
 }
 
 impl KvHead {
@@ -111,7 +256,7 @@ impl KvHead {
         storage: Storage,
     ) -> u64 {
         let pages = owned_pages(n_keys, slots).count();
-        (pages * PageWords::new(head_dim, value_dim, storage).total()) as u64 * 4
+        (pages * PageLayout { storage, head_dim, value_dim }.page_words()) as u64 * 4
     }
 
     /// Reserves memory for the pages that a sequence of `n_keys` has in `slots`, all zeros, stored as f32.
@@ -149,28 +294,9 @@ impl KvHead {
             place[page] = count;
             count += 1;
         }
-        let words = PageWords::new(head_dim, value_dim, storage);
-        let memory = Buffer::zeroed(count as usize * words.total())?;
-        Ok(Self { storage, n_keys, head_dim, value_dim, slots, place, memory })
-    }
-
-    /// How elements are stored.
-    pub fn storage(&self) -> Storage {
-        self.storage
-    }
-    /// Key tokens of the whole sequence, resident here or not.
-    pub fn n_keys(&self) -> usize {
-        self.n_keys
-    }
-    /// The slots whose pages are resident.
-    pub fn slots(&self) -> Range<usize> {
-        self.slots.clone()
-    }
-    pub(crate) fn head_dim(&self) -> usize {
-        self.head_dim
-    }
-    pub(crate) fn value_dim(&self) -> usize {
-        self.value_dim
+        let layout = PageLayout { storage, head_dim, value_dim };
+        let memory = Buffer::zeroed(count as usize * layout.page_words())?;
+        Ok(Self(KvView { layout, n_keys, slots, pages: Pages::Whole { place, memory } }))
     }
 
     /// Stores the keys of one page: `rows` holds `[keys_in_page, head_dim]` elements.
@@ -188,10 +314,7 @@ impl KvHead {
         dtype: Dtype,
         check_finite: bool,
     ) -> Result<(), NonFinite> {
-        let (of_row, storage) = ((self.head_dim, dtype), self.storage);
-        let rows = Rows::new(page, keys_in_page(page, self.n_keys), rows, of_row, check_finite);
-        let PageParts { k, key_scales, .. } = self.page_mut(page);
-        rows.store_keys(storage, k, key_scales)
+        self.write(Part::Keys, page, rows, dtype, check_finite)
     }
 
     /// Stores the values of one page: `rows` holds `[keys_in_page, value_dim]` elements. Errors and panics are
@@ -203,47 +326,44 @@ impl KvHead {
         dtype: Dtype,
         check_finite: bool,
     ) -> Result<(), NonFinite> {
-        let (of_row, storage) = ((self.value_dim, dtype), self.storage);
-        let rows = Rows::new(page, keys_in_page(page, self.n_keys), rows, of_row, check_finite);
-        let PageParts { v, value_scales, .. } = self.page_mut(page);
-        rows.store_values(storage, v, value_scales)
+        self.write(Part::Values, page, rows, dtype, check_finite)
     }
 
-    /// A page, if it is resident.
-    pub(crate) fn page(&self, page: usize) -> Option<PageView<'_>> {
-        let place = *self.place.get(page).filter(|place| **place != ABSENT)?;
-        let words = PageWords::new(self.head_dim, self.value_dim, self.storage);
-        let memory = &self.memory[place as usize * words.total()..][..words.total()];
-        let (key_scales, memory) = memory.split_at(words.scales);
-        let (value_scales, memory) = memory.split_at(words.scales);
-        let (k, v) = memory.split_at(words.k);
-        Some(PageView { k, v, key_scales, value_scales })
+    fn write(
+        &mut self,
+        part: Part,
+        page: usize,
+        rows: &[u8],
+        dtype: Dtype,
+        check_finite: bool,
+    ) -> Result<(), NonFinite> {
+        let layout = self.layout;
+        let rows = Rows::new(page * PAGE_KEYS, rows, (layout.dim(part), dtype), check_finite);
+        assert_eq!(rows.count(), keys_in_page(page, self.n_keys), "rows of page {page}");
+        layout.store(part, self.page_mut(page), &rows)
     }
 
     /// Fills all pages with what must never be used.
     #[cfg(test)]
     pub(crate) fn poison(&mut self, word: f32) {
-        crate::buffer::fill_by_copies(&mut self.memory, word);
+        for page in owned_pages(self.n_keys, &self.slots()) {
+            crate::buffer::fill_by_copies(self.page_mut(page), word);
+        }
     }
 
-    fn page_mut(&mut self, page: usize) -> PageParts<'_> {
-        let place = self.place.get(page).copied().filter(|place| *place != ABSENT);
-        let Some(place) = place else { panic!("page {page} is not in slots {:?}", self.slots) };
-        let words = PageWords::new(self.head_dim, self.value_dim, self.storage);
-        let memory = &mut self.memory[place as usize * words.total()..][..words.total()];
-        let (key_scales, memory) = memory.split_at_mut(words.scales);
-        let (value_scales, memory) = memory.split_at_mut(words.scales);
-        let (k, v) = memory.split_at_mut(words.k);
-        PageParts { k, v, key_scales, value_scales }
+    fn page_mut(&mut self, page: usize) -> &mut [f32] {
+        let KvView { layout, slots, pages, .. } = &mut self.0;
+        let found = match pages {
+            Pages::Whole { place, memory } => {
+                place.get(page).filter(|place| **place != ABSENT).map(|place| (*place as usize, memory))
+            }
+            // Frames may be seen by others.
+            Pages::Framed(_) => None,
+        };
+        let Some((place, memory)) = found else { panic!("page {page} is not in slots {slots:?}") };
+        let words = layout.page_words();
+        &mut memory[place * words..][..words]
     }
-}
-
-/// As [`PageView`], to be written.
-struct PageParts<'a> {
-    k: &'a mut [f32],
-    v: &'a mut [f32],
-    key_scales: &'a mut [f32],
-    value_scales: &'a mut [f32],
 }
 
 #[cfg(test)]
@@ -369,7 +489,8 @@ mod tests {
             for (d, dv) in [(1, 1), (3, 70), (9, 16), (128, 128)] {
                 let kv = KvHead::with_storage(256 * 9 + 5, d, dv, 0..16, storage).unwrap();
                 let needed = KvHead::bytes_needed(256 * 9 + 5, d, dv, &(0..16), storage);
-                assert_eq!(needed, kv.memory.len() as u64 * 4, "{storage} {d} {dv}");
+                let Pages::Whole { memory, .. } = &kv.pages else { panic!("a KvHead in frames") };
+                assert_eq!(needed, memory.len() as u64 * 4, "{storage} {d} {dv}");
             }
         }
         // d = 128: 8 of every 264 bytes are scales.

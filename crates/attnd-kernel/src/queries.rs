@@ -29,7 +29,7 @@ use crate::block::{RowBlock, RowPartials, Seen, Span, Visible, by_slot};
 use crate::compute::Compute;
 use crate::fold::{STACK, Stack};
 use crate::lanes::{DotLanes, LANES, Lanes};
-use crate::pages::{KvHead, padded_columns};
+use crate::pages::{KvView, padded_columns};
 use crate::slot::{PAGE_KEYS, slot_of_page};
 use crate::widen::{panels, widened_floats};
 
@@ -73,7 +73,7 @@ fn group_floats(lanes: usize, columns: usize) -> usize {
 }
 
 /// Memory that [`attend_queries`] works in, in f32s.
-pub(crate) fn scratch_floats(groups: Groups, kv: &KvHead, compute: Compute) -> usize {
+pub(crate) fn scratch_floats(groups: Groups, kv: &KvView, compute: Compute) -> usize {
     let widest = (0..groups.n_groups).map(|group| groups.group(group).len()).max().unwrap_or(0);
     let widened = if compute == Compute::F32 { widened_floats(kv) } else { 0 };
     PAGE_KEYS * widest + group_floats(groups.lanes(), padded_columns(kv.value_dim())) + widened

@@ -4,12 +4,12 @@
 //! a block costs little beside the products of many rows; with few rows it is what decides the speed.
 
 use crate::lanes::{LANES, Lanes};
-use crate::pages::{KvHead, PANEL_COLUMNS, PANEL_KEYS, PageView, padded_columns};
+use crate::pages::{KvView, PANEL_COLUMNS, PANEL_KEYS, PageView, padded_columns};
 use crate::slot::PAGE_KEYS;
 use crate::storage::{Storage, Stored, StoredBf16, StoredF16, StoredInt4, StoredInt8};
 
 /// What a widened page takes, in f32s; nothing where pages are f32 already.
-pub(crate) fn widened_floats(kv: &KvHead) -> usize {
+pub(crate) fn widened_floats(kv: &KvView) -> usize {
     match kv.storage() {
         Storage::F32 => 0,
         Storage::F16 | Storage::Bf16 | Storage::Int8 | Storage::Int4 => {
@@ -27,7 +27,7 @@ pub(crate) fn widened_floats(kv: &KvHead) -> usize {
 /// If `page` is none of `kv`, or `memory` has less than [`widened_floats`].
 #[inline(always)]
 pub(crate) unsafe fn panels<'m, L: Lanes>(
-    kv: &KvHead,
+    kv: &KvView,
     page: PageView<'m>,
     memory: &'m mut [f32],
 ) -> (&'m [f32], &'m [f32]) {
@@ -45,7 +45,7 @@ pub(crate) unsafe fn panels<'m, L: Lanes>(
 }
 
 /// What the widened keys of a page take, in f32s; nothing where pages are f32 already.
-pub(crate) fn widened_key_floats(kv: &KvHead) -> usize {
+pub(crate) fn widened_key_floats(kv: &KvView) -> usize {
     if kv.storage() == Storage::F32 { 0 } else { PAGE_KEYS * kv.head_dim() }
 }
 
@@ -58,7 +58,7 @@ pub(crate) fn widened_key_floats(kv: &KvHead) -> usize {
 /// If `page` is none of `kv`, or `memory` has less than [`widened_key_floats`].
 #[inline(always)]
 pub(crate) unsafe fn key_panels<'m, L: Lanes>(
-    kv: &KvHead,
+    kv: &KvView,
     page: PageView<'m>,
     memory: &'m mut [f32],
 ) -> &'m [f32] {

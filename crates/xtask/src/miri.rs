@@ -9,7 +9,7 @@
 //! **What runs.** The crate's unit tests on the portable kernels, which are the only ones that Miri has a CPU for. Their cases
 //! are few and small there (`cfg!(miri)`): blocks of rows in both kernel families, over f32, f16, bf16, int8 and int4, of one or
 //! two pages with ragged ends, under each kind of mask; the general path with cap, biases, dense masks and both normalisers;
-//! widening, transposing and writing of pages; planes; merges and division; the loops of the calibration. No allocation has
+//! widening, transposing and writing of pages; sequences that grow, fork and are cut, and the frames that their pages lie in; planes; merges and division; the loops of the calibration. No allocation has
 //! slack behind it, and what must not be used holds NaN. Borrows are stacked, so that a pointer reaches no further than the slice
 //! that it is from. An integer is no address (strict provenance), and memory is aligned by its type or not at all.
 //!
@@ -50,7 +50,7 @@ const LEFT_OUT: [&str; 14] = [
 ];
 const FLAGS: &str = concat!(
     "-Zmiri-strict-provenance -Zmiri-symbolic-alignment-check",
-    // No test has a second thread.
+    // One test has a second thread: that of the arena, whose lists are behind a lock. It has passed with the detector.
     " -Zmiri-disable-data-race-detector",
     // Tests compare with functions of the standard library, which Miri makes as inexact as a platform may.
     " -Zmiri-no-extra-rounding-error",

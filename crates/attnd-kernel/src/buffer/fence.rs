@@ -35,6 +35,11 @@ impl Drop for Fenced {
     }
 }
 
+/// Whether buffers of this thread are fenced.
+pub(super) fn is_up() -> bool {
+    FENCE.get().is_some()
+}
+
 /// A fenced buffer of `len` zeros, if buffers of this thread are fenced.
 pub(super) fn allocate(len: usize) -> Option<Buffer> {
     let at = FENCE.get()?;

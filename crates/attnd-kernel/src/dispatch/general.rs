@@ -9,7 +9,7 @@ use crate::bias::{Ramp, fill_ramp};
 use crate::general::{shape, weigh};
 use crate::lanes::{LANES, Lanes};
 use crate::mask::PageBits;
-use crate::pages::{KvHead, PANEL_KEYS, PageView};
+use crate::pages::{KvView, PANEL_KEYS, PageView};
 use crate::rows::tile::{self, Output, Panels, Queries, Start, Weights};
 use crate::slot::PAGE_KEYS;
 use crate::storage::StoredF32;
@@ -18,7 +18,7 @@ use crate::widen::panels;
 use super::isa::Isa;
 
 type Row = [f32; PAGE_KEYS];
-type PanelsOf = for<'m> unsafe fn(&KvHead, PageView<'m>, &'m mut [f32]) -> (&'m [f32], &'m [f32]);
+type PanelsOf = for<'m> unsafe fn(&KvView, PageView<'m>, &'m mut [f32]) -> (&'m [f32], &'m [f32]);
 
 /// The entries of one ISA. [`Kernels::general`] hands them out only where the CPU has its features.
 pub(crate) struct GeneralEntries {
@@ -60,7 +60,7 @@ impl GeneralEntries {
     /// [`panels`].
     pub(crate) fn panels<'m>(
         &self,
-        kv: &KvHead,
+        kv: &KvView,
         page: PageView<'m>,
         memory: &'m mut [f32],
     ) -> (&'m [f32], &'m [f32]) {
@@ -186,7 +186,7 @@ macro_rules! instantiate {
             const { assert!($mr <= tile::MAX_ROWS && $or <= tile::MAX_ROWS) };
             const { assert!(PANEL_KEYS.is_multiple_of(LANES * $nr)) };
             $(#[$features])?
-            unsafe fn panels_entry<'m>(kv: &KvHead, page: PageView<'m>, memory: &'m mut [f32]) -> (&'m [f32], &'m [f32]) {
+            unsafe fn panels_entry<'m>(kv: &KvView, page: PageView<'m>, memory: &'m mut [f32]) -> (&'m [f32], &'m [f32]) {
                 // SAFETY: the features are enabled on this function.
                 unsafe { panels::<$lanes>(kv, page, memory) }
             }

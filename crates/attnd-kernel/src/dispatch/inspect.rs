@@ -7,13 +7,13 @@ use super::isa::Isa;
 use crate::arch;
 use crate::inspect::row::{self, Moments};
 use crate::mask::PageBits;
-use crate::pages::{KvHead, PageView};
+use crate::pages::{KvView, PageView};
 use crate::slot::PAGE_KEYS;
 use crate::widen::key_panels;
 
 type Row = [f32; PAGE_KEYS];
 type MomentsOf = unsafe fn((&Row, &Row), Range<usize>, f32, f32, usize) -> Moments;
-type KeyPanels = for<'m> unsafe fn(&KvHead, PageView<'m>, &'m mut [f32]) -> &'m [f32];
+type KeyPanels = for<'m> unsafe fn(&KvView, PageView<'m>, &'m mut [f32]) -> &'m [f32];
 
 /// The entries of one ISA. [`Kernels::inspect`] hands them out only where the CPU has its features.
 pub(crate) struct InspectEntries {
@@ -43,7 +43,7 @@ impl Kernels {
 /// SAFETY, of all calls below: possession of the table proves that the CPU has the ISA's features.
 impl InspectEntries {
     /// [`key_panels`].
-    pub(crate) fn key_panels<'m>(&self, kv: &KvHead, page: PageView<'m>, memory: &'m mut [f32]) -> &'m [f32] {
+    pub(crate) fn key_panels<'m>(&self, kv: &KvView, page: PageView<'m>, memory: &'m mut [f32]) -> &'m [f32] {
         // SAFETY: above.
         unsafe { (self.key_panels)(kv, page, memory) }
     }
@@ -94,7 +94,7 @@ macro_rules! instantiate {
     ($table:ident, $lanes:ty $(, #[$features:meta])?) => {
         static $table: InspectEntries = {
             $(#[$features])?
-            unsafe fn key_panels_entry<'m>(kv: &KvHead, page: PageView<'m>, memory: &'m mut [f32]) -> &'m [f32] {
+            unsafe fn key_panels_entry<'m>(kv: &KvView, page: PageView<'m>, memory: &'m mut [f32]) -> &'m [f32] {
                 // SAFETY: the features are enabled on this function.
                 unsafe { key_panels::<$lanes>(kv, page, memory) }
             }

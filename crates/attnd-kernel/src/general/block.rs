@@ -10,7 +10,7 @@ use crate::compute::Compute;
 use crate::dispatch::{GeneralEntries, Kernels};
 use crate::mask::{KeyRuns, PageBits};
 use crate::normaliser::Normaliser;
-use crate::pages::{KvHead, PANEL_KEYS, padded_columns};
+use crate::pages::{KvView, PANEL_KEYS, padded_columns};
 use crate::plane::DensePlane;
 use crate::rows::partials_alive;
 use crate::rows::tile::Start;
@@ -55,7 +55,7 @@ impl QueryLayout {
 }
 
 /// Memory that [`attend`] works in, in f32s.
-pub(crate) fn scratch_floats(n_rows: usize, kv: &KvHead) -> usize {
+pub(crate) fn scratch_floats(n_rows: usize, kv: &KvView) -> usize {
     let partials = partials_alive(n_rows) * n_rows * (padded_columns(kv.value_dim()) + 2);
     n_rows * PAGE_KEYS + partials + widened_floats(kv)
 }

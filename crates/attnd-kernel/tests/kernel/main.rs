@@ -8,6 +8,7 @@ mod cases;
 mod dots;
 mod fallback;
 mod general;
+mod grown;
 mod laws;
 mod machine_code;
 mod masks;

@@ -1,0 +1,416 @@
+//! Memory for pages that come one by one and go together: frames of one page each, carved out of chunks in huge pages.
+//!
+//! **Chunks.** A chunk is a multiple of a huge page, 2 MiB, cut into frames of one size: the smallest such multiple that loses at
+//! most an eighth behind its last frame. There is one, because a chunk that has room for eight frames loses less than a frame.
+//! Two of three layouts need a single huge page, none of up to 1024 elements more than seven. A frame that was given back is taken before one that never
+//! was, and the first chunk with a free one before the others, so that the last ones empty. A chunk without a frame in use goes
+//! back to the system, but for the latest such one: who grows and shrinks by a page doesn't pay for a mapping each time.
+//!
+//! **Zeros.** A frame is zero when it is taken, so nothing of a sequence is seen by the next one that gets its memory. It is made so
+//! when it is taken, and not when it is given back: a sequence that ends gives whole chunks back, which then needn't be touched at
+//! all, and a frame that is cleared when it is taken is in the cache when its first rows are written. What lay in a free frame stays
+//! there until then; nothing reads it.
+//!
+//! One lock holds all lists. It is held for a few steps in them, and for the system call that makes a chunk; clearing frames and
+//! giving chunks back happen outside of it.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
+use std::ops::{Deref, DerefMut};
+use std::ptr::NonNull;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::buffer::{Buffer, OutOfMemory};
+
+/// What chunks are multiples of, in bytes: a huge page; for an interpreter, whose memory is slow, a few keys.
+const GRANULE: usize = if cfg!(miri) { 4 << 10 } else { 2 << 20 };
+/// One part in so many of a chunk may be lost.
+const LOST: usize = 8;
+
+/// Where the pages of [`crate::KvCache`]s lie. Clones are handles on the same memory.
+#[derive(Clone)]
+pub struct Arena(Arc<Shared>);
+
+struct Shared {
+    granule: usize,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    /// By the number of words in a frame.
+    sizes: BTreeMap<usize, Chunks>,
+    /// Of all chunks.
+    bytes: u64,
+    /// The chunk without a frame in use that is kept: of frames of how many words, and which.
+    spare: Option<(usize, usize)>,
+}
+
+/// The chunks whose frames have one size.
+#[derive(Default)]
+struct Chunks {
+    chunks: Vec<Option<Chunk>>,
+    /// Places in `chunks` where there is none.
+    vacant: Vec<usize>,
+    /// Those that have a free frame.
+    with_free: BTreeSet<usize>,
+}
+
+struct Chunk {
+    memory: Buffer,
+    /// Frames that were taken and given back; the least is first.
+    returned: BinaryHeap<Reverse<usize>>,
+    /// Frames from this one on were never taken, and are as the system gave them: zero.
+    fresh: usize,
+}
+
+/// How frames of one size lie in chunks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Carving {
+    chunk_bytes: usize,
+    frames: usize,
+}
+
+impl Carving {
+    /// # Panics
+    /// If a frame is empty or has no number of bytes.
+    fn new(frame_bytes: usize, granule: usize) -> Self {
+        assert!(frame_bytes > 0 && frame_bytes <= isize::MAX as usize / 32, "a frame of {frame_bytes} bytes");
+        let mut chunk_bytes = frame_bytes.next_multiple_of(granule);
+        while chunk_bytes % frame_bytes > chunk_bytes / LOST {
+            chunk_bytes += granule;
+        }
+        Self { chunk_bytes, frames: chunk_bytes / frame_bytes }
+    }
+}
+
+/// Bytes of chunks that `n` frames of `words` words take, with their share of what is lost behind the last one.
+pub(crate) fn bytes_of_frames(n: usize, words: usize) -> u64 {
+    let Carving { chunk_bytes, frames } = Carving::new(words * size_of::<f32>(), GRANULE);
+    n as u64 * chunk_bytes.div_ceil(frames) as u64
+}
+
+impl Arena {
+    /// An arena that has no memory yet.
+    pub fn new() -> Self {
+        Self::of_chunks(GRANULE)
+    }
+
+    /// The same with chunks that are multiples of another size. Pages are multiples of 1 KiB, so with chunks of that each has one.
+    pub(crate) fn of_chunks(granule: usize) -> Self {
+        Self(Arc::new(Shared { granule, state: Mutex::default() }))
+    }
+
+    /// What the arena takes of the system's memory, in bytes: chunks in use, and one that isn't at most. Beyond
+    /// what [`crate::PageLayout::resident_bytes`] says of all pages in use, that is frames that are free in chunks that aren't.
+    pub fn bytes(&self) -> u64 {
+        self.0.state().bytes
+    }
+
+    /// A frame of `words` zeros.
+    ///
+    /// # Errors
+    /// If the system has no such memory.
+    pub(crate) fn zeroed(&self, words: usize) -> Result<Frame, OutOfMemory> {
+        let (mut frame, is_fresh) = self.take(words)?;
+        if !is_fresh {
+            frame.fill(0.0);
+        }
+        Ok(frame)
+    }
+
+    /// A frame with the words of another one.
+    ///
+    /// # Errors
+    /// If the system has no such memory.
+    pub(crate) fn copy(&self, of: &Frame) -> Result<Frame, OutOfMemory> {
+        let (mut frame, _) = self.take(of.len())?;
+        frame.copy_from_slice(of);
+        Ok(frame)
+    }
+
+    /// A frame that holds anything, and whether that is zeros.
+    fn take(&self, words: usize) -> Result<(Frame, bool), OutOfMemory> {
+        let carving = Carving::new(words * size_of::<f32>(), self.0.granule);
+        let mut state = self.0.state();
+        let State { sizes, bytes, spare } = &mut *state;
+        let of_size = sizes.entry(words).or_default();
+        let at = match of_size.with_free.first() {
+            Some(at) => *at,
+            None => {
+                let memory = Buffer::in_huge_pages(carving.chunk_bytes / size_of::<f32>())?;
+                *bytes += carving.chunk_bytes as u64;
+                of_size.add(Chunk { memory, returned: BinaryHeap::new(), fresh: 0 })
+            }
+        };
+        if *spare == Some((words, at)) {
+            *spare = None;
+        }
+        let chunk = of_size.chunk(at);
+        let (frame, is_fresh) = match chunk.returned.pop() {
+            Some(Reverse(frame)) => (frame, false),
+            None => {
+                chunk.fresh += 1;
+                (chunk.fresh - 1, true)
+            }
+        };
+        assert!(frame < carving.frames && (frame + 1) * words <= chunk.memory.len());
+        // SAFETY: the frame's words end in the chunk's memory, as was just seen.
+        let start = unsafe { chunk.memory.start().add(frame * words) };
+        if chunk.returned.is_empty() && chunk.fresh == carving.frames {
+            of_size.with_free.remove(&at);
+        }
+        Ok((Frame { start, words, chunk: at, frame, arena: self.clone() }, is_fresh))
+    }
+}
+
+impl Default for Arena {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl std::fmt::Debug for Arena {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Arena").field("bytes", &self.bytes()).finish_non_exhaustive()
+    }
+}
+
+impl Shared {
+    /// The lists. No step in them can panic half way.
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes a frame free; returns the memory of a chunk that is not kept.
+    fn give_back(&self, words: usize, at: usize, frame: usize) -> Option<Buffer> {
+        let mut state = self.state();
+        let State { sizes, bytes, spare } = &mut *state;
+        let of_size = sizes.get_mut(&words)?;
+        let chunk = of_size.chunk(at);
+        chunk.returned.push(Reverse(frame));
+        let is_in_use = chunk.returned.len() < chunk.fresh;
+        of_size.with_free.insert(at);
+        if is_in_use {
+            return None;
+        }
+        let (words, at) = spare.replace((words, at))?;
+        let memory = sizes.get_mut(&words)?.remove(at)?.memory;
+        *bytes -= (memory.len() * size_of::<f32>()) as u64;
+        Some(memory)
+    }
+}
+
+impl Chunks {
+    fn add(&mut self, chunk: Chunk) -> usize {
+        let at = self.vacant.pop().unwrap_or(self.chunks.len());
+        if at == self.chunks.len() {
+            self.chunks.push(None);
+        }
+        self.chunks[at] = Some(chunk);
+        self.with_free.insert(at);
+        at
+    }
+
+    fn remove(&mut self, at: usize) -> Option<Chunk> {
+        self.with_free.remove(&at);
+        self.vacant.push(at);
+        self.chunks[at].take()
+    }
+
+    fn chunk(&mut self, at: usize) -> &mut Chunk {
+        match &mut self.chunks[at] {
+            Some(chunk) => chunk,
+            None => panic!("chunk {at} has frames and isn't there"),
+        }
+    }
+}
+
+/// Memory of one page, owned as a `Box<[f32]>` is, which goes back to its arena.
+pub(crate) struct Frame {
+    start: NonNull<f32>,
+    words: usize,
+    /// Which chunk of frames of this size, and which frame of it.
+    chunk: usize,
+    frame: usize,
+    arena: Arena,
+}
+
+// SAFETY: a Frame alone owns its words, as a Box<[f32]> does: a frame that is taken isn't taken again before it is given back,
+// frames of a chunk don't overlap, and the arena itself never reads or writes a chunk. Its handle on the arena is Send.
+unsafe impl Send for Frame {}
+// SAFETY: shared access only reads.
+unsafe impl Sync for Frame {}
+
+impl Deref for Frame {
+    type Target = [f32];
+    fn deref(&self) -> &[f32] {
+        // SAFETY: start points at `words` f32s inside a chunk, which was zeroed when it was made and stays as long as one of its
+        // frames is in use; nobody else uses them, see above.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.words) }
+    }
+}
+
+impl DerefMut for Frame {
+    fn deref_mut(&mut self) -> &mut [f32] {
+        // SAFETY: as in deref, and &mut self makes the access exclusive.
+        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.words) }
+    }
+}
+
+impl Drop for Frame {
+    fn drop(&mut self) {
+        drop(self.arena.0.give_back(self.words, self.chunk, self.frame));
+    }
+}
+
+impl std::fmt::Debug for Frame {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Frame").field("words", &self.words).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rand::rngs::SmallRng;
+    use rand::{RngExt, SeedableRng};
+
+    use super::*;
+    use crate::buffer::fill_by_copies;
+    use crate::pages::PageLayout;
+    use crate::storage::Storage;
+
+    const KIB: usize = 1 << 10;
+
+    #[test]
+    fn at_most_an_eighth_of_a_chunk_is_lost() {
+        let mut largest = 0;
+        for storage in [Storage::F32, Storage::F16, Storage::Bf16, Storage::Int8, Storage::Int4] {
+            let dims = (1..=1024).step_by(if cfg!(miri) { 93 } else { 1 });
+            for (head_dim, value_dim) in dims.flat_map(|d| [(d, d), (d, 1), (1, d), (d, 512), (d, 1024)]) {
+                let frame = PageLayout { storage, head_dim, value_dim }.page_words() * 4;
+                assert!(frame.is_multiple_of(KIB), "{storage} {head_dim} {value_dim}");
+                let Carving { chunk_bytes, frames } = Carving::new(frame, 2048 * KIB);
+                assert!(chunk_bytes.is_multiple_of(2048 * KIB));
+                assert!(chunk_bytes - frames * frame <= chunk_bytes / 8, "{storage} {head_dim} {value_dim}");
+                assert!(frames > 0 && chunk_bytes == 2048 * KIB || frame > 256 * KIB);
+                largest = largest.max(chunk_bytes);
+            }
+        }
+        assert!(largest <= 14 << 20, "{largest}");
+        let of = |kib: usize| {
+            let Carving { chunk_bytes, frames } = Carving::new(kib * KIB, 2048 * KIB);
+            (chunk_bytes / KIB, frames)
+        };
+        assert_eq!(
+            [of(256), of(66), of(514), of(1088), of(2048)],
+            [(2048, 8), (2048, 31), (4096, 7), (6144, 5), (2048, 1)]
+        );
+    }
+
+    #[test]
+    fn a_chunk_without_frames_in_use_goes_back_but_for_one() {
+        let arena = Arena::of_chunks(4 * KIB);
+        // Four in a chunk.
+        let words = KIB / 4;
+        let mut frames: Vec<Frame> = (0..12).map(|_| arena.zeroed(words).unwrap()).collect();
+        assert_eq!(arena.bytes(), 3 * 4096);
+        for (n, frame) in frames.iter_mut().enumerate() {
+            fill_by_copies(frame, n as f32 + 1.0);
+        }
+        assert!(frames.iter().enumerate().all(|(n, frame)| frame.iter().all(|x| *x == n as f32 + 1.0)));
+        // One frame of each chunk holds it.
+        let held = [frames.remove(0), frames.remove(4), frames.remove(9)];
+        drop(frames);
+        assert_eq!(arena.bytes(), 3 * 4096);
+        let [a, b, c] = held;
+        drop(b);
+        assert_eq!(arena.bytes(), 3 * 4096, "one is kept");
+        drop(c);
+        assert_eq!(arena.bytes(), 2 * 4096);
+        // The first free frames are in the first chunk; what they held is gone.
+        let again: Vec<Frame> = (0..3).map(|_| arena.zeroed(words).unwrap()).collect();
+        assert_eq!(arena.bytes(), 2 * 4096);
+        assert!(again.iter().all(|frame| frame.iter().all(|x| x.to_bits() == 0)));
+        // The spare is taken, and no spare any more.
+        let more = arena.zeroed(words).unwrap();
+        assert!(more.iter().all(|x| x.to_bits() == 0));
+        assert_eq!(arena.bytes(), 2 * 4096);
+        drop((a, again));
+        assert_eq!(arena.bytes(), 2 * 4096);
+        drop(more);
+        assert_eq!(arena.bytes(), 4096);
+        // A spare of another size goes when there is a later one.
+        drop(arena.zeroed(2 * words).unwrap());
+        assert_eq!(arena.bytes(), 4096);
+        assert_eq!(format!("{arena:?}"), "Arena { bytes: 4096, .. }");
+    }
+
+    #[test]
+    fn frames_are_apart_zero_when_taken_and_copied_whole() {
+        let arena = Arena::of_chunks(8 * KIB);
+        let mut rng = SmallRng::seed_from_u64(1);
+        let mut live: Vec<(f32, Frame)> = Vec::new();
+        for step in 0..if cfg!(miri) { 60 } else { 4000 } {
+            if rng.random_range(0..5_u32) < 2 && !live.is_empty() {
+                let (value, frame) = live.swap_remove(rng.random_range(0..live.len()));
+                assert!(frame.iter().all(|x| *x == value));
+                continue;
+            }
+            let value = step as f32 + 1.0;
+            if rng.random_range(0..4_u32) == 0 && !live.is_empty() {
+                let (value, of) = &live[rng.random_range(0..live.len())];
+                let copy = arena.copy(of).unwrap();
+                live.push((*value, copy));
+            } else {
+                let mut frame = arena.zeroed([256, 512, 768][rng.random_range(0..3)]).unwrap();
+                assert!(frame.iter().all(|x| x.to_bits() == 0), "step {step}");
+                assert!(frame.as_ptr().addr().is_multiple_of(64));
+                fill_by_copies(&mut frame, value);
+                live.push((value, frame));
+            }
+        }
+        assert!(live.iter().all(|(value, frame)| frame.iter().all(|x| x == value)));
+        let in_use: usize = live.iter().map(|(_, frame)| frame.len() * 4).sum();
+        assert!(arena.bytes() >= in_use as u64);
+        // Frames outlive the handle that they were taken by.
+        let held = arena.clone();
+        drop(arena);
+        drop(live);
+        assert!(held.bytes() <= 16 * KIB as u64, "{} bytes without a frame", held.bytes());
+    }
+
+    #[test]
+    fn threads_never_share_a_frame() {
+        let arena = Arena::of_chunks(16 * KIB);
+        std::thread::scope(|scope| {
+            for thread in 0..if cfg!(miri) { 2 } else { 4_u64 } {
+                let arena = &arena;
+                scope.spawn(move || {
+                    let mut rng = SmallRng::seed_from_u64(thread);
+                    let mut live: Vec<Frame> = Vec::new();
+                    for _ in 0..if cfg!(miri) { 40 } else { 3000 } {
+                        if live.len() < 20 && rng.random() {
+                            let mut frame = arena.zeroed(256 << rng.random_range(0..2_u32)).unwrap();
+                            assert!(frame.iter().all(|x| x.to_bits() == 0));
+                            fill_by_copies(&mut frame, thread as f32 + 1.0);
+                            live.push(frame);
+                        } else if !live.is_empty() {
+                            let frame = live.swap_remove(rng.random_range(0..live.len()));
+                            assert!(frame.iter().all(|x| *x == thread as f32 + 1.0));
+                        }
+                    }
+                });
+            }
+        });
+        assert!(arena.bytes() <= 16 * KIB as u64, "{} bytes without a frame", arena.bytes());
+    }
+
+    #[cfg(not(miri))]
+    #[test]
+    fn memory_that_the_system_refuses_is_an_error_and_takes_nothing() {
+        let arena = Arena::new();
+        assert!(arena.zeroed(1 << 55).is_err());
+        assert_eq!(arena.bytes(), 0);
+    }
+}
