@@ -210,8 +210,13 @@ fn a_plan_is_summarised() {
         kv_bytes: 9,
         resident_bytes: 10,
     };
-    let plan =
-        Plan { shares: vec![share], tokens_per_cell: 5, reason: "one\nline".into(), predicted_seconds: 0.25 };
+    let plan = Plan {
+        shares: vec![share],
+        tokens_per_cell: 5,
+        reason: "one\nline".into(),
+        predicted_seconds: 0.25,
+        sent_bytes: 0,
+    };
     let summary = PlanSummary::new(&plan, "c1-f32-op1");
     let decoded = PlanSummary::decode(summary.into(), &shape()).unwrap();
     assert_eq!((decoded.reason.as_str(), decoded.kernel_id.as_str()), ("one\\nline", "c1-f32-op1"));
