@@ -7,9 +7,22 @@
 //! Queries, which every share of a head needs, are projected on the client always, as are gate and result.
 //!
 //! Both are predicted by the planner's own model ([`attnd_plan::CostModel`] as coordinators have it unless told otherwise), over the
-//! workers that the coordinator knows: bytes to the workers, what they compute, projections included, partials, messages. The client's
-//! own work comes on top: its operations at the rate that its linear layers reach, which is measured once, and the heads that are put
-//! together out of rows. The faster one is chosen; at equal times, the client.
+//! workers that the coordinator knows: bytes to the workers, what they compute, projections included, partials, messages. On top of
+//! that come the bytes that the client sends, at the rate of a link, and its own work: its operations at the rate that its linear layers
+//! reach, which is measured once, and the heads that are put together out of rows. The faster one is chosen; at equal times, the client.
+//!
+//! Measured with `attnd layer` built with the profile `suite`, on two cores that other programs used as well, which makes ratios of
+//! these seconds mean more than the seconds: 64 queries, 16,384 keys, 8 heads of 64, two workers of one thread, best of five calls each;
+//! MB from the client / to workers.
+//!
+//! | width, kv heads | client: MB, seconds | workers: MB, seconds |
+//! |---|---|---|
+//! | 512, 8 | 67.2 / 67.2, 0.53 | 35.8 / 69.3, 0.55 |
+//! | 128, 8 | 67.2 / 67.2, 0.38 | 9.0 / 17.4, 0.14 |
+//! | 1024, 1 | 8.5 / 8.7, 0.11 | 67.8 / 68.4, 0.23 |
+//!
+//! Without the bytes that the client sends, the model chose the workers in the third row too; seconds are predicted too low by factors
+//! of two to three there, as the loopback interface takes the cores that compute.
 //!
 //! What can't be made on workers ([`Obstacle`]) is decided for the client.
 
@@ -254,12 +267,15 @@ fn predict(begin: &Begin, ways: &Ways, workers: &[Capacity]) -> Option<Predictio
         sides: begin.sides.clone(),
         workers: begin.workers,
     };
-    let planned = plan(&request, workers, &CostModel::default()).ok()?;
+    let costs = CostModel::default();
+    let planned = plan(&request, workers, &costs).ok()?;
     let kv_bytes = if begin.shape.kv_is_projected() { 0 } else { kv_bytes(&begin.shape) };
+    let client_bytes = ways.query_bytes + kv_bytes + begin.sides.bytes();
+    let upload_seconds = client_bytes as f64 / costs.link_bytes_per_second;
     Some(Prediction {
-        client_bytes: ways.query_bytes + kv_bytes + begin.sides.bytes(),
+        client_bytes,
         worker_bytes: planned.sent_bytes,
-        seconds: planned.predicted_seconds,
+        seconds: planned.predicted_seconds + upload_seconds,
     })
 }
 
@@ -274,13 +290,13 @@ pub(super) fn own_gflops(kernels: &Kernels) -> f64 {
     const WIDTH: usize = 256;
     static MEASURED: OnceLock<f64> = OnceLock::new();
     *MEASURED.get_or_init(|| {
-        // Several blocks of rows for each core.
+        // Two blocks of rows for each core: a pass so short that the best of many was not disturbed.
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let rows = 96 * 8 * cores;
+        let rows = 96 * 2 * cores;
         let Ok(linear) = Linear::new(&[0.5; WIDTH * WIDTH], [WIDTH, WIDTH], None) else { return 1.0 };
         let (x, mut y) = (vec![0.25; rows * WIDTH], vec![0.0; rows * WIDTH]);
         let mut best = f64::INFINITY;
-        for _pass in 0..3 {
+        for _pass in 0..16 {
             let begun = Instant::now();
             linear.apply(kernels, &x, &mut y);
             best = best.min(begun.elapsed().as_secs_f64());
