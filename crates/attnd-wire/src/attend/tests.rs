@@ -156,8 +156,8 @@ fn damaged_chunks_are_found() {
     message.data = vec![2; 4096].into();
     let error = decode(message.clone()).unwrap_err();
     assert_eq!(error.message(), "CHECKSUM: chunk 2, nothing applied");
-    message.tensor = 9;
-    assert_eq!(decode(message.clone()).unwrap_err().message(), "TENSOR: 9");
+    message.tensor = 99;
+    assert_eq!(decode(message.clone()).unwrap_err().message(), "TENSOR: 99");
     message.tensor = proto::Tensor::Mask.into();
     assert_eq!(decode(message).unwrap_err().message(), "TENSOR: mask, and Begin has no mask.dense");
 }

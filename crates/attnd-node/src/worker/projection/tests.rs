@@ -229,7 +229,8 @@ fn what_is_not_finite_is_named_as_it_was_sent_or_made() {
     assert_eq!(made(&bad, &planes, true), Ok(()));
     // Finite rows and a finite matrix of which an element of a key is none.
     let mut bad = scene();
-    with(&mut bad, 0, (6 + 1) * 7 + 2, f32::MAX);
+    // Behind the matrix and the bias of the first head.
+    with(&mut bad, 0, 6 * 7 + 6 + 2, 4.0);
     with(&mut bad, 2, (KEYS + 300) * 7 + 2, -2e38);
     let planes = bad.planes(500).unwrap();
     assert_eq!(made(&bad, &planes, true), Err("NON_FINITE: k[h=3,pos=300,i=0] -inf".into()));
