@@ -3,6 +3,7 @@
 mod dense;
 mod operators;
 mod outputs;
+mod projections;
 mod scores;
 mod tables;
 mod uniform;

@@ -153,7 +153,7 @@ async fn numbers_that_mean_nothing() {
         let frames = small().with(|begin| begin.causal = causal).frames();
         scene.refuses("causal", frames, &Refusal::invalid(format!("CAUSAL: {causal}"))).await;
     }
-    for tensor in [0, 9] {
+    for tensor in [0, 99] {
         let mut frames = small().frames();
         edit_chunk(&mut frames[2], |chunk| chunk.tensor = tensor);
         scene.refuses("tensor", frames, &Refusal::invalid(format!("TENSOR: {tensor}"))).await;

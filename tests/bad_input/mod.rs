@@ -6,6 +6,7 @@
 //!
 //! The modules go by group: [`protocol`] is HTTP/2 and gRPC below the messages, [`stream_order`] the order of frames,
 //! [`begin`] what a call may ask for, [`values`] the numbers in its tensors, [`beside`] its dense masks and biases,
+//! [`source`] what workers make its keys and values of,
 //! [`worker_port`] the same for a worker's own port, [`files`] what the command line refuses to read.
 //!
 //! Left out, because a one-shot call has none of it: sessions that disagree with a call, and tenants. Causal offsets,
@@ -27,6 +28,7 @@ mod files;
 mod http2;
 mod protocol;
 mod scene;
+mod source;
 mod stream_order;
 mod values;
 mod worker_port;

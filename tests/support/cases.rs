@@ -232,6 +232,7 @@ impl Case {
             outputs: OutputsParts::default(),
             allow_non_finite: self.data == Data::Poisoned,
             forbid_empty_rows: false,
+            source: None,
             workers,
             timeout: Some(CALL_LIMIT),
         }

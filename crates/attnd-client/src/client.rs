@@ -101,7 +101,7 @@ impl Client {
         progress: &mut (dyn FnMut(Progress) + Send),
     ) -> Result<Attended, ClientError> {
         let begin = operands.begin(options)?;
-        let (_, beside) = side::beside(options, &operands.shape)?;
+        let (_, beside) = side::beside(options, &begin.shape)?;
         let deadline = options.timeout.map(|timeout| Instant::now() + timeout.min(MAX_TIMEOUT));
         let mut attempts = 0;
         let mut retried_after = Vec::new();

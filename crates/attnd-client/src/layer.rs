@@ -1,4 +1,5 @@
-//! Layers of multi-head attention: projections on this side, attention over them on the cluster.
+//! Layers of multi-head attention: projections on this side, unless those of keys and values cost less on the workers, and attention
+//! over them on the cluster.
 //!
 //! ```text
 //! Q = x_q W^Q + b^Q     K = x_k W^K + b^K     V = x_v W^V + b^V      heads are equal parts of a row
@@ -12,14 +13,17 @@
 //!
 //! Projections are those of [`attnd_kernel::Linear`], on all cores, so a layer's results have the same bits on any number of workers
 //! and on any instruction set. [`Layer::project`] makes keys and values once; [`ProjectedKv`] serves any number of calls, as a
-//! decoder's attention to its encoder needs.
+//! decoder's attention to its encoder needs. [`Layer::call`] makes them for one call, here or on the workers, which have the same
+//! linear layers, so its result has the same bits either way; [`Layer::plan`] says which is predicted to be faster.
 //!
 //! `weights.rs` has the matrices, `state.rs` their names in files, `rope.rs` rotary positions, `learnt.rs` what a learnt key does to
-//! the options of a call, `attention.rs` the call, `plan.rs` where projections run and what travels, `latent.rs` latent attention,
-//! whose keys and values are one latent for all heads: to the rest it is a layer with one kv head and more steps around the call.
+//! the options of a call, `heads.rs` makes heads of rows, `attention.rs` the call, `plan.rs` where keys and values are projected and
+//! what travels, `latent.rs` latent attention, whose keys and values are one latent for all heads: to the rest it is a layer with one kv
+//! head and more steps around the call.
 
 mod attention;
 mod error;
+mod heads;
 mod latent;
 mod learnt;
 mod plan;
@@ -34,11 +38,13 @@ use std::sync::Arc;
 
 use attnd_kernel::{Kernels, Linear};
 
+use self::weights::HeadMatrices;
+
 pub use self::attention::{LayerAnswer, LayerCall, LayerWeights, ProjectedKv};
 pub use self::error::LayerError;
 use self::latent::Latent;
 pub use self::latent::{LatentParts, LatentWeights, Norm};
-pub use self::plan::ProjectionPlan;
+pub use self::plan::{Obstacle, Place, PlaceReason, Prediction, ProjectOn, ProjectionPlan};
 pub use self::rope::{Angles, Rope, RopeStyle};
 pub use self::rows::Rows;
 pub use self::state::StateTensor;
@@ -92,8 +98,9 @@ struct Inner {
     scale: Option<f32>,
     rope: Option<Rope>,
     add_zero_attn: bool,
-    /// Bytes of all matrices and biases.
-    weight_bytes: u64,
+    /// The matrices of keys and values as they travel to workers.
+    key_matrices: HeadMatrices,
+    value_matrices: HeadMatrices,
 }
 
 impl Layer {
@@ -109,7 +116,6 @@ impl Layer {
         if let Some(rope) = &rope {
             rope.check(dims.head_dim)?;
         }
-        let weight_bytes = weights.bytes();
         let inner = Inner {
             kernels: Kernels::from_env()?,
             dims,
@@ -123,7 +129,8 @@ impl Layer {
             scale,
             rope,
             add_zero_attn,
-            weight_bytes,
+            key_matrices: HeadMatrices::new(weights.key, kv_heads),
+            value_matrices: HeadMatrices::new(weights.value, kv_heads),
         };
         Ok(Self { inner: Arc::new(inner) })
     }
@@ -147,11 +154,6 @@ impl Layer {
     pub fn output_width(&self) -> usize {
         let dims = &self.inner.dims;
         self.inner.output.as_ref().map_or(dims.heads * dims.value_dim, Linear::outputs)
-    }
-
-    /// Where the projections of a call over these rows run, and what travels. Rows that are clones of each other count once.
-    pub fn plan(&self, query: &Rows, key: &Rows, value: &Rows) -> ProjectionPlan {
-        plan::plan(&self.inner, query, key, value)
     }
 }
 

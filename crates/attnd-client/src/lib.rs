@@ -33,7 +33,7 @@ pub use attnd_kernel::{
     AttnShape, Causal, Dims, Documents, Dtype, EmptyRow, Mask, Normaliser, OutputsParts, PerBatch, Positions,
     Rectangle, Run, ShapeError, Stage, Window, alibi_slopes,
 };
-pub use attnd_plan::{Element, WorkerChoice};
+pub use attnd_plan::{Element, Projected, Projection, WorkerChoice};
 pub use attnd_wire::deadline::MAX_TIMEOUT;
 pub use attnd_wire::{ClusterStatus, Outcome, PlanSummary, Reason, ShareSummary, Timings, WorkerStatus};
 pub use client::{Attended, Client, Progress};
@@ -41,4 +41,4 @@ pub use error::ClientError;
 pub use inspected::Inspected;
 pub use operands::{Alibi, AttendOptions, Operands};
 pub use retry::MAX_ATTEMPTS;
-pub use side::DenseTensor;
+pub use side::{DenseTensor, KvSource};

@@ -8,10 +8,10 @@ use attnd_kernel::{
     Relative, Score, Selection, Swin, alibi_slopes,
 };
 use attnd_plan::{SideTensor, Tensor, WorkerChoice};
-use attnd_wire::{Begin, Error, Reason, operator, outputs};
+use attnd_wire::{Begin, Error, Reason, operator, outputs, projection};
 use bytes::Bytes;
 
-use crate::side::{DenseTensor, beside};
+use crate::side::{DenseTensor, KvSource, beside};
 
 /// Q, K and V of one call, little-endian elements in C order. Cloning copies no tensor.
 #[derive(Clone, Debug)]
@@ -22,9 +22,9 @@ pub struct Operands {
     pub dtype: Dtype,
     /// `[batch, heads, queries, query_dim]`, where `query_dim` is `head_dim` unless a score function takes another.
     pub q: Bytes,
-    /// `[batch, kv_heads, keys, head_dim]`.
+    /// `[batch, kv_heads, keys, head_dim]`; empty where workers make keys and values ([`AttendOptions::source`]).
     pub k: Bytes,
-    /// `[batch, kv_heads, keys, value_dim]`; empty where values are the first elements of keys
+    /// `[batch, kv_heads, keys, value_dim]`; empty there too, and where values are the first elements of keys
     /// ([`AttnShape::with_values_from_keys`]).
     pub v: Bytes,
 }
@@ -72,6 +72,9 @@ pub struct AttendOptions {
     pub allow_non_finite: bool,
     /// Refuses rows that see no key instead of answering; not together with another `empty_row` than 0.
     pub forbid_empty_rows: bool,
+    /// What workers make keys and values of; the operands' own are empty then. Not with other operands than f32, nor with uniform
+    /// empty rows, nor with values that are the first elements of keys.
+    pub source: Option<KvSource>,
     /// How many workers may take part.
     pub workers: WorkerChoice,
     /// Time from the first byte sent to the last row received, all attempts included; at most an hour, longer ones
@@ -110,19 +113,29 @@ impl Operands {
     /// [`Reason::PayloadLength`] where a tensor doesn't have the bytes that the shape needs, [`Reason::Scale`],
     /// [`Reason::Operator`], [`Reason::Outputs`] and [`Reason::Combination`] where the options make no sense for it.
     pub(crate) fn begin(&self, options: &AttendOptions) -> Result<Begin, Error> {
+        let begin = Self::begin_of(self.shape, self.dtype, options)?;
         for tensor in Tensor::ALL {
-            let need = tensor.bytes(&self.shape, self.dtype.size());
+            let need = tensor.bytes(&begin.shape, self.dtype.size());
             let payload = self.tensor(tensor).len();
             if payload as u64 != need {
                 let detail = format!("{tensor}: shape needs {need}, payload {payload}");
                 return Err(Error::new(Reason::PayloadLength, detail));
             }
         }
-        let (sides, _bytes) = beside(options, &self.shape)?;
-        let default_scale = || options.score.function().default_scale(&self.shape);
+        Ok(begin)
+    }
+
+    /// The same of operands that are not there yet.
+    ///
+    /// # Errors
+    /// As [`Self::begin`], but for lengths of operands.
+    pub(crate) fn begin_of(shape: AttnShape, dtype: Dtype, options: &AttendOptions) -> Result<Begin, Error> {
+        let shape = if options.source.is_some() { shape.with_projected_kv() } else { shape };
+        let (sides, _bytes) = beside(options, &shape)?;
+        let default_scale = || options.score.function().default_scale(&shape);
         let scale = options.scale.unwrap_or_else(default_scale);
         let alibi = options.alibi.as_ref().map(|alibi| Bias::Alibi {
-            slopes: alibi.slopes.clone().unwrap_or_else(|| alibi_slopes(self.shape.n_heads()).into()),
+            slopes: alibi.slopes.clone().unwrap_or_else(|| alibi_slopes(shape.n_heads()).into()),
             by_key: alibi.by_key,
         });
         let dense = sides.of(SideTensor::Bias).map(|_| Bias::Dense);
@@ -140,14 +153,15 @@ impl Operands {
             empty_row: options.empty_row,
             ..OperatorParts::plain(scale, Causal::None)
         };
-        let operator = Operator::new(parts, &self.shape)?;
+        let operator = Operator::new(parts, &shape)?;
         operator::check_previous(&operator, &sides)?;
         operator::check_bytes(&operator)?;
         operator::check_empty_rows(&operator, options.forbid_empty_rows)?;
-        let outputs = outputs::checked(options.outputs.clone(), &self.shape, &operator)?;
+        projection::check(&shape, dtype, &operator)?;
+        let outputs = outputs::checked(options.outputs.clone(), &shape, &operator)?;
         Ok(Begin {
-            shape: self.shape,
-            dtype: self.dtype,
+            shape,
+            dtype,
             operator: Arc::new(operator),
             outputs,
             sides,

@@ -1,7 +1,7 @@
-//! Dense masks and biases of a call: what a caller hands over beside Q, K and V.
+//! Dense masks and biases of a call, and what keys and values are made of: what a caller hands over beside Q, K and V.
 
 use attnd_kernel::AttnShape;
-use attnd_plan::{Element, SideLayout, SideTensor, Sides};
+use attnd_plan::{Element, Projection, SideLayout, SideTensor, Sides};
 use attnd_wire::{Error, Reason};
 use bytes::Bytes;
 
@@ -18,6 +18,22 @@ pub struct DenseTensor {
     pub shape: [usize; 4],
     /// The elements.
     pub bytes: Bytes,
+}
+
+/// What workers make keys and values of, by [`attnd_kernel::Linear`]: for each kv head `k = W x + b`, and values the same of another
+/// matrix. Cloning copies no element.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KvSource {
+    /// Widths and types, and whether values are made of the rows of keys.
+    pub projection: Projection,
+    /// For each kv head of a batch element `W` of `[head_dim, width]`, and behind it `b` of `[head_dim]` if there is a bias; f32.
+    pub key_matrices: Bytes,
+    /// The same for values, of `value_dim`.
+    pub value_matrices: Bytes,
+    /// The rows that keys are made of, `[batch, keys, width]`.
+    pub rows: Bytes,
+    /// The rows that values are made of; empty if they are the same.
+    pub value_rows: Bytes,
 }
 
 /// The tensors that travel beside the operands, each with its bytes, in the order in which they travel.
@@ -42,16 +58,34 @@ pub(crate) fn beside(options: &AttendOptions, shape: &AttnShape) -> Result<(Side
     }
     tensors.extend(options.previous.iter().map(|previous| (SideTensor::Previous, previous)));
     let mut layouts = Vec::new();
-    for (tensor, DenseTensor { element, shape: dims, bytes }) in &tensors {
-        let layout = SideLayout::dense(*tensor, *element, *dims, shape)?;
+    for (tensor, DenseTensor { element, shape: dims, bytes }) in tensors {
+        layouts.push((SideLayout::dense(tensor, *element, *dims, shape)?, bytes));
+    }
+    if let Some(source) = &options.source {
+        let of_projection = source.projection.layouts(shape)?;
+        layouts.extend(of_projection.into_iter().map(|layout| (layout, source.bytes_of(layout.tensor()))));
+    }
+    for (layout, bytes) in &layouts {
         if bytes.len() as u64 != layout.bytes() {
-            let (need, payload) = (layout.bytes(), bytes.len());
+            let (tensor, need, payload) = (layout.tensor(), layout.bytes(), bytes.len());
             let detail = format!("{tensor}: shape needs {need}, payload {payload}");
             return Err(Error::new(Reason::PayloadLength, detail));
         }
-        layouts.push(layout);
     }
-    Ok((Sides::new(layouts)?, tensors.into_iter().map(|(_, tensor)| tensor.bytes.clone()).collect()))
+    let (layouts, bytes): (Vec<SideLayout>, Vec<Bytes>) =
+        layouts.into_iter().map(|(layout, bytes)| (layout, bytes.clone())).unzip();
+    Ok((Sides::new(layouts)?, bytes))
+}
+
+impl KvSource {
+    fn bytes_of(&self, tensor: SideTensor) -> &Bytes {
+        match tensor {
+            SideTensor::KeyMatrix => &self.key_matrices,
+            SideTensor::ValueMatrix => &self.value_matrices,
+            SideTensor::ValueSource => &self.value_rows,
+            SideTensor::Mask | SideTensor::Bias | SideTensor::Previous | SideTensor::Source => &self.rows,
+        }
+    }
 }
 
 #[cfg(test)]

@@ -11,8 +11,11 @@
 //! all, and a frame that is cleared when it is taken is in the cache when its first rows are written. What lay in a free frame stays
 //! there until then; nothing reads it.
 //!
-//! One lock holds all lists. It is held for a few steps in them, and for the system call that makes a chunk; clearing frames and
+//! One lock holds all lists. It is held for a few steps in them, and for the system calls that make a chunk; clearing frames and
 //! giving chunks back happen outside of it.
+//!
+//! **Limit.** Frames that are free in chunks that aren't, and pages that views and forks hold, are in no account of sequences; an arena
+//! knows all of it. So the bound on memory is the arena's: what would exceed it is refused before anything is mapped.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
@@ -33,6 +36,8 @@ pub struct Arena(Arc<Shared>);
 
 struct Shared {
     granule: usize,
+    /// Of the bytes of all chunks.
+    limit: u64,
     state: Mutex<State>,
 }
 
@@ -87,22 +92,28 @@ impl Carving {
 /// Bytes of chunks that `n` frames of `words` words take, with their share of what is lost behind the last one.
 pub(crate) fn bytes_of_frames(n: usize, words: usize) -> u64 {
     let Carving { chunk_bytes, frames } = Carving::new(words * size_of::<f32>(), GRANULE);
-    n as u64 * chunk_bytes.div_ceil(frames) as u64
+    (n as u64).saturating_mul(chunk_bytes.div_ceil(frames) as u64)
 }
 
 impl Arena {
-    /// An arena that has no memory yet.
+    /// An arena that has no memory yet, and may take all there is.
     pub fn new() -> Self {
-        Self::of_chunks(GRANULE)
+        Self::of_chunks(GRANULE, u64::MAX)
+    }
+
+    /// An arena that takes at most so many bytes.
+    pub fn with_limit(bytes: u64) -> Self {
+        Self::of_chunks(GRANULE, bytes)
     }
 
     /// The same with chunks that are multiples of another size. Pages are multiples of 1 KiB, so with chunks of that each has one.
-    pub(crate) fn of_chunks(granule: usize) -> Self {
-        Self(Arc::new(Shared { granule, state: Mutex::default() }))
+    pub(crate) fn of_chunks(granule: usize, limit: u64) -> Self {
+        Self(Arc::new(Shared { granule, limit, state: Mutex::default() }))
     }
 
     /// What the arena takes of the system's memory, in bytes: chunks in use, and one that isn't at most. Beyond
-    /// what [`crate::PageLayout::resident_bytes`] says of all pages in use, that is frames that are free in chunks that aren't.
+    /// what [`crate::PageLayout::resident_bytes`] says of all pages in use, views' among them, that is frames that are free in chunks that
+    /// aren't.
     pub fn bytes(&self) -> u64 {
         self.0.state().bytes
     }
@@ -133,6 +144,16 @@ impl Arena {
     fn take(&self, words: usize) -> Result<(Frame, bool), OutOfMemory> {
         let carving = Carving::new(words * size_of::<f32>(), self.0.granule);
         let mut state = self.0.state();
+        let is_new = state.sizes.get(&words).is_none_or(|of_size| of_size.with_free.is_empty());
+        if is_new {
+            // What nobody uses makes room for what somebody wants.
+            let over = |state: &State| state.bytes.saturating_add(carving.chunk_bytes as u64) > self.0.limit;
+            let spare = if over(&state) { state.give_up_spare() } else { None };
+            if over(&state) {
+                return Err(OutOfMemory { bytes: carving.chunk_bytes as u64 });
+            }
+            drop(spare);
+        }
         let State { sizes, bytes, spare } = &mut *state;
         let of_size = sizes.entry(words).or_default();
         let at = match of_size.with_free.first() {
@@ -177,7 +198,7 @@ impl std::fmt::Debug for Arena {
 }
 
 impl Shared {
-    /// The lists. No step in them can panic half way.
+    /// The lists. No step in them panics half way, unless a rule here is broken: then a frame is lost, and no more.
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -185,8 +206,7 @@ impl Shared {
     /// Makes a frame free; returns the memory of a chunk that is not kept.
     fn give_back(&self, words: usize, at: usize, frame: usize) -> Option<Buffer> {
         let mut state = self.state();
-        let State { sizes, bytes, spare } = &mut *state;
-        let of_size = sizes.get_mut(&words)?;
+        let of_size = state.sizes.get_mut(&words)?;
         let chunk = of_size.chunk(at);
         chunk.returned.push(Reverse(frame));
         let is_in_use = chunk.returned.len() < chunk.fresh;
@@ -194,9 +214,18 @@ impl Shared {
         if is_in_use {
             return None;
         }
-        let (words, at) = spare.replace((words, at))?;
-        let memory = sizes.get_mut(&words)?.remove(at)?.memory;
-        *bytes -= (memory.len() * size_of::<f32>()) as u64;
+        let given_up = state.give_up_spare();
+        state.spare = Some((words, at));
+        given_up
+    }
+}
+
+impl State {
+    /// Takes the chunk that is kept out of the lists.
+    fn give_up_spare(&mut self) -> Option<Buffer> {
+        let (words, at) = self.spare.take()?;
+        let memory = self.sizes.get_mut(&words)?.remove(at)?.memory;
+        self.bytes -= (memory.len() * size_of::<f32>()) as u64;
         Some(memory)
     }
 }
@@ -283,6 +312,22 @@ mod tests {
     const KIB: usize = 1 << 10;
 
     #[test]
+    fn a_limit_is_kept_and_what_nobody_uses_makes_room() {
+        let words = KIB / 4;
+        let arena = Arena::of_chunks(KIB, 3 * KIB as u64);
+        let mut frames: Vec<Frame> = (0..3).map(|_| arena.zeroed(words).unwrap()).collect();
+        let refused = arena.zeroed(words).unwrap_err();
+        assert_eq!((refused.bytes, arena.bytes()), (KIB as u64, 3 * KIB as u64));
+        frames.pop();
+        assert_eq!(arena.bytes(), 3 * KIB as u64, "one is kept");
+        // Of another size, for which the one that is kept is of no use.
+        assert!(arena.zeroed(2 * words).is_err(), "two and two");
+        assert_eq!(arena.bytes(), 2 * KIB as u64);
+        frames.pop();
+        assert!(arena.zeroed(2 * words).is_ok());
+    }
+
+    #[test]
     fn at_most_an_eighth_of_a_chunk_is_lost() {
         let mut largest = 0;
         for storage in [Storage::F32, Storage::F16, Storage::Bf16, Storage::Int8, Storage::Int4] {
@@ -310,7 +355,7 @@ mod tests {
 
     #[test]
     fn a_chunk_without_frames_in_use_goes_back_but_for_one() {
-        let arena = Arena::of_chunks(4 * KIB);
+        let arena = Arena::of_chunks(4 * KIB, u64::MAX);
         // Four in a chunk.
         let words = KIB / 4;
         let mut frames: Vec<Frame> = (0..12).map(|_| arena.zeroed(words).unwrap()).collect();
@@ -348,7 +393,7 @@ mod tests {
 
     #[test]
     fn frames_are_apart_zero_when_taken_and_copied_whole() {
-        let arena = Arena::of_chunks(8 * KIB);
+        let arena = Arena::of_chunks(8 * KIB, u64::MAX);
         let mut rng = SmallRng::seed_from_u64(1);
         let mut live: Vec<(f32, Frame)> = Vec::new();
         for step in 0..if cfg!(miri) { 60 } else { 4000 } {
@@ -382,7 +427,7 @@ mod tests {
 
     #[test]
     fn threads_never_share_a_frame() {
-        let arena = Arena::of_chunks(16 * KIB);
+        let arena = Arena::of_chunks(16 * KIB, u64::MAX);
         std::thread::scope(|scope| {
             for thread in 0..if cfg!(miri) { 2 } else { 4_u64 } {
                 let arena = &arena;

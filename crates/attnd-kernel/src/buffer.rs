@@ -70,7 +70,7 @@ impl Buffer {
         Ok(Self { start, len, origin: Origin::Allocator(layout) })
     }
 
-    /// Allocates `len` zeros, in nothing but huge pages where they fill some: for buffers of which there are many. To the system
+    /// Allocates `len` zeros, in nothing but huge pages where they fill whole ones; else as [`Self::zeroed`]. For buffers of which there are many. To the system
     /// they are one mapping where they lie side by side, and the number of mappings is limited.
     pub(crate) fn in_huge_pages(len: usize) -> Result<Self, OutOfMemory> {
         #[cfg(all(target_os = "linux", not(miri)))]
@@ -188,8 +188,14 @@ impl Drop for Buffer {
             Origin::Allocator(layout) => unsafe { dealloc(self.start.as_ptr().cast(), layout) },
             #[cfg(all(target_os = "linux", not(miri)))]
             Origin::Mapping { base, bytes } => {
-                // SAFETY: exactly the range that mmap returned, unmapped once, with no borrow left.
-                let _cannot_fail = unsafe { libc::munmap(base, bytes) };
+                // SAFETY: the range is what is kept of a mapping that was made for this buffer alone, and no borrow of it is left.
+                let is_refused = unsafe { libc::munmap(base, bytes) } != 0;
+                if is_refused {
+                    // It lies in the middle of what is one mapping to the system, which has too many to make two of it. Giving
+                    // up the memory needs no other mapping; the addresses stay taken.
+                    // SAFETY: the same range, which nothing points to any more.
+                    let _refused = unsafe { libc::madvise(base, bytes, libc::MADV_DONTNEED) };
+                }
             }
         }
     }

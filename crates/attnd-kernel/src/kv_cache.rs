@@ -7,7 +7,7 @@
 //!
 //! **Rows become visible by [`KvCache::commit`] alone.** They are written behind the last visible one, where nothing looks: a view
 //! is of so many tokens, and what is in its pages beyond them has no influence (`hostile_memory/cache.rs` has NaN there). So an
-//! append to many heads is refused as a whole by not committing any, and what was cut off need not be cleared.
+//! append to many heads is refused as a whole: where one of them refuses, all the others [`KvCache::forget_uncommitted`].
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -17,6 +17,7 @@ use crate::buffer::OutOfMemory;
 use crate::dtype::Dtype;
 use crate::fill::Rows;
 use crate::pages::{KvView, NonFinite, PageLayout, PageTable, Part};
+use crate::shape::MAX_KEYS;
 use crate::slot::{N_SLOTS, PAGE_KEYS, n_pages, slot_of_page};
 
 /// Keys and values of one kv head in the pages of a range of slots, of a sequence that grows.
@@ -26,7 +27,7 @@ pub struct KvCache {
     layout: PageLayout,
     slots: Range<usize>,
     len: usize,
-    /// Up to where rows have been written: at least `len`, or the position behind the last row.
+    /// The position behind the last row that was written and isn't committed; `len` if there is none.
     written: Written,
     /// Each frame has the words of a page.
     table: Arc<PageTable>,
@@ -44,18 +45,24 @@ pub enum AppendError {
     /// A value that is NaN or infinite where finite values are promised, or where what is stored knows none.
     #[error(transparent)]
     NonFinite(#[from] NonFinite),
-    /// The system has no memory for another page.
+    /// The arena or the system has no memory for another page.
     #[error(transparent)]
     OutOfMemory(#[from] OutOfMemory),
+    /// A position that no call reaches.
+    #[error("a sequence of {len} tokens, at most {MAX_KEYS}")]
+    TooLong {
+        /// Tokens there would be.
+        len: usize,
+    },
 }
 
 impl KvCache {
     /// An empty sequence whose pages in `slots` will lie in `arena`.
     ///
     /// # Panics
-    /// If keys or values have no elements.
+    /// If keys or values have no elements or more than [`crate::shape::MAX_DIM`], or there are no such slots.
     pub fn new(arena: &Arena, layout: PageLayout, slots: Range<usize>) -> Self {
-        assert!(layout.head_dim > 0 && layout.value_dim > 0, "elements of {layout:?}");
+        assert!(layout.is_possible() && slots.end <= N_SLOTS, "{layout:?} in slots {slots:?}");
         let written = Written { keys: 0, values: 0 };
         Self { arena: arena.clone(), layout, slots, len: 0, written, table: Arc::default() }
     }
@@ -83,8 +90,10 @@ impl KvCache {
     }
 
     /// Memory that appending up to `len` tokens takes beyond [`Self::bytes`], in bytes, as things are: that of pages to come, and
-    /// of the copy of the last page where a fork or a view holds it and rows are to be written there.
+    /// of the copy of the last page where a fork or a view holds it and rows are to be written there. No sequence grows beyond
+    /// [`MAX_KEYS`].
     pub fn growth_bytes(&self, len: usize) -> u64 {
+        let len = len.min(MAX_KEYS);
         let is_held = Arc::strong_count(&self.table) > 1;
         let is_here = |page: &usize| match self.table.get(*page) {
             Some(Some(frame)) => !is_held && Arc::strong_count(frame) == 1,
@@ -109,8 +118,9 @@ impl KvCache {
     /// the sequence once [`Self::commit`] says so.
     ///
     /// # Errors
-    /// The first NaN or infinity, if `check_finite` or integers are stored, after rounding to the storage type; or that the
-    /// system has no memory for a page. All rows that aren't committed are then gone, and the sequence is as it was.
+    /// The first NaN or infinity, if `check_finite` or integers are stored, after rounding to the storage type; that there is no
+    /// memory for a page; that the sequence would be too long. All rows that aren't committed are then gone, and the sequence is as
+    /// it was: other heads that took their part of the same append have to [`Self::forget_uncommitted`].
     ///
     /// # Panics
     /// If `first` isn't [`Self::next_key`], or `rows` aren't whole rows.
@@ -155,8 +165,13 @@ impl KvCache {
         self.written = Written { keys: len, values: len };
     }
 
-    /// Cuts the sequence to `len` tokens, if it has more, and forgets rows that were written and not committed. Pages that are left
-    /// without a token are given up.
+    /// Forgets rows that were written and not committed, and gives up pages that have no others.
+    pub fn forget_uncommitted(&mut self) {
+        self.truncate(self.len);
+    }
+
+    /// Cuts the sequence to `len` tokens, if it has more, and forgets uncommitted rows in any case. Pages that are left without a token
+    /// are given up.
     pub fn truncate(&mut self, len: usize) {
         self.len = self.len.min(len);
         self.written = Written { keys: self.len, values: self.len };
@@ -179,7 +194,8 @@ impl KvCache {
         fork
     }
 
-    /// The first `at_len` tokens as they are now, whatever becomes of the sequence; `None` if it has fewer.
+    /// The first `at_len` tokens as they are now, whatever becomes of the sequence; `None` if it has fewer. It holds all pages of the
+    /// sequence: an append beside it copies the last one, so whoever looks once drops it before.
     pub fn view(&self, at_len: usize) -> Option<KvView> {
         let table = || Arc::clone(&self.table);
         (at_len <= self.len).then(|| KvView::of_frames(self.layout, at_len, self.slots(), table()))
@@ -209,12 +225,16 @@ impl KvCache {
             Part::Values => self.next_value(),
         };
         assert_eq!(Some(first), next, "position of the first row of {part:?}");
+        if rows.is_empty() {
+            // Nothing was written up to `first` either.
+            return Ok(());
+        }
         let stored = self.store(part, first, rows, dtype, check_finite);
         match stored {
             Ok(end) if part == Part::Keys => self.written.keys = end,
             Ok(end) => self.written.values = end,
             Err(refused) => {
-                self.truncate(self.len);
+                self.forget_uncommitted();
                 return Err(refused);
             }
         }
@@ -239,8 +259,12 @@ impl KvCache {
             let of_page = rows.len().min((PAGE_KEYS - at % PAGE_KEYS) * stride);
             let (now, later) = rows.split_at(of_page);
             let of_page = Rows::new(at, now, (layout.dim(part), dtype), check_finite);
+            let len = at + of_page.count();
+            if len > MAX_KEYS {
+                return Err(AppendError::TooLong { len });
+            }
             layout.store(part, self.page_mut(at / PAGE_KEYS)?, &of_page)?;
-            (end, rows) = (at + of_page.count(), later);
+            (end, rows) = (len, later);
         }
         Ok(end)
     }
@@ -288,6 +312,52 @@ mod tests {
 
     const SMALL: PageLayout = PageLayout { storage: Storage::F32, head_dim: 1, value_dim: 1 };
 
+    #[test]
+    fn tokens_of_other_slots_alone_are_a_sequence_too() {
+        // Pages 0 and 4 are of slots 0 to 15.
+        let mut cache = KvCache::new(&Arena::new(), SMALL, 0..16);
+        grow(&mut cache, 256);
+        for len in [257, 258, 1024] {
+            assert_eq!((cache.next_key(), cache.next_value()), (Some(1024), Some(1024)));
+            cache.append_k(1024, &[], Dtype::F32, true).unwrap();
+            cache.append_v(1024, &[], Dtype::F32, true).unwrap();
+            cache.commit(len);
+            assert_eq!((cache.len(), cache.bytes()), (len, SMALL.resident_bytes(1)));
+        }
+        grow(&mut cache, 1025);
+        assert_eq!(cache.bytes(), SMALL.resident_bytes(2));
+    }
+
+    #[test]
+    fn what_one_head_refuses_all_forget_and_take_again() {
+        let arena = Arena::new();
+        let mut heads = [(); 2].map(|()| KvCache::new(&arena, SMALL, 0..64));
+        heads.iter_mut().for_each(|head| grow(head, 255));
+        let good = rows([1.0, 2.0, 3.0].into_iter());
+        let bad = rows([1.0, f32::NAN, 3.0].into_iter());
+        heads[0].append_k(255, &good, Dtype::F32, true).unwrap();
+        assert!(matches!(heads[1].append_k(255, &bad, Dtype::F32, true), Err(AppendError::NonFinite(_))));
+        assert_eq!(heads[0].bytes(), SMALL.resident_bytes(2));
+        heads[0].forget_uncommitted();
+        for head in &mut heads {
+            assert_eq!((head.bytes(), head.next_key()), (SMALL.resident_bytes(1), Some(255)));
+            head.append_k(255, &good, Dtype::F32, true).unwrap();
+            head.append_v(255, &good, Dtype::F32, true).unwrap();
+            head.commit(258);
+        }
+    }
+
+    #[cfg(not(miri))]
+    #[test]
+    fn no_sequence_is_longer_than_a_call() {
+        let mut cache = KvCache::new(&Arena::new(), SMALL, 63..64);
+        grow(&mut cache, MAX_KEYS);
+        let (next, row) = (cache.next_key().unwrap(), rows([1.0].into_iter()));
+        let refused = cache.append_k(next, &row, Dtype::F32, true).unwrap_err();
+        assert!(matches!(refused, AppendError::TooLong { len } if len == next + 1), "{refused}");
+        assert_eq!(cache.growth_bytes(usize::MAX), 0);
+    }
+
     fn rows(values: impl Iterator<Item = f32>) -> Vec<u8> {
         values.flat_map(f32::to_le_bytes).collect()
     }
@@ -324,7 +394,7 @@ mod tests {
 
     #[test]
     fn a_fork_and_a_view_share_pages_until_one_of_them_writes() {
-        let arena = Arena::of_chunks(1 << 10);
+        let arena = Arena::of_chunks(1 << 10, u64::MAX);
         let page = SMALL.page_words() as u64 * 4;
         let mut cache = KvCache::new(&arena, SMALL, 0..64);
         grow(&mut cache, 300);

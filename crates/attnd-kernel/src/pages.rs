@@ -20,6 +20,7 @@ use crate::arena::{Frame, bytes_of_frames};
 use crate::buffer::{Buffer, OutOfMemory};
 use crate::dtype::Dtype;
 use crate::fill::Rows;
+use crate::shape::MAX_DIM;
 use crate::slot::{PAGE_KEYS, keys_in_page, n_pages, slot_of_page};
 use crate::storage::Storage;
 
@@ -129,12 +130,18 @@ impl PageLayout {
         self.words().total()
     }
 
+    /// Whether there are pages of this kind.
+    pub(crate) fn is_possible(&self) -> bool {
+        [self.head_dim, self.value_dim].iter().all(|dim| (1..=MAX_DIM).contains(dim))
+    }
+
     /// Memory that `n` pages of [`crate::KvCache`]s take in an [`crate::Arena`], in bytes: their frames, with the share of each in
-    /// what is lost of a chunk. What whoever appends them reserves.
+    /// what is lost of a chunk. An arena takes whole chunks, so this plans, and [`crate::Arena::with_limit`] bounds.
     ///
     /// # Panics
-    /// If keys and values have no elements.
+    /// If keys or values have no elements or more than [`MAX_DIM`].
     pub fn resident_bytes(&self, n: usize) -> u64 {
+        assert!(self.is_possible(), "elements of {self:?}");
         bytes_of_frames(n, self.page_words())
     }
 

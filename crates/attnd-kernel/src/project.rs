@@ -78,6 +78,12 @@ impl Linear {
         outputs.next_multiple_of(PANEL_KEYS) * inputs
     }
 
+    /// Memory that a weight of `[outputs, inputs]` and a bias take, in bytes.
+    pub fn bytes_needed([outputs, inputs]: [usize; 2], has_bias: bool) -> u64 {
+        let bias = if has_bias { outputs } else { 0 };
+        (Self::words([outputs, inputs]) + bias) as u64 * size_of::<f32>() as u64
+    }
+
     /// Elements of a row that goes in.
     pub fn inputs(&self) -> usize {
         self.inputs

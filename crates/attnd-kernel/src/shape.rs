@@ -24,6 +24,7 @@ pub struct AttnShape {
     head_dim: usize,
     value_dim: usize,
     value_is_key_prefix: bool,
+    kv_is_projected: bool,
 }
 
 /// Why a set of dimensions is no attention shape. Fields carry the name of the dimension as the API spells it.
@@ -100,6 +101,7 @@ impl AttnShape {
             head_dim: check("head_dim", dims.head_dim, MAX_DIM)?,
             value_dim: check("value_dim", dims.value_dim, MAX_DIM)?,
             value_is_key_prefix: false,
+            kv_is_projected: false,
         };
         check("batch * num_heads", dims.batch * dims.heads, MAX_HEADS)?;
         if !shape.n_heads.is_multiple_of(shape.n_kv_heads) {
@@ -133,6 +135,12 @@ impl AttnShape {
             return Err(ShapeError::Prefix { value_dim, head_dim });
         }
         Ok(Self { value_is_key_prefix: true, ..self })
+    }
+
+    /// The same with keys and values that aren't sent, because whoever has them resident makes them of rows, by linear layers.
+    #[must_use]
+    pub fn with_projected_kv(self) -> Self {
+        Self { kv_is_projected: true, ..self }
     }
 
     /// Independent problems.
@@ -170,6 +178,10 @@ impl AttnShape {
     /// Whether values are the first elements of keys, and aren't sent.
     pub fn value_is_key_prefix(&self) -> bool {
         self.value_is_key_prefix
+    }
+    /// Whether keys and values are made of rows where they are resident, and aren't sent.
+    pub fn kv_is_projected(&self) -> bool {
+        self.kv_is_projected
     }
     /// Query heads that share one kv head.
     pub fn group_size(&self) -> usize {

@@ -11,6 +11,7 @@ use attnd_kernel::{AttnShape, Causal, Csr, Mask, Operator, Path};
 use crate::Tensor;
 use crate::planner::PlanRequest;
 use crate::residency::Residency;
+use crate::side::Projection;
 
 /// Bytes that one message carries when a large tensor streams.
 const CHUNK_BYTES: f64 = (1 << 20) as f64;
@@ -90,16 +91,19 @@ pub(crate) struct CallCosts {
     result_bytes: f64,
     /// Bytes of the operator's own tensors, which each worker gets.
     operator_bytes: f64,
+    /// Messages of a run of pages of a group that is cut: of K and of V, which come alone. Rows that these are made of come together.
+    run_messages: f64,
 }
 
 impl CallCosts {
     pub(crate) fn new(model: &CostModel, req: &PlanRequest, tokens_per_cell: usize) -> Self {
-        let PlanRequest { shape, operator, outputs, dtype, .. } = req;
+        let PlanRequest { shape, operator, outputs, dtype, sides, .. } = req;
         let (d, dv, bytes) = (shape.head_dim() as f64, shape.value_dim() as f64, dtype.size() as f64);
-        let sent_dv = Tensor::V.layout(shape).2 as f64;
+        let [sent_d, sent_dv] = [Tensor::K, Tensor::V].map(|tensor| tensor.layout(shape).2 as f64);
         let score = operator.score_cost(shape) as f64;
-        // A key becomes another one once.
-        let of_key = 2.0 * operator.key_cost() as f64;
+        // A key becomes another one once, and is made of a row once.
+        let of_rows = Projection::of(sides).map_or(0, |projection| projection.cost(shape));
+        let of_key = 2.0 * (operator.key_cost() + of_rows) as f64;
         let group_rows = (shape.group_size() * shape.n_queries()) as f64;
         let pairs = visible_pairs(operator, shape) * shape.group_size() as f64;
         let stages = match operator.path() {
@@ -111,12 +115,13 @@ impl CallCosts {
             model: *model,
             flops_per_key: (passes * 2.0 * (score + dv) * pairs / shape.n_keys() as f64 + of_key)
                 .max((d + dv) * bytes * model.flops_per_byte),
-            bytes_per_key: (d + sent_dv) * bytes,
+            bytes_per_key: (sent_d + sent_dv) * bytes,
             query_bytes: group_rows * shape.query_dim() as f64 * bytes,
             partial_bytes: group_rows * (dv + 2.0) * 4.0,
             partial_messages: shape.n_queries().div_ceil(tokens_per_cell) as f64,
             operator_bytes: Residency::new(*shape, *dtype, operator).operator_bytes() as f64,
             result_bytes: group_rows * shape.n_groups() as f64 * (dv + 1.0) * 4.0,
+            run_messages: if shape.kv_is_projected() { 0.0 } else { 2.0 },
         }
     }
 
@@ -136,28 +141,34 @@ impl CallCosts {
         self.query_bytes / self.model.link_bytes_per_second + self.model.message_seconds
     }
 
-    /// What one run of pages of a group that is cut costs the hub beyond its bytes: a message of K and one of V.
+    /// What one run of pages of a group that is cut costs the hub beyond its bytes.
     pub(crate) fn run_seconds(&self) -> f64 {
-        2.0 * self.model.message_seconds
+        self.run_messages * self.model.message_seconds
+    }
+
+    /// Bytes that go to the workers.
+    pub(crate) fn bytes_out(&self, loads: &[Load]) -> f64 {
+        let of_load = |load: &Load| {
+            load.keys as f64 * self.bytes_per_key
+                + load.groups as f64 * self.query_bytes
+                + load.side_bytes as f64
+                + self.operator_bytes
+        };
+        loads.iter().map(of_load).sum()
     }
 
     /// The whole call.
     pub(crate) fn predict(&self, loads: &[Load]) -> f64 {
         let sum = |of: &dyn Fn(&Load) -> f64| loads.iter().map(of).sum::<f64>();
-        let bytes_in = sum(&|load| {
-            load.keys as f64 * self.bytes_per_key
-                + load.groups as f64 * self.query_bytes
-                + load.side_bytes as f64
-                + self.operator_bytes
-        });
+        let bytes_out = self.bytes_out(loads);
         let nodes = sum(&|load| load.nodes as f64);
         let slowest = loads
             .iter()
             .map(|load| load.keys as f64 * self.seconds_per_key(load.gflops))
             .fold(0.0, |a: f64, b| a.max(b));
         let cut_runs = sum(&|load| load.cut_runs as f64);
-        let messages = (bytes_in / CHUNK_BYTES).ceil() + nodes * self.partial_messages;
-        (bytes_in + nodes * self.partial_bytes + self.result_bytes) / self.model.link_bytes_per_second
+        let messages = (bytes_out / CHUNK_BYTES).ceil() + nodes * self.partial_messages;
+        (bytes_out + nodes * self.partial_bytes + self.result_bytes) / self.model.link_bytes_per_second
             + slowest
             + loads.len() as f64 * self.model.worker_seconds
             + messages * self.model.message_seconds

@@ -41,7 +41,10 @@ pub use planner::{Piece, Plan, PlanError, PlanRequest, Share, WorkerChoice, plan
 pub use report::{ReportError, ReportId};
 pub use residency::Residency;
 pub use route::{Router, Run};
-pub use side::{AnyTensor, Cutter, Element, Gathered, PlanePart, SideError, SideLayout, SideTensor, Sides};
+pub use side::{
+    AnyTensor, Cutter, Element, Gathered, MAX_WIDTH, PlanePart, Projected, Projection, SideError, SideLayout,
+    SideTensor, Sides,
+};
 pub use topology::{Capacity, WorkerId, WorkerIdError};
 
 /// One of the three operands of a call.
@@ -49,9 +52,9 @@ pub use topology::{Capacity, WorkerId, WorkerIdError};
 pub enum Tensor {
     /// Queries, `[batch, heads, queries, query_dim]`.
     Q,
-    /// Keys, `[batch, kv_heads, keys, head_dim]`.
+    /// Keys, `[batch, kv_heads, keys, head_dim]`; nothing where workers make them of rows.
     K,
-    /// Values, `[batch, kv_heads, keys, value_dim]`; nothing where they are parts of keys.
+    /// Values, `[batch, kv_heads, keys, value_dim]`; nothing where they are parts of keys, or workers make them.
     V,
 }
 
@@ -63,6 +66,7 @@ impl Tensor {
     pub fn layout(self, shape: &attnd_kernel::AttnShape) -> (usize, usize, usize) {
         match self {
             Self::Q => (shape.batch() * shape.n_heads(), shape.n_queries(), shape.query_dim()),
+            Self::K | Self::V if shape.kv_is_projected() => (shape.n_groups(), shape.n_keys(), 0),
             Self::K => (shape.n_groups(), shape.n_keys(), shape.head_dim()),
             Self::V if shape.value_is_key_prefix() => (shape.n_groups(), shape.n_keys(), 0),
             Self::V => (shape.n_groups(), shape.n_keys(), shape.value_dim()),

@@ -110,6 +110,12 @@ impl Line {
         self.sides.iter().map(|side| side.sent(&pieces)).sum()
     }
 
+    /// The same of what keys and values are made of.
+    pub(crate) fn source_bytes(&self, places: &Range<usize>) -> u64 {
+        let pieces = self.pieces(places);
+        self.sides.iter().filter(|side| side.is_of_projection()).map(|side| side.sent(&pieces)).sum()
+    }
+
     /// Bytes that a worker must reserve for an interval: its operands, two cells of partials, one being computed and one
     /// being sent, its parts of the side tensors, and what a second pass needs.
     pub(crate) fn resident_bytes(&self, places: &Range<usize>) -> u64 {

@@ -58,6 +58,8 @@ pub struct Plan {
     pub reason: String,
     /// Predicted duration of the whole call.
     pub predicted_seconds: f64,
+    /// Bytes that go to the workers: operands, what travels beside them, and the operator's tensors.
+    pub sent_bytes: u64,
 }
 
 /// What one worker computes.
@@ -67,7 +69,7 @@ pub struct Share {
     pub worker: WorkerId,
     /// At most three, ascending.
     pub pieces: Vec<Piece>,
-    /// Bytes of K and V that it receives.
+    /// Bytes of K and V that it receives, or of what it makes them of.
     pub kv_bytes: u64,
     /// Bytes that it must reserve: K and V in whole pages, Q and two cells of partials in f32, its parts of what travels
     /// beside them, and what a second pass needs.
@@ -156,6 +158,7 @@ struct Planner<'a> {
 struct Draft {
     shares: Vec<Share>,
     seconds: f64,
+    sent_bytes: u64,
     splits_groups: bool,
 }
 
@@ -264,12 +267,13 @@ impl<'a> Planner<'a> {
             .collect();
         Some(Draft {
             seconds: self.costs.predict(&loads),
+            sent_bytes: self.costs.bytes_out(&loads) as u64,
             splits_groups: given().any(|(_, places)| places.start % N_SLOTS != 0),
             shares: given()
                 .map(|(worker, places)| Share {
                     worker: worker.id.clone(),
                     pieces: self.line.pieces(places),
-                    kv_bytes: self.line.keys(places) * key_bytes,
+                    kv_bytes: self.line.keys(places) * key_bytes + self.line.source_bytes(places),
                     resident_bytes: self.line.resident_bytes(places),
                 })
                 .collect(),
@@ -303,6 +307,7 @@ impl<'a> Planner<'a> {
             shares: draft.shares,
             tokens_per_cell: self.tokens_per_cell,
             predicted_seconds: draft.seconds,
+            sent_bytes: draft.sent_bytes,
         }
     }
 }

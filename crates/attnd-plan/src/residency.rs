@@ -13,7 +13,7 @@ pub struct Residency {
     key_dim: usize,
     /// In which type keys and values are.
     storage: Storage,
-    /// Bytes of an element of a key as it is sent, where keys are transformed once all of a group are here.
+    /// Bytes of an element of a key as it is sent, where such keys are transformed once all of a group are here.
     sent_bytes: Option<usize>,
     /// Elements of a query that is made of one that was sent.
     made_queries: usize,
@@ -39,7 +39,7 @@ impl Residency {
             shape,
             key_dim: operator.key_dim(&shape),
             storage: operator.storage(dtype.into()),
-            sent_bytes: (!operator.keeps_keys()).then_some(dtype.size()),
+            sent_bytes: (!operator.keeps_keys() && !shape.kv_is_projected()).then_some(dtype.size()),
             made_queries: if operator.keeps_queries() { 0 } else { operator.packed_dim(&shape) },
             operator_bytes: 4 * (elements + parameters) as u64,
             of_share: operator.score_bytes() + 4 * elements as u64,

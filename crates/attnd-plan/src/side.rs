@@ -15,12 +15,14 @@ use attnd_kernel::slot::{self, N_SLOTS, PAGE_KEYS};
 use attnd_kernel::{AttnShape, DensePlane, Dtype};
 
 pub use self::cutter::{Cutter, Gathered};
+pub use self::projection::{MAX_WIDTH, Projected, Projection};
 use crate::Tensor;
 use crate::planner::Piece;
 
 mod arrival;
 mod cutter;
 mod load;
+mod projection;
 
 pub(crate) use self::arrival::SideArrivals;
 pub(crate) use self::load::SideLoad;
@@ -34,29 +36,43 @@ pub enum SideTensor {
     Bias,
     /// The weights that rows had before, `[batch, heads, queries, keys]`.
     Previous,
+    /// What makes a key of a row, for each kv head, see [`Projection`].
+    KeyMatrix,
+    /// What makes a value of a row.
+    ValueMatrix,
+    /// The rows that keys are made of, and values unless they have their own.
+    Source,
+    /// The rows that values are made of, if they are others.
+    ValueSource,
 }
 
 impl SideTensor {
     /// All of them, in the order in which they come.
-    pub const ALL: [Self; 3] = [Self::Mask, Self::Bias, Self::Previous];
+    pub const ALL: [Self; 7] = [
+        Self::Mask,
+        Self::Bias,
+        Self::Previous,
+        Self::KeyMatrix,
+        Self::ValueMatrix,
+        Self::Source,
+        Self::ValueSource,
+    ];
+    /// Those of the scores, which an operator reads.
+    pub const OF_SCORES: [Self; 3] = [Self::Mask, Self::Bias, Self::Previous];
 
     /// Whether a share gets the columns of its slots alone, of planes whose columns are keys.
     fn is_along_keys(self) -> bool {
         match self {
-            Self::Mask | Self::Bias => true,
+            Self::Mask | Self::Bias | Self::Source | Self::ValueSource => true,
             // What is around a key may be in any slot.
             Self::Previous => false,
+            Self::KeyMatrix | Self::ValueMatrix => false,
         }
     }
 
-    /// What a row of a page takes in the memory of a worker, in bytes; of a plane that goes whole, what a page of it takes.
-    fn resident_page_row(self) -> u64 {
-        match self {
-            Self::Mask | Self::Bias => {
-                DensePlane::bytes_needed(1, PAGE_KEYS, &(0..N_SLOTS), self == Self::Bias)
-            }
-            Self::Previous => (PAGE_KEYS * size_of::<f32>()) as u64,
-        }
+    /// Whether it has a plane for each kv head, and not one for each query head.
+    fn is_of_kv_heads(self) -> bool {
+        matches!(self, Self::KeyMatrix | Self::ValueMatrix)
     }
 
     /// What its elements are.
@@ -64,6 +80,9 @@ impl SideTensor {
         match self {
             Self::Mask | Self::Bias => "a mask is bool, and a mask of numbers is a bias",
             Self::Previous => "weights are numbers",
+            Self::KeyMatrix | Self::ValueMatrix | Self::Source | Self::ValueSource => {
+                "what keys and values are made of are numbers"
+            }
         }
     }
 
@@ -78,6 +97,8 @@ impl SideTensor {
             Self::Mask => "mask.dense",
             Self::Bias => "bias.dense",
             Self::Previous => "score.previous",
+            Self::KeyMatrix | Self::ValueMatrix | Self::Source => "projection",
+            Self::ValueSource => "projection.value_source",
         }
     }
 }
@@ -88,6 +109,10 @@ impl std::fmt::Display for SideTensor {
             Self::Mask => "mask",
             Self::Bias => "bias",
             Self::Previous => "previous",
+            Self::KeyMatrix => "w_k",
+            Self::ValueMatrix => "w_v",
+            Self::Source => "source",
+            Self::ValueSource => "value_source",
         })
     }
 }
@@ -180,6 +205,17 @@ pub enum SideError {
         /// The type of its elements.
         element: Element,
     },
+    /// Rows of no elements, or of too many.
+    #[error("{tensor} has rows of {width} elements, 1 to {MAX_WIDTH} make a key or a value")]
+    Width {
+        /// What is or takes such rows.
+        tensor: SideTensor,
+        /// Elements of a row.
+        width: usize,
+    },
+    /// Rows that are said to be the same, and have other widths or types.
+    #[error("values are made of the rows of keys, which have one width and one type")]
+    Rows,
     /// Two tensors of a kind.
     #[error("{} twice", .tensor.option())]
     Twice {
@@ -207,6 +243,8 @@ pub struct SideLayout {
     heads: usize,
     rows: usize,
     columns: usize,
+    /// Elements of a column in a row: 1, unless the columns are rows of numbers themselves.
+    width: usize,
 }
 
 impl SideLayout {
@@ -240,7 +278,7 @@ impl SideLayout {
                 keys: shape.n_keys(),
             });
         }
-        Ok(Self { tensor, element, batch, heads, rows, columns })
+        Ok(Self { tensor, element, batch, heads, rows, columns, width: 1 })
     }
 
     /// Which one.
@@ -278,9 +316,14 @@ impl SideLayout {
         self.n_planes() as u64 * self.rows as u64 * self.row_bytes() as u64
     }
 
+    /// Bytes of a column in a row of a plane.
+    pub fn column_bytes(&self) -> usize {
+        self.width * self.element.size()
+    }
+
     /// Bytes of a row of a plane.
     fn row_bytes(&self) -> usize {
-        self.columns * self.element.size()
+        self.columns * self.column_bytes()
     }
 
     /// The planes that the heads of a kv group look at: one for all of them, or one for each.
@@ -293,7 +336,7 @@ impl SideLayout {
     }
 
     fn planes_per_group(&self, shape: &AttnShape) -> usize {
-        if self.heads == 1 { 1 } else { shape.group_size() }
+        if self.heads == 1 || self.tensor.is_of_kv_heads() { 1 } else { shape.group_size() }
     }
 
     /// What a share of these pieces needs, ascending by plane and then by slot. Each piece's slots are in one part of
@@ -339,17 +382,50 @@ impl SideLayout {
         runs
     }
 
+    /// How many columns these slots have.
+    fn n_columns(&self, slots: &Range<usize>) -> usize {
+        if self.tensor.is_along_keys() {
+            slot::keys_in_slots(slots.clone(), self.columns)
+        } else {
+            self.columns
+        }
+    }
+
+    /// Elements of a part.
+    pub fn part_elements(&self, part: &PlanePart) -> usize {
+        self.rows * self.n_columns(&part.slots) * self.width
+    }
+
     /// Bytes of a part, as it travels to its worker.
     pub fn part_bytes(&self, part: &PlanePart) -> u64 {
-        let columns: usize = self.columns_of(&part.slots).iter().map(Range::len).sum();
-        self.rows as u64 * columns as u64 * self.element.size() as u64
+        self.sent_bytes(&part.slots)
+    }
+
+    /// The same of a part of these slots of any plane.
+    fn sent_bytes(&self, slots: &Range<usize>) -> u64 {
+        self.rows as u64 * self.n_columns(slots) as u64 * self.column_bytes() as u64
     }
 
     /// Bytes that a part takes on its worker.
     pub fn resident_bytes(&self, part: &PlanePart, shape: &AttnShape) -> u64 {
-        let pages: usize =
-            part.slots.clone().map(|slot| slot::pages_of_slot(slot, shape.n_keys()).count()).sum();
-        self.rows as u64 * pages as u64 * self.tensor.resident_page_row()
+        self.resident_in_slots(&part.slots, shape)
+    }
+
+    /// The same of a part of these slots of any plane.
+    fn resident_in_slots(&self, slots: &Range<usize>, shape: &AttnShape) -> u64 {
+        let pages =
+            || -> usize { slots.clone().map(|slot| slot::pages_of_slot(slot, shape.n_keys()).count()).sum() };
+        let f32s = |elements: usize| elements as u64 * size_of::<f32>() as u64;
+        match self.tensor {
+            SideTensor::Mask | SideTensor::Bias => {
+                let is_bias = self.tensor == SideTensor::Bias;
+                let page_row = DensePlane::bytes_needed(1, PAGE_KEYS, &(0..N_SLOTS), is_bias);
+                self.rows as u64 * pages() as u64 * page_row
+            }
+            SideTensor::Previous => self.rows as u64 * f32s(pages() * PAGE_KEYS),
+            SideTensor::KeyMatrix | SideTensor::ValueMatrix => self.matrix_bytes(),
+            SideTensor::Source | SideTensor::ValueSource => f32s(self.n_columns(slots) * self.width),
+        }
     }
 }
 

@@ -16,7 +16,7 @@ use crate::limits::MESSAGE_BYTES;
 use crate::operator::{self, Encoded};
 use crate::outputs::elements::Elements;
 use crate::outputs::share::{MergedSums, ShareReport};
-use crate::{outputs, proto, refusal};
+use crate::{outputs, projection, proto, refusal};
 
 /// One frame to a worker.
 #[derive(Clone, Debug, PartialEq)]
@@ -45,7 +45,8 @@ pub struct ComputeBegin {
     pub operator: Arc<Operator>,
     /// What the second pass gives; `None` if there is none.
     pub outputs: Option<Arc<Outputs>>,
-    /// What comes beside Q, K and V, made for that shape: the tensors that the operator reads.
+    /// What comes beside Q, K and V, made for that shape: the tensors that the operator reads, and what keys and values are to be made
+    /// of, which is there if and only if the shape says so.
     pub sides: Sides,
     /// NaN and infinities pass unexamined.
     pub allow_non_finite: bool,
@@ -173,8 +174,9 @@ impl TryFrom<proto::ComputeBegin> for ComputeBegin {
         let shape = convert::shape(message.shape)?;
         let dtype = convert::dtype(message.dtype)?;
         let encoded = Encoded { scale: message.scale, causal: message.causal, operator: message.operator };
-        let sides = encoded.sides(&shape)?;
+        let (shape, sides) = projection::decode(message.projection, shape, encoded.sides(&shape)?)?;
         let operator = encoded.decode(&shape, &sides)?;
+        projection::check(&shape, dtype, &operator)?;
         // What a newer coordinator says beyond that is lost here, but not in the name.
         let kernel_id = operator.kernel_id(Compute::F32);
         if message.kernel_id != kernel_id {
@@ -229,6 +231,7 @@ impl From<ComputeBegin> for proto::ComputeBegin {
             kernel_id: begin.operator.kernel_id(Compute::F32).to_owned(),
             operator,
             outputs: begin.outputs.as_deref().map(outputs::encode),
+            projection: projection::encode(&begin.sides),
         }
     }
 }

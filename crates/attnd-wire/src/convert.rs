@@ -102,6 +102,10 @@ impl From<AnyTensor> for proto::Tensor {
             AnyTensor::Side(SideTensor::Mask) => Self::Mask,
             AnyTensor::Side(SideTensor::Bias) => Self::Bias,
             AnyTensor::Side(SideTensor::Previous) => Self::Previous,
+            AnyTensor::Side(SideTensor::KeyMatrix) => Self::KeyMatrix,
+            AnyTensor::Side(SideTensor::ValueMatrix) => Self::ValueMatrix,
+            AnyTensor::Side(SideTensor::Source) => Self::Source,
+            AnyTensor::Side(SideTensor::ValueSource) => Self::ValueSource,
         }
     }
 }
@@ -118,6 +122,10 @@ pub fn tensor(number: i32) -> Result<AnyTensor, Error> {
         Ok(proto::Tensor::Mask) => Ok(SideTensor::Mask.into()),
         Ok(proto::Tensor::Bias) => Ok(SideTensor::Bias.into()),
         Ok(proto::Tensor::Previous) => Ok(SideTensor::Previous.into()),
+        Ok(proto::Tensor::KeyMatrix) => Ok(SideTensor::KeyMatrix.into()),
+        Ok(proto::Tensor::ValueMatrix) => Ok(SideTensor::ValueMatrix.into()),
+        Ok(proto::Tensor::Source) => Ok(SideTensor::Source.into()),
+        Ok(proto::Tensor::ValueSource) => Ok(SideTensor::ValueSource.into()),
         Ok(proto::Tensor::Unspecified) | Err(_) => Err(Error::new(Reason::Tensor, number.to_string())),
     }
 }

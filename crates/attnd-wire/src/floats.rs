@@ -3,6 +3,8 @@
 //! Sending costs none: the vector itself becomes the [`Bytes`]. Receiving costs one, because a payload has any
 //! alignment inside its message, and because a small slice would keep the whole message alive.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 
 /// The elements as little-endian bytes.
@@ -20,6 +22,24 @@ pub fn into_bytes(values: Vec<f32>) -> Bytes {
     #[cfg(target_endian = "big")]
     {
         values.into_iter().flat_map(f32::to_le_bytes).collect::<Vec<u8>>().into()
+    }
+}
+
+/// The same of elements that are shared, which stay as long as the bytes.
+pub fn shared_bytes(values: &Arc<Vec<f32>>) -> Bytes {
+    #[cfg(target_endian = "little")]
+    {
+        struct Owner(Arc<Vec<f32>>);
+        impl AsRef<[u8]> for Owner {
+            fn as_ref(&self) -> &[u8] {
+                bytemuck::cast_slice(&self.0)
+            }
+        }
+        Bytes::from_owner(Owner(Arc::clone(values)))
+    }
+    #[cfg(target_endian = "big")]
+    {
+        into_bytes(values.to_vec())
     }
 }
 
@@ -51,6 +71,9 @@ mod tests {
         let address = values.as_ptr() as usize;
         if cfg!(target_endian = "little") {
             assert_eq!(into_bytes(values).as_ptr() as usize, address);
+            let shared = Arc::new(vec![3.0]);
+            let bytes = shared_bytes(&shared);
+            assert_eq!((bytes.as_ptr() as usize, bytes.len()), (shared.as_ptr() as usize, 4));
         }
     }
 

@@ -12,8 +12,9 @@ use crate::{proto, refusal};
 
 /// Versions of the protocol between nodes that this binary speaks. A worker of version 1 computes a scale and a causal
 /// rule, one of version 2 what the plain path computes, one of version 3 caps, dense masks and biases; these refuse calls with
-/// more than that, but the third would leave outputs out. One of version 4 gives these, and has no score functions.
-pub const WIRE_VERSIONS: RangeInclusive<u32> = 1..=SCORES;
+/// more than that, but the third would leave outputs out. One of version 4 gives these, and has no score functions; one of version 5 has
+/// these, and waits for keys and values that it should make.
+pub const WIRE_VERSIONS: RangeInclusive<u32> = 1..=PROJECTIONS;
 /// The first version with operators: masks of intervals, sinks, empty rows.
 pub const OPERATORS: u32 = 2;
 /// The first version with what touches single scores: caps, biases, other normalisers.
@@ -22,6 +23,8 @@ pub const GENERAL_PATH: u32 = 3;
 pub const OUTPUTS: u32 = 4;
 /// The first version with score functions, tables of biases, masks of blocks, and documents whose keys are scattered.
 pub const SCORES: u32 = 5;
+/// The first version that makes keys and values of rows.
+pub const PROJECTIONS: u32 = 6;
 /// Longest time between two beats.
 pub const MAX_HEARTBEAT: Duration = Duration::from_secs(60);
 
@@ -263,7 +266,7 @@ mod tests {
 
     #[test]
     fn each_field_of_a_hello_is_checked() {
-        assert_eq!(refused(|h| h.wire_version = 6), "WIRE: 6 not in 1..5");
+        assert_eq!(refused(|h| h.wire_version = 7), "WIRE: 7 not in 1..6");
         for id in ["", "a\u{1b}", &"x".repeat(65)] {
             assert_eq!(refused(|h| h.worker_id = id.into()), "HELLO: worker_id: 1..64 of [A-Za-z0-9._-]");
         }

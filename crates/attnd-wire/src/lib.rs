@@ -16,7 +16,7 @@
 //! * [`limits`]: every limit, and servers, channels and stubs that have them set. [`deadline`] and [`layer`]: what a
 //!   server checks before a handler runs.
 //! * [`attend`], [`compute`], [`join`], [`status`]: the values of the four calls; [`operator`]: what they compute;
-//!   [`outputs`]: what they tell beside the context;
+//!   [`outputs`]: what they tell beside the context; [`projection`]: keys and values that workers make;
 //!   [`convert`]: the small pieces they share; [`floats`]: f32 slices as bytes.
 //!
 //! # The seam to the gRPC library
@@ -37,6 +37,7 @@ pub mod limits;
 pub mod normalise;
 pub mod operator;
 pub mod outputs;
+pub mod projection;
 pub mod proto;
 pub mod refusal;
 pub mod status;

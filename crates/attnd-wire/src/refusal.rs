@@ -97,6 +97,12 @@ pub fn non_finite_previous([batch, head, query, key]: [usize; 4], value: f32) ->
     Error::new(Reason::NonFinite, format!("{}{at} {value}", SideTensor::Previous))
 }
 
+/// A NaN or an infinity in element `at` of the row of token `pos` that keys or values are made of.
+pub fn non_finite_source(tensor: SideTensor, [batch, pos, at]: [usize; 3], value: f32) -> Error {
+    let value = if value == f32::INFINITY { "+inf".to_owned() } else { value.to_string() };
+    Error::new(Reason::NonFinite, format!("{tensor}[b={batch},pos={pos},i={at}] {value}"))
+}
+
 /// A byte of a mask that is neither 0 nor 1, at `[batch, head, query, key]` in the mask's own dimensions.
 pub fn not_bool([batch, head, query, key]: [usize; 4], byte: u8) -> Error {
     let at = format!("[b={batch},h={head},pos={query},key={key}]");

@@ -54,6 +54,8 @@ pub struct WorkerStatus {
     pub since_heartbeat: Duration,
     /// Its version.
     pub version: String,
+    /// Version of the protocol between nodes that it speaks, see [`crate::join::WIRE_VERSIONS`]; 0 from an old coordinator.
+    pub wire_version: u32,
 }
 
 const INVALID: Reason = Reason::ReplyInvalid;
@@ -112,6 +114,7 @@ impl TryFrom<proto::WorkerStatus> for WorkerStatus {
             load: quantity(INVALID, "load", message.load)?,
             since_heartbeat: duration("seconds_since_heartbeat", message.seconds_since_heartbeat)?,
             version: text(INVALID, "version", message.version)?,
+            wire_version: message.wire_version,
         })
     }
 }
@@ -132,6 +135,7 @@ impl From<WorkerStatus> for proto::WorkerStatus {
             load: status.load,
             seconds_since_heartbeat: status.since_heartbeat.as_secs_f64(),
             version: status.version,
+            wire_version: status.wire_version,
         }
     }
 }
@@ -158,6 +162,7 @@ mod tests {
             load: 0.25,
             since_heartbeat: Duration::from_millis(125),
             version: "0.1.0".into(),
+            wire_version: 6,
         };
         ClusterStatus {
             workers: vec![worker],

@@ -48,7 +48,10 @@ fn output_and_weights_of_torchs_layer_come_out_of_its_state_dict() {
     let report: serde_json::Value = serde_json::from_slice(&said.stdout).unwrap();
     assert_eq!(report["weights_shape"], serde_json::json!([1, 3, 600]));
     let text = report["projections"]["text"].as_str().unwrap();
-    assert!(text.contains("run on the client") && text.contains("workers can't project yet"), "{text}");
+    assert!(
+        text.contains("predicted to be faster; on the client: ") && text.contains("; on the workers: "),
+        "{text}"
+    );
 
     let (theirs, ours) = (std::fs::read(fixtures()).unwrap(), std::fs::read(path).unwrap());
     assert_near(&ours, &theirs, CASE);
@@ -101,6 +104,31 @@ fn latent_attention_comes_out_of_deepseeks_state_dict() {
 }
 
 #[test]
+fn keys_have_the_same_bits_wherever_they_are_projected() {
+    let folder = TempDir::new().unwrap();
+    let said = |project: &str| {
+        let path = folder.path().join(format!("{project}.safetensors"));
+        let extra =
+            ["--workers", "2", "--use-workers", "2", "--weights=per-head", "--json", "--project", project];
+        let said = layer("64.state", "6", &[&extra[..], &["-o", path.to_str().unwrap()]].concat());
+        assert!(said.status.success(), "{}", String::from_utf8_lossy(&said.stderr));
+        let report: serde_json::Value = serde_json::from_slice(&said.stdout).unwrap();
+        (report["projections"].clone(), std::fs::read(path).unwrap())
+    };
+    let [client, workers, auto] = ["client", "workers", "auto"].map(said);
+    assert!(client.1 == workers.1 && workers.1 == auto.1, "files differ");
+    assert_eq!((&client.0["place"], &workers.0["place"]), (&"the client".into(), &"the workers".into()));
+    let seconds = |place: &str| auto.0[place]["seconds"].as_f64().unwrap();
+    let faster = if seconds("workers") < seconds("client") { "the workers" } else { "the client" };
+    assert_eq!(auto.0["place"], faster);
+    // Three rows of queries of 24; 600 keys and values of 24, of rows of 4 and 3; matrices of 24 by these, with biases.
+    let bytes = |place: &str| auto.0[place]["client_bytes"].as_u64().unwrap();
+    let (queries, biases) = (3 * 24 * 4, 2 * 24 * 4);
+    assert_eq!(bytes("client"), queries + 2 * 600 * 24 * 4);
+    assert_eq!(bytes("workers"), queries + (600 + 24) * 7 * 4 + biases);
+}
+
+#[test]
 fn what_makes_no_layer_is_refused_by_name_before_anything_starts() {
     let refused_of = |prefix: &str, heads: &str, extra: &[&str]| {
         let said = layer(prefix, heads, extra);
@@ -125,6 +153,8 @@ fn what_makes_no_layer_is_refused_by_name_before_anything_starts() {
     assert!(prefix.contains("no tensor named '64.stat...'; the file has"), "{prefix}");
     let whole_case = refused_of(CASE, "6", &with(&[]));
     assert!(whole_case.contains("no tensor for queries; looked for in_proj_weight"), "{whole_case}");
+    let project = refused("6", &with(&["--rope", "--project", "workers"]));
+    assert!(project.contains("project=workers and rope: keys turn after they are projected"), "{project}");
     let output = refused("6", &[&somewhere[..], &["-o", path]].concat());
     assert!(output.contains("which it would replace"), "{output}");
     assert!(refused("6", &[]).contains("where to compute?"));

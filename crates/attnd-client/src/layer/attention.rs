@@ -3,16 +3,21 @@
 use std::sync::Arc;
 
 use attnd_kernel::{AttnShape, Causal, Dims, Dtype, Linear, OutputsParts, Score, Stage, Symbol};
+use attnd_plan::{Projected, Projection};
 use attnd_wire::{Error, floats, operator};
 use bytes::Bytes;
 
+use super::heads::{into_heads, into_rows};
 use super::learnt::{behind_learnt_key, with_learnt_column};
+use super::plan::{Place, PlaceReason, ProjectOn, ProjectionPlan, Ways, decide, own_gflops};
 use super::rope::Turns;
+use super::weights::HeadMatrices;
 use super::{Inner, Layer, LayerDims, LayerError, Rows};
 use crate::client::{Attended, Client, Progress};
 use crate::context::zeros;
 use crate::error::ClientError;
 use crate::operands::{AttendOptions, Operands};
+use crate::side::KvSource;
 
 /// Keys and values, projected: any number of calls of their layer can attend to them. Cloning copies nothing.
 #[derive(Clone, Debug)]
@@ -105,8 +110,91 @@ impl Layer {
         let options = self.inner.options(call)?;
         let (layer, rows, to, position) = (Arc::clone(&self.inner), query.clone(), kv.clone(), call.position);
         let (operands, gate) = off_the_runtime(move || layer.operands(&rows, &to, position)).await?;
-        let attended = client.attend(&operands, &options, progress).await?;
-        let (layer, wanted) = (Arc::clone(&self.inner), call.weights);
+        self.answer(client, (operands, gate), &options, call.weights, progress).await
+    }
+
+    /// Where the keys and values of a call over these rows are projected, if they are for this call alone: where it is predicted to be
+    /// faster, unless `on` says otherwise. Asks the coordinator what workers there are.
+    ///
+    /// # Errors
+    /// As [`Self::call`]; [`LayerError::Together`] if workers are wanted and can't, with what keeps them from it.
+    pub async fn plan(
+        &self,
+        client: &Client,
+        [query, key, value]: [&Rows; 3],
+        call: &LayerCall,
+        on: ProjectOn,
+    ) -> Result<ProjectionPlan, LayerError> {
+        let layer = Arc::clone(&self.inner);
+        layer.check_kv(key, value)?;
+        let options = layer.options(call)?;
+        let flops = layer.kv_flops(key, value);
+        if let Some(obstacle) = layer.obstacle(&options) {
+            let reason = match on {
+                ProjectOn::Workers => return Err(obstacle.refused()),
+                ProjectOn::Client => PlaceReason::Asked,
+                ProjectOn::Auto => PlaceReason::Only(obstacle),
+            };
+            return Ok(ProjectionPlan { place: Place::Client, reason, client: None, workers: None, flops });
+        }
+        let shape = layer.shape(query, key.batch(), key.tokens())?;
+        let cluster = client.status().await?;
+        let source = Some(layer.source(key, value));
+        off_the_runtime(move || {
+            let begin = |options: &AttendOptions| {
+                Operands::begin_of(shape, Dtype::F32, options).map_err(ClientError::from)
+            };
+            let on_client = begin(&options)?;
+            let on_workers = begin(&AttendOptions { source, ..options })?;
+            let query_bytes = shape.q_elements() * size_of::<f32>() as u64;
+            let ways = Ways { client: on_client, workers: on_workers, query_bytes, flops };
+            decide(on, &ways, &cluster, own_gflops(layer.kernels))
+        })
+        .await
+    }
+
+    /// Attends with the queries of some rows to keys and values of others, which are projected at `place` for this call alone; keys are
+    /// counted from position 0. The result has the same bits at either place.
+    ///
+    /// # Errors
+    /// As [`Self::project`] and [`Self::attend`]; [`LayerError::Together`] where workers can't project.
+    pub async fn call(
+        &self,
+        client: &Client,
+        [query, key, value]: [&Rows; 3],
+        call: &LayerCall,
+        place: Place,
+        progress: &mut (dyn FnMut(Progress) + Send),
+    ) -> Result<LayerAnswer, LayerError> {
+        if place == Place::Client {
+            let kv = self.project(key, value, 0).await?;
+            return self.attend(client, query, &kv, call, progress).await;
+        }
+        let layer = Arc::clone(&self.inner);
+        layer.check_kv(key, value)?;
+        let options = layer.options(call)?;
+        if let Some(obstacle) = layer.obstacle(&options) {
+            return Err(obstacle.refused());
+        }
+        let options = AttendOptions { source: Some(layer.source(key, value)), ..options };
+        let shape = layer.shape(query, key.batch(), key.tokens())?;
+        let rows = query.clone();
+        let (q, gate) = off_the_runtime(move || layer.queries(&rows, None)).await?;
+        let operands = Operands { shape, dtype: Dtype::F32, q, k: Bytes::new(), v: Bytes::new() };
+        self.answer(client, (operands, gate), &options, call.weights, progress).await
+    }
+
+    /// Has the cluster attend, and makes rows of its contexts again.
+    async fn answer(
+        &self,
+        client: &Client,
+        (operands, gate): (Operands, Option<Vec<f32>>),
+        options: &AttendOptions,
+        wanted: Option<LayerWeights>,
+        progress: &mut (dyn FnMut(Progress) + Send),
+    ) -> Result<LayerAnswer, LayerError> {
+        let attended = client.attend(&operands, options, progress).await?;
+        let layer = Arc::clone(&self.inner);
         let weights_at = options.outputs.stages.iter().position(|stage| *stage == Stage::Weights);
         off_the_runtime(move || {
             let output = layer.output(&operands.shape, &attended.context, gate)?;
@@ -190,6 +278,36 @@ impl Inner {
         Ok(options)
     }
 
+    fn check_kv(&self, key: &Rows, value: &Rows) -> Result<(), LayerError> {
+        expect("width of keys", key.width(), self.key.inputs())?;
+        expect("width of values", value.width(), self.value.inputs())?;
+        expect("batch of values", value.batch(), key.batch())?;
+        expect("number of values", value.tokens(), key.tokens())
+    }
+
+    /// What workers make keys and values of. Rows that are clones of each other travel once.
+    pub(super) fn source(&self, key: &Rows, value: &Rows) -> KvSource {
+        let (key_matrices, value_matrices) = (&self.key_matrices, &self.value_matrices);
+        let ((key_dtype, rows), (value_dtype, value_rows)) = (key.sent(), value.sent());
+        let projected = |dtype, rows: &Rows, matrices: &HeadMatrices| Projected {
+            dtype,
+            width: rows.width(),
+            has_bias: matrices.has_bias,
+        };
+        let same_rows = key.are(value);
+        KvSource {
+            projection: Projection {
+                key: projected(key_dtype, key, key_matrices),
+                value: projected(value_dtype, value, value_matrices),
+                same_rows,
+            },
+            key_matrices: key_matrices.bytes.clone(),
+            value_matrices: value_matrices.bytes.clone(),
+            rows,
+            value_rows: if same_rows { Bytes::new() } else { value_rows },
+        }
+    }
+
     pub(super) fn keys_and_values(
         &self,
         key: &Rows,
@@ -200,10 +318,7 @@ impl Inner {
             let why = Some("its values are parts of its keys");
             return Err(LayerError::Together { one: "latent attention", other: "rows of values", why });
         }
-        expect("width of keys", key.width(), self.key.inputs())?;
-        expect("width of values", value.width(), self.value.inputs())?;
-        expect("batch of values", value.batch(), key.batch())?;
-        expect("number of values", value.tokens(), key.tokens())?;
+        self.check_kv(key, value)?;
         let LayerDims { kv_heads, head_dim, value_dim, .. } = self.dims;
         let (batch, tokens) = (key.batch(), key.tokens());
         let learnt = self.learnt.as_ref();
@@ -237,38 +352,43 @@ impl Inner {
         kv: &ProjectedKv,
         position: usize,
     ) -> Result<(Operands, Option<Vec<f32>>), LayerError> {
-        expect("width of queries", query.width(), self.query.inputs())?;
-        expect("batch of keys", kv.batch, query.batch())?;
-        let LayerDims { heads, kv_heads, head_dim, value_dim } = self.dims;
+        let LayerDims { kv_heads, head_dim, value_dim, .. } = self.dims;
+        let shape = self.shape(query, kv.batch, kv.keys)?;
         expect("kv heads of projected keys", kv.dims.kv_heads, kv_heads)?;
         expect("dimension of projected keys", kv.dims.head_dim, head_dim)?;
         expect("dimension of projected values", kv.dims.value_dim, value_dim)?;
         expect("learnt keys among the projected ones", kv.has_learnt.into(), self.learnt.is_some().into())?;
-        let (batch, queries) = (query.batch(), query.tokens());
-        let dims = [batch, heads, kv_heads, queries, kv.keys, head_dim, value_dim].map(|n| n as u64);
-        let [batch_, heads_, kv_heads, queries_, keys, head_dim_, value_dim] = dims;
-        let shape = AttnShape::new(Dims {
-            batch: batch_,
-            heads: heads_,
-            kv_heads,
-            queries: queries_,
-            keys,
-            head_dim: head_dim_,
-            value_dim,
-        });
+        let turns =
+            self.rope.as_ref().map(|rope| rope.turns(head_dim, position, query.tokens())).transpose()?;
+        let (q, gate) = self.queries(query, turns.as_ref())?;
+        let (k, v) = (kv.k.clone(), kv.v.clone());
+        Ok((Operands { shape, dtype: Dtype::F32, q, k, v }, gate))
+    }
+
+    /// The shape of a call with these rows of queries to so many keys of each batch element.
+    fn shape(&self, query: &Rows, batch: usize, keys: usize) -> Result<AttnShape, LayerError> {
+        expect("width of queries", query.width(), self.query.inputs())?;
+        expect("batch of keys", batch, query.batch())?;
+        let LayerDims { heads, kv_heads, head_dim, value_dim } = self.dims;
+        let dims = [batch, heads, kv_heads, query.tokens(), keys, head_dim, value_dim].map(|n| n as u64);
+        let [batch, heads, kv_heads, queries, keys, head_dim, value_dim] = dims;
+        let shape = AttnShape::new(Dims { batch, heads, kv_heads, queries, keys, head_dim, value_dim });
         let shape = shape
             .and_then(|shape| if self.latent.is_some() { shape.with_values_from_keys() } else { Ok(shape) });
-        let shape = shape.map_err(|error| ClientError::from(Error::from(error)))?;
-        let turns = self.rope.as_ref().map(|rope| rope.turns(head_dim, position, queries)).transpose()?;
+        Ok(shape.map_err(|error| ClientError::from(Error::from(error)))?)
+    }
+
+    /// Projected queries as heads, and what the gate makes of the rows.
+    fn queries(&self, query: &Rows, turns: Option<&Turns>) -> Result<(Bytes, Option<Vec<f32>>), LayerError> {
+        let LayerDims { heads, head_dim, .. } = self.dims;
         let q = self.apply(&self.query, query.values(), "queries")?;
         let q = match &self.latent {
             Some(latent) => latent.absorb(self.kernels, q)?,
             None => q,
         };
-        let q = into_heads(&q, [batch, queries, heads, head_dim], None, turns.as_ref())?;
+        let q = into_heads(&q, [query.batch(), query.tokens(), heads, head_dim], None, turns)?;
         let gate = self.gate.as_ref().map(|gate| self.apply(gate, query.values(), "gates")).transpose()?;
-        let (k, v) = (kv.k.clone(), kv.v.clone());
-        Ok((Operands { shape, dtype: Dtype::F32, q: floats::into_bytes(q), k, v }, gate))
+        Ok((floats::into_bytes(q), gate))
     }
 
     /// The layer's result of the heads' contexts.
@@ -358,48 +478,6 @@ fn is_zero_of_zeros(score: &Score) -> bool {
 
 fn expect(what: &'static str, got: usize, expected: usize) -> Result<(), LayerError> {
     if got == expected { Ok(()) } else { Err(LayerError::Rows { what, got, expected }) }
-}
-
-/// Rows `[batch, tokens, heads * dim]` as heads, `[batch, heads, tokens, dim]`, each turned, and behind a row of `front`,
-/// `[heads, dim]`, that isn't.
-fn into_heads(
-    rows: &[f32],
-    [batch, tokens, heads, dim]: [usize; 4],
-    front: Option<&[f32]>,
-    turns: Option<&Turns>,
-) -> Result<Vec<f32>, LayerError> {
-    let elements = rows.len() + front.map_or(0, |front| batch * front.len());
-    let mut out = Vec::new();
-    out.try_reserve_exact(elements).map_err(|_refused| LayerError::RowMemory { what: "heads", elements })?;
-    for problem in rows.chunks_exact(tokens * heads * dim) {
-        for head in 0..heads {
-            let of_head = head * dim..(head + 1) * dim;
-            out.extend(front.and_then(|front| front.get(of_head.clone())).into_iter().flatten());
-            for (token, row) in problem.chunks_exact(heads * dim).enumerate() {
-                let first = out.len();
-                out.extend_from_slice(&row[of_head.clone()]);
-                if let Some(turns) = turns {
-                    turns.turn(token, &mut out[first..]);
-                }
-            }
-        }
-    }
-    Ok(out)
-}
-
-/// Contexts `[batch, heads, queries, dim]` as rows, `[batch, queries, heads * dim]`.
-fn into_rows(context: &[f32], shape: &AttnShape) -> Result<Vec<f32>, LayerError> {
-    let (heads, queries, dim) = (shape.n_heads(), shape.n_queries(), shape.value_dim());
-    let elements = context.len();
-    let mut rows = zeros(elements).ok_or(LayerError::RowMemory { what: "contexts", elements })?;
-    for (head, of_head) in context.chunks_exact(queries * dim).enumerate() {
-        let (batch, head) = (head / heads, head % heads);
-        for (token, from) in of_head.chunks_exact(dim).enumerate() {
-            let row: &mut [f32] = &mut rows[((batch * queries + token) * heads + head) * dim..][..dim];
-            row.copy_from_slice(from);
-        }
-    }
-    Ok(rows)
 }
 
 /// Runs what takes a while and all cores where it holds up nothing else.

@@ -21,7 +21,7 @@ use attnd_kernel::{AttnShape, Kernels, Linear};
 
 use self::weights::LatentDims;
 pub use self::weights::{LatentWeights, Norm};
-use super::{Inner, Layer, LayerDims, LayerError, Rope, linear};
+use super::{HeadMatrices, Inner, Layer, LayerDims, LayerError, Rope, linear};
 use crate::context::zeros;
 
 /// A layer of multi-head latent attention as somebody put it together; [`Layer::latent`] decides whether it makes sense.
@@ -64,7 +64,6 @@ impl Layer {
         let dims = weights.dims(heads)?;
         let LatentDims { nope, rope: rotary, rank, .. } = dims;
         let rope = rope.map(|rope| rope.behind(rank, rotary)).transpose()?;
-        let weight_bytes = weights.bytes();
         let LatentWeights { query_down, query, latent, norm, up, output } = weights;
         let query = linear(&query)?;
         let (query, query_up) = match query_down {
@@ -94,7 +93,9 @@ impl Layer {
             scale: Some(scale.unwrap_or_else(|| ((nope + rotary) as f32).sqrt().recip())),
             rope,
             add_zero_attn,
-            weight_bytes,
+            // Workers make none of it.
+            key_matrices: HeadMatrices::default(),
+            value_matrices: HeadMatrices::default(),
         };
         Ok(Self { inner: Arc::new(inner) })
     }
@@ -163,13 +164,6 @@ impl Latent {
         }
         Ok(rows)
     }
-
-    /// Operations for each row of queries, beside those of its first and last matrix.
-    pub(super) fn flops(&self) -> u64 {
-        let up = self.query_up.iter().map(|(_, up)| up);
-        let matrices = up.chain(&self.absorbed).chain(&self.values);
-        matrices.map(|matrix| 2 * matrix.inputs() as u64 * matrix.outputs() as u64).sum()
-    }
 }
 
 fn room(what: &'static str, rows: usize, width: usize) -> Result<Vec<f32>, LayerError> {
@@ -225,11 +219,10 @@ mod tests {
         // Of a head's query as it is defined, not of the keys that are sent.
         assert_eq!(begin.operator.scale(), 5.0_f32.sqrt().recip());
 
-        let plan = layer.plan(&x, &kept, &kept);
-        assert_eq!(plan.operand_bytes, (3 * 2 * 7 + 9 * 7) * 4);
-        // Queries: down, up, W^UK, W^UV and the result; keys: one matrix.
-        let of_query = 6 * 7 + 10 * 6 + 2 * 3 * 5 + 2 * 4 * 5 + 7 * 8;
-        assert_eq!(plan.flops, 2 * (3 * of_query + 9 * 7 * 7));
+        // One matrix makes both.
+        assert_eq!(layer.inner.kv_flops(&kept, &kept), 2 * 9 * 7 * 7);
+        let obstacle = layer.inner.obstacle(&AttendOptions::default()).unwrap().to_string();
+        assert_eq!(obstacle, "latent attention: latents are normalised after they are projected");
     }
 
     #[test]

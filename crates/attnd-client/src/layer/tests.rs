@@ -1,6 +1,6 @@
 //! Parts of a layer against their formulas in f64.
 
-use attnd_kernel::{Causal, Csr, Dims, Mask, PerBatch, Relative, Score};
+use attnd_kernel::{Causal, Csr, Dims, Dtype, Mask, PerBatch, Relative, Score};
 use attnd_plan::Element;
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
@@ -296,28 +296,65 @@ fn rows_and_matrices_that_do_not_fit_are_refused_with_numbers() {
 }
 
 #[test]
-fn the_plan_counts_rows_once_and_says_that_workers_can_not_project() {
+fn what_travels_to_workers_is_cut_by_heads_and_each_thing_once() {
     let mut rng = SmallRng::seed_from_u64(14);
-    let weights = Weights {
-        query: matrix(&mut rng, [8, 4], true),
-        key: matrix(&mut rng, [8, 4], true),
-        value: matrix(&mut rng, [8, 4], true),
-        output: Some(matrix(&mut rng, [4, 8], false)),
-        gate: None,
-        learnt: None,
-    };
-    let parts = LayerParts { weights, heads: 2, kv_heads: 2, scale: None, rope: None, add_zero_attn: false };
-    let layer = Layer::new(parts).unwrap();
-    let x = Rows::new(vec![0.0; 2 * 3 * 4], [2, 3, 4]).unwrap();
-    let plan = layer.plan(&x, &x.clone(), &x);
-    assert_eq!(plan.operand_bytes, 3 * 6 * 8 * 4);
-    assert_eq!(plan.input_bytes, 6 * 4 * 4);
-    assert_eq!(plan.weight_bytes, (3 * (32 + 8) + 32) * 4);
-    assert_eq!(plan.flops, 4 * 6 * 2 * 32);
-    let apart = Rows::new(vec![0.0; 2 * 3 * 4], [2, 3, 4]).unwrap();
-    assert_eq!(layer.plan(&x, &apart, &apart).input_bytes, 2 * 6 * 4 * 4);
+    let parts = parts(&mut rng);
+    let layer = Layer::new(parts.clone()).unwrap();
+    let key = Rows::new(random(&mut rng, 2 * 3 * 8), [2, 3, 8]).unwrap();
+    let value = Rows::new(random(&mut rng, 2 * 3 * 9), [2, 3, 9]).unwrap();
+    let source = layer.inner.source(&key, &value);
+    assert_eq!((source.projection.key.has_bias, source.projection.value.has_bias), (false, true));
+    assert_eq!((source.projection.key.width, source.projection.value.width), (8, 9));
     assert!(
-        plan.to_string().contains("projections run on the client")
-            && plan.to_string().contains("can't project yet")
+        !source.projection.same_rows
+            && source.rows.len() == 6 * 8 * 4
+            && source.value_rows.len() == 6 * 9 * 4
     );
+    assert_eq!(attnd_wire::floats::from_bytes(&source.key_matrices), parts.weights.key.weight);
+    let (weight, bias) = (&parts.weights.value.weight, parts.weights.value.bias.as_ref().unwrap());
+    let of_heads = [&weight[..45], &bias[..5], &weight[45..], &bias[5..]].concat();
+    assert_eq!(attnd_wire::floats::from_bytes(&source.value_matrices), of_heads);
+
+    // Rows of sixteen bits travel as they are, and clones of them once.
+    let narrow: Vec<u8> = (0..6 * 8_u16).flat_map(|i| (0x3f80 + i).to_le_bytes()).collect();
+    let narrow = Rows::of_bytes(narrow.clone().into(), Dtype::Bf16, [2, 3, 8]).unwrap();
+    assert_eq!(narrow.values()[..2], [1.0, 1.0078125]);
+    let (dtype, sent) = narrow.sent();
+    assert_eq!((dtype, sent.len()), (Dtype::Bf16, 6 * 8 * 2));
+    assert!(Rows::of_bytes(vec![0; 7].into(), Dtype::Bf16, [1, 1, 3]).is_err());
+    let square = LayerParts {
+        weights: Weights { value: matrix(&mut rng, [10, 8], true), ..parts.weights.clone() },
+        ..parts
+    };
+    let source = Layer::new(square).unwrap().inner.source(&narrow, &narrow.clone());
+    assert!(source.projection.same_rows && source.value_rows.is_empty());
+    assert_eq!(source.projection.value.dtype, Dtype::Bf16);
+}
+
+#[test]
+fn what_workers_can_not_make_is_named() {
+    let mut rng = SmallRng::seed_from_u64(15);
+    let plain = parts(&mut rng);
+    let obstacle = |change: &dyn Fn(&mut LayerParts), options: &AttendOptions| {
+        let mut parts = plain.clone();
+        change(&mut parts);
+        Layer::new(parts).unwrap().inner.obstacle(options).map(|obstacle| obstacle.what)
+    };
+    let none = AttendOptions::default();
+    assert_eq!(obstacle(&|_| {}, &none), None);
+    assert_eq!(obstacle(&|parts| parts.add_zero_attn = true, &none), None);
+    assert_eq!(
+        obstacle(&|parts| parts.rope = Some(Rope::new(RopeStyle::HalfSplit, 10.0)), &none),
+        Some("rope")
+    );
+    let learnt = Learnt { key: vec![0.0; 12], value: vec![0.0; 10] };
+    assert_eq!(obstacle(&|parts| parts.weights.learnt = Some(learnt.clone()), &none), Some("a learnt key"));
+    let uniform = AttendOptions { empty_row: attnd_kernel::EmptyRow::Uniform, ..AttendOptions::default() };
+    assert_eq!(obstacle(&|_| {}, &uniform), Some("empty_row=uniform"));
+    let wide = |parts: &mut LayerParts| {
+        let width = attnd_plan::MAX_WIDTH + 1;
+        parts.weights.key =
+            Matrix { inputs: width, weight: vec![0.0; 12 * width], ..parts.weights.key.clone() };
+    };
+    assert_eq!(obstacle(&wide, &none), Some("width"));
 }

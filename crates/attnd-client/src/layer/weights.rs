@@ -1,5 +1,8 @@
 //! The matrices of a layer, and whether they fit together.
 
+use attnd_wire::floats;
+use bytes::Bytes;
+
 use super::LayerDims;
 
 /// `y = x W^T + b`.
@@ -116,10 +119,6 @@ impl Matrix {
         let bias = self.bias.as_ref().map_or(self.outputs, Vec::len);
         self.expect(bias == self.outputs, || format!("{bias} outputs, as its bias has"))
     }
-
-    pub(super) fn elements(&self) -> usize {
-        self.weight.len() + self.bias.as_ref().map_or(0, Vec::len)
-    }
 }
 
 impl Weights {
@@ -165,13 +164,27 @@ impl Weights {
         }
         Ok(LayerDims { heads, kv_heads, head_dim, value_dim })
     }
+}
 
-    /// Bytes of all of them.
-    pub(super) fn bytes(&self) -> u64 {
-        let Self { query, key, value, output, gate, learnt } = self;
-        let matrices = [Some(query), Some(key), Some(value), output.as_ref(), gate.as_ref()];
-        let elements: usize = matrices.into_iter().flatten().map(Matrix::elements).sum();
-        let learnt = learnt.as_ref().map_or(0, |learnt| learnt.key.len() + learnt.value.len());
-        ((elements + learnt) * size_of::<f32>()) as u64
+/// A matrix of keys or values, cut by kv heads: of each its rows, and then its elements of the bias if there is one.
+#[derive(Clone, Debug, Default)]
+pub(super) struct HeadMatrices {
+    pub(super) has_bias: bool,
+    pub(super) bytes: Bytes,
+}
+
+impl HeadMatrices {
+    /// A matrix whose outputs are `kv_heads` equal parts.
+    pub(super) fn new(matrix: Matrix, kv_heads: usize) -> Self {
+        let Matrix { outputs, inputs, weight, bias, .. } = matrix;
+        let elements = match &bias {
+            None => weight,
+            Some(bias) => {
+                let dim = outputs / kv_heads.max(1);
+                let heads = weight.chunks(dim * inputs).zip(bias.chunks(dim));
+                heads.flat_map(|(weight, bias)| weight.iter().chain(bias)).copied().collect()
+            }
+        };
+        Self { has_bias: bias.is_some(), bytes: floats::into_bytes(elements) }
     }
 }

@@ -20,7 +20,7 @@ impl Case {
         let (n_keys, head_dim, value_dim) =
             (self.shape.n_keys(), self.shape.head_dim(), self.shape.value_dim());
         let layout = PageLayout { storage: self.storage, head_dim, value_dim };
-        let mut cache = KvCache::new(&Arena::of_chunks(PAGE_STEP), layout, 0..N_SLOTS);
+        let mut cache = KvCache::new(&Arena::of_chunks(PAGE_STEP, u64::MAX), layout, 0..N_SLOTS);
         let more = rng.random_range(1..40_usize);
         memory.allocate(|| cache.poison(n_keys + more, poison(self.storage)));
         // No integer stands for NaN; this is in every type's range.

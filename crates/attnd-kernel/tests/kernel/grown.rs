@@ -71,6 +71,7 @@ impl Sequence {
         let dim = if is_key { layout.head_dim } else { layout.value_dim };
         let (first, mut bytes) = self.owned(rows, is_key, Dtype::F32);
         let Some(first) = first else { return };
+        let before = self.cache.bytes();
         if rng.random() {
             // The other operand is good and comes before.
             let (first, bytes) = self.owned(rows, !is_key, Dtype::F32);
@@ -82,11 +83,10 @@ impl Sequence {
         let is_owned = |at: &usize| self.cache.slots().contains(&slot_of_page(at / PAGE_KEYS));
         let token = (first..).filter(is_owned).nth(bad / dim).unwrap();
         let append = if is_key { KvCache::append_k } else { KvCache::append_v };
-        let before = self.cache.bytes();
         let refused = append(&mut self.cache, first, &bytes, Dtype::F32, true).unwrap_err();
         let AppendError::NonFinite(found) = refused else { panic!("{refused}") };
         assert_eq!((found.token, found.dim), (token, bad % dim));
-        assert!(self.cache.bytes() <= before && self.cache.len() == self.rows.len());
+        assert_eq!((self.cache.bytes(), self.cache.len()), (before, self.rows.len()));
     }
 
     fn truncate(&mut self, len: usize) {

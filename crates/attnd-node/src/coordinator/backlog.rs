@@ -148,7 +148,13 @@ mod tests {
             resident_bytes: 1,
         };
         let shares = [0..20, 20..33, 33..64].into_iter().enumerate().map(share).collect();
-        let plan = Plan { shares, tokens_per_cell: 10, reason: String::new(), predicted_seconds: 1.0 };
+        let plan = Plan {
+            shares,
+            tokens_per_cell: 10,
+            reason: String::new(),
+            predicted_seconds: 1.0,
+            sent_bytes: 0,
+        };
         (plan.verify(&shape).unwrap(), shape)
     }
 

@@ -355,6 +355,7 @@ impl Message<Roster> for MembershipActor {
                 load: heartbeat.load,
                 since_heartbeat: silence,
                 version: hello.version.clone(),
+                wire_version: hello.wire_version,
             })
             .collect()
     }

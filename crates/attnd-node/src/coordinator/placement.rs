@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use attnd_kernel::{AttnShape, Bias, Compute, EmptyRow, KERNEL_ID, Operator, Path};
 use attnd_plan::{Capacity, Plan, PlanError, PlanRequest, VerifiedPlan};
-use attnd_wire::join::{GENERAL_PATH, OPERATORS, OUTPUTS, SCORES, WIRE_VERSIONS};
+use attnd_wire::join::{GENERAL_PATH, OPERATORS, OUTPUTS, PROJECTIONS, SCORES, WIRE_VERSIONS};
 use attnd_wire::{Begin, ComputeBegin, Deadline, Error, Reason};
 
 use super::Hub;
@@ -67,6 +67,7 @@ fn of_workers(operator: &Arc<Operator>) -> Arc<Operator> {
 fn least_version(begin: &Begin) -> u32 {
     let operator = of_workers(&begin.operator);
     match (operator.path(), operator.kernel_id(Compute::F32)) {
+        _ if begin.shape.kv_is_projected() => PROJECTIONS,
         _ if is_of_scores_shape(&begin.shape) || is_of_scores(&operator) => SCORES,
         _ if begin.outputs.is_some() => OUTPUTS,
         (Path::Plain, KERNEL_ID) => *WIRE_VERSIONS.start(),
@@ -221,6 +222,7 @@ mod tests {
         let large = |dims| of_shape(AttnShape::new(dims).unwrap(), plain(), OutputsParts::default());
         assert_eq!([large(Dims { head_dim: 512, ..dims }), large(Dims { head_dim: 513, ..dims })], [1, 5]);
         assert_eq!(large(Dims { value_dim: 513, ..dims }), 5);
+        assert_eq!(of_shape(shape.with_projected_kv(), plain(), OutputsParts::default()), 6);
         let latent = shape.with_values_from_keys().unwrap();
         assert_eq!(of_shape(latent, plain(), OutputsParts::default()), 5);
         let swin = Swin { height: 1, width: 1, table: [0.5].into(), shift: None };

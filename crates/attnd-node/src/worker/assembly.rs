@@ -66,7 +66,7 @@ pub(crate) enum AssemblyError {
 pub(crate) struct Operands {
     /// `[group_size, n_queries, query_dim]`.
     pub(crate) q: Vec<f32>,
-    /// Without keys where `sent_keys` has them.
+    /// Without keys where `sent_keys` has them, and without any where they and values are to be made of rows.
     pub(crate) kv: KvHead,
     /// Keys that become others.
     pub(crate) sent_keys: Option<SentKeys>,
@@ -84,8 +84,8 @@ pub(crate) struct GroupAssembly {
     /// Created on the first byte of K or V.
     kv: Option<KvHead>,
     sent_keys: Option<SentKeys>,
-    k: Pages,
-    /// Of values that are sent.
+    /// Of keys, and of values, that are sent.
+    k: Option<Pages>,
     v: Option<Pages>,
 }
 
@@ -103,8 +103,8 @@ impl GroupAssembly {
             q_heads: vec![rows; shape.group_size()],
             kv: None,
             sent_keys: sent_keys.then(|| SentKeys::new(&layout)),
-            k: pages(shape.head_dim()),
-            v: (!shape.value_is_key_prefix()).then(|| pages(shape.value_dim())),
+            k: (!shape.kv_is_projected()).then(|| pages(shape.head_dim())),
+            v: (!shape.value_is_key_prefix() && !shape.kv_is_projected()).then(|| pages(shape.value_dim())),
             slots,
         }
     }
@@ -181,13 +181,14 @@ impl GroupAssembly {
         let head = self.group;
         let slots = &self.slots;
         let sent_keys = &mut self.sent_keys;
-        let pages = match (tensor, &mut self.v) {
-            (Tensor::V, Some(v)) => v,
-            (Tensor::V, None) if data.is_empty() => return Ok(()),
-            (Tensor::V, None) => {
-                return Err(AssemblyError::Offset { tensor, head, expected: 0, got: offset });
-            }
-            (Tensor::Q | Tensor::K, _) => &mut self.k,
+        let pages = match tensor {
+            Tensor::V => &mut self.v,
+            Tensor::Q | Tensor::K => &mut self.k,
+        };
+        let pages = match pages {
+            Some(pages) => pages,
+            None if data.is_empty() => return Ok(()),
+            None => return Err(AssemblyError::Offset { tensor, head, expected: 0, got: offset }),
         };
         let prefix = shape.value_is_key_prefix().then(|| shape.value_dim() * dtype.size());
         pages
@@ -215,8 +216,8 @@ impl GroupAssembly {
     /// Whether every byte is here.
     pub(crate) fn is_complete(&self) -> bool {
         let n_queries = self.layout.shape.n_queries();
-        let values = self.v.as_ref().is_none_or(Pages::is_complete);
-        self.k.is_complete() && values && self.q_heads.iter().all(|rows| rows.done == n_queries)
+        let sent = [&self.k, &self.v].into_iter().flatten();
+        sent.into_iter().all(Pages::is_complete) && self.q_heads.iter().all(|rows| rows.done == n_queries)
     }
 
     /// The operands, once complete.

@@ -16,6 +16,7 @@ use tokio_stream::wrappers::ReceiverStream;
 
 use super::assembly::Operands;
 use super::budget::Reservation;
+use super::projection::project;
 use super::second_pass::{self, Kept};
 use super::side::SidePlanes;
 use super::slices::Slicer;
@@ -128,19 +129,26 @@ async fn first_pass(
     Ok(sent)
 }
 
-/// A group whose keys are as kernels read them.
+/// A group whose keys are as kernels read them, and whose values are there.
 async fn with_resident_keys(call: Arc<Call>, mut ready: ReadyGroup) -> Result<ReadyGroup, Error> {
-    let Some(sent) = ready.operands.sent_keys.take() else { return Ok(ready) };
+    let sent = ready.operands.sent_keys.take();
+    if sent.is_none() && !call.begin.shape.kv_is_projected() {
+        return Ok(ready);
+    }
     let group = ready.group;
     let call_on_pool = Arc::clone(&call);
-    let transform = move || {
-        let _busy = call_on_pool.busy.enter();
-        let wanted = || !call_on_pool.cancelled.load(Ordering::Relaxed);
-        let begin = &call_on_pool.begin;
-        let written = sent.transform(call_on_pool.kernels, begin, group, &mut ready.operands.kv, wanted);
+    let make = move || {
+        let Call { kernels, begin, busy, cancelled, .. } = &*call_on_pool;
+        let _busy = busy.enter();
+        let wanted = || !cancelled.load(Ordering::Relaxed);
+        let ReadyGroup { operands: Operands { kv, .. }, planes, .. } = &mut ready;
+        let written = match sent {
+            Some(sent) => sent.transform(kernels, begin, group, kv, wanted),
+            None => project(kernels, begin, group, planes, kv, wanted),
+        };
         written.map(|()| ready)
     };
-    on_pool(&call.pool, group, transform).await?
+    on_pool(&call.pool, group, make).await?
 }
 
 async fn one_cell(

@@ -89,7 +89,7 @@ impl Intake {
         memory: &mut Reservation,
     ) -> Self {
         let of_sides = memory.split(side::bytes_needed(sides, pieces, &layout.shape));
-        let beside = SideAssembly::new(sides, pieces, layout.shape, of_sides);
+        let beside = SideAssembly::new(sides, pieces, layout.shape, layout.check_finite, of_sides);
         let mut waiting = BTreeMap::new();
         let mut bytes_expected = beside.bytes_expected();
         for piece in pieces {

@@ -3,8 +3,9 @@
 //! * `service.rs` reads Begin and reserves memory (`budget.rs`); from then on the call belongs to its `shard.rs` actor.
 //! * A shard feeds frames to `intake.rs`, which checks their order and lets `assembly.rs` put the operands together,
 //!   and `side.rs` what travels beside them; complete groups go to `cells.rs`, which computes on the pool, first other
-//!   keys where a score function wants them (`keys.rs`), then, in `slices.rs`, partials, and sends these. Rows that have merged come back to `second_pass.rs`, where more is wanted than the
-//!   context.
+//!   keys where a score function wants them (`keys.rs`), or keys and values of rows that came in their place (`projection.rs`),
+//!   then, in `slices.rs`, partials, and sends these. Rows that have merged come back to `second_pass.rs`, where more is
+//!   wanted than the context.
 //! * `membership.rs` is the actor of the control channel; `supervisor.rs` is the root of all of them.
 
 use std::net::IpAddr;
@@ -31,6 +32,7 @@ mod cells;
 mod intake;
 mod keys;
 mod membership;
+mod projection;
 mod second_pass;
 mod service;
 mod shard;

@@ -128,8 +128,8 @@ mod tests {
         AttnShape, Causal, Dims, Dtype, Operator, OperatorParts, Outputs, OutputsParts, Score, Stage, Tensor,
     };
     use attnd_plan::{
-        Capacity, CostModel, Element, PlanRequest, SideLayout, SideTensor, Sides, WorkerChoice, WorkerId,
-        plan,
+        Capacity, CostModel, Element, PlanRequest, Projected, Projection, SideLayout, SideTensor, Sides,
+        WorkerChoice, WorkerId, plan,
     };
 
     use super::*;
@@ -181,11 +181,28 @@ mod tests {
             Score::new("location_aware", parameters.map(|(name, shape)| ones(name, shape)).into()).unwrap();
         let parts = OperatorParts { score, ..OperatorParts::plain(1.0, Causal::None) };
         let aware = Arc::new(Operator::new(parts, &shape).unwrap());
-        let operators = [&operator, &operator, &operator, &aware];
-        let outputs = [None, None, Some(wanted), None];
-        let dtypes = [Dtype::F32, Dtype::F16, Dtype::Bf16, Dtype::F16];
+        // Keys and values that are made of rows, of which others are made then.
+        let score = Score::new("cosine", Vec::new()).unwrap();
+        let parts = OperatorParts { score, ..OperatorParts::plain(1.0, Causal::None) };
+        let cosine = Arc::new(Operator::new(parts, &shape).unwrap());
+        let projected = |dtype, width, has_bias| Projected { dtype, width, has_bias };
+        let (key, value) = (projected(Dtype::F16, 100, true), projected(Dtype::F32, 30, false));
+        let sources = [(key, Projected { has_bias: false, ..key }, true), (key, value, false)];
+        let made = sources.map(|(key, value, same_rows)| {
+            let projection = Projection { key, value, same_rows };
+            let mask = dense(SideTensor::Mask, Element::Bool, [1, 1, 50, 3000]);
+            Sides::new(projection.layouts(&shape).unwrap().into_iter().chain([mask]).collect()).unwrap()
+        });
+        let beside = beside.into_iter().chain(made);
+        let operators = [&operator, &operator, &operator, &aware, &operator, &cosine];
+        let outputs = [None, None, Some(wanted), None, None, None];
+        let dtypes = [Dtype::F32, Dtype::F16, Dtype::Bf16, Dtype::F16, Dtype::F32, Dtype::F32];
         let calls = dtypes.into_iter().zip(operators).zip(beside).zip(outputs);
         for (((dtype, operator), sides), outputs) in calls {
+            let shape = match Projection::of(&sides) {
+                Some(_) => shape.with_projected_kv(),
+                None => shape,
+            };
             for n in 1..=3 {
                 let req = PlanRequest {
                     shape,

@@ -1,5 +1,6 @@
 //! What travels beside the operands of a share, as it arrives: the parts of masks and biases that its kv groups look at
-//! become planes that kernels read, and so do weights that rows had before.
+//! become planes that kernels read, and so do weights that rows had before. Rows and matrices that keys and values are made of are kept
+//! as they come, in f32, see [`super::projection`].
 //!
 //! The bytes of a part come in ascending order, in any cut, parts of a tensor side by side. A part has a matrix of its
 //! own, with the keys of its slots alone; of each row, the keys of a page are stored as soon as they are complete.
@@ -9,10 +10,11 @@ use std::sync::Arc;
 
 use attnd_kernel::slot::PAGE_KEYS;
 use attnd_kernel::{AttnShape, DensePlane, OutOfMemory, first_non_finite, widen};
-use attnd_plan::{Element, Piece, PlanePart, SideLayout, SideTensor, Sides};
+use attnd_plan::{Element, Piece, PlanePart, SideLayout, SideTensor, Sides, Tensor};
 use attnd_wire::{Error, Reason, refusal};
 
 use super::budget::Reservation;
+use super::projection::HeadMatrix;
 
 /// Memory that the parts of a share take, in bytes.
 pub(crate) fn bytes_needed(sides: &Sides, pieces: &[Piece], shape: &AttnShape) -> u64 {
@@ -26,6 +28,8 @@ pub(crate) fn bytes_needed(sides: &Sides, pieces: &[Piece], shape: &AttnShape) -
 #[derive(Debug)]
 pub(crate) struct SideAssembly {
     shape: AttnShape,
+    /// Whether rows that keys and values are made of must be finite; what scores read must be, always.
+    check_finite: bool,
     tensors: Vec<TensorAssembly>,
     memory: Reservation,
 }
@@ -54,8 +58,19 @@ struct PartAssembly {
 enum Plane {
     /// Of a mask or a bias, the keys of some slots.
     Dense(DensePlane),
-    /// Of previous weights, all, `[rows, keys]`.
+    /// Of previous weights, all, `[rows, keys]`; of what keys and values are made of, the rows of some slots, `[keys, width]`.
     Whole(Vec<f32>),
+    /// What makes keys or values of rows.
+    Matrix(HeadMatrix),
+}
+
+/// Rows of a batch element that keys or values are made of.
+#[derive(Debug)]
+pub(crate) struct SourceRows<'a> {
+    /// `[keys of the slots, width]`.
+    pub(crate) rows: &'a [f32],
+    pub(crate) width: usize,
+    pub(crate) slots: Range<usize>,
 }
 
 /// The pages of a row of a part, each with where its keys end in that row, in bytes.
@@ -74,9 +89,15 @@ pub(crate) struct SidePlanes {
 
 impl SideAssembly {
     /// Expects the parts of these pieces; `memory` holds what [`bytes_needed`] says.
-    pub(crate) fn new(sides: &Sides, pieces: &[Piece], shape: AttnShape, memory: Reservation) -> Self {
+    pub(crate) fn new(
+        sides: &Sides,
+        pieces: &[Piece],
+        shape: AttnShape,
+        check_finite: bool,
+        memory: Reservation,
+    ) -> Self {
         let tensors = sides.iter().map(|layout| TensorAssembly::new(*layout, pieces, &shape));
-        Self { shape, tensors: tensors.collect(), memory }
+        Self { shape, check_finite, tensors: tensors.collect(), memory }
     }
 
     /// Bytes that have to arrive, as they are on the wire.
@@ -113,7 +134,13 @@ impl SideAssembly {
             let detail = format!("{tensor} part {part}: expected offset {}, got {offset}", at.got);
             return Err(Error::new(Reason::ChunkOrder, detail));
         }
-        at.take(layout, &self.shape, data)
+        match tensor {
+            SideTensor::Mask | SideTensor::Bias | SideTensor::Previous => at.take(layout, &self.shape, data),
+            SideTensor::KeyMatrix | SideTensor::ValueMatrix => at.append(layout, &self.shape, false, data),
+            SideTensor::Source | SideTensor::ValueSource => {
+                at.append(layout, &self.shape, self.check_finite, data)
+            }
+        }
     }
 
     /// The planes, once everything is here.
@@ -148,7 +175,7 @@ impl TensorAssembly {
                     pages
                 }
             };
-            let bytes = layout.rows() as u64 * pages.width() as u64;
+            let bytes = layout.part_bytes(&part);
             PartAssembly { part, pages, bytes, got: 0, staged: Vec::new(), plane: None }
         };
         Self { layout, parts: layout.parts(pieces, shape).into_iter().map(assembly).collect() }
@@ -161,7 +188,7 @@ impl RowPages {
         let mut end = 0;
         for columns in layout.columns_of(slots) {
             for first in columns.clone().step_by(PAGE_KEYS) {
-                end += (columns.end - first).min(PAGE_KEYS) * layout.element().size();
+                end += (columns.end - first).min(PAGE_KEYS) * layout.column_bytes();
                 pages.push((first / PAGE_KEYS, end));
             }
         }
@@ -175,6 +202,39 @@ impl RowPages {
 }
 
 impl PartAssembly {
+    /// Takes the next numbers of a part that is resident as they come, and widened.
+    fn append(
+        &mut self,
+        layout: &SideLayout,
+        shape: &AttnShape,
+        check_finite: bool,
+        data: &[u8],
+    ) -> Result<(), Error> {
+        let plane = match &mut self.plane {
+            Some(plane) => plane,
+            None => self.plane.insert(reserve(layout, &self.part, shape)?),
+        };
+        let (Plane::Whole(elements) | Plane::Matrix(HeadMatrix { elements, .. }), Element::Float(dtype)) =
+            (plane, layout.element())
+        else {
+            return Err(Error::new(Reason::Internal, format!("{} of no numbers", layout.tensor())));
+        };
+        let begin = elements.len();
+        elements.resize(begin + data.len() / dtype.size(), 0.0);
+        let new = &mut elements[begin..];
+        widen(data, dtype, new);
+        self.got += data.len() as u64;
+        match first_non_finite(new).filter(|_| check_finite) {
+            Some(at) => {
+                let (row, i) = ((begin + at) / layout.width(), (begin + at) % layout.width());
+                let key = layout.columns_of(&self.part.slots).into_iter().flatten().nth(row);
+                let place = [self.part.plane, key.unwrap_or_default(), i];
+                Err(refusal::non_finite_source(layout.tensor(), place, new[at]))
+            }
+            None => Ok(()),
+        }
+    }
+
     /// Takes bytes that were checked to be the next ones.
     fn take(&mut self, layout: &SideLayout, shape: &AttnShape, data: &[u8]) -> Result<(), Error> {
         let Self { part, pages, got, staged, plane, .. } = self;
@@ -212,14 +272,20 @@ fn reserve(layout: &SideLayout, part: &PlanePart, shape: &AttnShape) -> Result<P
     match layout.tensor() {
         SideTensor::Mask => DensePlane::mask(layout.rows(), shape.n_keys(), &part.slots).map(Plane::Dense),
         SideTensor::Bias => DensePlane::bias(layout.rows(), shape.n_keys(), &part.slots).map(Plane::Dense),
-        SideTensor::Previous => {
-            let elements = layout.rows() * layout.columns();
-            let mut weights = Vec::new();
-            let refused = |_full| OutOfMemory { bytes: elements as u64 * 4 };
-            weights.try_reserve_exact(elements).map_err(refused)?;
-            Ok(Plane::Whole(weights))
+        SideTensor::Previous | SideTensor::Source | SideTensor::ValueSource => {
+            room(layout.part_elements(part)).map(Plane::Whole)
+        }
+        SideTensor::KeyMatrix | SideTensor::ValueMatrix => {
+            room(layout.part_elements(part)).map(|elements| Plane::Matrix(HeadMatrix::new(elements)))
         }
     }
+}
+
+/// An empty vector that holds so many.
+fn room(elements: usize) -> Result<Vec<f32>, OutOfMemory> {
+    let mut room = Vec::new();
+    room.try_reserve_exact(elements).map_err(|_full| OutOfMemory { bytes: elements as u64 * 4 })?;
+    Ok(room)
 }
 
 /// Stores the keys of a page of a row.
@@ -259,6 +325,7 @@ fn store(
             }
         }
         (Plane::Whole(_), Element::Bool) => Err(Error::new(Reason::Internal, "previous weights of bools")),
+        (Plane::Matrix(_), _) => Err(Error::new(Reason::Internal, "a matrix has no pages of keys")),
     }
 }
 
@@ -275,7 +342,7 @@ impl SidePlanes {
         let Some((layout, parts)) = of else { return Vec::new() };
         let dense = |plane: &'a Plane| match plane {
             Plane::Dense(plane) => Some(plane),
-            Plane::Whole(_) => None,
+            Plane::Whole(_) | Plane::Matrix(_) => None,
         };
         let plane = |plane: usize| {
             let first = parts.partition_point(|(part, _)| part.plane < plane);
@@ -297,10 +364,46 @@ impl SidePlanes {
             let at = parts.binary_search_by_key(&plane, |(part, _)| part.plane).ok()?;
             match &parts[at].1 {
                 Plane::Whole(weights) => Some(&weights[..]),
-                Plane::Dense(_) => None,
+                Plane::Dense(_) | Plane::Matrix(_) => None,
             }
         };
         layout.planes_of(group, shape).filter_map(whole).collect()
+    }
+
+    /// The rows that the keys, or the values, of a kv group are made of, those of these slots among them.
+    pub(crate) fn source_of_group(
+        &self,
+        of: Tensor,
+        group: usize,
+        slots: &Range<usize>,
+        shape: &AttnShape,
+    ) -> Option<SourceRows<'_>> {
+        let source = |tensor| self.tensors.iter().find(|(layout, _)| layout.tensor() == tensor);
+        let own = source(SideTensor::ValueSource).filter(|_| of == Tensor::V);
+        let (layout, parts) = own.or_else(|| source(SideTensor::Source))?;
+        let plane = layout.planes_of(group, shape).start;
+        let has_slots = |part: &PlanePart| part.slots.start <= slots.start && slots.end <= part.slots.end;
+        let (part, rows) = parts.iter().find(|(part, _)| part.plane == plane && has_slots(part))?;
+        match rows {
+            Plane::Whole(rows) => Some(SourceRows { rows, width: layout.width(), slots: part.slots.clone() }),
+            Plane::Dense(_) | Plane::Matrix(_) => None,
+        }
+    }
+
+    /// What makes them of rows.
+    pub(crate) fn matrix_of_group(
+        &self,
+        tensor: SideTensor,
+        group: usize,
+        shape: &AttnShape,
+    ) -> Option<&HeadMatrix> {
+        let (layout, parts) = self.tensors.iter().find(|(layout, _)| layout.tensor() == tensor)?;
+        let plane = layout.planes_of(group, shape).start;
+        let at = parts.binary_search_by_key(&plane, |(part, _)| part.plane).ok()?;
+        match &parts[at].1 {
+            Plane::Matrix(matrix) => Some(matrix),
+            Plane::Dense(_) | Plane::Whole(_) => None,
+        }
     }
 }
 

@@ -296,7 +296,8 @@ fn the_search_makes_few_drafts() {
 
     // Every draft is far slower than its guess, and the later the faster.
     let order: Vec<(f64, usize)> = (1..=500).map(|n| (1e-3 * n as f64, n)).collect();
-    let draft = |n: usize| Draft { shares: Vec::new(), seconds: 1e3 / n as f64, splits_groups: false };
+    let draft =
+        |n: usize| Draft { shares: Vec::new(), seconds: 1e3 / n as f64, sent_bytes: 0, splits_groups: false };
     let best = best_draft(&order, |n| count(true).then(|| draft(n))).unwrap();
     assert!(best.seconds < 1e3 / 250.0, "{}", best.seconds);
     assert!(calls.take() <= 10);

@@ -66,7 +66,7 @@ impl Cutter {
                     let key = (needed.slots.start, needed.slots.end);
                     let columns = columns_of.entry(key).or_insert_with(|| {
                         let runs = layout.columns_of(&needed.slots);
-                        Arc::new(Columns::new(&runs, layout.element().size()))
+                        Arc::new(Columns::new(&runs, layout.column_bytes()))
                     });
                     if let Some(owners) = owners.get_mut(needed.plane) {
                         owners.push(Owner { share, part, columns: Arc::clone(columns) });
@@ -105,8 +105,8 @@ impl Cutter {
 }
 
 impl Columns {
-    fn new(columns: &[Range<usize>], element_bytes: usize) -> Self {
-        let of_bytes = |run: &Range<usize>| run.start * element_bytes..run.end * element_bytes;
+    fn new(columns: &[Range<usize>], column_bytes: usize) -> Self {
+        let of_bytes = |run: &Range<usize>| run.start * column_bytes..run.end * column_bytes;
         let runs: Vec<Range<usize>> = columns.iter().map(of_bytes).collect();
         let mut before = vec![0];
         for run in &runs {

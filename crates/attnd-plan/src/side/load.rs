@@ -6,9 +6,9 @@
 use std::ops::Range;
 
 use attnd_kernel::AttnShape;
-use attnd_kernel::slot::{self, N_SLOTS};
+use attnd_kernel::slot::N_SLOTS;
 
-use super::SideLayout;
+use super::{SideLayout, SideTensor};
 use crate::planner::Piece;
 
 /// One side tensor, as the planner sees it.
@@ -18,7 +18,7 @@ pub(crate) struct SideLoad {
     n_kv_heads: usize,
     /// Planes that the heads of a kv group look at.
     planes_per_group: u64,
-    /// Bytes of a plane before each slot, as they travel; the last entry is the whole plane.
+    /// Bytes of a plane before each slot, as they travel, where it is cut by slots; the last entry is the whole plane.
     sent_before: [u64; N_SLOTS + 1],
     /// The same in the memory of a worker.
     resident_before: [u64; N_SLOTS + 1],
@@ -27,13 +27,16 @@ pub(crate) struct SideLoad {
 impl SideLoad {
     pub(crate) fn new(layout: &SideLayout, shape: &AttnShape) -> Self {
         let (mut sent_before, mut resident_before) = ([0; N_SLOTS + 1], [0; N_SLOTS + 1]);
-        let page_rows = layout.rows as u64 * layout.tensor.resident_page_row();
-        let column_bytes = layout.rows as u64 * layout.element.size() as u64;
-        for slot in 0..N_SLOTS {
-            let columns = slot::keys_in_slots(slot..slot + 1, layout.columns) as u64;
-            sent_before[slot + 1] = sent_before[slot] + columns * column_bytes;
-            let pages = slot::pages_of_slot(slot, shape.n_keys()).count() as u64;
-            resident_before[slot + 1] = resident_before[slot] + pages * page_rows;
+        if layout.tensor.is_along_keys() {
+            for slot in 0..N_SLOTS {
+                let slots = slot..slot + 1;
+                sent_before[slot + 1] = sent_before[slot] + layout.sent_bytes(&slots);
+                resident_before[slot + 1] = resident_before[slot] + layout.resident_in_slots(&slots, shape);
+            }
+        } else {
+            // Nothing else is asked of what goes whole.
+            sent_before[N_SLOTS] = layout.sent_bytes(&(0..N_SLOTS));
+            resident_before[N_SLOTS] = layout.resident_in_slots(&(0..N_SLOTS), shape);
         }
         Self {
             layout: *layout,
@@ -42,6 +45,11 @@ impl SideLoad {
             sent_before,
             resident_before,
         }
+    }
+
+    /// Whether keys or values are made of it.
+    pub(crate) fn is_of_projection(&self) -> bool {
+        !SideTensor::OF_SCORES.contains(&self.layout.tensor)
     }
 
     /// Bytes that travel to the worker of these pieces of an interval.

@@ -15,6 +15,8 @@ use crate::planner::{Plan, PlanRequest, WorkerChoice};
 /// What of `[batch, heads, queries]` is 1, how short of keys it is, and which element type.
 pub(crate) type AnySide = ([bool; 3], f64, usize);
 
+const DTYPES: [Dtype; 3] = [Dtype::F32, Dtype::F16, Dtype::Bf16];
+
 pub(crate) fn any_side() -> impl Strategy<Value = AnySide> {
     (any::<[bool; 3]>(), prop_oneof![Just(1.0), 0.0..1.0_f64], 0usize..3)
 }
@@ -26,9 +28,7 @@ pub(crate) fn layout(tensor: SideTensor, (ones, short, dtype): &AnySide, shape: 
     let keys = ((shape.n_keys() as f64 * short).ceil() as usize).clamp(1, shape.n_keys());
     let element = match tensor {
         SideTensor::Mask => Element::Bool,
-        SideTensor::Bias | SideTensor::Previous => {
-            Element::Float([Dtype::F32, Dtype::F16, Dtype::Bf16][*dtype])
-        }
+        _numbers => Element::Float(DTYPES[*dtype]),
     };
     SideLayout::dense(tensor, element, [size(0), size(1), size(2), keys], shape).unwrap()
 }
@@ -37,6 +37,20 @@ pub(crate) fn layout(tensor: SideTensor, (ones, short, dtype): &AnySide, shape: 
 fn sides(mask: &AnySide, bias: &AnySide, shape: &AttnShape) -> Sides {
     let tensors = [(SideTensor::Bias, bias), (SideTensor::Previous, mask), (SideTensor::Mask, mask)];
     Sides::new(tensors.map(|(tensor, any)| layout(tensor, any, shape)).to_vec()).unwrap()
+}
+
+/// Widths of rows, which biases there are, and which types rows have.
+pub(crate) type AnyProjection = ([usize; 2], [bool; 3], [usize; 2]);
+
+fn any_projection() -> impl Strategy<Value = AnyProjection> {
+    ([1usize..40, 1usize..40], any::<[bool; 3]>(), [0usize..3, 0usize..3])
+}
+
+fn projection((widths, has, dtypes): &AnyProjection) -> Projection {
+    let [key, value] =
+        [0, 1].map(|at| Projected { dtype: DTYPES[dtypes[at]], width: widths[at], has_bias: has[at] });
+    let value = if has[2] { Projected { has_bias: has[1], ..key } } else { value };
+    Projection { key, value, same_rows: has[2] }
 }
 
 /// A plan, and what travels beside its operands: not more than 2^20 bytes, because each is looked at.
@@ -185,6 +199,115 @@ proptest! {
         prop_assert_eq!(line.side_bytes(&places), sent);
         prop_assert_eq!(line.resident_bytes(&places) - bare.resident_bytes(&places), resident);
     }
+}
+
+proptest! {
+    /// A row of the source goes to each share that has a key of it in any head, once; a matrix to each share of its head, once.
+    #[test]
+    fn rows_and_matrices_go_where_keys_are_made_of_them(
+        call in any_call(),
+        any in any_projection(),
+        sizes in proptest::collection::vec(1usize..9000, 1..20),
+    ) {
+        let Some((shape, plan)) = planned(&call, 1 << 14) else { return Ok(()) };
+        let projection = projection(&any);
+        let sides = Sides::new(projection.layouts(&shape).unwrap()).unwrap();
+        prop_assert_eq!(Projection::of(&sides), Some(projection));
+        if sides.bytes() > 1 << 21 { return Ok(()) }
+        let cutter = Cutter::new(&plan, &shape, &sides);
+        for layout in sides.iter() {
+            let (total, size) = (layout.bytes() as usize, layout.column_bytes());
+            let (mut got, mut at) = (BTreeMap::<(usize, usize), Vec<usize>>::new(), 0);
+            for chunk in sizes.iter().cycle() {
+                let len = (*chunk).min(total - at);
+                for Gathered { share, part, offset, runs } in cutter.cut(layout.tensor(), at as u64, len) {
+                    let matrix = got.entry((share, part)).or_default();
+                    prop_assert_eq!(matrix.len() as u64, offset, "parts come front to back");
+                    matrix.extend(runs.into_iter().flatten().map(|byte| at + byte));
+                }
+                at += len;
+                if at == total { break }
+            }
+            for (share, of_worker) in plan.shares.iter().enumerate() {
+                let has = |group: usize, slot: usize| of_worker.pieces.iter()
+                    .any(|piece| piece.groups.contains(&group) && piece.slots.contains(&slot));
+                let mut came: Vec<usize> = Vec::new();
+                let parts = layout.parts(&of_worker.pieces, &shape);
+                for (at, part) in parts.iter().enumerate() {
+                    let matrix = got.remove(&(share, at)).unwrap_or_default();
+                    prop_assert_eq!(matrix.len() as u64, layout.part_bytes(part));
+                    prop_assert_eq!(matrix.len(), layout.part_elements(part) * layout.element().size());
+                    came.extend(matrix);
+                }
+                came.sort_unstable();
+                let wanted: Vec<usize> = match layout.tensor() {
+                    SideTensor::KeyMatrix | SideTensor::ValueMatrix => {
+                        let bytes = total / shape.n_kv_heads();
+                        let heads = (0..shape.n_kv_heads()).filter(|head| {
+                            (0..shape.batch()).any(|batch| (0..N_SLOTS).any(|slot| has(batch * shape.n_kv_heads() + head, slot)))
+                        });
+                        heads.flat_map(|head| head * bytes..(head + 1) * bytes).collect()
+                    }
+                    _ => (0..shape.batch() * shape.n_keys()).filter(|row| {
+                        let (batch, slot) = (row / shape.n_keys(), slot::slot_of_page(row % shape.n_keys() / PAGE_KEYS));
+                        (0..shape.n_kv_heads()).any(|head| has(batch * shape.n_kv_heads() + head, slot))
+                    }).flat_map(|row| row * size..(row + 1) * size).collect(),
+                };
+                prop_assert!(came == wanted, "{} of share {share}", layout.tensor());
+            }
+            prop_assert!(got.is_empty(), "{:?} are parts of nobody", got.keys());
+        }
+    }
+
+    /// As for masks and biases.
+    #[test]
+    fn what_an_interval_makes_keys_of_is_the_sum_of_its_parts(
+        call in any_call(),
+        any in any_projection(),
+        cuts in any::<[prop::sample::Index; 2]>(),
+    ) {
+        let shape = AttnShape::new(call.0).unwrap();
+        let sides = Sides::new(projection(&any).layouts(&shape).unwrap()).unwrap();
+        let bare = PlanRequest { shape: shape.with_projected_kv(), ..request(shape, WorkerChoice::Auto) };
+        let line = Line::new(&PlanRequest { sides: sides.clone(), ..bare.clone() }, 1);
+        let bare = Line::new(&bare, 1);
+        let [a, b] = cuts.map(|cut| cut.index(line.len() + 1));
+        let places = a.min(b)..a.max(b);
+        let pieces = line.pieces(&places);
+        let parts = |layout: &SideLayout| -> Vec<(u64, u64)> {
+            let parts = layout.parts(&pieces, &shape);
+            parts.iter().map(|part| (layout.part_bytes(part), layout.resident_bytes(part, &shape))).collect()
+        };
+        let of_parts: Vec<(u64, u64)> = sides.iter().flat_map(parts).collect();
+        let sent = of_parts.iter().map(|(sent, _)| sent).sum::<u64>();
+        prop_assert_eq!((line.side_bytes(&places), line.source_bytes(&places)), (sent, sent));
+        let resident = of_parts.iter().map(|(_, resident)| resident).sum::<u64>();
+        prop_assert_eq!(line.resident_bytes(&places) - bare.resident_bytes(&places), resident);
+    }
+}
+
+#[test]
+fn widths_that_make_no_keys_are_refused() {
+    let of = |width| Projected { dtype: Dtype::F32, width, has_bias: false };
+    let refused = |key, value, same_rows| {
+        Projection { key, value, same_rows }.layouts(&shape()).unwrap_err().to_string()
+    };
+    assert_eq!(refused(of(0), of(3), false), "w_k has rows of 0 elements, 1 to 65536 make a key or a value");
+    assert_eq!(
+        refused(of(1), of(65_537), false),
+        "w_v has rows of 65537 elements, 1 to 65536 make a key or a value"
+    );
+    let rows = "values are made of the rows of keys, which have one width and one type";
+    assert_eq!(refused(of(1), of(2), true), rows);
+    assert_eq!(refused(of(1), Projected { dtype: Dtype::F16, ..of(1) }, true), rows);
+    // A plan of f16 rows: half as much travels, and as much is resident.
+    let sides = |dtype| {
+        let of = Projected { dtype, width: 8, has_bias: true };
+        Sides::new(Projection { key: of, value: of, same_rows: true }.layouts(&shape()).unwrap()).unwrap()
+    };
+    let matrices = 2 * 2 * (8 + 1) * 4;
+    assert_eq!(sides(Dtype::F32).bytes(), matrices + 2 * 600 * 8 * 4);
+    assert_eq!(sides(Dtype::F16).bytes(), matrices + 2 * 600 * 8 * 2);
 }
 
 fn shape() -> AttnShape {

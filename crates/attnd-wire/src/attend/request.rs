@@ -10,7 +10,7 @@ use crate::convert::{self, small};
 use crate::error::{Error, Reason};
 use crate::floats::checksum;
 use crate::operator::{self, Encoded};
-use crate::{outputs, proto, refusal};
+use crate::{outputs, projection, proto, refusal};
 
 /// One frame from the client.
 #[derive(Clone, Debug, PartialEq)]
@@ -34,7 +34,8 @@ pub struct Begin {
     pub operator: Arc<Operator>,
     /// What is wanted beside the context; `None` if nothing is.
     pub outputs: Option<Arc<Outputs>>,
-    /// What comes beside Q, K and V, made for that shape: the tensors that the operator reads.
+    /// What comes beside Q, K and V, made for that shape: the tensors that the operator reads, and what workers make keys and values
+    /// of, which is there if and only if the shape says so.
     pub sides: Sides,
     /// NaN and infinities pass unexamined.
     pub allow_non_finite: bool,
@@ -115,9 +116,10 @@ impl TryFrom<proto::AttendBegin> for Begin {
         let scale =
             message.scale.unwrap_or_else(|| operator::default_scale(message.operator.as_ref(), &shape));
         let encoded = Encoded { scale, causal: message.causal, operator: message.operator };
-        let sides = encoded.sides(&shape)?;
+        let (shape, sides) = projection::decode(message.projection, shape, encoded.sides(&shape)?)?;
         let operator = encoded.decode(&shape, &sides)?;
         operator::check_empty_rows(&operator, message.forbid_empty_rows)?;
+        projection::check(&shape, dtype, &operator)?;
         let outputs = outputs::decode(message.outputs, &shape, &operator)?;
         Ok(Self {
             shape,
@@ -152,6 +154,7 @@ impl From<Begin> for proto::AttendBegin {
             force_workers,
             operator,
             outputs: begin.outputs.as_deref().map(outputs::encode),
+            projection: projection::encode(&begin.sides),
         }
     }
 }

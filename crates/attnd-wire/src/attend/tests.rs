@@ -156,8 +156,8 @@ fn damaged_chunks_are_found() {
     message.data = vec![2; 4096].into();
     let error = decode(message.clone()).unwrap_err();
     assert_eq!(error.message(), "CHECKSUM: chunk 2, nothing applied");
-    message.tensor = 9;
-    assert_eq!(decode(message.clone()).unwrap_err().message(), "TENSOR: 9");
+    message.tensor = 99;
+    assert_eq!(decode(message.clone()).unwrap_err().message(), "TENSOR: 99");
     message.tensor = proto::Tensor::Mask.into();
     assert_eq!(decode(message).unwrap_err().message(), "TENSOR: mask, and Begin has no mask.dense");
 }
@@ -210,8 +210,13 @@ fn a_plan_is_summarised() {
         kv_bytes: 9,
         resident_bytes: 10,
     };
-    let plan =
-        Plan { shares: vec![share], tokens_per_cell: 5, reason: "one\nline".into(), predicted_seconds: 0.25 };
+    let plan = Plan {
+        shares: vec![share],
+        tokens_per_cell: 5,
+        reason: "one\nline".into(),
+        predicted_seconds: 0.25,
+        sent_bytes: 0,
+    };
     let summary = PlanSummary::new(&plan, "c1-f32-op1");
     let decoded = PlanSummary::decode(summary.into(), &shape()).unwrap();
     assert_eq!((decoded.reason.as_str(), decoded.kernel_id.as_str()), ("one\\nline", "c1-f32-op1"));

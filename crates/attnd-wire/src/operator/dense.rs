@@ -37,6 +37,9 @@ fn reads(operator: &Operator, tensor: SideTensor) -> bool {
         SideTensor::Mask => operator.selection() == Some(Selection::Dense),
         SideTensor::Bias => operator.biases().contains(&Bias::Dense),
         SideTensor::Previous => operator.reads_previous(),
+        SideTensor::KeyMatrix | SideTensor::ValueMatrix | SideTensor::Source | SideTensor::ValueSource => {
+            false
+        }
     }
 }
 
@@ -60,10 +63,10 @@ pub fn check_previous(operator: &Operator, sides: &Sides) -> Result<(), Error> {
 /// # Panics
 /// If the operator reads other tensors than these, because that would be another operator at the other end.
 pub(super) fn encode(operator: &Operator, sides: &Sides, message: &mut Option<proto::Operator>) {
-    let reads = SideTensor::ALL.map(|tensor| reads(operator, tensor));
-    let is_there = SideTensor::ALL.map(|tensor| sides.of(tensor).is_some());
+    let reads = SideTensor::OF_SCORES.map(|tensor| reads(operator, tensor));
+    let is_there = SideTensor::OF_SCORES.map(|tensor| sides.of(tensor).is_some());
     assert_eq!(reads, is_there, "dense tensors that the operator reads, and those beside it");
-    for layout in sides.iter() {
+    for layout in SideTensor::OF_SCORES.iter().filter_map(|tensor| sides.of(*tensor)) {
         let message = message.get_or_insert_default();
         let [batch, heads, queries, keys] = layout.dims().map(small);
         let dense = proto::Dense { dtype: element_number(layout.element()), batch, heads, queries, keys };
@@ -73,6 +76,11 @@ pub(super) fn encode(operator: &Operator, sides: &Sides, message: &mut Option<pr
                 message.biases.push(proto::Bias { kind: Some(bias::Kind::Dense(dense)) });
             }
             SideTensor::Previous => message.score.get_or_insert_default().previous = Some(dense),
+            // Not of the scores.
+            SideTensor::KeyMatrix
+            | SideTensor::ValueMatrix
+            | SideTensor::Source
+            | SideTensor::ValueSource => {}
         }
     }
 }
@@ -123,6 +131,8 @@ impl From<SideError> for Error {
         let reason = match error {
             SideError::Twice { .. } => Reason::Combination,
             SideError::Shape { .. } | SideError::Element { .. } => Reason::Operator,
+            SideError::Width { .. } => Reason::ShapeLimit,
+            SideError::Rows => Reason::ShapeMismatch,
         };
         Self::new(reason, error.to_string())
     }

@@ -3,7 +3,7 @@
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
-use attnd_client::layer::{LayerWeights, Rope, RopeStyle};
+use attnd_client::layer::{LayerWeights, ProjectOn, Rope, RopeStyle};
 use attnd_client::{Causal, Mask};
 use clap::{Args, ValueEnum};
 
@@ -23,7 +23,9 @@ prefix that attnd doesn't know is an error: the result would lack it. DeepSeek-V
 (kv_a_proj_with_mqa.weight, kv_b_proj.weight, ..) is computed in its absorbed form: one kv head of latents for all heads.
 
 SRC is file.npy, file.npz:NAME or file.safetensors:NAME, [tokens, width] or [batch, tokens, width], f32, f16, bf16 or
-f64; all are computed in f32. Projections run in this process, on all its cores; attention runs on the cluster.
+f64; all are computed in f32. Attention runs on the cluster. Queries, gate and result are projected in this process, on all its
+cores; keys and values here or on the workers, whichever is predicted to be faster, with the same bits either way. Workers
+don't rotate keys, and have no learnt key (bias_k).
 
 Examples:
   attnd layer --workers 2 --state mha.safetensors --heads 8 --x x.npy --weights -o y.safetensors
@@ -86,6 +88,9 @@ pub struct LayerArgs {
     /// Tell the weights too: their mean over the heads, or those of each [without a value: averaged]
     #[arg(long, value_enum, value_name = "WHICH", num_args = 0..=1, require_equals = true, default_missing_value = "averaged")]
     pub weights: Option<WeightsArg>,
+    /// Where keys and values are projected
+    #[arg(long, value_enum, value_name = "PLACE", default_value = "auto")]
+    pub project: ProjectArg,
     /// Where the result goes: .npy (output) or .safetensors (output, and weights where they are wanted)
     #[arg(short, long, value_name = "FILE")]
     pub output: Option<OutputPath>,
@@ -107,6 +112,27 @@ pub enum RopePairs {
     HalfSplit,
     /// 2i and 2i + 1, as GPT-J and DeepSeek
     Interleaved,
+}
+
+/// Where keys and values are projected, as typed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ProjectArg {
+    /// Where it is predicted to be faster
+    Auto,
+    /// In this process
+    Client,
+    /// On the workers, each what it computes with
+    Workers,
+}
+
+impl From<ProjectArg> for ProjectOn {
+    fn from(typed: ProjectArg) -> Self {
+        match typed {
+            ProjectArg::Auto => Self::Auto,
+            ProjectArg::Client => Self::Client,
+            ProjectArg::Workers => Self::Workers,
+        }
+    }
 }
 
 /// Which weights, as typed.
@@ -188,6 +214,16 @@ mod tests {
     }
 
     #[test]
+    fn keys_are_projected_wherever_it_is_faster_unless_typed_otherwise() {
+        let on = |extra: &[&str]| ProjectOn::from(layer(extra).unwrap().project);
+        assert_eq!(on(&[]), ProjectOn::Auto);
+        assert_eq!(
+            [on(&["--project", "client"]), on(&["--project=workers"])],
+            [ProjectOn::Client, ProjectOn::Workers]
+        );
+    }
+
+    #[test]
     fn wrong_values_are_refused_with_exit_code_2() {
         for wrong in [
             &["--rope-base", "10"][..],
@@ -198,6 +234,7 @@ mod tests {
             &["--norm-eps", "-1e-6"],
             &["--norm-eps", "inf"],
             &["--weights=all"],
+            &["--project=coordinator"],
             &["--query", "y.npy", "--query", "z.npy"],
         ] {
             assert_eq!(layer(wrong).unwrap_err().exit_code(), 2, "{wrong:?}");

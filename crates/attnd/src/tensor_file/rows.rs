@@ -16,19 +16,20 @@ pub struct RowTensor {
     pub batched: bool,
 }
 
-/// Reads rows, `[tokens, width]` or `[batch, tokens, width]`, as f32.
+/// Reads rows, `[tokens, width]` or `[batch, tokens, width]`, in their type, those of f64 as f32.
 ///
 /// # Errors
 /// As [`super::read`], for a tensor of other dimensions.
 pub fn read_rows(source: &Source) -> Result<RowTensor, ReadError> {
     read_as(source, |stored| {
-        let (shape, values) = stored.into_floats()?;
+        let shape = stored.shape.clone();
+        let (dtype, bytes) = stored.into_c_order()?;
         let (batched, of_rows) = match *shape {
             [tokens, width] => (false, [1, tokens, width]),
             [batch, tokens, width] => (true, [batch, tokens, width]),
             _ => return Err(Fault::NoRows(shape)),
         };
-        let rows = Rows::new(values, of_rows).map_err(|_empty| Fault::Empty(shape))?;
+        let rows = Rows::of_bytes(bytes.into(), dtype, of_rows).map_err(|_empty| Fault::Empty(shape))?;
         Ok(RowTensor { rows, batched })
     })
 }

@@ -1,11 +1,11 @@
-//! `attnd layer`: matrices and rows from files, projections here, attention on the cluster, the result into a file.
+//! `attnd layer`: matrices and rows from files, projections here or on the workers, attention on the cluster, the result into a file.
 
 use std::time::Instant;
 
 use attnd_client::AttendOptions;
 use attnd_client::layer::{
     LatentParts, LatentWeights, Layer, LayerAnswer, LayerCall, LayerError, LayerParts, LayerWeights,
-    ProjectionPlan, Rows, Weights,
+    Prediction, ProjectOn, ProjectionPlan, Rows, Weights,
 };
 use serde::Serialize;
 
@@ -28,10 +28,11 @@ pub async fn run(args: &LayerArgs) -> anyhow::Result<()> {
     check_output(args)?;
     let call = call(args)?;
     let (layer, inputs) = (layer(args)?, Inputs::read(args)?);
-    let projections = layer.plan(&inputs.query, &inputs.key, &inputs.value);
 
-    let (answer, seconds) =
-        site.ask(async |endpoint| compute(endpoint, &layer, &inputs, &call).await).await?;
+    let project = args.project.into();
+    let computed =
+        site.ask(async |endpoint| compute(endpoint, &layer, &inputs, &call, project).await).await?;
+    let Computed { projections, answer, seconds } = computed;
     let shapes = Shapes::of(args, &layer, &inputs, &answer);
     let written = args.output.as_ref().map(|to| {
         let output = ("output", &shapes.output[..], Elements::F32(&answer.output));
@@ -143,23 +144,34 @@ impl Inputs {
     }
 }
 
+/// What came of a call.
+struct Computed {
+    projections: ProjectionPlan,
+    answer: LayerAnswer,
+    /// Projections included, and not what it took to decide where they run.
+    seconds: f64,
+}
+
 async fn compute(
     endpoint: &str,
     layer: &Layer,
     inputs: &Inputs,
     call: &LayerCall,
-) -> anyhow::Result<(LayerAnswer, f64)> {
+    project: ProjectOn,
+) -> anyhow::Result<Computed> {
     let client = connect(endpoint)?;
     let progress = CallProgress::new();
-    let begin = Instant::now();
-    let answer = async {
-        let kv = layer.project(&inputs.key, &inputs.value, 0).await?;
-        layer.attend(&client, &inputs.query, &kv, call, &mut |event| progress.update(&event)).await
+    let rows = [&inputs.query, &inputs.key, &inputs.value];
+    let computed = async {
+        let projections = layer.plan(&client, rows, call, project).await?;
+        let begin = Instant::now();
+        let update = &mut |event| progress.update(&event);
+        let answer = layer.call(&client, rows, call, projections.place, update).await?;
+        Ok(Computed { projections, answer, seconds: begin.elapsed().as_secs_f64() })
     };
-    match answer.await {
-        Ok(answer) => Ok((answer, begin.elapsed().as_secs_f64())),
-        Err(error) => Err(bad_input(error).map_or_else(|other| other, |text| BadInput::new(text).into())),
-    }
+    computed
+        .await
+        .map_err(|error| bad_input(error).map_or_else(|other| other, |text| BadInput::new(text).into()))
 }
 
 /// Shapes of what comes out, without a batch dimension where the rows had none.
@@ -203,20 +215,35 @@ struct LayerReport {
     output: Option<String>,
 }
 
-/// Where projections ran, and what that had travel.
+/// Where keys and values were projected, and why there.
 #[derive(Debug, Serialize)]
 struct ProjectionReport {
     text: String,
-    operand_bytes: u64,
-    input_bytes: u64,
-    weight_bytes: u64,
+    place: String,
+    client: Option<PredictionReport>,
+    workers: Option<PredictionReport>,
     flops: u64,
+}
+
+/// What a place was predicted to cost.
+#[derive(Debug, Serialize)]
+struct PredictionReport {
+    client_bytes: u64,
+    worker_bytes: u64,
+    seconds: f64,
+}
+
+impl From<Prediction> for PredictionReport {
+    fn from(prediction: Prediction) -> Self {
+        let Prediction { client_bytes, worker_bytes, seconds } = prediction;
+        Self { client_bytes, worker_bytes, seconds }
+    }
 }
 
 impl From<ProjectionPlan> for ProjectionReport {
     fn from(plan: ProjectionPlan) -> Self {
-        let ProjectionPlan { operand_bytes, input_bytes, weight_bytes, flops } = plan;
-        Self { text: plan.to_string(), operand_bytes, input_bytes, weight_bytes, flops }
+        let (client, workers) = (plan.client.map(Into::into), plan.workers.map(Into::into));
+        Self { text: plan.to_string(), place: plan.place.to_string(), client, workers, flops: plan.flops }
     }
 }
 

@@ -142,14 +142,6 @@ impl LatentWeights {
         Ok(LatentDims { heads, nope, rope, rank, value })
     }
 
-    /// Bytes of all of them.
-    pub(super) fn bytes(&self) -> u64 {
-        let of_query = self.query_down.as_ref().map(|(_, norm)| norm);
-        let norms: usize = of_query.into_iter().chain([&self.norm]).map(|norm| norm.weight.len()).sum();
-        let elements: usize = self.matrices().map(Matrix::elements).sum();
-        ((elements + norms) * size_of::<f32>()) as u64
-    }
-
     fn matrices(&self) -> impl Iterator<Item = &Matrix> {
         let down = self.query_down.as_ref().map(|(down, _)| down);
         down.into_iter().chain([&self.query, &self.latent, &self.up, &self.output])
@@ -213,8 +205,6 @@ mod tests {
         let weights = read(3, |_, shape| shape.to_vec()).unwrap();
         let dims = LatentDims { heads: 3, nope: 4, rope: 2, rank: 7, value: 5 };
         assert_eq!(weights.dims(3).unwrap(), dims);
-        let elements = 9 * 11 + 9 + 18 * 9 + 9 * 11 + 9 + 7 + 27 * 7 + 11 * 15;
-        assert_eq!(weights.bytes(), 4 * elements);
         assert!(LatentWeights::are_named(STATE.iter().map(|(name, _)| *name)));
         assert!(!LatentWeights::are_named(["q_proj.weight", "kv_b_proj.weight"]));
     }

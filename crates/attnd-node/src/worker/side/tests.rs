@@ -40,7 +40,7 @@ fn plan() -> Plan {
         share("a", &[(0..1, 20..64), (1..2, all.clone()), (2..3, 0..11)]),
         share("b", &[(0..1, 0..20), (2..3, 11..64), (3..4, all)]),
     ];
-    Plan { shares, tokens_per_cell: 5, reason: String::new(), predicted_seconds: 1.0 }
+    Plan { shares, tokens_per_cell: 5, reason: String::new(), predicted_seconds: 1.0, sent_bytes: 0 }
 }
 
 fn random_bytes(layout: &SideLayout, rng: &mut StdRng) -> Vec<u8> {
@@ -63,7 +63,7 @@ fn random_bytes(layout: &SideLayout, rng: &mut StdRng) -> Vec<u8> {
 
 fn assembly(sides: &Sides, pieces: &[Piece], budget: &Arc<Budget>) -> SideAssembly {
     let memory = budget.reserve(bytes_needed(sides, pieces, &shape())).unwrap();
-    SideAssembly::new(sides, pieces, shape(), memory)
+    SideAssembly::new(sides, pieces, shape(), true, memory)
 }
 
 /// A plane of the whole tensor, written page by page from where its elements are.
@@ -83,7 +83,7 @@ fn whole_plane(layout: &SideLayout, bytes: &[u8], plane: usize) -> DensePlane {
     }
     match written {
         Plane::Dense(written) => written,
-        Plane::Whole(_) => panic!("{} has no slots", layout.tensor()),
+        Plane::Whole(_) | Plane::Matrix(_) => panic!("{} has no slots", layout.tensor()),
     }
 }
 

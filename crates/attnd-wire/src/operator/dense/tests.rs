@@ -21,7 +21,7 @@ fn layouts(tensor: SideTensor, shape: AttnShape) -> impl Strategy<Value = SideLa
                     .map(|(one, all)| if one { 1 } else { all });
             let element = match tensor {
                 SideTensor::Mask => Element::Bool,
-                SideTensor::Bias | SideTensor::Previous => Element::Float(dtype),
+                _numbers => Element::Float(dtype),
             };
             let keys = if tensor == SideTensor::Previous { shape.n_keys() } else { keys };
             SideLayout::dense(tensor, element, [batch, heads, queries, keys], &shape).unwrap()
