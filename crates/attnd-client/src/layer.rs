@@ -116,6 +116,11 @@ impl Layer {
         if let Some(rope) = &rope {
             rope.check(dims.head_dim)?;
         }
+        // Workers never need them otherwise, see Obstacle.
+        let may_travel = rope.is_none() && weights.learnt.is_none();
+        let to_send = |matrix: Matrix| {
+            if may_travel { HeadMatrices::new(matrix, kv_heads) } else { HeadMatrices::default() }
+        };
         let inner = Inner {
             kernels: Kernels::from_env()?,
             dims,
@@ -129,8 +134,8 @@ impl Layer {
             scale,
             rope,
             add_zero_attn,
-            key_matrices: HeadMatrices::new(weights.key, kv_heads),
-            value_matrices: HeadMatrices::new(weights.value, kv_heads),
+            key_matrices: to_send(weights.key),
+            value_matrices: to_send(weights.value),
         };
         Ok(Self { inner: Arc::new(inner) })
     }

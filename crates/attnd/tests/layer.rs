@@ -86,8 +86,11 @@ fn latent_attention_comes_out_of_deepseeks_state_dict() {
     let said = run(&[&rotary[..], &there[..]].concat());
     assert!(said.status.success(), "{}", String::from_utf8_lossy(&said.stderr));
     let report: serde_json::Value = serde_json::from_slice(&said.stdout).unwrap();
-    // 4 queries of 3 heads and 600 keys of one, of 10 + 4 elements; no values.
-    assert_eq!(report["projections"]["operand_bytes"], (4 * 3 + 600) * 14 * 4);
+    let why = report["projections"]["text"].as_str().unwrap();
+    assert!(why.contains("workers can't (rope") && report["projections"]["place"] == "the client", "{why}");
+    // 600 keys of one head, of 10 + 4 elements; no values.
+    let of_shares = report["plan"]["shares"].as_array().unwrap().iter();
+    assert_eq!(of_shares.map(|share| share["kv_bytes"].as_u64().unwrap()).sum::<u64>(), 600 * 14 * 4);
     assert_near(&std::fs::read(path).unwrap(), &std::fs::read(&file).unwrap(), "03");
 
     let refused = |extra: &[&str], reason: &str| {

@@ -9,7 +9,7 @@ use bytes::Bytes;
 
 use super::heads::{into_heads, into_rows};
 use super::learnt::{behind_learnt_key, with_learnt_column};
-use super::plan::{Place, PlaceReason, ProjectOn, ProjectionPlan, Ways, decide, own_gflops};
+use super::plan::Place;
 use super::rope::Turns;
 use super::weights::HeadMatrices;
 use super::{Inner, Layer, LayerDims, LayerError, Rows};
@@ -113,46 +113,6 @@ impl Layer {
         self.answer(client, (operands, gate), &options, call.weights, progress).await
     }
 
-    /// Where the keys and values of a call over these rows are projected, if they are for this call alone: where it is predicted to be
-    /// faster, unless `on` says otherwise. Asks the coordinator what workers there are.
-    ///
-    /// # Errors
-    /// As [`Self::call`]; [`LayerError::Together`] if workers are wanted and can't, with what keeps them from it.
-    pub async fn plan(
-        &self,
-        client: &Client,
-        [query, key, value]: [&Rows; 3],
-        call: &LayerCall,
-        on: ProjectOn,
-    ) -> Result<ProjectionPlan, LayerError> {
-        let layer = Arc::clone(&self.inner);
-        layer.check_kv(key, value)?;
-        let options = layer.options(call)?;
-        let flops = layer.kv_flops(key, value);
-        if let Some(obstacle) = layer.obstacle(&options) {
-            let reason = match on {
-                ProjectOn::Workers => return Err(obstacle.refused()),
-                ProjectOn::Client => PlaceReason::Asked,
-                ProjectOn::Auto => PlaceReason::Only(obstacle),
-            };
-            return Ok(ProjectionPlan { place: Place::Client, reason, client: None, workers: None, flops });
-        }
-        let shape = layer.shape(query, key.batch(), key.tokens())?;
-        let cluster = client.status().await?;
-        let source = Some(layer.source(key, value));
-        off_the_runtime(move || {
-            let begin = |options: &AttendOptions| {
-                Operands::begin_of(shape, Dtype::F32, options).map_err(ClientError::from)
-            };
-            let on_client = begin(&options)?;
-            let on_workers = begin(&AttendOptions { source, ..options })?;
-            let query_bytes = shape.q_elements() * size_of::<f32>() as u64;
-            let ways = Ways { client: on_client, workers: on_workers, query_bytes, flops };
-            decide(on, &ways, &cluster, own_gflops(layer.kernels))
-        })
-        .await
-    }
-
     /// Attends with the queries of some rows to keys and values of others, which are projected at `place` for this call alone; keys are
     /// counted from position 0. The result has the same bits at either place.
     ///
@@ -223,6 +183,10 @@ impl Inner {
     /// The options of the call to the cluster.
     pub(super) fn options(&self, call: &LayerCall) -> Result<AttendOptions, LayerError> {
         let mut options = call.options.clone();
+        if options.source.is_some() {
+            let why = Some("it makes rows of keys and values its own way");
+            return Err(LayerError::Together { one: "a layer", other: "source", why });
+        }
         options.scale = options.scale.or(self.scale);
         if self.latent.is_some() && !["scaled_dot", "dot"].contains(&options.score.function().name) {
             let why = Some("only products of queries and keys can be absorbed");
@@ -278,7 +242,7 @@ impl Inner {
         Ok(options)
     }
 
-    fn check_kv(&self, key: &Rows, value: &Rows) -> Result<(), LayerError> {
+    pub(super) fn check_kv(&self, key: &Rows, value: &Rows) -> Result<(), LayerError> {
         expect("width of keys", key.width(), self.key.inputs())?;
         expect("width of values", value.width(), self.value.inputs())?;
         expect("batch of values", value.batch(), key.batch())?;
@@ -366,7 +330,7 @@ impl Inner {
     }
 
     /// The shape of a call with these rows of queries to so many keys of each batch element.
-    fn shape(&self, query: &Rows, batch: usize, keys: usize) -> Result<AttnShape, LayerError> {
+    pub(super) fn shape(&self, query: &Rows, batch: usize, keys: usize) -> Result<AttnShape, LayerError> {
         expect("width of queries", query.width(), self.query.inputs())?;
         expect("batch of keys", batch, query.batch())?;
         let LayerDims { heads, kv_heads, head_dim, value_dim } = self.dims;
@@ -481,7 +445,7 @@ fn expect(what: &'static str, got: usize, expected: usize) -> Result<(), LayerEr
 }
 
 /// Runs what takes a while and all cores where it holds up nothing else.
-async fn off_the_runtime<T: Send + 'static>(
+pub(super) async fn off_the_runtime<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, LayerError> + Send + 'static,
 ) -> Result<T, LayerError> {
     match tokio::task::spawn_blocking(work).await {

@@ -27,16 +27,19 @@
 //! What can't be made on workers ([`Obstacle`]) is decided for the client.
 
 use std::fmt;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
-use attnd_kernel::{AttnShape, EmptyRow, Kernels, Linear};
+use attnd_kernel::{AttnShape, Dtype, EmptyRow, Kernels, Linear};
 use attnd_plan::{Capacity, CostModel, MAX_WIDTH, PlanRequest, plan};
 use attnd_wire::join::PROJECTIONS;
 use attnd_wire::{Begin, ClusterStatus};
 
-use super::{Inner, LayerError, Rows};
-use crate::operands::AttendOptions;
+use super::attention::{LayerCall, off_the_runtime};
+use super::{Inner, Layer, LayerError, Rows};
+use crate::client::Client;
+use crate::error::ClientError;
+use crate::operands::{AttendOptions, Operands};
 
 /// Bytes of heads per second that are put together out of rows, or of pages out of rows.
 const HEAD_BYTES_PER_SECOND: f64 = 2e9;
@@ -152,6 +155,61 @@ impl fmt::Display for ProjectionPlan {
     }
 }
 
+impl Layer {
+    /// Where the keys and values of a call over these rows are projected, if they are for this call alone: where it is predicted to be
+    /// faster, unless `on` says otherwise. Asks the coordinator what workers there are.
+    ///
+    /// # Errors
+    /// As [`Self::call`]; [`LayerError::Together`] if workers are wanted and can't, with what keeps them from it.
+    pub async fn plan(
+        &self,
+        client: &Client,
+        [query, key, value]: [&Rows; 3],
+        call: &LayerCall,
+        on: ProjectOn,
+    ) -> Result<ProjectionPlan, LayerError> {
+        let layer = Arc::clone(&self.inner);
+        layer.check_kv(key, value)?;
+        let options = layer.options(call)?;
+        let flops = layer.kv_flops(key, value);
+        if let Some(obstacle) = layer.obstacle(&options) {
+            let reason = match on {
+                ProjectOn::Workers => return Err(obstacle.refused()),
+                ProjectOn::Client => PlaceReason::Asked,
+                ProjectOn::Auto => PlaceReason::Only(obstacle),
+            };
+            return Ok(ProjectionPlan { place: Place::Client, reason, client: None, workers: None, flops });
+        }
+        let shape = layer.shape(query, key.batch(), key.tokens())?;
+        let source = Some(layer.source(key, value));
+        let ways = off_the_runtime(move || {
+            let begin = |options: &AttendOptions| {
+                Operands::begin_of(shape, Dtype::F32, options).map_err(ClientError::from)
+            };
+            let on_client = begin(&options)?;
+            let on_workers = begin(&AttendOptions { source, ..options })?;
+            let query_bytes = shape.q_elements() * size_of::<f32>() as u64;
+            Ok(Ways { client: on_client, workers: on_workers, query_bytes, flops })
+        });
+        let ways = ways.await?;
+        match client.status().await {
+            Ok(cluster) => {
+                off_the_runtime(move || decide(on, &ways, &cluster, own_gflops(layer.kernels))).await
+            }
+            Err(error) if on == ProjectOn::Workers => Err(error.into()),
+            // The call itself is sent again where that may help.
+            Err(_no_answer) => {
+                let why = "the coordinator doesn't say what workers there are";
+                let reason = match on {
+                    ProjectOn::Client => PlaceReason::Asked,
+                    _ => PlaceReason::Only(Obstacle { what: "the cluster", why }),
+                };
+                Ok(ProjectionPlan { place: Place::Client, reason, client: None, workers: None, flops })
+            }
+        }
+    }
+}
+
 impl Obstacle {
     /// The error of somebody who wants it all the same.
     pub(super) fn refused(self) -> LayerError {
@@ -240,11 +298,15 @@ pub(super) fn decide(
         }
         (ProjectOn::Auto, None, Some(_)) => plan(Place::Workers, PlaceReason::Faster),
         (ProjectOn::Auto, Some(_), None) => {
-            let why = "there is no room for rows and what they become";
-            plan(Place::Client, PlaceReason::Only(Obstacle { what: "memory of the workers", why }))
+            let why = "too few make keys and values of rows, or have no room for rows and what they become";
+            plan(Place::Client, PlaceReason::Only(Obstacle { what: "the workers", why }))
         }
-        // Where nobody can, the call itself says why.
-        (ProjectOn::Auto, _, _) => plan(Place::Client, PlaceReason::Faster),
+        (ProjectOn::Auto, None, None) => {
+            let why = "the call fits neither way, as it will say";
+            plan(Place::Client, PlaceReason::Only(Obstacle { what: "the workers", why }))
+        }
+        // At equal times, and where there is no time to tell.
+        (ProjectOn::Auto, Some(_), Some(_)) => plan(Place::Client, PlaceReason::Faster),
     }
 }
 

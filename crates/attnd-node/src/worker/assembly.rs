@@ -221,11 +221,13 @@ impl GroupAssembly {
     }
 
     /// The operands, once complete.
-    pub(crate) fn finish(self) -> Option<Operands> {
+    ///
+    /// # Errors
+    /// If the system has no memory for keys and values of which no byte came: those that are made here, or of slots without a key.
+    pub(crate) fn finish(self) -> Option<Result<Operands, OutOfMemory>> {
         self.is_complete().then_some(())?;
-        // Slots without a key never see a byte.
-        let kv = self.kv.or_else(|| self.layout.pages(self.slots).ok())?;
-        Some(Operands { q: self.q, kv, sent_keys: self.sent_keys })
+        let kv = self.kv.map_or_else(|| self.layout.pages(self.slots), Ok);
+        Some(kv.map(|kv| Operands { q: self.q, kv, sent_keys: self.sent_keys }))
     }
 }
 
@@ -299,7 +301,7 @@ mod tests {
                     feed(&mut assembly, tensor, head, bytes, run, &mut rng);
                 }
             }
-            let operands = assembly.finish().unwrap();
+            let operands = assembly.finish().unwrap().unwrap();
             let call = GroupCall {
                 shape: layout.shape,
                 operator: &Operator::plain(1.0, Causal::None),
@@ -406,7 +408,7 @@ mod tests {
             }
             assert!(!assembly.is_complete());
             feed(&mut assembly, Tensor::K, 0, &k, 0..k.len(), &mut rng);
-            let Operands { q, kv, .. } = assembly.finish().unwrap();
+            let Operands { q, kv, .. } = assembly.finish().unwrap().unwrap();
             let (operator, side) = (&Operator::plain(1.0, Causal::None), Side::default());
             let (shape, compute) = (layout.shape, Effective::F32);
             let call = GroupCall { shape, operator, group: 0, q: &q, kv: &kv, side, compute };

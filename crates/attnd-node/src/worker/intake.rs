@@ -210,13 +210,12 @@ impl Intake {
         if self.waiting.is_empty() {
             self.beside = Beside::HandedOn;
         }
-        let ready = complete.and_then(|Waiting { assembly, memory }| {
-            let operands: Operands = assembly.finish()?;
-            Some(Box::new(ReadyGroup { group, operands, planes, _memory: memory }))
-        });
-        ready
-            .map(Progress::Ready)
-            .ok_or_else(|| Error::new(Reason::Internal, "a complete group has no operands"))
+        let finished = complete.and_then(|Waiting { assembly, memory }| Some((assembly.finish()?, memory)));
+        let Some((operands, memory)) = finished else {
+            return Err(Error::new(Reason::Internal, "a complete group has no operands"));
+        };
+        let operands: Operands = operands?;
+        Ok(Progress::Ready(Box::new(ReadyGroup { group, operands, planes, _memory: memory })))
     }
 
     fn commit(&mut self, commit: Commit) -> Result<Progress, Error> {

@@ -11,8 +11,11 @@ use attnd_wire::{ComputeBegin, Error, Reason, floats, refusal};
 
 use super::side::SidePlanes;
 
-/// Bytes of rows that are projected at once, so that an answer that nobody wants is noticed soon, and all threads have some.
+/// Bytes of rows that are projected at once, or of what they become if that is more: little beside pages, and an answer that nobody
+/// wants is noticed soon.
 const BATCH_BYTES: usize = 4 << 20;
+/// Rows that a thread has of a batch at least, whatever its bytes: two of the blocks that a linear layer gives to threads.
+const ROWS_PER_THREAD: usize = 192;
 
 /// A matrix of one kv head, and the linear layer that is made of it where it is first needed.
 #[derive(Debug)]
@@ -61,8 +64,12 @@ pub(crate) fn project(
         let source = planes.source_of_group(tensor, group, &kv.slots(), &begin.shape).ok_or_else(unknown)?;
         let linear = planes.matrix_of_group(matrix, group, &begin.shape).ok_or_else(unknown)?;
         let linear = linear.linear(source.width, dim)?;
+        let most = most_rows(source.width.max(dim), rayon::current_num_threads());
+        let batches = batches(&source.slots, &kv.slots(), begin.shape.n_keys(), most);
+        let elements = batches.iter().map(|batch| batch.rows.len() * dim).max().unwrap_or(0);
         let mut made = Vec::new();
-        for batch in batches(&source.slots, &kv.slots(), begin.shape.n_keys(), source.width) {
+        made.try_reserve_exact(elements).map_err(|_refused| OutOfMemory { bytes: 4 * elements as u64 })?;
+        for batch in batches {
             if !wanted() {
                 return Err(Error::new(Reason::Cancelled, "nobody waits for the partials"));
             }
@@ -124,9 +131,14 @@ struct Batch {
     rows: Range<usize>,
 }
 
-/// The pages of `slots` in batches of rows that follow each other among those of a part of `of_part`, which has these slots.
-fn batches(of_part: &Range<usize>, slots: &Range<usize>, n_keys: usize, width: usize) -> Vec<Batch> {
-    let most = (BATCH_BYTES / (width * size_of::<f32>())).max(PAGE_KEYS);
+/// Rows in a batch: a page at least.
+fn most_rows(width: usize, threads: usize) -> usize {
+    (BATCH_BYTES / (width * size_of::<f32>())).max(ROWS_PER_THREAD * threads).max(PAGE_KEYS)
+}
+
+/// The pages of `slots` in batches of up to `most` rows that follow each other among those of a part of `of_part`, which has these
+/// slots.
+fn batches(of_part: &Range<usize>, slots: &Range<usize>, n_keys: usize, most: usize) -> Vec<Batch> {
     let mut batches: Vec<Batch> = Vec::new();
     let mut row = 0;
     for page in (0..n_pages(n_keys)).filter(|page| of_part.contains(&slot_of_page(*page))) {

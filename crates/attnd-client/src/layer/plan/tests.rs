@@ -144,10 +144,14 @@ fn memory_decides_where_only_one_place_has_it() {
         |memory_budget_bytes| cluster(&[WorkerStatus { memory_budget_bytes, ..worker("a", 200.0, 6) }]);
     let tight = decided(ProjectOn::Auto, &ways, &with(60 << 20), 1.0);
     assert_eq!((tight.place, tight.workers), (Place::Client, None), "{tight}");
-    assert!(tight.to_string().contains("memory of the workers: there is no room for rows"), "{tight}");
+    assert!(
+        tight.to_string().contains("the workers: too few make keys and values of rows, or have no room"),
+        "{tight}"
+    );
     assert_eq!(decided(ProjectOn::Auto, &ways, &with(1 << 30), 1.0).place, Place::Workers);
     let none = decided(ProjectOn::Auto, &ways, &with(1 << 20), 1.0);
     assert_eq!((none.place, none.client, none.workers), (Place::Client, None, None));
+    assert!(none.to_string().contains("the call fits neither way"), "{none}");
 }
 
 #[test]

@@ -21,20 +21,21 @@ const WIDTHS: [usize; 2] = [7, 5];
 fn batches_are_rows_that_follow_each_other() {
     let batch = |pages: &[usize], rows: Range<usize>| Batch { pages: pages.to_vec(), rows };
     // Slots of pages 0 to 7: 0, 32, 16, 48, 8, 40, 24, 56.
-    let all = |slots: Range<usize>, width| batches(&(0..64), &slots, KEYS, width);
+    let all = |slots: Range<usize>, width| batches(&(0..64), &slots, KEYS, most_rows(width, 1));
     assert_eq!(all(0..64, 1), [batch(&[0, 1, 2, 3, 4, 5, 6, 7], 0..2000)]);
     let page = 256 * 1024 * 4;
     assert_eq!(BATCH_BYTES / page, 4);
     assert_eq!(all(0..64, 1024), [batch(&[0, 1, 2, 3], 0..1024), batch(&[4, 5, 6, 7], 1024..2000)]);
     assert_eq!(all(0..64, 60_000).len(), 8, "a page at least");
+    assert_eq!([most_rows(8192, 16), most_rows(1, 16)], [16 * 192, 1 << 20], "work for all threads");
     let halves =
         [batch(&[0], 0..256), batch(&[2], 512..768), batch(&[4], 1024..1280), batch(&[6], 1536..1792)];
     assert_eq!(all(0..32, 1), halves);
     // Of a part with fewer slots the same pages lie together.
-    assert_eq!(batches(&(0..32), &(0..32), KEYS, 1), [batch(&[0, 2, 4, 6], 0..1024)]);
-    assert_eq!(batches(&(0..32), &(0..16), KEYS, 1), [batch(&[0], 0..256), batch(&[4], 512..768)]);
-    assert_eq!(batches(&(32..64), &(56..60), KEYS, 1), [batch(&[7], 768..976)]);
-    assert!(batches(&(0..64), &(1..2), KEYS, 1).is_empty());
+    assert_eq!(batches(&(0..32), &(0..32), KEYS, 2000), [batch(&[0, 2, 4, 6], 0..1024)]);
+    assert_eq!(batches(&(0..32), &(0..16), KEYS, 2000), [batch(&[0], 0..256), batch(&[4], 512..768)]);
+    assert_eq!(batches(&(32..64), &(56..60), KEYS, 2000), [batch(&[7], 768..976)]);
+    assert!(batches(&(0..64), &(1..2), KEYS, 2000).is_empty());
 }
 
 /// A call of two elements of two kv heads, whose values have rows of their own or not.
