@@ -243,6 +243,10 @@ impl Inner {
     }
 
     pub(super) fn check_kv(&self, key: &Rows, value: &Rows) -> Result<(), LayerError> {
+        if self.latent.is_some() && !value.are(key) && value.values() != key.values() {
+            let why = Some("its values are parts of its keys");
+            return Err(LayerError::Together { one: "latent attention", other: "rows of values", why });
+        }
         expect("width of keys", key.width(), self.key.inputs())?;
         expect("width of values", value.width(), self.value.inputs())?;
         expect("batch of values", value.batch(), key.batch())?;
@@ -278,10 +282,6 @@ impl Inner {
         value: &Rows,
         position: usize,
     ) -> Result<ProjectedKv, LayerError> {
-        if self.latent.is_some() && !value.are(key) && value.values() != key.values() {
-            let why = Some("its values are parts of its keys");
-            return Err(LayerError::Together { one: "latent attention", other: "rows of values", why });
-        }
         self.check_kv(key, value)?;
         let LayerDims { kv_heads, head_dim, value_dim, .. } = self.dims;
         let (batch, tokens) = (key.batch(), key.tokens());
