@@ -40,6 +40,8 @@ fn what_makes_no_sense_is_refused_in_one_line() {
         ("cube", i32s(&[1, 1, 4], &[0; 4])),
         ("ids", i32s(&[4], &[0, 0, 1, 0])),
         ("three", i32s(&[3], &[0, 0, 1])),
+        ("of_two", i32s(&[2, 4], &[0; 8])),
+        ("of_three", i32s(&[3, 4], &[0; 12])),
     ]);
     let (folder, wide) = (TempDir::new().unwrap(), TempDir::new().unwrap());
     archive::write(folder.path(), &files);
@@ -53,6 +55,18 @@ fn what_makes_no_sense_is_refused_in_one_line() {
     };
     for (words, reason) in [
         ("--score aditive", "score=aditive: there are additive, biaffine, concat, cosine"),
+        (
+            "--score cosine --param beta=2 --param beta=3",
+            "it takes one each of beta, eps (in flags: --score and --param)",
+        ),
+        (
+            "--documents x.npz:of_three --query-documents x.npz:of_two",
+            "mask.documents.keys has 3 entries, batch is 2 (in flags: --documents)",
+        ),
+        (
+            "--csr-row-ptr x.npz:ids --csr-columns x.npz:columns",
+            "the one before at 1 (in flags: --csr-row-ptr)",
+        ),
         ("--score cosine --param beta", "expected NAME=SRC or NAME=NUMBER"),
         ("--param beta=2", "--param needs --score"),
         ("--previous x.npz:table", "--previous needs --score"),
@@ -221,6 +235,8 @@ fn a_part_of_a_call_is_refused_as_the_call_is() {
             stderr
         };
         let explain = said(&format!("explain --query {query}"));
-        assert_eq!(explain, said("attend --v x.npz:v"), "{words}");
+        // Of a call it is said who refused it.
+        let attend = said("attend --v x.npz:v").replace("http://127.0.0.1:9: ", "");
+        assert_eq!(explain, attend, "{words}");
     }
 }
