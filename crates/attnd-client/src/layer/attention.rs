@@ -6,6 +6,7 @@ use attnd_kernel::{AttnShape, Causal, Dims, Dtype, Linear, OutputsParts, Score, 
 use attnd_wire::{Error, floats, operator};
 use bytes::Bytes;
 
+use super::latent::same_bits;
 use super::learnt::{behind_learnt_key, with_learnt_column};
 use super::rope::Turns;
 use super::{Inner, Layer, LayerDims, LayerError, Rows};
@@ -135,7 +136,8 @@ impl Inner {
     /// The options of the call to the cluster.
     pub(super) fn options(&self, call: &LayerCall) -> Result<AttendOptions, LayerError> {
         let mut options = call.options.clone();
-        options.scale = options.scale.or(self.scale);
+        let defined = self.latent.as_ref().and_then(|latent| latent.default_scale(&options.score));
+        options.scale = options.scale.or(self.scale).or(defined);
         if self.latent.is_some() && !["scaled_dot", "dot"].contains(&options.score.function().name) {
             let why = Some("only products of queries and keys can be absorbed");
             return Err(LayerError::Together { one: "latent attention", other: "score", why });
@@ -196,7 +198,7 @@ impl Inner {
         value: &Rows,
         position: usize,
     ) -> Result<ProjectedKv, LayerError> {
-        if self.latent.is_some() && !value.are(key) && value.values() != key.values() {
+        if self.latent.is_some() && !value.are(key) && !same_bits(value.values(), key.values()) {
             let why = Some("its values are parts of its keys");
             return Err(LayerError::Together { one: "latent attention", other: "rows of values", why });
         }
