@@ -11,6 +11,7 @@ use attnd_plan::{SideTensor, Tensor, WorkerChoice};
 use attnd_wire::{Begin, Error, Reason, operator, outputs, projection};
 use bytes::Bytes;
 
+use crate::error::ClientError;
 use crate::side::{DenseTensor, KvSource, beside};
 
 /// Q, K and V of one call, little-endian elements in C order. Cloning copies no tensor.
@@ -105,6 +106,15 @@ impl Operands {
     /// Bytes of all three.
     pub(crate) fn total_bytes(&self) -> u64 {
         Tensor::ALL.iter().map(|tensor| self.tensor(*tensor).len() as u64).sum()
+    }
+
+    /// Refuses what a call with these options would be refused for before anything is sent, for whoever makes several calls of one.
+    ///
+    /// # Errors
+    /// As [`crate::Client::attend`] before it sends: a tensor of another length than its shape needs, or options that make no sense
+    /// for the shape or together.
+    pub fn check(&self, options: &AttendOptions) -> Result<(), ClientError> {
+        Ok(self.begin(options).map(|_begin| ())?)
     }
 
     /// The first frame of a call with these options.

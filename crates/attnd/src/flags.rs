@@ -4,7 +4,7 @@
 use attnd_client::{ClientError, Reason};
 
 /// Fields, and the flags that say them. A field that isn't here is said as the one that it is a part of, if that is.
-const FLAGS: [(&str, &str); 36] = [
+const FLAGS: [(&str, &str); 42] = [
     ("bias.alibi", "--alibi"),
     ("bias.dense", "--bias"),
     ("bias.relative", "--relative"),
@@ -21,6 +21,7 @@ const FLAGS: [(&str, &str); 36] = [
     ("mask.csr.query_block", "--csr-block"),
     ("mask.dense", "--attn-mask"),
     ("mask.documents", "--documents"),
+    ("mask.documents.keys", "--documents"),
     ("mask.documents.queries", "--query-documents or --documents"),
     ("mask.key_begin", "--key-begin"),
     ("mask.key_end", "--key-end"),
@@ -32,13 +33,18 @@ const FLAGS: [(&str, &str); 36] = [
     ("normaliser", "--sigmoid"),
     ("outputs.distance", "--distance"),
     ("outputs.entropy", "--entropy"),
+    ("outputs.first_head", "--output-heads"),
     ("outputs.heads", "--output-heads"),
     ("outputs.heat_columns", "--heatmap"),
     ("outputs.heat_rows", "--heatmap"),
+    ("outputs.mass_block", "--mass-block"),
     ("outputs.rectangles", "--rectangle"),
+    ("outputs.stage", "--stage"),
+    ("outputs.stages", "--stage"),
     ("outputs.top_k", "--top-k"),
     ("scale", "--scale"),
     ("score", "--score and --param"),
+    ("score.previous", "--previous"),
     ("sinks", "--sinks"),
     ("softcap", "--softcap"),
 ];
@@ -103,6 +109,11 @@ mod tests {
             ("mask.csr.row_ptr[0] begins at 1, not at 0", "--csr-row-ptr"),
             ("score.beta of cosine is [3], not [1]", "--score and --param"),
             ("normaliser=sigmoid and sinks", "--sigmoid; --sinks"),
+            ("score.previous is [1, 1, 3, 4], the call needs", "--previous"),
+            ("outputs.mass_block is 0", "--mass-block"),
+            ("outputs.stages 9 > 4", "--stage"),
+            ("mask.documents.keys[0] ends at 3, kv_len is 4", "--documents"),
+            ("mask.documents.queries[0] ends at 3", "--query-documents or --documents"),
         ] {
             assert_eq!(with_flags(refusal), format!("{refusal} (in flags: {flags})"));
         }

@@ -10,6 +10,7 @@ use crate::args::{
     FunctionArgs, OperatorArgs, ParamValue, ScoreArgs, Sides, SiteArgs, Slopes, SparseArgs, TableArgs,
 };
 use crate::exit::BadInput;
+use crate::flags::with_flags;
 use crate::site::worker_choice;
 use crate::tensor_file::{self, Numbers, QueryDim, Source};
 
@@ -119,7 +120,7 @@ fn score(args: &FunctionArgs) -> anyhow::Result<Score> {
             }
         });
     }
-    Ok(Score::new(name, parameters).map_err(|error| BadInput::new(error.to_string()))?)
+    Ok(Score::new(name, parameters).map_err(|error| of_fields(&error))?)
 }
 
 fn alibi(scores: &ScoreArgs) -> anyhow::Result<Option<Alibi>> {
@@ -130,6 +131,11 @@ fn alibi(scores: &ScoreArgs) -> anyhow::Result<Option<Alibi>> {
         Some(Slopes::File(source)) => Some(tensor_file::read_vector(source)?.into()),
     };
     Ok(Some(Alibi { slopes, by_key: scores.alibi_by_key }))
+}
+
+/// A refusal in the words of fields, with the flags that say them.
+fn of_fields(error: &impl std::fmt::Display) -> BadInput {
+    BadInput::new(with_flags(&error.to_string()))
 }
 
 /// A flag's value that is not what was expected.
@@ -205,7 +211,7 @@ fn csr(args: &SparseArgs) -> anyhow::Result<Option<Csr>> {
     let columns = unsigned("--csr-columns", of_columns, &values)?;
     let block = args.csr_block.map_or((1, 1), |block| (block.rows.get(), block.columns.get()));
     let csr = Csr::new(block, layouts, row_ptr, columns);
-    Ok(Some(csr.map_err(|error| BadInput::new(error.to_string()))?))
+    Ok(Some(csr.map_err(|error| of_fields(&error))?))
 }
 
 fn documents(args: &SparseArgs) -> anyhow::Result<Option<Documents>> {
@@ -220,7 +226,7 @@ fn documents(args: &SparseArgs) -> anyhow::Result<Option<Documents>> {
     let batch = keys.len().max(queries.len());
     let each = |runs: Vec<Vec<Run>>| if runs.len() == 1 { vec![runs.concat(); batch] } else { runs };
     let documents = Documents::new(&each(queries), &each(keys));
-    Ok(Some(documents.map_err(|error| BadInput::new(error.to_string()))?))
+    Ok(Some(documents.map_err(|error| of_fields(&error))?))
 }
 
 /// Tokens of one document that follow each other, for each element of the batch.

@@ -100,7 +100,11 @@ fn latent_attention_comes_out_of_deepseeks_state_dict() {
     };
     refused(&["--kv-heads", "1"], "latent attention makes keys and values for each of its 3 heads");
     refused(&["--value", &query], "latent attention and rows of values: its values are parts of its keys");
-    refused(&["--rope", "--rope-dims", "6"], "6 elements from 0 on, rows of a head have 4");
+    refused(&["--rope", "--rope-dims", "6"], "6 elements from 0 on, the rotary part of a head has 4");
+    let without_prefix = ["layer", "--endpoint", "http://127.0.0.1:9", "--state", state, "--heads", "3"];
+    let said = attnd().args(without_prefix).args(["--norm-eps", "1e-6", "--query", &query]).output().unwrap();
+    let text = String::from_utf8_lossy(&said.stderr).into_owned();
+    assert!(said.status.code() == Some(2) && text.contains("no tensor for queries; looked for"), "{text}");
     let other = layer("64.state", "6", &["--endpoint", "http://127.0.0.1:9", "--norm-eps", "1e-5"]);
     let text = String::from_utf8_lossy(&other.stderr).into_owned();
     assert!(other.status.code() == Some(2) && text.contains("has no latent attention"), "{text}");

@@ -40,6 +40,8 @@ fn what_makes_no_sense_is_refused_in_one_line() {
         ("cube", i32s(&[1, 1, 4], &[0; 4])),
         ("ids", i32s(&[4], &[0, 0, 1, 0])),
         ("three", i32s(&[3], &[0, 0, 1])),
+        ("of_two", i32s(&[2, 4], &[0; 8])),
+        ("of_three", i32s(&[3, 4], &[0; 12])),
     ]);
     let (folder, wide) = (TempDir::new().unwrap(), TempDir::new().unwrap());
     archive::write(folder.path(), &files);
@@ -53,6 +55,18 @@ fn what_makes_no_sense_is_refused_in_one_line() {
     };
     for (words, reason) in [
         ("--score aditive", "score=aditive: there are additive, biaffine, concat, cosine"),
+        (
+            "--score cosine --param beta=2 --param beta=3",
+            "it takes one each of beta, eps (in flags: --score and --param)",
+        ),
+        (
+            "--documents x.npz:of_three --query-documents x.npz:of_two",
+            "mask.documents.keys has 3 entries, batch is 2 (in flags: --documents)",
+        ),
+        (
+            "--csr-row-ptr x.npz:ids --csr-columns x.npz:columns",
+            "the one before at 1 (in flags: --csr-row-ptr)",
+        ),
         ("--score cosine --param beta", "expected NAME=SRC or NAME=NUMBER"),
         ("--param beta=2", "--param needs --score"),
         ("--previous x.npz:table", "--previous needs --score"),
@@ -171,4 +185,58 @@ fn what_makes_no_sense_is_refused_in_one_line() {
         "attend --workers 1 --q x.npz:q --k x.npz:k --v x.npz:v --score cosine --param beta=x.npz:b -o x.npy",
     );
     assert!(code == Some(2) && stderr.contains("score.beta of cosine is [3]"), "{stderr}");
+}
+
+/// What would fit the queries that are asked about, and not the call that they are part of.
+#[test]
+fn a_part_of_a_call_is_refused_as_the_call_is() {
+    let zeros = |shape: &[usize]| f32s(shape, &vec![0.0; shape.iter().product()]);
+    let files = vec![
+        ("q", zeros(&[1, 2, 9, 4])),
+        ("k", zeros(&[1, 2, 4, 4])),
+        ("v", zeros(&[1, 2, 4, 4])),
+        ("beta", zeros(&[2, 3])),
+        ("bias", zeros(&[1, 1, 3, 4])),
+        ("mask", archive::npy("|b1", &[1, 1, 3, 4], std::iter::once(vec![1; 12]))),
+        ("table", zeros(&[32, 2])),
+        ("row_ptr", i32s(&[4], &[0, 1, 2, 3])),
+        ("columns", i32s(&[3], &[0, 1, 2])),
+        ("slopes", zeros(&[3])),
+    ];
+    let folder = TempDir::new().unwrap();
+    archive::write(folder.path(), &files);
+    let both_ways = "q_len 9, kv_len 4 can be aligned two ways";
+    for (words, query, reason) in [
+        ("--score cosine --param beta=x.npz:beta", "2-4", "score.beta of cosine is [2, 3], not"),
+        (
+            "--bias x.npz:bias",
+            "2-4",
+            "bias.dense is [1, 1, 3, 4], the call needs [1, 1 or 2, 1 or 9, 1 to 4]",
+        ),
+        ("--attn-mask x.npz:mask", "2-4", "mask.dense is [1, 1, 3, 4], the call needs"),
+        (
+            "--score location_aware --previous x.npz:bias",
+            "2-4",
+            "score.previous is [1, 1, 3, 4], the call needs",
+        ),
+        ("--alibi 1,1", "2-5", both_ways),
+        ("--relative x.npz:table", "2-5", both_ways),
+        (
+            "--csr-row-ptr x.npz:row_ptr --csr-columns x.npz:columns",
+            "2-4",
+            "mask.csr has 3 rows of blocks, 9 queries",
+        ),
+        ("--alibi x.npz:slopes --causal", "2-4", "bias.alibi"),
+    ] {
+        let said = |verb: &str| {
+            let (code, _, stderr) =
+                run(folder.path(), &format!("{verb} {NOBODY} --q x.npz:q --k x.npz:k {words}"));
+            assert!(code == Some(2) && stderr.contains(reason), "{verb} {words}: {code:?}, {stderr}");
+            stderr
+        };
+        let explain = said(&format!("explain --query {query}"));
+        // Of a call it is said who refused it.
+        let attend = said("attend --v x.npz:v").replace("http://127.0.0.1:9: ", "");
+        assert_eq!(explain, attend, "{words}");
+    }
 }

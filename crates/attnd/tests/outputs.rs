@@ -376,7 +376,7 @@ fn explain_tells_sums_instead_of_entropies_of_sigmoids() {
     assert!(largest > 1.0, "{largest}");
     close(view["heatmap"]["largest"].as_f64().unwrap(), largest, "largest");
     let svg = fs::read_to_string(case.folder.path().join("map.svg")).unwrap();
-    assert!(svg.contains(&format!("at most {largest:.4}<")) && !svg.contains(" %<"), "{largest}");
+    assert!(svg.contains(&format!("at most {largest:.3}<")) && !svg.contains(" %<"), "{largest}");
 
     let (code, stdout, stderr) = case.run(&format!("{words} --head mean"));
     assert_eq!(code, Some(0), "{stderr}");

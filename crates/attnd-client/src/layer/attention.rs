@@ -8,6 +8,7 @@ use attnd_wire::{Error, floats, operator};
 use bytes::Bytes;
 
 use super::heads::{into_heads, into_rows};
+use super::latent::same_bits;
 use super::learnt::{behind_learnt_key, with_learnt_column};
 use super::plan::Place;
 use super::rope::Turns;
@@ -187,7 +188,8 @@ impl Inner {
             let why = Some("it makes rows of keys and values its own way");
             return Err(LayerError::Together { one: "a layer", other: "source", why });
         }
-        options.scale = options.scale.or(self.scale);
+        let defined = self.latent.as_ref().and_then(|latent| latent.default_scale(&options.score));
+        options.scale = options.scale.or(self.scale).or(defined);
         if self.latent.is_some() && !["scaled_dot", "dot"].contains(&options.score.function().name) {
             let why = Some("only products of queries and keys can be absorbed");
             return Err(LayerError::Together { one: "latent attention", other: "score", why });
@@ -243,7 +245,7 @@ impl Inner {
     }
 
     pub(super) fn check_kv(&self, key: &Rows, value: &Rows) -> Result<(), LayerError> {
-        if self.latent.is_some() && !value.are(key) && value.values() != key.values() {
+        if self.latent.is_some() && !value.are(key) && !same_bits(value.values(), key.values()) {
             let why = Some("its values are parts of its keys");
             return Err(LayerError::Together { one: "latent attention", other: "rows of values", why });
         }

@@ -17,7 +17,7 @@ mod weights;
 
 use std::sync::Arc;
 
-use attnd_kernel::{AttnShape, Kernels, Linear};
+use attnd_kernel::{AttnShape, Kernels, Linear, Score};
 
 use self::weights::LatentDims;
 pub use self::weights::{LatentWeights, Norm};
@@ -44,6 +44,8 @@ pub struct LatentParts {
 #[derive(Debug)]
 pub(super) struct Latent {
     dims: LatentDims,
+    /// What scores are multiplied by where nobody says anything else.
+    scale: f32,
     /// What queries go through that were compressed.
     query_up: Option<(Norm, Linear)>,
     norm: Norm,
@@ -89,8 +91,16 @@ impl Layer {
             output: Some(linear(&output)?),
             gate: None,
             learnt: None,
-            latent: Some(Latent { dims, query_up, norm, absorbed, values }),
-            scale: Some(scale.unwrap_or_else(|| ((nope + rotary) as f32).sqrt().recip())),
+            latent: Some(Latent {
+                dims,
+                // In f64, as kernels have theirs.
+                scale: (1.0 / ((nope + rotary) as f64).sqrt()) as f32,
+                query_up,
+                norm,
+                absorbed,
+                values,
+            }),
+            scale,
             rope,
             add_zero_attn,
             // Workers make none of it.
@@ -101,7 +111,17 @@ impl Layer {
     }
 }
 
+/// Whether rows of values are those of keys, NaN and signs of zeros included.
+pub(super) fn same_bits(values: &[f32], keys: &[f32]) -> bool {
+    values.len() == keys.len() && values.iter().zip(keys).all(|(value, key)| value.to_bits() == key.to_bits())
+}
+
 impl Latent {
+    /// The scale of a score function that is scaled by the dimension of keys, which would take that of the keys that are sent.
+    pub(super) fn default_scale(&self, score: &Score) -> Option<f32> {
+        (score.function().name == "scaled_dot").then_some(self.scale)
+    }
+
     /// Normalises the latents of rows of keys, `[rows, rank + rope]`.
     pub(super) fn normalise(&self, keys: &mut [f32]) {
         let LatentDims { rank, rope, .. } = self.dims;
@@ -173,8 +193,6 @@ fn room(what: &'static str, rows: usize, width: usize) -> Result<Vec<f32>, Layer
 
 #[cfg(test)]
 mod tests {
-    use attnd_kernel::Score;
-
     use super::super::{LayerCall, Matrix, RopeStyle, Rows};
     use super::*;
     use crate::operands::AttendOptions;
@@ -217,7 +235,7 @@ mod tests {
         assert!(shape.value_is_key_prefix() && gate.is_none());
         let begin = operands.begin(&layer.inner.options(&LayerCall::default()).unwrap()).unwrap();
         // Of a head's query as it is defined, not of the keys that are sent.
-        assert_eq!(begin.operator.scale(), 5.0_f32.sqrt().recip());
+        assert_eq!(begin.operator.scale(), (1.0 / 5.0_f64.sqrt()) as f32);
 
         // One matrix makes both.
         assert_eq!(layer.inner.kv_flops(&kept, &kept), 2 * 9 * 7 * 7);
@@ -239,7 +257,27 @@ mod tests {
         };
         let text = of_score("cosine").unwrap_err().to_string();
         assert_eq!(text, "latent attention and score: only products of queries and keys can be absorbed");
-        assert!(of_score("dot").is_ok());
+        let (x, kv) = (rows(3), layer.inner.keys_and_values(&kept, &kept, 0).unwrap());
+        let scale = |layer: &Layer, score: &str| {
+            let score = Score::new(score, Vec::new()).unwrap();
+            let options = AttendOptions { score, ..AttendOptions::default() };
+            let options = layer.inner.options(&LayerCall { options, ..LayerCall::default() }).unwrap();
+            layer.inner.operands(&x, &kv, 0).unwrap().0.begin(&options).unwrap().operator.scale()
+        };
+        assert_eq!([scale(&layer, "dot"), scale(&layer, "scaled_dot")], [1.0, (1.0 / 5.0_f64.sqrt()) as f32]);
+        // Of 6 elements, where two roundings would give another number.
+        let weights =
+            LatentWeights { query: matrix("query", [12, 6]), up: matrix("up", [16, 5]), ..parts().weights };
+        let six = Layer::latent(LatentParts { weights, ..parts() }).unwrap();
+        assert_eq!(scale(&six, "scaled_dot"), (1.0 / 6.0_f64.sqrt()) as f32);
+        assert_ne!(scale(&six, "scaled_dot"), 6.0_f32.sqrt().recip());
+        let own = Layer::latent(LatentParts { scale: Some(0.25), ..parts() }).unwrap();
+        assert_eq!([scale(&own, "dot"), scale(&own, "scaled_dot")], [0.25, 0.25]);
+
+        let nan = || Rows::new([f32::NAN, 1.0].repeat(7), [1, 2, 7]).unwrap();
+        assert!(layer.inner.keys_and_values(&nan(), &nan(), 0).is_ok(), "NaN in both");
+        let zeros = |sign: f32| Rows::new(vec![0.0_f32.copysign(sign); 7], [1, 1, 7]).unwrap();
+        assert!(layer.inner.keys_and_values(&zeros(1.0), &zeros(-1.0), 0).is_err(), "other zeros");
 
         let rope = Rope::new(RopeStyle::Interleaved, 1e4);
         let with = |rope: Rope| Layer::latent(LatentParts { rope: Some(rope), ..parts() });
@@ -247,6 +285,6 @@ mod tests {
         let rope = turned.inner.rope.clone().unwrap();
         assert_eq!((rope.first, rope.dims), (5, Some(2)), "behind the latent");
         let text = with(Rope { dims: Some(4), first: 0, ..rope }).unwrap_err().to_string();
-        assert_eq!(text, "rope: 4 elements from 0 on, rows of a head have 2");
+        assert_eq!(text, "rope: 4 elements from 0 on, the rotary part of a head has 2");
     }
 }

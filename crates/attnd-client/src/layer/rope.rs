@@ -77,16 +77,17 @@ impl Rope {
     /// # Errors
     /// [`LayerError::Rope`] if rows of `head_dim` can't be rotated so.
     pub(super) fn check(&self, head_dim: usize) -> Result<(), LayerError> {
+        self.check_rows(head_dim, "rows of a head have")
+    }
+
+    fn check_rows(&self, head_dim: usize, rows_have: &str) -> Result<(), LayerError> {
         let refused = |why: String| Err(LayerError::Rope(why));
         let dims = self.dims.unwrap_or_else(|| head_dim.saturating_sub(self.first));
         if dims == 0 || !dims.is_multiple_of(2) {
             return refused(format!("{dims} elements are no pairs"));
         }
         if self.first.checked_add(dims).is_none_or(|end| end > head_dim) {
-            return refused(format!(
-                "{dims} elements from {} on, rows of a head have {head_dim}",
-                self.first
-            ));
+            return refused(format!("{dims} elements from {} on, {rows_have} {head_dim}", self.first));
         }
         match &self.angles {
             Angles::Base(base) if base.is_finite() && *base > 1.0 => Ok(()),
@@ -108,7 +109,7 @@ impl Rope {
     /// # Errors
     /// As [`Self::check`] for rows of `dims`.
     pub(super) fn behind(self, first: usize, dims: usize) -> Result<Self, LayerError> {
-        self.check(dims)?;
+        self.check_rows(dims, "the rotary part of a head has")?;
         let rotated = self.dims.unwrap_or_else(|| dims.saturating_sub(self.first));
         Ok(Self { first: first + self.first, dims: Some(rotated), ..self })
     }

@@ -87,6 +87,16 @@ pub enum WeightsError {
         /// Heads of keys and values.
         kv_heads: usize,
     },
+    /// NaN or an infinity in a matrix that contexts go through, where no check of operands would see it.
+    #[error("tensor {name} has {value} at {at}, expected finite numbers")]
+    NonFinite {
+        /// Its name.
+        name: String,
+        /// Which of its elements.
+        at: usize,
+        /// The number.
+        value: f32,
+    },
     /// What a norm divides by could be no number.
     #[error("{name}: eps {eps}, expected a finite number that isn't below 0")]
     Eps {

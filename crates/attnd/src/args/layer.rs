@@ -21,6 +21,8 @@ those of torch's nn.MultiheadAttention (in_proj_weight, out_proj.weight, bias_k,
 BERT (q_proj.weight, self.query.weight, c_attn.weight, ..), and of Keras and flax (query/kernel, ..). A tensor behind the
 prefix that attnd doesn't know is an error: the result would lack it. DeepSeek-V2's and V3's multi-head latent attention
 (kv_a_proj_with_mqa.weight, kv_b_proj.weight, ..) is computed in its absorbed form: one kv head of latents for all heads.
+Rotary angles are the unscaled ones. Models whose positions are scaled, as the released DeepSeek-V2 and V3 are (YaRN), need
+tables of angles and a scale, which only the Rust library takes (Angles::Table, LatentParts::scale).
 
 SRC is file.npy, file.npz:NAME or file.safetensors:NAME, [tokens, width] or [batch, tokens, width], f32, f16, bf16 or
 f64; all are computed in f32. Attention runs on the cluster. Queries, gate and result are projected in this process, on all its
@@ -33,7 +35,7 @@ Examples:
               --rope --rope-base 500000 --causal --x x.npz:hidden -o y.npy
   attnd layer --endpoint http://10.0.0.1:7400 --state decoder.safetensors --prefix layers.0.multihead_attn --heads 8 \\
               --query decoder.npy --key encoder.npy --key-end 91,120 --json
-  attnd layer --workers 2 --state deepseek.safetensors --prefix model.layers.0.self_attn --heads 16 \
+  attnd layer --workers 2 --state latent.safetensors --prefix layers.0.self_attn --heads 16 \\
               --rope=interleaved --causal --x x.npy -o y.npy")]
 pub struct LayerArgs {
     /// The file with the layer's matrices
@@ -232,6 +234,7 @@ mod tests {
             &["--rope=both"],
             &["--kv-heads", "0"],
             &["--norm-eps", "-1e-6"],
+            &["--norm-eps=-1e-6"],
             &["--norm-eps", "inf"],
             &["--weights=all"],
             &["--project=coordinator"],

@@ -1,7 +1,7 @@
 //! Lists, tables and parameters of a call, cut to one element of its batch and to some of its queries. What isn't of the call's shape is
 //! left as it is, for the client to refuse.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::ops::Range;
 
 use attnd_client::{AttendOptions, AttnShape, Documents, Run};
@@ -23,17 +23,58 @@ pub fn asked_around(
     if options.swin.is_some() || documents == Some(None) || !options.csr.as_ref().is_none_or(fits) {
         return all;
     }
-    let mut asked = queries.clone();
-    loop {
-        let before = asked.clone();
-        if let Some(csr) = &options.csr {
-            asked.start -= asked.start % csr.query_block();
+    let block = options.csr.as_ref().map_or(1, Csr::query_block);
+    let mut widening = Widening::new(documents.flatten().unwrap_or_default(), block, queries.clone());
+    while widening.step() {}
+    widening.asked
+}
+
+/// Queries to which those are added that they need, which may need others. Each run is looked at twice: for the queries that its document
+/// has in all, and when it is reached.
+struct Widening<'a> {
+    runs: &'a [Run],
+    /// From the first query of each document to its last one.
+    whole: HashMap<u32, Range<usize>>,
+    /// Queries of a block.
+    block: usize,
+    asked: Range<usize>,
+    /// Runs whose documents are in it.
+    taken: Range<usize>,
+}
+
+impl<'a> Widening<'a> {
+    fn new(runs: &'a [Run], block: usize, asked: Range<usize>) -> Self {
+        let mut whole: HashMap<u32, Range<usize>> = HashMap::new();
+        for (range, id) in ranges(runs) {
+            // Runs come in their order.
+            whole.entry(id).and_modify(|all| all.end = range.end).or_insert(range);
         }
-        if let Some(Some(runs)) = documents {
-            asked = with_whole_documents(runs, &asked);
+        let first = runs.partition_point(|run| run.end <= asked.start);
+        Self { runs, whole, block, asked, taken: first..first }
+    }
+
+    /// Takes one run more, or goes back to where a block begins; false if nothing is left to be added.
+    fn step(&mut self) -> bool {
+        let end_of = |run: usize| self.runs.get(run).map_or(0, |run| run.end);
+        let (first, next) = (self.taken.start, self.taken.end);
+        if next < self.runs.len() && next.checked_sub(1).map_or(0, end_of) < self.asked.end {
+            self.taken.end += 1;
+            self.take(next);
+        } else if let Some(before) = first.checked_sub(1).filter(|before| self.asked.start < end_of(*before))
+        {
+            self.taken.start = before;
+            self.take(before);
+        } else if !self.asked.start.is_multiple_of(self.block) {
+            self.asked.start -= self.asked.start % self.block;
+        } else {
+            return false;
         }
-        if asked == before {
-            return asked;
+        true
+    }
+
+    fn take(&mut self, run: usize) {
+        if let Some(all) = self.runs.get(run).and_then(|run| self.whole.get(&run.id)) {
+            self.asked = self.asked.start.min(all.start)..self.asked.end.max(all.end);
         }
     }
 }
@@ -47,14 +88,6 @@ fn runs_of(all: &[Vec<Run>], batch: usize) -> Option<&[Run]> {
 fn ranges(runs: &[Run]) -> impl Iterator<Item = (Range<usize>, u32)> {
     let mut before = 0;
     runs.iter().map(move |run| (std::mem::replace(&mut before, run.end)..run.end, run.id))
-}
-
-/// From the first query of the documents of `queries` to the last one.
-fn with_whole_documents(runs: &[Run], queries: &Range<usize>) -> Range<usize> {
-    let of_queries = ranges(runs).filter(|(range, _)| range.start < queries.end && queries.start < range.end);
-    let documents: HashSet<u32> = of_queries.map(|(_, id)| id).collect();
-    let whole = ranges(runs).filter(|(_, id)| documents.contains(id));
-    whole.fold(queries.clone(), |all, (range, _)| all.start.min(range.start)..all.end.max(range.end))
 }
 
 /// The runs of some queries, counted from the first of them.
@@ -267,6 +300,27 @@ mod tests {
         let swin = Swin { height: 2, width: 6, table: [0.0; 66].into(), shift: None };
         let options = AttendOptions { swin: Some(swin), ..AttendOptions::default() };
         assert_eq!(asked_around(&options, 0, &shape, &(3..4)), 0..12);
+    }
+
+    /// Documents that overlap like shingles need each other one after the other; each of their runs is taken once.
+    #[test]
+    fn queries_are_widened_in_as_many_steps_as_there_are_runs() {
+        const RUNS: usize = 65_536;
+        // 0, 1, 0, 2, 1, 3, 2, ..: every second run is of a new document, and each ends behind the next one's beginning.
+        let id = |run: usize| if run.is_multiple_of(2) { (run / 2).saturating_sub(1) } else { run / 2 + 1 };
+        let id = |run: usize| id(run).min(RUNS / 2 - 1) as u32;
+        let runs: Vec<Run> = (0..RUNS).map(|run| Run { end: 3 * (run + 1), id: id(run) }).collect();
+        for queries in [0..1, 3 * RUNS - 1..3 * RUNS, 3 * RUNS / 2..3 * RUNS / 2 + 1] {
+            let mut widening = Widening::new(&runs, 64, queries.clone());
+            let mut steps = 0;
+            while widening.step() {
+                steps += 1;
+            }
+            assert_eq!(widening.asked, 0..3 * RUNS, "{queries:?}");
+            assert!(steps <= RUNS + 1, "{queries:?}: {steps} steps");
+        }
+        let mut alone = Widening::new(&runs[..1], 1, 1..2);
+        assert_eq!((alone.step(), alone.step(), alone.asked), (true, false, 0..3));
     }
 
     #[test]

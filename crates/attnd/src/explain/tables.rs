@@ -23,9 +23,10 @@ pub fn key_table(view: &AttentionView, unit: WeightUnit) -> Table {
         let keys = if query.keys.is_empty() { std::slice::from_ref(&nothing) } else { &query.keys };
         for (i, key) in keys.iter().enumerate() {
             let named = if i == 0 { query_name(query) } else { String::new() };
+            let none = if query.sees_key { "weighs no key" } else { "sees no key" };
             let cells = if query.keys.is_empty() {
                 let [a, b, c, d] = [const { String::new() }; 4];
-                [named, a, "sees no key".into(), b, c, d]
+                [named, a, none.into(), b, c, d]
             } else {
                 [
                     named,
@@ -111,7 +112,8 @@ mod tests {
             score: Some(-1.5),
             strongest: None,
         };
-        QueryView { query, position: None, token: Some("the".into()), keys: keys.iter().map(key).collect() }
+        let (token, keys): (_, Vec<KeyView>) = (Some("the".into()), keys.iter().map(key).collect());
+        QueryView { query, position: None, token, sees_key: !keys.is_empty(), keys }
     }
 
     /// The cells of each row, without the lines between them.
@@ -134,6 +136,9 @@ mod tests {
         let table = rows(&key_table(&two, WeightUnit::Percent));
         assert_eq!((table[1][0].as_str(), table[2][0].as_str()), ("7 the", ""));
         assert_eq!(table[3], ["8 the", "", "sees no key", "", "", ""]);
+        let faint = QueryView { sees_key: true, ..query(8, &[]) };
+        let faint = AttentionView { head: None, queries: vec![faint] };
+        assert_eq!(rows(&key_table(&faint, WeightUnit::Plain))[1], ["", "weighs no key", "", "", ""]);
     }
 
     #[test]
@@ -163,7 +168,7 @@ mod tests {
         let sigmoids = HeadView { entropy: None, effective_keys: None, weight_sum: Some(17.25), ..head };
         let table = rows(&head_table(&[sigmoids], WeightUnit::Plain));
         assert_eq!(table[0], ["head", "weight sum", "distance", "first key", "max score"]);
-        assert_eq!(table[1], ["3", "17.250", "-", "<0.0001", "-2.000"]);
+        assert_eq!(table[1], ["3", "17.250", "-", "1.000e-9", "-2.000"]);
     }
 
     #[test]

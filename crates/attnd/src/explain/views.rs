@@ -46,7 +46,7 @@ pub struct HeadView {
     pub effective_keys: Option<f64>,
     /// Mean sum of a query's weights, where these are sigmoids; then there is no entropy. Of softmax it is 1, less what a sink takes.
     pub weight_sum: Option<f64>,
-    /// Mean distance to the keys, each counted by its weight; nothing where nobody said where queries stand.
+    /// Mean distance to the keys, each counted by its weight, over the queries that weigh any; nothing where nobody said where queries stand.
     pub distance: Option<f64>,
     /// Mean weight of the first key that is no padding.
     pub first_key: Option<f64>,
@@ -72,6 +72,8 @@ pub struct QueryView {
     pub position: Option<i64>,
     /// Its word, if it has one.
     pub token: Option<String>,
+    /// Whether it sees a key, in some of the heads that this is about. If so and there are no keys here, all weigh 0, as sigmoids may.
+    pub sees_key: bool,
     /// Keys by falling weight, equal ones by their place.
     pub keys: Vec<KeyView>,
 }
@@ -136,12 +138,16 @@ impl Answer<'_> {
         let view = |head: usize| {
             let rows = head * n..(head + 1) * n;
             let seeing: Vec<usize> = rows.filter(|row| self.sees(*row)).collect();
-            let mean = |values: &[f32], of: fn(f64) -> f64| {
+            // Where all weights are 0 there is nothing to be far from.
+            let weighs = |row: &usize| inspected.mass.get(*row).is_none_or(|sum| *sum > 0.0);
+            let weighing: Vec<usize> = seeing.iter().copied().filter(weighs).collect();
+            let mean_over = |rows: &[usize], values: &[f32], of: fn(f64) -> f64| {
                 let values =
-                    seeing.iter().filter_map(|row| values.get(*row)).map(|value| of(f64::from(*value)));
+                    rows.iter().filter_map(|row| values.get(*row)).map(|value| of(f64::from(*value)));
                 let (sum, n) = values.fold((0.0, 0_usize), |(sum, n), value| (sum + value, n + 1));
                 (n > 0).then(|| sum / n as f64)
             };
+            let mean = |values: &[f32], of: fn(f64) -> f64| mean_over(&seeing, values, of);
             let scores = seeing.iter().filter_map(|row| inspected.max_score.get(*row));
             HeadView {
                 head,
@@ -149,7 +155,7 @@ impl Answer<'_> {
                 effective_keys: mean(&inspected.entropy, f64::exp),
                 // Asked for as the mass of one block, which has all keys.
                 weight_sum: mean(&inspected.mass, |weight| weight),
-                distance: mean(&inspected.distance, |tokens| tokens),
+                distance: mean_over(&weighing, &inspected.distance, |tokens| tokens),
                 first_key: mean(first_key, |weight| weight),
                 max_score: scores.copied().map(f64::from).max_by(f64::total_cmp),
             }
@@ -179,7 +185,7 @@ impl Answer<'_> {
             });
             keys.collect()
         };
-        AttentionView { head: Some(head), queries: self.each_query(keys_of) }
+        AttentionView { head: Some(head), queries: self.each_query(head..head + 1, keys_of) }
     }
 
     /// What the queries attend to in the mean over heads: the `k` keys of the largest mean weights. `weights` are all of
@@ -206,18 +212,20 @@ impl Answer<'_> {
             });
             leaders.collect()
         };
-        AttentionView { head: None, queries: self.each_query(keys_of) }
+        AttentionView { head: None, queries: self.each_query(0..n_heads, keys_of) }
     }
 
     fn key(&self, key: usize, weight: f64) -> KeyView {
         KeyView { key, token: self.words.keys.get(key).cloned(), weight, score: None, strongest: None }
     }
 
-    fn each_query(&self, keys_of: impl Fn(usize) -> Vec<KeyView>) -> Vec<QueryView> {
+    fn each_query(&self, heads: Range<usize>, keys_of: impl Fn(usize) -> Vec<KeyView>) -> Vec<QueryView> {
+        let n = self.queries.len();
         let view = |(place, query): (usize, usize)| QueryView {
             query,
             position: self.rules.position(query),
             token: self.words.queries.get(query).cloned(),
+            sees_key: heads.clone().any(|head| self.sees(head * n + place)),
             keys: keys_of(place),
         };
         self.queries.clone().enumerate().map(view).collect()
@@ -294,6 +302,19 @@ pub(crate) mod tests {
         let view = &answer.heads(0..2, &[])[0];
         assert_eq!((view.weight_sum, view.entropy, view.effective_keys), (Some(32.0), None, None));
         assert_eq!(answer.heads(1..2, &[])[0].head, 1);
+        // The last row sees keys and weighs none.
+        let mass = vec![40.0, 0.0, 0.0, 0.0, 0.0, 0.0];
+        let faint = Inspected { mass, distance: vec![2.0, 0.0, 0.0, 0.0, 0.0, 0.0], ..sigmoids.clone() };
+        let answer = Answer { inspected: &faint, ..answer };
+        let view = &answer.heads(0..2, &[])[0];
+        assert_eq!((view.weight_sum, view.distance), (Some(20.0), Some(2.0)));
+        let none = Inspected { mass: vec![0.0; 6], ..faint.clone() };
+        let answer = Answer { inspected: &none, ..answer };
+        assert_eq!(answer.heads(0..1, &[])[0].distance, None);
+        let queries = answer.attention_of_mean(&[0.0; 54], 3).queries;
+        let sees: Vec<_> = queries.iter().map(|query| (query.sees_key, query.keys.len())).collect();
+        assert_eq!(sees, [(true, 0), (false, 0), (true, 0)]);
+        assert!(!answer.attention_of_head(1, 0).queries[0].sees_key);
     }
 
     #[test]

@@ -52,6 +52,8 @@ pub async fn run(args: &ExplainArgs) -> anyhow::Result<()> {
     let options = AttendOptions { score, ..options };
     inside("--batch", &(args.batch..args.batch.saturating_add(1)), "elements of the batch", shape.batch())?;
     let rules = Rules::new(options.causal, options.mask.clone(), shape, args.batch)?;
+    // What is cut out of a call may make sense where the call doesn't: a list of three numbers for three of its queries.
+    inputs.operands.check(&options)?;
     let words = Words::new(key_words, query_words, &rules)?;
     let question = Question::new(args, &rules, &options)?;
 

@@ -101,12 +101,13 @@ fn layer(args: &LayerArgs) -> anyhow::Result<Layer> {
         let parts = LatentParts { weights, heads, scale, rope, add_zero_attn: args.add_zero_attn };
         return Layer::latent(parts).map_err(of_file);
     }
+    let weights = Weights::from_state(state, heads, kv_heads).map_err(|error| of_file(error.into()))?;
+    // Only of a layer that there is: without its prefix one of latent attention has no names that are known.
     if args.norm_eps.is_some() {
         let text =
             format!("--norm-eps: {} has no latent attention, whose norms it is for", args.state.display());
         return Err(BadInput::new(text).into());
     }
-    let weights = Weights::from_state(state, heads, kv_heads).map_err(|error| of_file(error.into()))?;
     let parts = LayerParts { weights, heads, kv_heads, scale, rope, add_zero_attn: args.add_zero_attn };
     Layer::new(parts).map_err(of_file)
 }

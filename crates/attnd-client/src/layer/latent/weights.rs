@@ -1,5 +1,7 @@
 //! The matrices of multi-head latent attention, by the names that DeepSeek-V2's and V3's files have for them.
 
+use attnd_kernel::shape::MAX_DIM;
+
 use super::super::state::{Spelling, State, StateTensor};
 use super::super::weights::{Matrix, WeightsError};
 
@@ -59,9 +61,10 @@ const QUERY_NORM: &str = "q_a_layernorm.weight";
 const LATENT_NORM: &str = "kv_a_layernorm.weight";
 
 impl LatentWeights {
-    /// Whether a file's names, behind the layer's prefix, are those of latent attention.
+    /// Whether a file's names, behind the layer's prefix, are those of latent attention: it has some that no other layer has.
     pub fn are_named<'a>(names: impl IntoIterator<Item = &'a str>) -> bool {
-        names.into_iter().any(|name| name.replace('/', ".") == LATENT.weight())
+        let own = [LATENT.weight(), UP.weight(), LATENT_NORM];
+        names.into_iter().any(|name| own.contains(&&*name.replace('/', ".")))
     }
 
     /// The matrices of a layer of `heads` heads, of its tensors by their names behind the layer's prefix; norms have this `eps`, which
@@ -97,7 +100,7 @@ impl LatentWeights {
     /// The dimensions of a layer of these matrices.
     ///
     /// # Errors
-    /// [`WeightsError::Heads`] for none, [`WeightsError::Shape`], [`WeightsError::Eps`].
+    /// [`WeightsError::Heads`] for none, [`WeightsError::Shape`], [`WeightsError::NonFinite`], [`WeightsError::Eps`].
     pub(super) fn dims(&self, heads: usize) -> Result<LatentDims, WeightsError> {
         if heads == 0 {
             return Err(WeightsError::Heads { heads, kv_heads: heads });
@@ -111,6 +114,7 @@ impl LatentWeights {
         latent.expect(latent.outputs >= rank && rank > 0, || {
             format!("at least {rank} outputs, as {} has elements", norm.name)
         })?;
+        latent.expect(latent.outputs <= MAX_DIM, || format!("at most {MAX_DIM} outputs, which keys have"))?;
         let rope = latent.outputs - rank;
         if let Some((down, norm)) = query_down {
             norm.check()?;
@@ -134,6 +138,9 @@ impl LatentWeights {
         if up.bias.is_some() {
             let (name, shape) = (up.name.clone(), vec![up.outputs, up.inputs]);
             return Err(WeightsError::Shape { name, shape, expected: "no bias".into() });
+        }
+        if let Some((at, value)) = up.weight.iter().copied().enumerate().find(|(_, x)| !x.is_finite()) {
+            return Err(WeightsError::NonFinite { name: up.name.clone(), at, value });
         }
         let value = of_head - nope;
         output.expect(output.inputs == heads * value, || {
@@ -206,7 +213,10 @@ mod tests {
         let dims = LatentDims { heads: 3, nope: 4, rope: 2, rank: 7, value: 5 };
         assert_eq!(weights.dims(3).unwrap(), dims);
         assert!(LatentWeights::are_named(STATE.iter().map(|(name, _)| *name)));
-        assert!(!LatentWeights::are_named(["q_proj.weight", "kv_b_proj.weight"]));
+        for one in ["kv_a_proj_with_mqa.weight", "kv_b_proj/weight", "kv_a_layernorm.weight"] {
+            assert!(LatentWeights::are_named(["q_proj.weight", one]), "{one}");
+        }
+        assert!(!LatentWeights::are_named(["q_proj.weight", "k_proj.weight", "o_proj.weight"]));
     }
 
     #[test]
@@ -234,6 +244,28 @@ mod tests {
             assert!(text.contains(reason), "{tensor}: {text}");
         }
         assert_eq!(read(0, |_, shape| shape.to_vec()).unwrap_err().to_string(), "0 heads over 0 kv heads");
+    }
+
+    #[test]
+    fn what_contexts_go_through_is_finite_and_keys_are_no_wider_than_kernels_take() {
+        let mut weights = read(3, |_, shape| shape.to_vec()).unwrap();
+        for value in [f32::NAN, f32::NEG_INFINITY] {
+            weights.up.weight[30] = value;
+            let text = weights.dims(3).unwrap_err().to_string();
+            assert_eq!(text, format!("tensor kv_b_proj.weight has {value} at 30, expected finite numbers"));
+        }
+        let with_outputs = |outputs: usize| {
+            read(3, |name, shape| match name {
+                "kv_a_proj_with_mqa.weight" => vec![outputs, 11],
+                "kv_a_proj_with_mqa.bias" => vec![outputs],
+                "kv_a_layernorm.weight" => vec![outputs - 2],
+                "kv_b_proj.weight" => vec![27, outputs - 2],
+                _ => shape.to_vec(),
+            })
+        };
+        assert_eq!(with_outputs(1024).unwrap().dims(3).unwrap().rank, 1022);
+        let text = with_outputs(1025).unwrap_err().to_string();
+        assert!(text.ends_with("[1025, 11], expected at most 1024 outputs, which keys have"), "{text}");
     }
 
     #[test]
