@@ -13,7 +13,7 @@ use crate::{proto, refusal};
 /// Versions of the protocol between nodes that this binary speaks. A worker of version 1 computes a scale and a causal
 /// rule, one of version 2 what the plain path computes, one of version 3 caps, dense masks and biases; these refuse calls with
 /// more than that, but the third would leave outputs out. One of version 4 gives these, and has no score functions; one of version 5 has
-/// these, and waits for keys and values that it should make.
+/// these, and would wait for keys and values that a worker of version 6 makes itself.
 pub const WIRE_VERSIONS: RangeInclusive<u32> = 1..=PROJECTIONS;
 /// The first version with operators: masks of intervals, sinks, empty rows.
 pub const OPERATORS: u32 = 2;
