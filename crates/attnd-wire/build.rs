@@ -3,11 +3,13 @@
 use std::error::Error;
 use std::path::Path;
 
-const FILES: [&str; 4] = [
+const FILES: [&str; 6] = [
     "attnd/v1/attention.proto",
     "attnd/v1/cluster.proto",
+    "attnd/v1/hold.proto",
     "attnd/v1/operator.proto",
     "attnd/v1/outputs.proto",
+    "attnd/v1/session.proto",
 ];
 
 fn main() -> Result<(), Box<dyn Error>> {

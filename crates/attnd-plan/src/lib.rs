@@ -9,6 +9,7 @@
 //!   ([`Sides`]).
 //! * [`Gather`] takes partials exactly once, and [`fold()`] merges them along the canonical tree.
 //! * [`Call`] is one one-shot call from its first chunk to its last partial.
+//! * [`session`] is what stays: keys and values that are resident, and what becomes of them when something is lost.
 //! * [`Membership`] is the set of workers: who is alive, suspect, draining, quarantined or dead.
 
 mod arrival;
@@ -24,6 +25,7 @@ pub mod planner;
 mod report;
 mod residency;
 pub mod route;
+pub mod session;
 pub mod side;
 pub mod topology;
 

@@ -1,0 +1,15 @@
+//! Resident sessions: what they are, who holds what of them, and what becomes of an op when messages and workers are lost.
+//!
+//! A session is cut once, when it is opened, into *shards*: kv groups times slots, of all its layers. Each shard has *replicas* on
+//! workers of different failure domains, and an *epoch*, which grows whenever the set of its replicas changes and is enforced by the
+//! workers. What changes a session is an *op*: numbered from 1, one in flight at a time, and sent to **every replica of every shard**,
+//! also to those that hold none of its tokens. So the length of a shard is the length of the session, an op that was acknowledged is on
+//! enough replicas of each shard, and what a shard has beyond the shortest one was acknowledged by nobody.
+//!
+//! * [`spec`] is what can't change as long as a session lives; [`op`] what changes it, and how ops are told apart.
+
+pub mod op;
+pub mod spec;
+
+pub use op::{Change, Holder, Op};
+pub use spec::{SessionName, SessionNameError, SessionSpec, SpecError};
