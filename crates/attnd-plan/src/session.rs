@@ -7,9 +7,13 @@
 //! enough replicas of each shard, and what a shard has beyond the shortest one was acknowledged by nobody.
 //!
 //! * [`spec`] is what can't change as long as a session lives; [`op`] what changes it, and how ops are told apart.
+//! * [`rows`] says which rows of an append go to which shard, [`attempt`] who computes queries, and who does after a loss.
 
+pub mod attempt;
 pub mod op;
+pub mod rows;
 pub mod spec;
 
+pub use attempt::{Attempt, Exhausted};
 pub use op::{Change, Holder, Op};
 pub use spec::{SessionName, SessionNameError, SessionSpec, SpecError};
