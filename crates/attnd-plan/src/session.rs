@@ -7,9 +7,12 @@
 //! enough replicas of each shard, and what a shard has beyond the shortest one was acknowledged by nobody.
 //!
 //! * [`spec`] is what can't change as long as a session lives; [`op`] what changes it, and how ops are told apart.
+//! * [`placement`] cuts a session into shards and says who holds their replicas.
 
 pub mod op;
+pub mod placement;
 pub mod spec;
 
 pub use op::{Change, Holder, Op};
+pub use placement::Keeper;
 pub use spec::{SessionName, SessionNameError, SessionSpec, SpecError};
