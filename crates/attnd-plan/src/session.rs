@@ -8,12 +8,15 @@
 //!
 //! * [`spec`] is what can't change as long as a session lives; [`op`] what changes it, and how ops are told apart.
 //! * [`rows`] says which rows of an append go to which shard, [`attempt`] who computes queries, and who does after a loss.
+//! * [`placement`] cuts a session into shards and says who holds their replicas.
 
 pub mod attempt;
 pub mod op;
 pub mod rows;
+pub mod placement;
 pub mod spec;
 
 pub use attempt::{Attempt, Exhausted};
 pub use op::{Change, Holder, Op};
+pub use placement::Keeper;
 pub use spec::{SessionName, SessionNameError, SessionSpec, SpecError};

@@ -10,10 +10,12 @@
 
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use attnd_kernel::{KERNEL_ID, Kernels};
 use attnd_plan::WorkerId;
+use attnd_plan::topology::is_host_label;
 use attnd_wire::join::WIRE_VERSIONS;
 use attnd_wire::{Hello, Link, limits};
 use kameo::actor::Spawn;
@@ -66,6 +68,10 @@ pub struct WorkerConfig {
     pub threads: usize,
     /// Bytes that operands and partials of all calls may take.
     pub memory_budget: u64,
+    /// Its failure domain, 1 to 64 characters of `[A-Za-z0-9._-]`: replicas of a session's shard are on different ones.
+    pub host: String,
+    /// Bytes that keys and values of all sessions may take, beside those of calls.
+    pub session_memory: u64,
 }
 
 /// What a worker knows about itself at any moment.
@@ -74,6 +80,8 @@ pub(crate) struct Gauges {
     budget: Arc<Budget>,
     calls: Calls,
     pool: ComputePool,
+    /// Bytes that sessions take.
+    sessions: Arc<AtomicU64>,
 }
 
 /// Whether only processes on this machine reach what has this URL. A name that isn't `localhost` may be anything.
@@ -107,6 +115,9 @@ pub async fn run(
     let endpoint = limits::endpoint(&config.coordinator, Link::Coordinator)
         .map_err(|_shown| NodeError::Url { url: config.coordinator.clone() })?;
 
+    if !is_host_label(&config.host) {
+        return Err(NodeError::Host { host: config.host });
+    }
     if is_loopback(&address) && !is_loopback(&config.coordinator) {
         return Err(NodeError::Loopback { address, coordinator: config.coordinator });
     }
@@ -117,14 +128,18 @@ pub async fn run(
         .peak_gflops(kernels, CALIBRATION)
         .await
         .map_err(|_panic| NodeError::ActorGone("compute pool"))?;
-    let gauges =
-        Gauges { budget: Budget::new(config.memory_budget), calls: Calls::new(), pool: pool.clone() };
+    let gauges = Gauges {
+        budget: Budget::new(config.memory_budget),
+        calls: Calls::new(),
+        pool: pool.clone(),
+        sessions: Arc::default(),
+    };
     let incarnation: u64 = rand::rng().random();
     let worker = match config.id {
         Some(id) => id,
         None => membership::default_id(incarnation)?,
     };
-    tracing::info!(id = %worker, %address, isa = %kernels.isa(), threads = pool.threads(), gflops, "worker starts");
+    tracing::info!(id = %worker, host = %config.host, %address, isa = %kernels.isa(), threads = pool.threads(), gflops, "worker starts");
 
     let hello = Hello {
         worker,
@@ -137,6 +152,8 @@ pub async fn run(
         gflops,
         memory_budget_bytes: gauges.budget.limit(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
+        host: config.host,
+        session_memory_bytes: config.session_memory,
     };
     let (refused, mut refusal) = watch::channel(None);
     let supervisor = Supervisor::spawn(MembershipArgs { endpoint, hello, gauges: gauges.clone(), refused });
