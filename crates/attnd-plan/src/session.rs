@@ -9,14 +9,20 @@
 //! * [`spec`] is what can't change as long as a session lives; [`op`] what changes it, and how ops are told apart.
 //! * [`rows`] says which rows of an append go to which shard, [`attempt`] who computes queries, and who does after a loss.
 //! * [`placement`] cuts a session into shards and says who holds their replicas.
+//! * [`replica`] is one replica of a shard, as the worker that holds it sees it; [`window`] the ops that are remembered.
 
 pub mod attempt;
 pub mod op;
 pub mod rows;
 pub mod placement;
+pub mod replica;
 pub mod spec;
+pub mod window;
 
 pub use attempt::{Attempt, Exhausted};
 pub use op::{Change, Holder, Op};
 pub use placement::Keeper;
+pub use op::{Answer, Change, Holder, Op, Record};
+pub use replica::{Replica, ReplicaRefusal, ReplicaSnapshot, ReplicaState, Terms, Undone, Verdict};
 pub use spec::{SessionName, SessionNameError, SessionSpec, SpecError};
+pub use window::{WINDOW, Window};
