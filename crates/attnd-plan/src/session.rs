@@ -13,16 +13,15 @@
 
 pub mod attempt;
 pub mod op;
-pub mod rows;
 pub mod placement;
 pub mod replica;
+pub mod rows;
 pub mod spec;
 pub mod window;
 
 pub use attempt::{Attempt, Exhausted};
-pub use op::{Change, Holder, Op};
-pub use placement::Keeper;
 pub use op::{Answer, Change, Holder, Op, Record};
+pub use placement::Keeper;
 pub use replica::{Replica, ReplicaRefusal, ReplicaSnapshot, ReplicaState, Terms, Undone, Verdict};
 pub use spec::{SessionName, SessionNameError, SessionSpec, SpecError};
 pub use window::{WINDOW, Window};

@@ -205,7 +205,10 @@ impl Waiting {
         let (number, more) = (reply.request, reply.more);
         let mut state = self.lock();
         let Some(asked) = state.asked.get_mut(&number) else {
-            return Err(Error::new(Reason::ReplyInvalid, format!("an answer to request {number}, which isn't open")));
+            return Err(Error::new(
+                Reason::ReplyInvalid,
+                format!("an answer to request {number}, which isn't open"),
+            ));
         };
         asked.parts.push(reply);
         if more {
@@ -256,9 +259,10 @@ mod tests {
         let first = link.control.ask(3, release()).await.unwrap();
         let (upload, second) = link.control.begin(3, release()).await.unwrap();
         upload.send(Ask::Commit(proto::Commit::default())).await.unwrap();
-        let sent: Vec<(u64, u64)> = [task.outgoing.recv().await, task.outgoing.recv().await, task.outgoing.recv().await]
-            .map(|sent| sent.map(|sent| (sent.request, sent.term)).unwrap())
-            .into();
+        let sent: Vec<(u64, u64)> =
+            [task.outgoing.recv().await, task.outgoing.recv().await, task.outgoing.recv().await]
+                .map(|sent| sent.map(|sent| (sent.request, sent.term)).unwrap())
+                .into();
         assert_eq!(sent, [(1, 3), (2, 3), (2, 3)]);
         let waiting = &task.waiting.0;
         waiting.take(reply(2, true)).unwrap();

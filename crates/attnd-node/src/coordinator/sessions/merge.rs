@@ -43,14 +43,13 @@ pub(crate) fn merge(
     }
     // The first row that isn't there yet.
     let mut next = (0, 0);
-    let mut merged = Rows {
-        context: vec![0.0; shape.n_heads() * tokens * dim],
-        lse: vec![0.0; shape.n_heads() * tokens],
-    };
+    let mut merged =
+        Rows { context: vec![0.0; shape.n_heads() * tokens * dim], lse: vec![0.0; shape.n_heads() * tokens] };
     for ((group, first), Row { tokens: of_tokens, keys, mut nodes }) in rows {
         nodes.sort_by_key(|(node, _)| node.slots().start);
         // Nodes apart from each other with as many keys as there are have each key once.
-        let are_apart = nodes.array_windows().all(|[(left, _), (right, _)]| left.slots().end <= right.slots().start);
+        let are_apart =
+            nodes.array_windows().all(|[(left, _), (right, _)]| left.slots().end <= right.slots().start);
         if !are_apart || keys != shape.n_keys() {
             let detail = format!("partials of {keys} keys of kv head {group}, which has {}", shape.n_keys());
             return Err(Error::new(Reason::Internal, detail));
@@ -71,7 +70,8 @@ pub(crate) fn merge(
             let from = head * of_tokens;
             let to = (group * group_size + head) * tokens + first;
             let (lse, context) = (&mut merged.lse, &mut merged.context);
-            let placed = lse.get_mut(to..to + of_tokens).zip(context.get_mut(to * dim..(to + of_tokens) * dim));
+            let placed =
+                lse.get_mut(to..to + of_tokens).zip(context.get_mut(to * dim..(to + of_tokens) * dim));
             let Some((lse, context)) = placed else {
                 return Err(Error::new(Reason::Internal, format!("a cell of head {head}, token {first}")));
             };
@@ -95,7 +95,10 @@ struct Row {
 
 fn uncovered(cell: &CellId) -> Error {
     let CellId { group, first_token, tokens, .. } = cell;
-    Error::new(Reason::Internal, format!("cells of kv head {group} disagree about tokens {first_token}+{tokens}"))
+    Error::new(
+        Reason::Internal,
+        format!("cells of kv head {group} disagree about tokens {first_token}+{tokens}"),
+    )
 }
 
 #[cfg(test)]
@@ -107,7 +110,8 @@ mod tests {
     use super::*;
 
     fn shape() -> AttnShape {
-        let dims = Dims { batch: 1, heads: 4, kv_heads: 2, queries: 5, keys: 3000, head_dim: 4, value_dim: 2 };
+        let dims =
+            Dims { batch: 1, heads: 4, kv_heads: 2, queries: 5, keys: 3000, head_dim: 4, value_dim: 2 };
         AttnShape::new(dims).unwrap()
     }
 

@@ -131,7 +131,8 @@ mod tests {
     async fn whoever_gives_up_holds_nobody_back() {
         let turns = Arc::new(Turns::default());
         let first = turns.line_up().unwrap();
-        let (second, third, fourth) = (turns.line_up().unwrap(), turns.line_up().unwrap(), turns.line_up().unwrap());
+        let (second, third, fourth) =
+            (turns.line_up().unwrap(), turns.line_up().unwrap(), turns.line_up().unwrap());
         drop(second);
         // Called, and then given up.
         drop(first);
