@@ -275,7 +275,7 @@ fn what_sessions_do_not_have_is_refused_with_its_name() {
     let bias = proto::Bias { kind: Some(proto::bias::Kind::Dense(dense(proto::Dtype::F32))) };
     assert_eq!(
         refused(proto::Operator { biases: vec![bias], ..Default::default() }),
-        "COMBINATION: session and biases.dense"
+        "COMBINATION: session and bias.dense"
     );
     let score = proto::Score {
         function: "location_aware".to_owned(),
