@@ -166,7 +166,7 @@ fn rows_must_be_those_of_the_shard() {
     assert_eq!(check(rows(), &small), Err("SESSION_FULL: 256 + 300".into()));
     let huge = ShardRows { base_len: usize::MAX, ..rows() };
     assert_eq!(check(huge, &spec()), Err(format!("SESSION_FULL: {} + 300", u64::MAX)));
-    assert_eq!(rows().check(3, &spec(), &pieces()).unwrap_err().message(), "SHAPE_LIMIT: layer 3 > 2");
+    assert_eq!(rows().check(3, &spec(), &pieces()).unwrap_err().message(), "SHAPE_LIMIT: layer 3 of 3");
     assert_eq!(append().bytes(&spec(), &pieces()), Ok((44 * 16, 44 * 8)));
 }
 
@@ -208,7 +208,7 @@ fn queries_must_be_those_of_the_shard() {
     );
     assert_eq!(refused(|queries| queries.tokens_per_cell = 0), "PIECES: tokens_per_cell 0 not in 1..2");
     assert_eq!(refused(|queries| queries.operator.causal = 9), "CAUSAL: 9");
-    assert_eq!(queries().call(3, &spec(), &pieces()).unwrap_err().message(), "SHAPE_LIMIT: layer 3 > 2");
+    assert_eq!(queries().call(3, &spec(), &pieces()).unwrap_err().message(), "SHAPE_LIMIT: layer 3 of 3");
 }
 
 /// What a shard owes for some queries, and rows that a kernel may have made.
