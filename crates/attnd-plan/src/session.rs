@@ -14,5 +14,7 @@ pub mod placement;
 pub mod spec;
 
 pub use op::{Change, Holder, Op};
-pub use placement::Keeper;
+pub use placement::{
+    Keeper, Move, Placement, PlacementError, ShardPlacement, place, rebalance, replacement, shard_bytes,
+};
 pub use spec::{SessionName, SessionNameError, SessionSpec, SpecError};
