@@ -21,7 +21,9 @@ pub mod window;
 
 pub use attempt::{Attempt, Exhausted};
 pub use op::{Answer, Change, Holder, Op, Record};
-pub use placement::Keeper;
+pub use placement::{
+    Keeper, Move, Placement, PlacementError, ShardPlacement, place, rebalance, replacement, shard_bytes,
+};
 pub use replica::{Replica, ReplicaRefusal, ReplicaSnapshot, ReplicaState, Terms, Undone, Verdict};
 pub use spec::{SessionName, SessionNameError, SessionSpec, SpecError};
 pub use window::{WINDOW, Window};
