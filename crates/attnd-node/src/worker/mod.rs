@@ -38,6 +38,7 @@ mod service;
 mod shard;
 mod side;
 mod slices;
+mod store;
 mod supervisor;
 #[cfg(test)]
 mod tests;
