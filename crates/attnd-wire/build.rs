@@ -25,6 +25,10 @@ fn main() -> Result<(), Box<dyn Error>> {
         .boxed(".attnd.v1.Bias.kind.relative")
         .boxed(".attnd.v1.Bias.kind.swin")
         .boxed(".attnd.v1.Bias.kind.alibi")
+        .boxed(".attnd.v1.Step.rows")
+        .boxed(".attnd.v1.Step.queries")
+        .boxed(".attnd.v1.ShardWork.rows")
+        .boxed(".attnd.v1.ShardWork.queries")
         .compile_fds(descriptors)?;
     Ok(())
 }

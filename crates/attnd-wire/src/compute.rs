@@ -3,12 +3,13 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use attnd_kernel::slot::{Node, PAGE_KEYS, keys_in_slots, n_pages, slot_of_page};
-use attnd_kernel::{AttnShape, Compute, Dtype, Normaliser, Operator, Outputs, PartialRows};
+use attnd_kernel::slot::{Node, keys_in_slots};
+use attnd_kernel::{AttnShape, Compute, Dtype, Operator, Outputs, PartialRows};
 use attnd_plan::{AnyTensor, CellId, Piece, Sides, Tensor, most_report_bytes};
 use bytes::Bytes;
 
 use crate::attend::{Begin, Commit};
+use crate::compute::rows::{RowBytes, keys_seen};
 use crate::convert::{self, quantity, small};
 use crate::error::{Error, Reason};
 use crate::floats::{self, checksum};
@@ -17,6 +18,8 @@ use crate::operator::{self, Encoded};
 use crate::outputs::elements::Elements;
 use crate::outputs::share::{MergedSums, ShareReport};
 use crate::{outputs, projection, proto, refusal};
+
+pub(crate) mod rows;
 
 /// One frame to a worker.
 #[derive(Clone, Debug, PartialEq)]
@@ -183,7 +186,8 @@ impl TryFrom<proto::ComputeBegin> for ComputeBegin {
             return Err(refusal::kernel_mix(&message.kernel_id, kernel_id));
         }
         let outputs = outputs::decode(message.outputs, &shape, &operator)?;
-        let tokens_per_cell = cell_tokens(message.tokens_per_cell, &shape, outputs.as_deref())?;
+        let tokens_per_cell =
+            cell_tokens(convert::size(message.tokens_per_cell), &shape, outputs.as_deref())?;
         Ok(Self {
             call_id: message.call_id,
             shape,
@@ -199,12 +203,15 @@ impl TryFrom<proto::ComputeBegin> for ComputeBegin {
 }
 
 /// Checks the size of the messages about a cell.
-fn cell_tokens(tokens: u32, shape: &AttnShape, outputs: Option<&Outputs>) -> Result<usize, Error> {
+pub(crate) fn cell_tokens(
+    tokens: usize,
+    shape: &AttnShape,
+    outputs: Option<&Outputs>,
+) -> Result<usize, Error> {
     // Headers are under 64 bytes.
     let largest = MESSAGE_BYTES - 64;
     let row_bytes = shape.group_size() * (shape.value_dim() + 2) * size_of::<f32>();
     let most = (largest / row_bytes).min(shape.n_queries());
-    let tokens = convert::size(tokens);
     if !(1..=most).contains(&tokens) {
         return Err(Error::new(Reason::Pieces, format!("tokens_per_cell {tokens} not in 1..{most}")));
     }
@@ -348,22 +355,9 @@ impl Partial {
         if checksum(&[&message.m, &message.l, &message.o]) != message.crc32c {
             return Err(Error::new(Reason::Checksum, place));
         }
-        let (m, l) = (floats::from_bytes(&message.m), floats::from_bytes(&message.l));
-        let o = floats::from_bytes(&message.o);
-        let seen = keys_seen(&cell, call);
-        // Rows are ordered [head in group, token]: the same counts for each head.
-        let rows = m.iter().zip(&l).zip(seen.iter().cycle());
-        let impossible = rows.enumerate().find(|(_, ((m, l), seen))| !is_possible(**m, **l, **seen, call));
-        if let Some((row, ((m, l), seen))) = impossible {
-            return Err(invalid(format!("row {row} has m {m}, l {l} over {seen} keys")));
-        }
-        // Infinities are sums that overflowed: the client's doing. A worker says so itself where they became NaN.
-        if !call.allow_non_finite
-            && let Some(at) = o.iter().position(|o| o.is_nan())
-        {
-            return Err(invalid(format!("row {} has o NaN", at / value_dim)));
-        }
-        Ok(Self { cell, rows: PartialRows { value_dim, m, l, o } })
+        let bytes = RowBytes { m: &message.m, l: &message.l, o: &message.o };
+        let rows = bytes.decode(&keys_seen(&cell, call), call).map_err(invalid)?;
+        Ok(Self { cell, rows })
     }
 }
 
@@ -381,51 +375,6 @@ fn cell_of(message: &proto::Partial, shape: &AttnShape) -> Result<CellId, String
         return Err(format!("the node holds {keys} keys, got {}", message.keys));
     }
     Ok(CellId { group, node, first_token: tokens.start, tokens: tokens.len(), keys })
-}
-
-/// How many keys of the node each token of a cell sees. One pass over pages and one over tokens.
-fn keys_seen(cell: &CellId, call: &CallShape) -> Vec<usize> {
-    let slots = cell.node.slots();
-    let n_pages = n_pages(call.shape.n_keys());
-    let is_of_node = |page: usize| slots.contains(&slot_of_page(page));
-    // Keys of the node before each page, all pages being whole: no mask reaches behind the last key.
-    let mut before = Vec::with_capacity(n_pages + 1);
-    let mut keys = 0;
-    for page in 0..=n_pages {
-        before.push(keys);
-        keys += if is_of_node(page) { PAGE_KEYS } else { 0 };
-    }
-    let before_key = |key: usize| {
-        let page = key / PAGE_KEYS;
-        before[page] + if is_of_node(page) { key % PAGE_KEYS } else { 0 }
-    };
-    let mask = call.operator.mask_of_group(cell.group, &call.shape);
-    let tokens = cell.first_token..cell.first_token + cell.tokens;
-    let seen = tokens.map(|token| {
-        let visible = mask.visible(token);
-        before_key(visible.end) - before_key(visible.start)
-    });
-    seen.collect()
-}
-
-/// Whether a kernel can have made a row with this maximum and this sum over `seen` visible keys, or up to so many.
-///
-/// The maximum is an integer, so the weight of the largest score is at least `2^-0.5`, and none is over `2^0.5`; where
-/// weights are sigmoids the maximum is 0, and none is over 1. Finite operands have finite scores, so a row is empty if
-/// and only if it sees no key, which of those `seen` is only known where no tensor hides more of them.
-fn is_possible(m: f32, l: f32, seen: usize, call: &CallShape) -> bool {
-    let empty = m == f32::NEG_INFINITY && l == 0.0;
-    let keys = seen as f32;
-    let regular = match call.operator.normaliser() {
-        Normaliser::Softmax => m.is_finite() && m.fract() == 0.0 && (0.7..=1.42 * keys).contains(&l),
-        Normaliser::Sigmoid { .. } => m == 0.0 && (0.0..=1.01 * keys).contains(&l),
-    };
-    if !call.allow_non_finite {
-        let may_be_empty = seen == 0 || operator::hides_single_keys(&call.operator);
-        return (seen > 0 && regular) || (may_be_empty && empty);
-    }
-    let poisoned = m.is_nan() || m == f32::INFINITY || !l.is_finite();
-    empty || regular || poisoned
 }
 
 impl From<Partial> for proto::Partial {

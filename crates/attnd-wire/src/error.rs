@@ -126,6 +126,33 @@ reasons! {
     ScoreOverflow "SCORE_OVERFLOW" InvalidArgument "A score of finite operands overflows f32.";
     OutputOverflow "OUTPUT_OVERFLOW" InvalidArgument "A context element overflows f32, be it only before its division by the sum of weights.";
     EmptyRow "EMPTY_ROW" InvalidArgument "A row sees no key, and the caller forbade that.";
+    // Sessions.
+    SessionId "SESSION_ID" InvalidArgument "A text that is no name of a session.";
+    Session "SESSION" NotFound "There is no such session.";
+    SessionExists "SESSION_EXISTS" AlreadyExists "Another session has this name.";
+    SessionExpired "SESSION_EXPIRED" NotFound "The session was closed because nobody asked for it.";
+    SessionEmpty "SESSION_EMPTY" FailedPrecondition "The layer has no tokens to attend over.";
+    SessionFull "SESSION_FULL" ResourceExhausted "More tokens than a layer of the session may have.";
+    SessionLost "SESSION_LOST" DataLoss "Tokens that were acknowledged are on no worker any more.";
+    Sealed "SEALED" FailedPrecondition "The session takes no more appends and cuts.";
+    Replication "REPLICATION" InvalidArgument "Numbers of replicas and acknowledgements that contradict each other.";
+    Placement "PLACEMENT" FailedPrecondition "The workers there are can't hold a session as it was asked for.";
+    DtypeMismatch "DTYPE_MISMATCH" FailedPrecondition "Rows of another element type than the session has.";
+    Seq "SEQ" InvalidArgument "A number that no mutation has.";
+    SeqGap "SEQ_GAP" FailedPrecondition "Mutations before this one are missing.";
+    SeqReused "SEQ_REUSED" AlreadyExists "Another mutation has this number.";
+    SeqOld "SEQ_OLD" AlreadyExists "A mutation so long ago that nothing is known of it any more.";
+    Length "LENGTH" FailedPrecondition "The layer has another number of tokens than the append begins behind.";
+    WriterFenced "WRITER_FENCED" FailedPrecondition "Somebody else has become the writer of the session.";
+    AtLen "AT_LEN" OutOfRange "More tokens than there are.";
+    Generation "GENERATION" FailedPrecondition "The session was cut since.";
+    Fork "FORK" InvalidArgument "A child that can't be one.";
+    ForkLimit "FORK_LIMIT" ResourceExhausted "Too many forks, or forks of forks.";
+    Recovering "RECOVERING" Unavailable "A shard of the session finds out what its replicas have.";
+    UnderReplicated "UNDER_REPLICATED" Unavailable "Fewer replicas are there than shall acknowledge.";
+    Shard "SHARD" NotFound "This worker holds no such shard.";
+    Fenced "FENCED" FailedPrecondition "Another coordinator has taken over.";
+    Epoch "EPOCH" Aborted "The shard has another epoch.";
     // The cluster.
     KvBudget "KV_BUDGET" ResourceExhausted "Keys and values don't fit into the free memory.";
     Overloaded "OVERLOADED" ResourceExhausted "Too many calls run, or their memory is not free yet.";
@@ -171,8 +198,16 @@ impl Reason {
     /// How long a caller does well to wait before it tries again, unless the error itself says that it needn't.
     pub fn pushback(self) -> Option<Duration> {
         const PUSHBACK: Duration = Duration::from_millis(200);
-        matches!(self, Self::Overloaded | Self::KvBudget | Self::Draining | Self::NoWorkers)
-            .then_some(PUSHBACK)
+        let passes = matches!(
+            self,
+            Self::Overloaded
+                | Self::KvBudget
+                | Self::Draining
+                | Self::NoWorkers
+                | Self::Recovering
+                | Self::UnderReplicated
+        );
+        passes.then_some(PUSHBACK)
     }
 }
 

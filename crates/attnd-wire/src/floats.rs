@@ -43,6 +43,14 @@ pub fn shared_bytes(values: &Arc<Vec<f32>>) -> Bytes {
     }
 }
 
+/// Puts the elements behind what is there, as little-endian bytes.
+pub(crate) fn extend_bytes(bytes: &mut Vec<u8>, values: &[f32]) {
+    #[cfg(target_endian = "little")]
+    bytes.extend_from_slice(bytemuck::cast_slice(values));
+    #[cfg(target_endian = "big")]
+    bytes.extend(values.iter().flat_map(|value| value.to_le_bytes()));
+}
+
 /// The elements of little-endian bytes; bytes after the last whole element are left out.
 pub fn from_bytes(bytes: &[u8]) -> Vec<f32> {
     bytes.as_chunks().0.iter().map(|raw| f32::from_le_bytes(*raw)).collect()

@@ -31,6 +31,7 @@ pub mod convert;
 pub mod deadline;
 pub mod error;
 pub mod floats;
+pub mod hold;
 pub mod join;
 pub mod layer;
 pub mod limits;
@@ -40,6 +41,7 @@ pub mod outputs;
 pub mod projection;
 pub mod proto;
 pub mod refusal;
+pub mod session;
 pub mod status;
 
 pub use attend::{

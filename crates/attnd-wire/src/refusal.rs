@@ -10,6 +10,10 @@ use attnd_plan::{CallError, GatherError, Misplaced, PlanError, Rejection, SideTe
 use crate::error::{Error, Reason};
 use crate::join::WIRE_VERSIONS;
 
+mod session;
+
+pub use session::*;
+
 /// Validates dimensions, wherever they come from.
 ///
 /// # Errors

@@ -1,0 +1,136 @@
+//! What a worker answers.
+
+use crate::convert::{self, size, small};
+use crate::error::{Error, Reason};
+use crate::hold::partials::PartialRun;
+use crate::proto;
+
+/// One frame from a worker.
+#[derive(Clone, Debug, PartialEq)]
+pub struct HoldReply {
+    /// Of the request that it answers.
+    pub request: u64,
+    /// Another reply to this request follows.
+    pub more: bool,
+    /// What it says.
+    pub answer: HoldAnswer,
+}
+
+/// What a worker may answer.
+#[derive(Clone, Debug, PartialEq)]
+pub enum HoldAnswer {
+    /// To works: results of some of them.
+    Results(Vec<ShardResult>),
+    /// To all else.
+    State(ShardState),
+    /// It wasn't done.
+    Failed(Error),
+}
+
+/// What became of one work, or of a part of its queries.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct ShardResult {
+    /// Which of the request's works.
+    pub work: usize,
+    /// Its rows are appended, or were before.
+    pub applied: Option<ShardState>,
+    /// Of its queries.
+    pub partials: Option<PartialRun>,
+    /// Why there is nothing, or nothing more.
+    pub failure: Option<Error>,
+}
+
+/// What a replica has.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ShardState {
+    /// Lower ones are refused.
+    pub epoch: u64,
+    /// Of the session, as far as the replica knows.
+    pub generation: u64,
+    /// Of the last op.
+    pub op_seq: u64,
+    /// Of all ops, and of the bytes that came with them.
+    pub chain: u32,
+    /// Of each layer, over all of the session.
+    pub tokens: Vec<u64>,
+    /// The op had been applied before.
+    pub replayed: bool,
+    /// Bytes of pages that the worker holds, of all sessions.
+    pub resident_bytes: u64,
+}
+
+impl TryFrom<proto::HoldReply> for HoldReply {
+    type Error = Error;
+
+    /// Errors are [`Reason::ReplyInvalid`], [`Reason::Count`] and those of partials; the stream is of no use after one.
+    fn try_from(message: proto::HoldReply) -> Result<Self, Error> {
+        use proto::hold_reply::Answer as Message;
+        let answer = match message.answer.ok_or_else(|| Error::new(Reason::ReplyInvalid, "empty frame"))? {
+            Message::Results(proto::ShardResults { results }) => {
+                convert::count("results", results.len())?;
+                HoldAnswer::Results(results.into_iter().map(TryInto::try_into).collect::<Result<_, Error>>()?)
+            }
+            Message::State(state) => HoldAnswer::State(state.try_into()?),
+            Message::Failure(failure) => HoldAnswer::Failed(failure.into()),
+        };
+        Ok(Self { request: message.request, more: message.more, answer })
+    }
+}
+
+impl From<HoldReply> for proto::HoldReply {
+    fn from(reply: HoldReply) -> Self {
+        use proto::hold_reply::Answer as Message;
+        let answer = match reply.answer {
+            HoldAnswer::Results(results) => Message::Results(proto::ShardResults {
+                results: results.into_iter().map(Into::into).collect(),
+            }),
+            HoldAnswer::State(state) => Message::State(state.into()),
+            HoldAnswer::Failed(error) => Message::Failure(error.into()),
+        };
+        Self { request: reply.request, more: reply.more, answer: Some(answer) }
+    }
+}
+
+impl TryFrom<proto::ShardResult> for ShardResult {
+    type Error = Error;
+
+    fn try_from(message: proto::ShardResult) -> Result<Self, Error> {
+        let proto::ShardResult { work, applied, partials, failure } = message;
+        Ok(Self {
+            work: size(work),
+            applied: applied.map(TryInto::try_into).transpose()?,
+            partials: partials.map(TryInto::try_into).transpose()?,
+            failure: failure.map(Into::into),
+        })
+    }
+}
+
+impl From<ShardResult> for proto::ShardResult {
+    fn from(result: ShardResult) -> Self {
+        let ShardResult { work, applied, partials, failure } = result;
+        Self {
+            work: small(work),
+            applied: applied.map(Into::into),
+            partials: partials.map(Into::into),
+            failure: failure.map(Into::into),
+        }
+    }
+}
+
+impl TryFrom<proto::ShardState> for ShardState {
+    type Error = Error;
+
+    fn try_from(message: proto::ShardState) -> Result<Self, Error> {
+        convert::count("tokens", message.tokens.len())?;
+        let proto::ShardState { epoch, generation, op_seq, chain, tokens, replayed, resident_bytes } =
+            message;
+        Ok(Self { epoch, generation, op_seq, chain, tokens, replayed, resident_bytes })
+    }
+}
+
+impl From<ShardState> for proto::ShardState {
+    fn from(state: ShardState) -> Self {
+        let ShardState { epoch, generation, op_seq, chain, tokens, replayed, resident_bytes } = state;
+        Self { epoch, generation, op_seq, chain, tokens, replayed, resident_bytes }
+    }
+}
