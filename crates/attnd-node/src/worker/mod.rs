@@ -29,6 +29,7 @@ use crate::shutdown::{Calls, DRAIN_DEADLINE, serve_until};
 mod assembly;
 pub(crate) mod budget;
 mod cells;
+mod hold_service;
 mod intake;
 mod keys;
 mod membership;

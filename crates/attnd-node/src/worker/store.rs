@@ -14,11 +14,12 @@ use std::time::{Duration, Instant};
 
 use attnd_kernel::Kernels;
 use attnd_plan::Piece;
-use attnd_plan::session::SessionSpec;
+use attnd_plan::session::{SessionSpec, Terms};
+use attnd_wire::hold::{ShardAt, ShardState};
 use attnd_wire::{Error, Reason, refusal};
 
 use self::memory::SessionMemory;
-use self::shard::{Resident, ShardKey};
+use self::shard::{Resident, ShardKey, key_of, refused};
 use self::turns::{Access, Ticket, Turns};
 use crate::compute_pool::ComputePool;
 use crate::worker::budget::{Budget, OverBudget, Reservation};
@@ -52,10 +53,11 @@ struct Inner {
     in_flight: Arc<Budget>,
     memory: SessionMemory,
     records: Arc<Budget>,
-    /// The highest that a coordinator has shown.
-    term: AtomicU64,
+    terms: Mutex<Terms>,
     lines: Mutex<Lines>,
     presence: Mutex<Presence>,
+    /// Streams so far.
+    streams: AtomicU64,
 }
 
 struct Lines {
@@ -99,9 +101,10 @@ impl Store {
             in_flight,
             memory: SessionMemory::new(session_memory),
             records: Budget::new(LEAST_RECORDS.saturating_add(session_memory / 16)),
-            term: AtomicU64::new(0),
+            terms: Mutex::default(),
             lines: Mutex::new(Lines { shards: BTreeMap::new(), turns }),
             presence: Mutex::new(Presence { streams: 0, last: Instant::now() }),
+            streams: AtomicU64::new(0),
         }))
     }
 
@@ -130,11 +133,7 @@ impl Store {
     /// # Errors
     /// [`Reason::Fenced`] if another one has shown a higher one.
     pub(crate) fn see_term(&self, term: u64) -> Result<(), Error> {
-        let highest = self.0.term.fetch_max(term, Ordering::Relaxed);
-        if term < highest {
-            return Err(Error::new(Reason::Fenced, format!("term {term} < {highest}")));
-        }
-        Ok(())
+        lock(&self.0.terms).check(term).map_err(refused)
     }
 
     /// Reserves memory for what a message brings and what is made of it.
@@ -222,12 +221,37 @@ impl Store {
         });
     }
 
-    /// Counts a stream of a coordinator as open.
-    pub(crate) fn present(&self) -> Present {
+    /// Lets go of a shard, and gives its memory back.
+    ///
+    /// # Errors
+    /// [`Reason::Epoch`] if it is of a higher one. One that isn't here was let go before.
+    pub(crate) fn release(&self, at: &ShardAt) -> Result<ShardState, Error> {
+        let key = key_of(at);
+        let Ok(resident) = self.resident(key) else {
+            let (epoch, resident_bytes) = (at.epoch, self.resident_bytes());
+            return Ok(ShardState { epoch, replayed: true, resident_bytes, ..ShardState::default() });
+        };
+        resident.look().check_release(at.epoch)?;
+        self.remove(key);
+        resident.release();
+        let state = resident.look().state(self, false);
+        Ok(state)
+    }
+
+    /// A number for a stream that no other one has.
+    pub(crate) fn next_stream(&self) -> u64 {
+        self.0.streams.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Counts a stream of a coordinator as open, unless `most` are.
+    pub(crate) fn present(&self, most: usize) -> Option<Present> {
         let mut presence = self.presence();
+        if presence.streams >= most {
+            return None;
+        }
         presence.streams += 1;
         presence.last = Instant::now();
-        Present(self.clone())
+        Some(Present(self.clone()))
     }
 
     /// Completes never; gives all shards up whenever no coordinator has been there for so long.

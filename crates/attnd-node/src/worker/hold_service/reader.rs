@@ -19,10 +19,10 @@ use tonic::Streaming;
 use super::answers::{Answer, Asked};
 use super::bulk::{Bulk, Owed};
 use crate::shutdown::Calls;
+use crate::worker::store::Store;
 use crate::worker::store::shard::{self, Resident, ShardKey, key_of};
 use crate::worker::store::turns::Access;
 use crate::worker::store::works::{self, Work};
-use crate::worker::store::{Store, no_shard};
 
 /// Bytes of rows and queries of one stream that wait or are written, in KiB; a message may be as large.
 const ROOM_KIB: u32 = 8 << 10;
@@ -98,7 +98,6 @@ impl Reader {
 
     async fn take(&mut self, frame: proto::HoldRequest) -> Result<(), Gone> {
         let asked = HoldRequest::decode(frame);
-        self.store.heard();
         let (request, last) = (asked.request, self.last_request);
         let is_part = match &asked.ask {
             Ok(HoldAsk::Chunk(_) | HoldAsk::Commit(_)) => true,
@@ -342,12 +341,13 @@ impl Reader {
         let Some(bulk) = self.bulks.remove(&request) else { return self.after_commit(request).await };
         let Some((resident, _)) = bulk.to else { return Ok(()) };
         let (store, owed, id) = (self.store.clone(), bulk.owed, bulk.id);
+        let touches = vec![(resident.key, Access::Changes)];
         let commit = move || {
             if owed.is_open() {
                 owed.answer(resident.change().commit_bulk(&store, id, commit));
             }
         };
-        self.store.submit(vec![(resident.key, Access::Changes)], Box::new(commit));
+        self.store.submit(touches, Box::new(commit));
         Ok(())
     }
 

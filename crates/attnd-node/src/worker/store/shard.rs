@@ -108,6 +108,21 @@ impl Shard {
         }
     }
 
+    /// The answer to who wants it to be held, in this epoch.
+    ///
+    /// # Errors
+    /// [`Reason::Epoch`] if it is of another one.
+    pub(crate) fn held(&self, store: &Store, epoch: u64, replayed: bool) -> Result<ShardState, Error> {
+        let shard = self.replica.epoch();
+        if self.pages.is_none() {
+            return Err(no_shard(self.key));
+        }
+        if epoch != shard {
+            return Err(refused(ReplicaRefusal::Epoch { shard, request: epoch }));
+        }
+        Ok(self.state(store, replayed))
+    }
+
     /// Appends the rows of a step, which fit the shard.
     ///
     /// # Errors

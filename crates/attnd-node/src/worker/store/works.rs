@@ -67,14 +67,20 @@ impl Work {
         (self.resident.key, if self.rows.is_some() { Access::Changes } else { Access::Reads })
     }
 
+    /// Bytes that came with it.
+    pub(crate) fn payload_bytes(&self) -> usize {
+        let rows = self.rows.as_ref().map_or(0, |rows| rows.k.len() + rows.v.len());
+        rows + self.queries.as_ref().map_or(0, |(queries, _)| queries.q.len())
+    }
+
     /// Memory that it takes until it is answered, in bytes.
     pub(crate) fn bytes(&self, threads: usize) -> u64 {
-        let rows = self.rows.as_ref().map_or(0, |rows| (rows.k.len() + rows.v.len()) as u64);
-        let Some((queries, call)) = &self.queries else { return rows };
+        let payload = self.payload_bytes() as u64;
+        let Some((queries, call)) = &self.queries else { return payload };
         let elements = (queries.q.len() / queries.dtype.size()) as u64;
         let pieces = self.resident.pieces.iter().map(|piece| (&piece.slots, piece.groups.len()));
         let partials = attention::partial_floats(&call.shape, pieces, queries.tokens_per_cell, threads);
-        rows + queries.q.len() as u64 + elements.saturating_add(partials).saturating_mul(4)
+        payload + elements.saturating_add(partials).saturating_mul(4)
     }
 }
 
@@ -105,6 +111,31 @@ pub(crate) fn run(store: &Store, works: Vec<Work>, wanted: impl Fn() -> bool + S
         }
     }
     done
+}
+
+/// Does those works of a message that make sense, on the compute pool; errors stay in their places.
+pub(crate) fn run_all(
+    store: &Store,
+    works: Vec<Result<Work, Error>>,
+    wanted: impl Fn() -> bool + Sync,
+) -> Vec<Result<WorkDone, Error>> {
+    let mut errors = Vec::with_capacity(works.len());
+    let mut good = Vec::with_capacity(works.len());
+    for work in works {
+        match work {
+            Ok(work) => {
+                good.push(work);
+                errors.push(None);
+            }
+            Err(error) => errors.push(Some(error)),
+        }
+    }
+    let mut done = run(store, good, wanted).into_iter();
+    let result = |error: Option<Error>| match error {
+        Some(error) => Err(error),
+        None => done.next().ok_or_else(|| Error::new(Reason::Internal, "a work without a result")),
+    };
+    errors.into_iter().map(result).collect()
 }
 
 /// Appends the rows of all works that have some; those of one shard in order, those of different ones side by side.
