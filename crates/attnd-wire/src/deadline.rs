@@ -16,6 +16,8 @@ pub const TIMEOUT_HEADER: &str = "grpc-timeout";
 pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(300);
 /// Longest time of a call, whatever its caller says.
 pub const MAX_TIMEOUT: Duration = Duration::from_secs(3600);
+/// Streams that stay open as long as both ends want: each request on them has a time of its own, they have none.
+pub const OPEN_ENDED: [&str; 2] = ["/attnd.v1.Sessions/Exchange", "/attnd.v1.Shards/Hold"];
 /// What a node keeps of the remaining time when it passes a call on.
 pub const HOP_MARGIN: Duration = Duration::from_millis(5);
 
@@ -27,6 +29,18 @@ impl Deadline {
     /// `timeout` after `now`, at most [`MAX_TIMEOUT`].
     pub fn after(now: Instant, timeout: Duration) -> Self {
         Self(now + timeout.min(MAX_TIMEOUT))
+    }
+
+    /// The deadline of a request for the method at `path` that arrived at `now`: `None` for [`OPEN_ENDED`] streams, unless their
+    /// caller asks for one.
+    ///
+    /// # Errors
+    /// As [`Self::from_headers`].
+    pub fn of_request(path: &str, headers: &HeaderMap, now: Instant) -> Result<Option<Self>, Error> {
+        if OPEN_ENDED.contains(&path) && !headers.contains_key(TIMEOUT_HEADER) {
+            return Ok(None);
+        }
+        Self::from_headers(headers, now).map(Some)
     }
 
     /// The deadline of a request that arrived at `now`: [`DEFAULT_TIMEOUT`] where the header is absent.
@@ -159,6 +173,26 @@ mod tests {
         let now = Instant::now();
         assert_eq!(Deadline::from_headers(&headers(&[]), now).unwrap().at(), now + DEFAULT_TIMEOUT);
         assert_eq!(Deadline::from_headers(&headers(&["99999999H"]), now).unwrap().at(), now + MAX_TIMEOUT);
+    }
+
+    #[test]
+    fn streams_that_stay_open_have_no_deadline_unless_asked_for() {
+        use crate::proto::{sessions_server, shards_server};
+        let now = Instant::now();
+        let of = |path: &str, values: &[&'static str]| Deadline::of_request(path, &headers(values), now);
+        let names = [
+            format!("/{}/Exchange", sessions_server::SERVICE_NAME),
+            format!("/{}/Hold", shards_server::SERVICE_NAME),
+        ];
+        assert_eq!(names.each_ref().map(String::as_str), OPEN_ENDED);
+        for path in OPEN_ENDED {
+            assert_eq!(of(path, &[]), Ok(None));
+            let asked = of(path, &["2S"]).unwrap().unwrap();
+            assert_eq!(asked.remaining(now), Ok(Duration::from_secs(2)));
+            assert_eq!(of(path, &["0S"]).unwrap_err().message(), "DEADLINE: expired on arrival");
+        }
+        let other = of("/attnd.v1.Attention/Attend", &[]).unwrap().unwrap();
+        assert_eq!(other.at(), now + DEFAULT_TIMEOUT);
     }
 
     #[test]

@@ -15,3 +15,6 @@ pub use self::request::{
     check_chunk,
 };
 pub use self::work::{ShardQueries, ShardRows, ShardWork};
+
+#[cfg(test)]
+mod tests;

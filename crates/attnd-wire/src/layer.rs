@@ -1,7 +1,7 @@
 //! The tower layer at the edge of a server: deadlines on the way in, statuses on the way out.
 //!
 //! On the way in, a request whose `grpc-timeout` is malformed or zero is answered before a handler runs; all others
-//! carry their [`Deadline`] in the request's extensions. On the way out, a response that is an error and nothing else
+//! carry their [`Deadline`] in the request's extensions, but for streams that stay open, which have none. On the way out, a response that is an error and nothing else
 //! (the library's answer to an unknown method, an unreadable unary request, ...) is normalised. Errors in the middle
 //! of a stream come from handlers, which make them from [`Error`].
 
@@ -51,9 +51,11 @@ where
     }
 
     fn call(&mut self, mut request: Request<In>) -> Self::Future {
-        match Deadline::from_headers(request.headers(), Instant::now()) {
+        match Deadline::of_request(request.uri().path(), request.headers(), Instant::now()) {
             Ok(deadline) => {
-                request.extensions_mut().insert(deadline);
+                if let Some(deadline) = deadline {
+                    request.extensions_mut().insert(deadline);
+                }
                 Either::Right(self.inner.call(request).map_ok(normalise_response as Normalise<Out>))
             }
             Err(error) => Either::Left(ready(Ok(refusal(&error)))),
@@ -138,6 +140,20 @@ mod tests {
             Response::new(())
         });
         assert!(response.headers().is_empty());
+    }
+
+    #[test]
+    fn streams_that_stay_open_reach_their_handlers_without_a_deadline() {
+        for (path, has_one) in [(crate::deadline::OPEN_ENDED[0], false), ("/attnd.v1.Attention/Attend", true)]
+        {
+            let handler = service_fn(move |request: Request<()>| {
+                assert_eq!(request.extensions().get::<Deadline>().is_some(), has_one, "{path}");
+                ready(Ok::<_, Infallible>(Response::new(())))
+            });
+            let mut request = Request::new(());
+            *request.uri_mut() = path.parse().unwrap();
+            let _answer = EdgeLayer.layer(handler).call(request).now_or_never().unwrap().unwrap();
+        }
     }
 
     #[test]

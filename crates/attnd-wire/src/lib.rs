@@ -15,7 +15,8 @@
 //!   into it; [`refusal`] holds the wording.
 //! * [`limits`]: every limit, and servers, channels and stubs that have them set. [`deadline`] and [`layer`]: what a
 //!   server checks before a handler runs.
-//! * [`attend`], [`compute`], [`join`], [`status`]: the values of the four calls; [`operator`]: what they compute;
+//! * [`attend`], [`compute`], [`join`], [`status`]: the values of the four calls; [`session`] and [`hold`]: those of sessions, between
+//!   clients and coordinator, and between it and workers; [`operator`]: what they compute;
 //!   [`outputs`]: what they tell beside the context; [`projection`]: keys and values that workers make;
 //!   [`convert`]: the small pieces they share; [`floats`]: f32 slices as bytes.
 //!

@@ -10,6 +10,10 @@ use crate::proto::attention_client::AttentionClient;
 use crate::proto::attention_server::{Attention, AttentionServer};
 use crate::proto::cluster_client::ClusterClient;
 use crate::proto::cluster_server::{Cluster, ClusterServer};
+use crate::proto::sessions_client::SessionsClient;
+use crate::proto::sessions_server::{Sessions, SessionsServer};
+use crate::proto::shards_client::ShardsClient;
+use crate::proto::shards_server::{Shards, ShardsServer};
 use crate::proto::worker_client::WorkerClient;
 use crate::proto::worker_server::{Worker, WorkerServer};
 
@@ -140,6 +144,16 @@ pub fn attention_server<T: Attention>(service: T) -> AttentionServer<T> {
     AttentionServer::new(service).max_decoding_message_size(MESSAGE_BYTES)
 }
 
+/// The public service of sessions.
+pub fn sessions_server<T: Sessions>(service: T) -> SessionsServer<T> {
+    SessionsServer::new(service).max_decoding_message_size(MESSAGE_BYTES)
+}
+
+/// The service of a worker about shards of sessions.
+pub fn shards_server<T: Shards>(service: T) -> ShardsServer<T> {
+    ShardsServer::new(service).max_decoding_message_size(MESSAGE_BYTES)
+}
+
 /// The control service of the coordinator.
 pub fn cluster_server<T: Cluster>(service: T) -> ClusterServer<T> {
     ClusterServer::new(service).max_decoding_message_size(CONTROL_MESSAGE_BYTES)
@@ -153,6 +167,16 @@ pub fn worker_server<T: Worker>(service: T) -> WorkerServer<T> {
 /// A stub of the public service.
 pub fn attention_client(channel: Channel) -> AttentionClient<Channel> {
     AttentionClient::new(channel).max_decoding_message_size(MESSAGE_BYTES)
+}
+
+/// A stub of the public service of sessions.
+pub fn sessions_client(channel: Channel) -> SessionsClient<Channel> {
+    SessionsClient::new(channel).max_decoding_message_size(MESSAGE_BYTES)
+}
+
+/// A stub of a worker's service about shards of sessions.
+pub fn shards_client(channel: Channel) -> ShardsClient<Channel> {
+    ShardsClient::new(channel).max_decoding_message_size(MESSAGE_BYTES)
 }
 
 /// A stub of the control service.

@@ -26,3 +26,6 @@ pub use self::spec::check_layer;
 pub(crate) use self::spec::decode as decode_spec;
 pub(crate) use self::step::payload;
 pub use self::step::{QueryOperator, RowShape, Step, StepQueries, StepRows, check_operator};
+
+#[cfg(test)]
+pub(crate) mod tests;

@@ -66,7 +66,7 @@ pub(crate) fn keys_seen(cell: &CellId, call: &CallShape) -> Vec<usize> {
 /// The maximum is an integer, so the weight of the largest score is at least `2^-0.5`, and none is over `2^0.5`; where
 /// weights are sigmoids the maximum is 0, and none is over 1. Finite operands have finite scores, so a row is empty if
 /// and only if it sees no key, which of those `seen` is only known where no tensor hides more of them.
-fn is_possible(m: f32, l: f32, seen: usize, call: &CallShape) -> bool {
+pub(crate) fn is_possible(m: f32, l: f32, seen: usize, call: &CallShape) -> bool {
     let empty = m == f32::NEG_INFINITY && l == 0.0;
     let keys = seen as f32;
     let regular = match call.operator.normaliser() {

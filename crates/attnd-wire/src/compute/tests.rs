@@ -1,9 +1,10 @@
 //! Every value returns from its message; nothing a peer sends panics or passes unchecked.
 
-use attnd_kernel::{Causal, OperatorParts};
+use attnd_kernel::{Causal, Normaliser, OperatorParts};
 use proptest::prelude::*;
 use prost::Message as _;
 
+use super::rows::is_possible;
 use super::*;
 use crate::attend::tests::{dtypes, shapes, tensors};
 use crate::operator::dense::tests::operators_and_sides;

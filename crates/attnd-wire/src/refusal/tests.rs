@@ -266,3 +266,65 @@ fn a_failing_worker_is_lost_unless_the_data_are_to_blame() {
         assert_eq!(call(CallError::ShareFailed { worker: worker(), what: what.clone() }), what);
     }
 }
+
+#[test]
+fn what_sessions_refuse_has_its_exact_text_and_code() {
+    use attnd_kernel::Dtype;
+    use attnd_plan::session::SessionName;
+    for (error, code, text) in [
+        (
+            SessionName::new("").unwrap_err().into(),
+            Code::InvalidArgument,
+            "SESSION_ID: 1..64 of [A-Za-z0-9._-]",
+        ),
+        (no_session(), Code::NotFound, "SESSION"),
+        (session_differs(), Code::AlreadyExists, "SESSION_EXISTS: parameters differ"),
+        (placement(2, 3), Code::FailedPrecondition, "PLACEMENT: 2 domains for R=3"),
+        (seq_zero(), Code::InvalidArgument, "SEQ: must be >= 1"),
+        (seq_gap(18, 20), Code::FailedPrecondition, "SEQ_GAP: expected 18, got 20"),
+        (seq_reused(17), Code::AlreadyExists, "SEQ_REUSED: 17"),
+        (seq_old(3, 954), Code::AlreadyExists, "SEQ_OLD: 3 < 954"),
+        (length(128, 120), Code::FailedPrecondition, "LENGTH: committed 128, base_len 120"),
+        (writer_fenced(3, 4), Code::FailedPrecondition, "WRITER_FENCED: writer_epoch 3 < 4"),
+        (session_full(1_048_576, 1), Code::ResourceExhausted, "SESSION_FULL: 1048576 + 1"),
+        (session_empty(), Code::FailedPrecondition, "SESSION_EMPTY"),
+        (at_len(200, 128), Code::OutOfRange, "AT_LEN: 200 > 128"),
+        (generation(4, 3), Code::FailedPrecondition, "GENERATION: session 4, request 3"),
+        (fork_of_itself(), Code::InvalidArgument, "FORK: child equals parent"),
+        (session_exists(), Code::AlreadyExists, "SESSION_EXISTS"),
+        (fork_depth(64), Code::ResourceExhausted, "FORK_LIMIT: depth 64"),
+        (fork_count(10_000), Code::ResourceExhausted, "FORK_LIMIT: 10000"),
+        (session_expired(), Code::NotFound, "SESSION_EXPIRED"),
+        (recovering(), Code::Unavailable, "RECOVERING"),
+        (under_replicated(1, 2), Code::Unavailable, "UNDER_REPLICATED: 1 of 2"),
+        (session_lost(96, 128), Code::DataLoss, "SESSION_LOST: prefix 96 of 128"),
+        (sealed(), Code::FailedPrecondition, "SEALED"),
+        (fenced(4, 5), Code::FailedPrecondition, "FENCED: term 4 < 5"),
+        (epoch(7, 6), Code::Aborted, "EPOCH: shard at 7, request 6"),
+        (no_shard(9, 2), Code::NotFound, "SHARD: 2 of session 9"),
+        (
+            dtype_mismatch(Dtype::Bf16, Dtype::F32),
+            Code::FailedPrecondition,
+            "DTYPE_MISMATCH: session bf16, got f32",
+        ),
+        (
+            session_mismatch("heads", 32, 16),
+            Code::InvalidArgument,
+            "SHAPE_MISMATCH: session heads 32, got 16",
+        ),
+        (no_tokens(), Code::InvalidArgument, "SHAPE_ZERO: tokens"),
+        (
+            payload_length(Tensor::K, 1 << 42, 16),
+            Code::InvalidArgument,
+            "PAYLOAD_LENGTH: shape needs 4398046511104, payload 16 (k)",
+        ),
+        (rows_checksum("q"), Code::Aborted, "CHECKSUM: q, nothing applied"),
+    ] {
+        assert_eq!((error.message().as_str(), error.reason.code()), (text, code));
+        assert_eq!(error.outcome, crate::Outcome::NotExecuted, "{text}");
+    }
+    for passes in [recovering(), under_replicated(1, 2)] {
+        assert_eq!(passes.pushback(), Some(Duration::from_millis(200)));
+        assert!(passes.is_retryable());
+    }
+}
