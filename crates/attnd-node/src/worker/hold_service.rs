@@ -102,3 +102,8 @@ impl Drop for HoldReplies {
         self.cancelled.store(true, Ordering::Relaxed);
     }
 }
+
+#[cfg(test)]
+mod latency;
+#[cfg(test)]
+mod tests;

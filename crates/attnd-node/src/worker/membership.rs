@@ -111,7 +111,7 @@ impl Membership {
     }
 
     fn heartbeat(&self) -> proto::JoinRequest {
-        let Gauges { budget, calls, pool } = &self.args.gauges;
+        let Gauges { budget, calls, pool, .. } = &self.args.gauges;
         let beat = Heartbeat {
             memory_used_bytes: budget.reserved(),
             calls_in_flight: u32::try_from(calls.in_flight()).unwrap_or(u32::MAX),

@@ -77,7 +77,7 @@ impl Stage {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let config =
-            WorkerConfig { coordinator, advertise: None, id: None, threads: 2, memory_budget: BUDGET };
+            WorkerConfig { coordinator, advertise: None, id: None, threads: 2, memory_budget: BUDGET, session_memory: BUDGET };
         let (stop, stopped) = oneshot::channel::<()>();
         let worker = tokio::task::spawn(run(listener, config, async { drop(stopped.await) }));
         Self { frames, worker, stop: Some(stop), address }
@@ -430,6 +430,7 @@ async fn a_loopback_address_is_for_a_coordinator_on_this_machine() {
             id: None,
             threads: 1,
             memory_budget: BUDGET,
+            session_memory: 64 << 20,
         };
         // Asked to stop before it starts, so whoever isn't refused ends well.
         run(listener, config, async {}).await

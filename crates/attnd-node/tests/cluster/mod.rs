@@ -199,6 +199,7 @@ impl Cluster {
             id: Some(format!("w{}", self.workers.len()).parse().unwrap()),
             threads: 1,
             memory_budget: 1 << 30,
+            session_memory: 64 << 20,
         };
         let node = start(
             |listener, stopped| worker::run(listener, config, async { stopped.await.unwrap_or(()) }),

@@ -25,6 +25,7 @@ pub async fn run(args: &WorkerArgs) -> anyhow::Result<()> {
         id: id.map_err(|error| BadInput::new(error.to_string()))?,
         threads: args.threads.map_or_else(cores, Into::into),
         memory_budget: args.memory.unwrap_or_else(half_of_memory),
+        session_memory: half_of_memory() / 2,
     };
     let stop = StopSignal::install(args.exit_with_parent)?;
     let listener =

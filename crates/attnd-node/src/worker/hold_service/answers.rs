@@ -20,8 +20,8 @@ const MAX_RESULTS: usize = 1024;
 pub(crate) struct Answer {
     pub(crate) frames: VecDeque<proto::HoldReply>,
     /// Of what they carry.
-    pub(crate) memory: Option<Reservation>,
-    pub(crate) in_flight: Option<InFlight>,
+    pub(crate) _memory: Option<Reservation>,
+    pub(crate) _in_flight: Option<InFlight>,
 }
 
 /// A request that is owed an answer. It gets one in any case.
@@ -57,7 +57,7 @@ impl Asked {
     fn send(mut self, frames: VecDeque<proto::HoldReply>, memory: Option<Reservation>) {
         let in_flight = self.in_flight.take();
         if let Some(place) = self.place.take() {
-            drop(place.send(Answer { frames, memory, in_flight }));
+            drop(place.send(Answer { frames, _memory: memory, _in_flight: in_flight }));
         }
     }
 }
@@ -67,7 +67,7 @@ impl Drop for Asked {
         if let Some(place) = self.place.take() {
             let answer = failed(Error::new(Reason::Internal, "the work died"));
             let frames = [frame(self.request, answer)].into();
-            drop(place.send(Answer { frames, memory: None, in_flight: self.in_flight.take() }));
+            drop(place.send(Answer { frames, _memory: None, _in_flight: self.in_flight.take() }));
         }
     }
 }

@@ -45,7 +45,7 @@ pub(crate) struct Reader {
 }
 
 /// The peer has gone.
-struct Gone;
+pub(super) struct Gone;
 
 impl Reader {
     pub(crate) fn new(
@@ -96,7 +96,11 @@ impl Reader {
         }
     }
 
-    async fn take(&mut self, frame: proto::HoldRequest) -> Result<(), Gone> {
+    /// Takes the next frame.
+    ///
+    /// # Errors
+    /// The peer has gone.
+    pub(super) async fn take(&mut self, frame: proto::HoldRequest) -> Result<(), Gone> {
         let asked = HoldRequest::decode(frame);
         let (request, last) = (asked.request, self.last_request);
         let is_part = match &asked.ask {

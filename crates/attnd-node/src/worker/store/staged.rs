@@ -158,9 +158,4 @@ impl Staged {
         let all = of(0).chain(of(1));
         Ok(all.fold(0, |crc, part| crc32c::crc32c_combine(crc, part.crc32c, part.bytes)))
     }
-
-    /// Chunks, and bytes of those expected, so far.
-    pub(crate) fn progress(&self) -> (u32, u64, u64) {
-        (self.chunks, self.bytes, self.bytes_expected)
-    }
 }
