@@ -1,7 +1,6 @@
 //! The actor that keeps this worker a member of its cluster: it holds the Join stream, beats on it, and comes back
 //! with growing, jittered pauses when the stream is lost.
 
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use attnd_plan::{WorkerId, WorkerIdError};
@@ -112,13 +111,13 @@ impl Membership {
     }
 
     fn heartbeat(&self) -> proto::JoinRequest {
-        let Gauges { budget, calls, pool, sessions } = &self.args.gauges;
+        let Gauges { budget, calls, pool, .. } = &self.args.gauges;
         let beat = Heartbeat {
             memory_used_bytes: budget.reserved(),
             calls_in_flight: u32::try_from(calls.in_flight()).unwrap_or(u32::MAX),
             load: pool.load(),
             draining: self.leaving,
-            session_used_bytes: sessions.load(Ordering::Relaxed),
+            session_used_bytes: self.args.gauges.session_bytes().0,
         };
         JoinRequest::Heartbeat(beat).into()
     }

@@ -6,6 +6,7 @@
 //!   keys where a score function wants them (`keys.rs`), or keys and values of rows that came in their place (`projection.rs`),
 //!   then, in `slices.rs`, partials, and sends these. Rows that have merged come back to `second_pass.rs`, where more is
 //!   wanted than the context.
+//! * Shards of sessions stay: `store.rs` has them, `hold_service.rs` the streams on which coordinators work on them.
 //! * `membership.rs` is the actor of the control channel; `supervisor.rs` is the root of all of them.
 
 use std::net::IpAddr;
@@ -31,6 +32,7 @@ use crate::shutdown::{Calls, DRAIN_DEADLINE, serve_until};
 mod assembly;
 pub(crate) mod budget;
 mod cells;
+mod hold_service;
 mod intake;
 mod keys;
 mod membership;
@@ -40,13 +42,16 @@ mod service;
 mod shard;
 mod side;
 mod slices;
+mod store;
 mod supervisor;
 #[cfg(test)]
 mod tests;
 
 use budget::Budget;
+use hold_service::HoldService;
 use membership::{Leave, MembershipArgs};
 use service::WorkerService;
+use store::Store;
 use supervisor::Supervisor;
 
 /// How long the speed of the compute threads is measured at start.
@@ -54,6 +59,9 @@ const CALIBRATION: Duration = Duration::from_millis(20);
 /// Cells in the compute pool at a time. A large one takes all threads; the second has work for those that find nothing
 /// more to do at the end of the first. With more, a thread that waits inside of one could take up one after another.
 const CELLS_AT_ONCE: usize = 2;
+
+/// How long sessions stay without any coordinator: one that starts again, or takes over, finds them.
+const KEEP_WITHOUT_COORDINATOR: Duration = Duration::from_secs(600);
 
 /// What a worker is told by whoever starts it.
 #[derive(Clone, Debug)]
@@ -80,8 +88,14 @@ pub(crate) struct Gauges {
     budget: Arc<Budget>,
     calls: Calls,
     pool: ComputePool,
-    /// Bytes that sessions take.
-    sessions: Arc<AtomicU64>,
+    sessions: Store,
+}
+
+impl Gauges {
+    /// Bytes of pages of sessions that are taken, and that may be.
+    pub(crate) fn session_bytes(&self) -> (u64, u64) {
+        (self.sessions.resident_bytes(), self.sessions.memory().limit())
+    }
 }
 
 /// Whether only processes on this machine reach what has this URL. A name that isn't `localhost` may be anything.
@@ -128,12 +142,9 @@ pub async fn run(
         .peak_gflops(kernels, CALIBRATION)
         .await
         .map_err(|_panic| NodeError::ActorGone("compute pool"))?;
-    let gauges = Gauges {
-        budget: Budget::new(config.memory_budget),
-        calls: Calls::new(),
-        pool: pool.clone(),
-        sessions: Arc::default(),
-    };
+    let budget = Budget::new(config.memory_budget);
+    let sessions = Store::new(kernels, pool.clone(), Arc::clone(&budget), config.session_memory);
+    let gauges = Gauges { budget, calls: Calls::new(), pool: pool.clone(), sessions: sessions.clone() };
     let incarnation: u64 = rand::rng().random();
     let worker = match config.id {
         Some(id) => id,
@@ -164,9 +175,11 @@ pub async fn run(
         gauges: gauges.clone(),
         supervisor: supervisor.clone(),
     });
+    let shards =
+        limits::shards_server(HoldService { store: sessions.clone(), calls: gauges.calls.clone() });
     health.set_serving::<WorkerServer>().await;
     // It is the coordinator who connects to a worker.
-    let router = limits::server_builder(Link::Coordinator).add_service(health_service).add_service(service);
+    let router = limits::server_builder(Link::Coordinator).add_service(health_service).add_service(service).add_service(shards);
     let incoming = listen::incoming(listener, MAX_CONNECTIONS);
     let serve = |stop| router.serve_with_incoming_shutdown(incoming, stop);
     let on_drain = async {
@@ -182,6 +195,8 @@ pub async fn run(
             Err(NodeError::Refused(refused.as_ref().map_or_else(String::new, ToString::to_string)))
         }
         () = supervisor.wait_for_shutdown() => Err(NodeError::ActorGone("supervisor")),
+        // Never ends by itself.
+        () = sessions.forget_when_left(KEEP_WITHOUT_COORDINATOR) => Ok(()),
     };
     supervisor.kill();
     supervisor.wait_for_shutdown().await;
