@@ -1,0 +1,256 @@
+//! The stream of one client: any number of requests about any number of sessions.
+//!
+//! All requests of a stream run inside of its task, each as a future of its own, so that a decode step costs no hop between tasks.
+//! Mutations line up behind each other as their frames are read, before anything else is awaited: this is what "in the order
+//! in which they come" means.
+
+use std::collections::BTreeMap;
+use std::future::ready;
+use std::sync::Arc;
+use std::time::Instant;
+
+use attnd_wire::limits::{MAX_ENTRIES, STALL};
+use attnd_wire::proto::{self, sessions_server};
+use attnd_wire::session::{Answer, Ask, Asked, SessionReply, SessionRequest, Step, StepContext, StepResult};
+use attnd_wire::{Deadline, Error, Reason, Status, refusal};
+use futures::future::BoxFuture;
+use futures::stream::{FuturesUnordered, StreamExt};
+use tokio::sync::mpsc;
+use tonic::{Request, Response, Streaming};
+
+use super::Sessions;
+use super::append::{AppendCall, Frame};
+use super::change::ChangeCall;
+use super::steps::StepsCall;
+use crate::coordinator::reply_stream::{ReplyStream, reply_stream};
+use crate::coordinator::tasks::Tasks;
+use crate::shutdown::Calls;
+
+/// Requests of one stream that may run at a time. With more, nothing is read from it.
+const MAX_RUNNING: usize = 64;
+/// Bytes of rows in one message of an answer.
+const ANSWER_BYTES: usize = 4 << 20;
+/// Chunks of one append that wait for its workers. With more, nothing is read from the stream.
+const CHUNKS: usize = 2;
+
+/// The service.
+#[derive(Clone, Debug)]
+pub(crate) struct SessionsService {
+    sessions: Arc<Sessions>,
+    calls: Calls,
+    tasks: Tasks,
+}
+
+impl SessionsService {
+    pub(crate) fn new(sessions: Arc<Sessions>, calls: Calls, tasks: Tasks) -> Self {
+        Self { sessions, calls, tasks }
+    }
+}
+
+#[tonic::async_trait]
+impl sessions_server::Sessions for SessionsService {
+    type ExchangeStream = ReplyStream<proto::SessionReply, ()>;
+
+    async fn exchange(
+        &self,
+        request: Request<Streaming<proto::SessionRequest>>,
+    ) -> Result<Response<Self::ExchangeStream>, Status> {
+        let (answer, stream) = reply_stream(());
+        let (sessions, calls) = (Arc::clone(&self.sessions), self.calls.clone());
+        let mut frames = request.into_inner();
+        self.tasks.spawn(async move {
+            let mut exchange = Exchange::new(sessions, calls, answer.queue().clone());
+            let ended = tokio::select! {
+                ended = exchange.run(&mut frames) => ended,
+                () = answer.queue().closed() => Err(Error::new(Reason::Cancelled, "the client is gone")),
+            };
+            drop(exchange);
+            answer.end(ended, STALL).await;
+        });
+        Ok(Response::new(stream))
+    }
+}
+
+/// One request while it runs: its end gives its number back.
+type Running = BoxFuture<'static, u64>;
+
+struct Exchange {
+    sessions: Arc<Sessions>,
+    calls: Calls,
+    replies: mpsc::Sender<proto::SessionReply>,
+    running: FuturesUnordered<Running>,
+    /// Where the chunks of appends go that have begun.
+    appends: BTreeMap<u64, mpsc::Sender<Frame>>,
+    /// A frame for which its append has no room yet.
+    held: Option<(u64, Frame)>,
+    last: u64,
+}
+
+impl Exchange {
+    fn new(sessions: Arc<Sessions>, calls: Calls, replies: mpsc::Sender<proto::SessionReply>) -> Self {
+        let (running, appends) = (FuturesUnordered::new(), BTreeMap::new());
+        Self { sessions, calls, replies, running, appends, held: None, last: 0 }
+    }
+
+    /// Serves until the client says that nothing more comes, and all it asked for is answered.
+    async fn run(&mut self, frames: &mut Streaming<proto::SessionRequest>) -> Result<(), Error> {
+        let mut is_open = true;
+        while is_open || !self.running.is_empty() {
+            let room = self.held.as_ref().and_then(|(request, _)| self.appends.get(request)).cloned();
+            let reads = is_open && self.held.is_none() && self.running.len() < MAX_RUNNING;
+            tokio::select! {
+                biased;
+                Some(request) = self.running.next() => {
+                    self.appends.remove(&request);
+                    self.held = self.held.take().filter(|(held, _)| *held != request);
+                }
+                room = reserve(room), if self.held.is_some() => {
+                    // An append that ended takes nothing more.
+                    if let (Some(room), Some((_, frame))) = (room, self.held.take()) {
+                        room.send(frame);
+                    }
+                }
+                frame = frames.message(), if reads => match frame? {
+                    Some(frame) => self.take(SessionRequest::decode(frame))?,
+                    None => {
+                        is_open = false;
+                        // Appends without a Commit will never have one.
+                        self.appends.clear();
+                    }
+                },
+                else => return Err(Error::new(Reason::Internal, "a stream waits for nothing")),
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes a frame.
+    ///
+    /// # Errors
+    /// If its number can't be right, after which frames can't be told apart.
+    fn take(&mut self, Asked { request, timeout, ask }: Asked) -> Result<(), Error> {
+        let goes_on = self.appends.contains_key(&request);
+        let frame = match ask {
+            Ok(Ask::Chunk(chunk)) => Frame::Chunk(chunk),
+            Ok(Ask::Commit(commit)) => Frame::Commit(commit),
+            Ok(Ask::Append(_)) if goes_on => Frame::Broken(refusal::duplicate_begin()),
+            Err(error) if goes_on => Frame::Broken(error),
+            ask => return self.begin(request, Deadline::after(Instant::now(), timeout), ask),
+        };
+        match goes_on {
+            true => self.held = Some((request, frame)),
+            // It has been answered already.
+            false if request <= self.last => {}
+            false => self.begin(request, Deadline::after(Instant::now(), timeout), Err(refusal::expected_begin()))?,
+        }
+        Ok(())
+    }
+
+    fn begin(
+        &mut self,
+        request: u64,
+        deadline: Deadline,
+        ask: Result<Ask<Result<Step, Error>>, Error>,
+    ) -> Result<(), Error> {
+        if request <= self.last {
+            let detail = format!("request {request} after {}", self.last);
+            return Err(Error::new(Reason::StreamOrder, detail));
+        }
+        self.last = request;
+        let Some(in_flight) = self.calls.enter() else {
+            self.start(request, deadline, (), ready(Err(Error::new(Reason::Draining, ""))));
+            return Ok(());
+        };
+        let sessions = Arc::clone(&self.sessions);
+        match ask {
+            Err(error) => self.start(request, deadline, in_flight, ready(Err(error))),
+            Ok(Ask::Steps(steps)) => {
+                let call = StepsCall::line_up(&sessions, steps);
+                self.start(request, deadline, in_flight, async move { Ok(split(call.run(&sessions).await)) });
+            }
+            Ok(Ask::Append(append)) => {
+                let (frames, incoming) = mpsc::channel(CHUNKS);
+                self.appends.insert(request, frames);
+                let call = AppendCall::line_up(&sessions, append, incoming);
+                let applied = async move { call?.run(&sessions).await.map(|applied| vec![Answer::Applied(applied)]) };
+                self.start(request, deadline, in_flight, applied);
+            }
+            Ok(Ask::Change(change)) => {
+                let call = ChangeCall::line_up(&sessions, change);
+                let applied = async move { call?.run(&sessions).await.map(|applied| vec![Answer::Applied(applied)]) };
+                self.start(request, deadline, in_flight, applied);
+            }
+            Ok(Ask::Open(open)) => {
+                let opened = async move {
+                    sessions.open(open).await.map(|opened| vec![Answer::Description(Box::new(opened))])
+                };
+                self.start(request, deadline, in_flight, opened);
+            }
+            Ok(Ask::Close(name)) => {
+                let closed = async move { sessions.close(&name).await.map(|already| vec![Answer::Closed { already }]) };
+                self.start(request, deadline, in_flight, closed);
+            }
+            Ok(Ask::Describe(name)) => {
+                let described = sessions.describe(&name);
+                let described = described.map(|described| vec![Answer::Description(Box::new(described))]);
+                self.start(request, deadline, in_flight, ready(described));
+            }
+            Ok(Ask::List) => self.start(request, deadline, in_flight, ready(Ok(sessions.list()))),
+            // Taken above.
+            Ok(Ask::Chunk(_) | Ask::Commit(_)) => {
+                self.start(request, deadline, in_flight, ready(Err(refusal::expected_begin())));
+            }
+        }
+        Ok(())
+    }
+
+    /// Runs a request until it is answered or its time is over; `held` lives as long.
+    fn start(
+        &self,
+        request: u64,
+        deadline: Deadline,
+        held: impl Send + 'static,
+        work: impl Future<Output = Result<Vec<Answer>, Error>> + Send + 'static,
+    ) {
+        let replies = self.replies.clone();
+        self.running.push(Box::pin(async move {
+            let answered = tokio::time::timeout_at(deadline.at().into(), work).await;
+            let answers = match answered.unwrap_or_else(|_elapsed| Err(Deadline::expired())) {
+                Ok(answers) => answers,
+                Err(error) => vec![Answer::Failed(error)],
+            };
+            drop(held);
+            let last = answers.len().saturating_sub(1);
+            for (at, answer) in answers.into_iter().enumerate() {
+                let reply = SessionReply { request, more: at < last, answer };
+                // A client that is gone needs no answer.
+                if replies.send(reply.into()).await.is_err() {
+                    break;
+                }
+            }
+            request
+        }));
+    }
+}
+
+/// Room for a frame; `None` if its append is gone.
+async fn reserve(queue: Option<mpsc::Sender<Frame>>) -> Option<mpsc::OwnedPermit<Frame>> {
+    queue?.reserve_owned().await.ok()
+}
+
+/// Results of steps in as few messages as are within the limit.
+fn split(results: Vec<StepResult>) -> Vec<Answer> {
+    let mut answers = Vec::new();
+    let (mut part, mut bytes) = (Vec::new(), 0);
+    for result in results {
+        let of_result = result.context.as_ref().map_or(0, StepContext::bytes);
+        if !part.is_empty() && (bytes + of_result > ANSWER_BYTES || part.len() == MAX_ENTRIES) {
+            answers.push(Answer::Steps(std::mem::take(&mut part)));
+            bytes = 0;
+        }
+        bytes += of_result;
+        part.push(result);
+    }
+    answers.push(Answer::Steps(part));
+    answers
+}

@@ -1,0 +1,181 @@
+//! From a step to its shards' parts of it: which bytes each gets. Pure.
+
+use std::ops::Range;
+
+use attnd_kernel::Compute;
+use attnd_plan::session::rows::bytes_for;
+use attnd_plan::session::{Change, Op, Read, SessionSpec};
+use attnd_plan::{CellId, cells, tokens_per_cell};
+use attnd_wire::hold::{ShardAt, ShardOp, ShardQueries, ShardRows, ShardWork};
+use attnd_wire::session::{StepQueries, StepRows};
+use attnd_wire::{CallShape, limits};
+use bytes::{Bytes, BytesMut};
+
+use super::session::ShardOf;
+
+/// Queries of a step, and what is the same for all shards.
+#[derive(Debug)]
+pub(super) struct Queries {
+    queries: StepQueries,
+    generation: u64,
+    at_len: usize,
+    tokens_per_cell: usize,
+    kernel_id: &'static str,
+}
+
+impl Queries {
+    pub(super) fn new(queries: StepQueries, call: &CallShape, read: &Read) -> Self {
+        Self {
+            queries,
+            generation: read.generation,
+            at_len: read.at_len,
+            tokens_per_cell: tokens_per_cell(&call.shape, None),
+            kernel_id: call.operator.kernel_id(Compute::F32),
+        }
+    }
+
+    /// Names the order of arithmetic.
+    pub(super) fn kernel_id(&self) -> &'static str {
+        self.kernel_id
+    }
+
+    /// The part of a shard: the heads of its kv heads.
+    pub(super) fn of_shard(&self, shard: &ShardOf, spec: &SessionSpec) -> ShardQueries {
+        let Self { queries, generation, at_len, tokens_per_cell, kernel_id } = self;
+        let heads = ShardQueries::heads(spec, &shard.pieces);
+        let head_bytes = queries.tokens * spec.head_dim * queries.dtype.size();
+        let q = queries.q.slice(heads.start * head_bytes..heads.end * head_bytes);
+        // The checksum of all of them is known.
+        let crc32c = if heads.len() == spec.heads { queries.crc32c } else { crc32c::crc32c(&q) };
+        ShardQueries {
+            generation: *generation,
+            at_len: *at_len,
+            tokens: queries.tokens,
+            dtype: queries.dtype,
+            crc32c,
+            q,
+            operator: queries.operator.clone(),
+            allow_non_finite: queries.allow_non_finite,
+            tokens_per_cell: *tokens_per_cell,
+            kernel_id: (*kernel_id).to_owned(),
+        }
+    }
+
+    /// The cells that a shard owes.
+    pub(super) fn cells_of(&self, shard: &ShardOf, call: &CallShape) -> Vec<CellId> {
+        cells(&shard.pieces, &call.shape, self.tokens_per_cell)
+    }
+}
+
+/// Tokens of the layer that an op appends to, after it; 0 where it appends nothing.
+pub(super) fn len_after(op: &Op) -> u64 {
+    match op.change {
+        Change::Append { base_len, tokens, .. } => base_len.saturating_add(tokens) as u64,
+        Change::Truncate { .. } | Change::Fork { .. } | Change::Seal => 0,
+    }
+}
+
+/// The rows of an append that go to a shard.
+pub(super) fn rows_for(
+    shard: &ShardOf,
+    op: &Op,
+    generation: u64,
+    rows: &StepRows,
+    spec: &SessionSpec,
+) -> ShardRows {
+    let base_len = usize::try_from(len_after(op)).unwrap_or(usize::MAX).saturating_sub(rows.tokens);
+    let new = base_len..base_len + rows.tokens;
+    let (key, value) = spec.row_bytes();
+    let of_shard = |bytes: &Bytes, row| gathered(bytes, &bytes_for(&shard.pieces, &new, row));
+    let (k, v) = (of_shard(&rows.k, key), of_shard(&rows.v, value));
+    let op = ShardOp { op_seq: op.seq, digest: op.digest, generation };
+    let is_whole = k.len() == rows.k.len() && v.len() == rows.v.len();
+    let mut of_shard = if is_whole {
+        let (tokens, crc32c) = (rows.tokens, rows.crc32c);
+        ShardRows { op, base_len, tokens, crc32c, k, v, allow_non_finite: false }
+    } else {
+        ShardRows::new(op, base_len, rows.tokens, k, v)
+    };
+    of_shard.allow_non_finite = rows.allow_non_finite;
+    of_shard
+}
+
+/// Runs of bytes one behind the other: a slice where there is one, a copy where there are more.
+fn gathered(bytes: &Bytes, runs: &[Range<usize>]) -> Bytes {
+    match runs {
+        [] => Bytes::new(),
+        [run] => bytes.slice(run.clone()),
+        runs => {
+            let mut gathered = BytesMut::with_capacity(runs.iter().map(Range::len).sum());
+            for run in runs {
+                gathered.extend_from_slice(bytes.get(run.clone()).unwrap_or_default());
+            }
+            gathered.freeze()
+        }
+    }
+}
+
+/// A shard's part of a step.
+pub(super) fn work(
+    at: ShardAt,
+    layer: usize,
+    rows: Option<ShardRows>,
+    queries: Option<ShardQueries>,
+) -> ShardWork {
+    ShardWork { at, layer, rows, queries }
+}
+
+/// Bytes of tensors in a part.
+pub(super) fn bytes_of(work: &ShardWork) -> usize {
+    let rows = work.rows.as_ref().map_or(0, |rows| rows.k.len() + rows.v.len());
+    rows + work.queries.as_ref().map_or(0, |queries| queries.q.len())
+}
+
+/// Cuts `[heads, tokens]` rows of `dim` elements into blocks for messages: all tokens of as many heads as are small enough, or
+/// some tokens of one head.
+pub(super) fn blocks(
+    heads: usize,
+    tokens: usize,
+    dim: usize,
+) -> impl Iterator<Item = (Range<usize>, Range<usize>)> {
+    let row_bytes = (dim + 1) * size_of::<f32>();
+    let of_message = (limits::CHUNK_BYTES / row_bytes).max(1);
+    let (step_heads, step_tokens) =
+        if tokens <= of_message { (of_message / tokens.max(1), tokens.max(1)) } else { (1, of_message) };
+    (0..heads).step_by(step_heads).flat_map(move |head| {
+        (0..tokens).step_by(step_tokens).map(move |token| {
+            (head..heads.min(head + step_heads), token..tokens.min(token + step_tokens))
+        })
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_tile_the_rows_and_are_small() {
+        for (heads, tokens, dim) in [(32, 1, 128), (8, 5000, 64), (3, 1 << 16, 512), (1, 1, 1), (1024, 1, 1024)] {
+            let mut seen = vec![0_u8; heads * tokens];
+            for (of_heads, of_tokens) in blocks(heads, tokens, dim) {
+                let bytes = of_heads.len() * of_tokens.len() * dim * 4;
+                assert!(bytes <= limits::CHUNK_BYTES || of_heads.len() * of_tokens.len() == 1);
+                for head in of_heads {
+                    for token in of_tokens.clone() {
+                        seen[head * tokens + token] += 1;
+                    }
+                }
+            }
+            assert!(seen.iter().all(|seen| *seen == 1), "{heads} x {tokens} x {dim}");
+        }
+        assert_eq!(blocks(32, 1, 128).count(), 1, "a decode step is one message");
+    }
+
+    #[test]
+    fn runs_are_put_one_behind_the_other() {
+        let bytes = Bytes::from_static(b"0123456789");
+        assert_eq!(gathered(&bytes, &[]), "");
+        assert_eq!(gathered(&bytes, &[2..4]), "23");
+        assert_eq!(gathered(&bytes, &[2..4, 7..8]), "237");
+    }
+}
