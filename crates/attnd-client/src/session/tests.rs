@@ -255,11 +255,11 @@ async fn long_chunks_of_queries_are_cut_and_put_together() {
 #[tokio::test]
 async fn a_stream_that_says_impossible_things_is_given_up() {
     let fake = Fake::start().await;
-    let session = session(&fake).await;
+    let sessions = fake.sessions();
+    let session = sessions.open(options()).await.unwrap();
     fake.next([Fault::Misnumber]);
     let error = session.attend(0, q(1), &QueryOptions::default()).await.unwrap_err();
     assert_eq!((error.reason, error.outcome), (Reason::ReplyInvalid, Outcome::Unknown));
-    let sessions = &session.sessions;
     assert_eq!(sessions.list().await.unwrap().len(), 1);
     assert_eq!(fake.streams(), 2);
 }
