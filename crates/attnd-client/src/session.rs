@@ -44,7 +44,7 @@ mod queries;
 mod rows;
 mod steps;
 
-pub use self::handle::{Appended, Session, Stepped};
+pub use self::handle::{AppendOptions, Appended, Session, Stepped};
 pub use self::queries::{QueryOptions, SessionAttended};
 pub use self::steps::BatchStep;
 pub use attnd_wire::session::{ShardDescription, ShardHealth};

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use attnd_plan::session::{SessionName, SessionSpec};
 use attnd_wire::session::{
@@ -13,6 +14,7 @@ use bytes::Bytes;
 use tokio::time::Instant;
 
 use crate::error::ClientError;
+use crate::operands::AttendOptions;
 use crate::session::exchange::Request;
 use crate::session::queries::{Block, BlockRows, MOST_BYTES, Queries, QueryOptions, SessionAttended};
 use crate::session::rows::Rows;
@@ -40,6 +42,15 @@ pub struct Session {
     generation: u64,
     /// Of each layer, the most tokens that this side was told of in this generation.
     lens: Vec<AtomicU64>,
+}
+
+/// How to append. The default: finite rows only, in the time of all requests.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct AppendOptions {
+    /// Lets NaN and infinities through; they follow IEEE 754 into the rows that see them.
+    pub allow_non_finite: bool,
+    /// Time for it, all attempts included.
+    pub timeout: Option<Duration>,
 }
 
 /// Rows that were appended.
@@ -124,17 +135,21 @@ impl Session {
     /// # Errors
     /// What is wrong with the rows, what the cluster refused, or what got lost: all by their reason.
     pub async fn append(&mut self, layer: usize, k: Bytes, v: Bytes) -> Result<Appended, ClientError> {
-        self.append_as(layer, k, v, false, None).await
+        self.append_with(layer, k, v, &AppendOptions::default()).await
     }
 
-    async fn append_as(
+    /// The same with other options than the default.
+    ///
+    /// # Errors
+    /// As [`Self::append`].
+    pub async fn append_with(
         &mut self,
         layer: usize,
         k: Bytes,
         v: Bytes,
-        allow_non_finite: bool,
-        timeout: Option<std::time::Duration>,
+        options: &AppendOptions,
     ) -> Result<Appended, ClientError> {
+        let AppendOptions { allow_non_finite, timeout } = *options;
         check_layer(layer, &self.spec)?;
         let rows = Rows::new(k, v, &self.spec)?;
         let deadline = self.sessions.deadline(timeout);
@@ -257,8 +272,8 @@ impl Session {
         if queries.bytes() > MOST_BYTES {
             queries.block(0..1.min(queries.tokens()), Some(self.len(layer) + tokens))?;
         }
-        let allow_non_finite = options.attend.allow_non_finite;
-        let appended = self.append_as(layer, k, v, allow_non_finite, options.attend.timeout).await?;
+        let AttendOptions { allow_non_finite, timeout, .. } = options.attend;
+        let appended = self.append_with(layer, k, v, &AppendOptions { allow_non_finite, timeout }).await?;
         let at_len = options.at_len.or(Some(appended.len));
         let attended = self.attend_over(layer, &queries, at_len, deadline).await;
         let applied = |error: ClientError| ClientError { outcome: Outcome::Applied, ..error };
