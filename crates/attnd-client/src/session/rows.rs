@@ -59,7 +59,7 @@ impl Rows {
             let of = move |tensor, per_head: usize| {
                 cut(heads.start * per_head..heads.end * per_head).map(move |range| (tensor, range))
             };
-            let (keys, values) = (of.clone()(Tensor::K, of_k), of(Tensor::V, of_v));
+            let (keys, values) = (of(Tensor::K, of_k), of(Tensor::V, of_v));
             keys.chain(values).map(|(tensor, range)| {
                 let bytes = if tensor == Tensor::V { &self.v } else { &self.k };
                 (tensor, range.start as u64, bytes.slice(range))

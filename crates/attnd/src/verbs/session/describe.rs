@@ -1,6 +1,8 @@
 //! `attnd session describe`, `list` and `close`.
 
 use attnd_client::SessionDescription;
+use attnd_client::session::ShardDescription;
+use attnd_plan::Piece;
 use serde::Serialize;
 
 use super::ask;
@@ -70,23 +72,29 @@ pub(super) struct Report {
 
 #[derive(Debug, Serialize)]
 struct ShardReport {
-    /// Kv heads and slots, as `[begin, end]`.
-    pieces: Vec<([usize; 2], [usize; 2])>,
+    pieces: Vec<PieceReport>,
     epoch: u64,
     state: &'static str,
     workers: Vec<String>,
     bytes: u64,
 }
 
+/// What it covers, each as `[begin, end]`.
+#[derive(Debug, Serialize)]
+struct PieceReport {
+    kv_heads: [usize; 2],
+    slots: [usize; 2],
+}
+
 impl From<&SessionDescription> for Report {
     fn from(description: &SessionDescription) -> Self {
         let spec = &description.spec;
-        let shard = |shard: &attnd_client::session::ShardDescription| ShardReport {
-            pieces: shard
-                .pieces
-                .iter()
-                .map(|piece| ([piece.groups.start, piece.groups.end], [piece.slots.start, piece.slots.end]))
-                .collect(),
+        let piece = |piece: &Piece| PieceReport {
+            kv_heads: [piece.groups.start, piece.groups.end],
+            slots: [piece.slots.start, piece.slots.end],
+        };
+        let shard = |shard: &ShardDescription| ShardReport {
+            pieces: shard.pieces.iter().map(piece).collect(),
             epoch: shard.epoch,
             state: shard.health.name(),
             workers: shard.workers.iter().map(ToString::to_string).collect(),
@@ -136,14 +144,14 @@ fn print(report: &Report) -> anyhow::Result<()> {
     ))?;
     let mut table = table::with_header(["shard", "kv heads", "slots", "state", "epoch", "bytes", "workers"]);
     for (at, shard) in report.shards.iter().enumerate() {
-        let all = |of: fn(&([usize; 2], [usize; 2])) -> [usize; 2]| {
+        let all = |of: fn(&PieceReport) -> [usize; 2]| {
             let ranges = shard.pieces.iter().map(of).map(|[begin, end]| format!("{begin}..{end}"));
             ranges.collect::<Vec<_>>().join(" ")
         };
         table.add_row([
             at.to_string(),
-            all(|piece| piece.0),
-            all(|piece| piece.1),
+            all(|piece| piece.kv_heads),
+            all(|piece| piece.slots),
             shard.state.to_owned(),
             shard.epoch.to_string(),
             table::bytes(shard.bytes),
