@@ -10,7 +10,7 @@ pub enum Outcome {
 }
 
 /// Why a session refuses. `E` is what a worker says when it does.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, thiserror::Error)]
 pub enum LedgerError<E = String> {
     /// `SEQ`: ops are numbered from 1.
     #[error("must be >= 1")]
