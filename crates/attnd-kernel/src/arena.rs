@@ -24,6 +24,7 @@ use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::buffer::{Buffer, OutOfMemory};
+use crate::pages::PageLayout;
 
 /// What chunks are multiples of, in bytes: a huge page; for an interpreter, whose memory is slow, a few keys.
 const GRANULE: usize = if cfg!(miri) { 4 << 10 } else { 2 << 20 };
@@ -59,6 +60,8 @@ struct Chunks {
     vacant: Vec<usize>,
     /// Those that have a free frame.
     with_free: BTreeSet<usize>,
+    /// Free frames in all of them.
+    free: usize,
 }
 
 struct Chunk {
@@ -87,12 +90,16 @@ impl Carving {
         }
         Self { chunk_bytes, frames: chunk_bytes / frame_bytes }
     }
+
+    /// Bytes of a frame with its share of what is lost behind the last one.
+    fn frame_share(self) -> u64 {
+        self.chunk_bytes.div_ceil(self.frames) as u64
+    }
 }
 
 /// Bytes of chunks that `n` frames of `words` words take, with their share of what is lost behind the last one.
 pub(crate) fn bytes_of_frames(n: usize, words: usize) -> u64 {
-    let Carving { chunk_bytes, frames } = Carving::new(words * size_of::<f32>(), GRANULE);
-    (n as u64).saturating_mul(chunk_bytes.div_ceil(frames) as u64)
+    (n as u64).saturating_mul(Carving::new(words * size_of::<f32>(), GRANULE).frame_share())
 }
 
 impl Arena {
@@ -116,6 +123,26 @@ impl Arena {
     /// aren't.
     pub fn bytes(&self) -> u64 {
         self.0.state().bytes
+    }
+
+    /// What pages of this layout may still take of the arena, in bytes, as [`PageLayout::resident_bytes`] counts them: frames that are free
+    /// in chunks of theirs, and chunks that fit below the limit.
+    ///
+    /// # Panics
+    /// If keys or values have no elements or more than [`crate::shape::MAX_DIM`].
+    pub fn free_bytes(&self, layout: PageLayout) -> u64 {
+        assert!(layout.is_possible(), "elements of {layout:?}");
+        let words = layout.page_words();
+        let carving = Carving::new(words * size_of::<f32>(), self.0.granule);
+        let state = self.0.state();
+        let spare = match state.spare {
+            Some((of_words, at)) if of_words != words => state.bytes_of(of_words, at),
+            _ => 0,
+        };
+        let room = self.0.limit.saturating_sub(state.bytes - spare) / carving.chunk_bytes as u64;
+        let frames = state.sizes.get(&words).map_or(0, |of_size| of_size.free) as u64;
+        let frames = room.saturating_mul(carving.frames as u64).saturating_add(frames);
+        frames.saturating_mul(carving.frame_share())
     }
 
     /// A frame of `words` zeros.
@@ -161,12 +188,14 @@ impl Arena {
             None => {
                 let memory = Buffer::in_huge_pages(carving.chunk_bytes / size_of::<f32>())?;
                 *bytes += carving.chunk_bytes as u64;
+                of_size.free += carving.frames;
                 of_size.add(Chunk { memory, returned: BinaryHeap::new(), fresh: 0 })
             }
         };
         if *spare == Some((words, at)) {
             *spare = None;
         }
+        of_size.free -= 1;
         let chunk = of_size.chunk(at);
         let (frame, is_fresh) = match chunk.returned.pop() {
             Some(Reverse(frame)) => (frame, false),
@@ -210,6 +239,7 @@ impl Shared {
         let chunk = of_size.chunk(at);
         chunk.returned.push(Reverse(frame));
         let is_in_use = chunk.returned.len() < chunk.fresh;
+        of_size.free += 1;
         of_size.with_free.insert(at);
         if is_in_use {
             return None;
@@ -224,9 +254,17 @@ impl State {
     /// Takes the chunk that is kept out of the lists.
     fn give_up_spare(&mut self) -> Option<Buffer> {
         let (words, at) = self.spare.take()?;
-        let memory = self.sizes.get_mut(&words)?.remove(at)?.memory;
+        let of_size = self.sizes.get_mut(&words)?;
+        let memory = of_size.remove(at)?.memory;
+        of_size.free -= memory.len() / words;
         self.bytes -= (memory.len() * size_of::<f32>()) as u64;
         Some(memory)
+    }
+
+    /// Bytes of a chunk of frames of `words` words.
+    fn bytes_of(&self, words: usize, at: usize) -> u64 {
+        let chunk = self.sizes.get(&words).and_then(|of_size| of_size.chunks.get(at)?.as_ref());
+        chunk.map_or(0, |chunk| (chunk.memory.len() * size_of::<f32>()) as u64)
     }
 }
 
@@ -306,7 +344,6 @@ mod tests {
 
     use super::*;
     use crate::buffer::fill_by_copies;
-    use crate::pages::PageLayout;
     use crate::storage::Storage;
 
     const KIB: usize = 1 << 10;
@@ -325,6 +362,32 @@ mod tests {
         assert_eq!(arena.bytes(), 2 * KIB as u64);
         frames.pop();
         assert!(arena.zeroed(2 * words).is_ok());
+    }
+
+    #[test]
+    fn what_is_free_counts_holes_and_what_fits_below_the_limit() {
+        // Pages of 17 KiB; four in a chunk of 68 KiB and five in one of 85.
+        let small = PageLayout { storage: Storage::F32, head_dim: 1, value_dim: 1 };
+        let large = PageLayout { storage: Storage::F32, head_dim: 52, value_dim: 16 };
+        let [words, of_large] = [small, large].map(|layout| layout.page_words());
+        assert_eq!([words, of_large], [17 * KIB / 4, 68 * KIB / 4]);
+        let arena = Arena::of_chunks(68 * KIB, 3 * 68 * KIB as u64 + 5);
+        let [page, chunk] = [17, 68].map(|kib| kib * KIB as u64);
+        assert_eq!([small, large].map(|layout| arena.free_bytes(layout)), [12 * page, 3 * chunk]);
+        let mut frames: Vec<Frame> = (0..5).map(|_| arena.zeroed(words).unwrap()).collect();
+        assert_eq!([small, large].map(|layout| arena.free_bytes(layout)), [7 * page, chunk]);
+        frames.truncate(2);
+        assert_eq!(arena.bytes(), 2 * chunk, "one is kept");
+        assert_eq!([small, large].map(|layout| arena.free_bytes(layout)), [10 * page, 2 * chunk]);
+        // What nobody uses makes room.
+        let held: Vec<Frame> = (0..2).map(|_| arena.zeroed(of_large).unwrap()).collect();
+        assert_eq!([small, large].map(|layout| arena.free_bytes(layout)), [2 * page, 0]);
+        frames.extend((0..2).map(|_| arena.zeroed(words).unwrap()));
+        assert_eq!(arena.free_bytes(small), 0);
+        assert!(arena.zeroed(words).is_err());
+        drop((held, frames));
+        assert_eq!([small, large].map(|layout| arena.free_bytes(layout)), [12 * page, 3 * chunk]);
+        assert_eq!(Arena::new().free_bytes(small), u64::MAX);
     }
 
     #[test]

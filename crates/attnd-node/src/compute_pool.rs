@@ -100,6 +100,20 @@ impl ComputePool {
         answered.await.unwrap_or(Err(WorkError::Dropped))
     }
 
+    /// Begins `work` on the pool, behind what is there, and waits for nothing: its result is for `work` itself to hand on, and that not too
+    /// much of it is there for its caller to see to. So it is without the two changes of threads and tasks that [`Self::run`] has around
+    /// it. A panic ends it and nothing else.
+    pub fn begin(&self, work: impl FnOnce() + Send + 'static) {
+        let busy = Arc::clone(&self.busy);
+        self.pool.spawn_fifo(move || {
+            let _busy = busy.enter();
+            // What the closure owns doesn't outlive it after a panic; what it shares has to be whole at any moment.
+            if let Err(panic) = catch_unwind(AssertUnwindSafe(work)) {
+                tracing::error!(panic = text_of(&*panic), "work on the compute pool panicked");
+            }
+        });
+    }
+
     /// Share of the last second or so in which the pool had work, 0 to 1.
     pub fn load(&self) -> f64 {
         let now = Instant::now();
@@ -107,7 +121,7 @@ impl ComputePool {
     }
 }
 
-fn text_of(panic: &(dyn std::any::Any + Send)) -> String {
+pub(crate) fn text_of(panic: &(dyn std::any::Any + Send)) -> String {
     let text = panic.downcast_ref::<&str>().copied();
     text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message").to_owned()
 }
@@ -198,6 +212,15 @@ mod tests {
         let failed = pool.run(|| -> u32 { panic!("query of {}", "death") }).await;
         assert_eq!(failed, Err(WorkError::Panicked("query of death".into())));
         assert_eq!(pool.run(|| 7).await, Ok(7));
+    }
+
+    #[tokio::test]
+    async fn work_that_is_begun_tells_itself_what_it_found() {
+        let pool = ComputePool::new(1, 1).unwrap();
+        let (found, told) = mpsc::channel();
+        pool.begin(|| panic!("query of death"));
+        pool.begin(move || found.send(std::thread::current().name().map(str::to_owned)).unwrap());
+        assert_eq!(told.recv().unwrap().as_deref(), Some("attnd-compute-0"));
     }
 
     #[tokio::test]

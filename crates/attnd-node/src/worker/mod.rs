@@ -6,6 +6,7 @@
 //!   keys where a score function wants them (`keys.rs`), or keys and values of rows that came in their place (`projection.rs`),
 //!   then, in `slices.rs`, partials, and sends these. Rows that have merged come back to `second_pass.rs`, where more is
 //!   wanted than the context.
+//! * Shards of sessions stay: `store.rs` has them, `hold_service.rs` the streams on which coordinators work on them.
 //! * `membership.rs` is the actor of the control channel; `supervisor.rs` is the root of all of them.
 
 use std::net::IpAddr;
@@ -14,6 +15,7 @@ use std::time::Duration;
 
 use attnd_kernel::{KERNEL_ID, Kernels};
 use attnd_plan::WorkerId;
+use attnd_plan::topology::is_host_label;
 use attnd_wire::join::WIRE_VERSIONS;
 use attnd_wire::{Hello, Link, limits};
 use kameo::actor::Spawn;
@@ -29,6 +31,7 @@ use crate::shutdown::{Calls, DRAIN_DEADLINE, serve_until};
 mod assembly;
 pub(crate) mod budget;
 mod cells;
+mod hold_service;
 mod intake;
 mod keys;
 mod membership;
@@ -38,13 +41,16 @@ mod service;
 mod shard;
 mod side;
 mod slices;
+mod store;
 mod supervisor;
 #[cfg(test)]
 mod tests;
 
 use budget::Budget;
+use hold_service::HoldService;
 use membership::{Leave, MembershipArgs};
 use service::WorkerService;
+use store::Store;
 use supervisor::Supervisor;
 
 /// How long the speed of the compute threads is measured at start.
@@ -52,6 +58,9 @@ const CALIBRATION: Duration = Duration::from_millis(20);
 /// Cells in the compute pool at a time. A large one takes all threads; the second has work for those that find nothing
 /// more to do at the end of the first. With more, a thread that waits inside of one could take up one after another.
 const CELLS_AT_ONCE: usize = 2;
+
+/// How long sessions stay without any coordinator: one that starts again, or takes over, finds them.
+const KEEP_WITHOUT_COORDINATOR: Duration = Duration::from_secs(600);
 
 /// What a worker is told by whoever starts it.
 #[derive(Clone, Debug)]
@@ -66,6 +75,10 @@ pub struct WorkerConfig {
     pub threads: usize,
     /// Bytes that operands and partials of all calls may take.
     pub memory_budget: u64,
+    /// Its failure domain, 1 to 64 characters of `[A-Za-z0-9._-]`: replicas of a session's shard are on different ones.
+    pub host: String,
+    /// Bytes that keys and values of all sessions may take, beside those of calls.
+    pub session_memory: u64,
 }
 
 /// What a worker knows about itself at any moment.
@@ -74,6 +87,14 @@ pub(crate) struct Gauges {
     budget: Arc<Budget>,
     calls: Calls,
     pool: ComputePool,
+    sessions: Store,
+}
+
+impl Gauges {
+    /// Bytes of pages of sessions that are taken, and that may be.
+    pub(crate) fn session_bytes(&self) -> (u64, u64) {
+        (self.sessions.resident_bytes(), self.sessions.memory().limit())
+    }
 }
 
 /// Whether only processes on this machine reach what has this URL. A name that isn't `localhost` may be anything.
@@ -107,6 +128,9 @@ pub async fn run(
     let endpoint = limits::endpoint(&config.coordinator, Link::Coordinator)
         .map_err(|_shown| NodeError::Url { url: config.coordinator.clone() })?;
 
+    if !is_host_label(&config.host) {
+        return Err(NodeError::Host { host: config.host });
+    }
     if is_loopback(&address) && !is_loopback(&config.coordinator) {
         return Err(NodeError::Loopback { address, coordinator: config.coordinator });
     }
@@ -117,14 +141,15 @@ pub async fn run(
         .peak_gflops(kernels, CALIBRATION)
         .await
         .map_err(|_panic| NodeError::ActorGone("compute pool"))?;
-    let gauges =
-        Gauges { budget: Budget::new(config.memory_budget), calls: Calls::new(), pool: pool.clone() };
+    let budget = Budget::new(config.memory_budget);
+    let sessions = Store::new(kernels, pool.clone(), Arc::clone(&budget), config.session_memory);
+    let gauges = Gauges { budget, calls: Calls::new(), pool: pool.clone(), sessions: sessions.clone() };
     let incarnation: u64 = rand::rng().random();
     let worker = match config.id {
         Some(id) => id,
         None => membership::default_id(incarnation)?,
     };
-    tracing::info!(id = %worker, %address, isa = %kernels.isa(), threads = pool.threads(), gflops, "worker starts");
+    tracing::info!(id = %worker, host = %config.host, %address, isa = %kernels.isa(), threads = pool.threads(), gflops, "worker starts");
 
     let hello = Hello {
         worker,
@@ -137,6 +162,8 @@ pub async fn run(
         gflops,
         memory_budget_bytes: gauges.budget.limit(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
+        host: config.host,
+        session_memory_bytes: config.session_memory,
     };
     let (refused, mut refusal) = watch::channel(None);
     let supervisor = Supervisor::spawn(MembershipArgs { endpoint, hello, gauges: gauges.clone(), refused });
@@ -147,9 +174,11 @@ pub async fn run(
         gauges: gauges.clone(),
         supervisor: supervisor.clone(),
     });
+    let shards =
+        limits::shards_server(HoldService { store: sessions.clone(), calls: gauges.calls.clone() });
     health.set_serving::<WorkerServer>().await;
     // It is the coordinator who connects to a worker.
-    let router = limits::server_builder(Link::Coordinator).add_service(health_service).add_service(service);
+    let router = limits::server_builder(Link::Coordinator).add_service(health_service).add_service(service).add_service(shards);
     let incoming = listen::incoming(listener, MAX_CONNECTIONS);
     let serve = |stop| router.serve_with_incoming_shutdown(incoming, stop);
     let on_drain = async {
@@ -165,6 +194,8 @@ pub async fn run(
             Err(NodeError::Refused(refused.as_ref().map_or_else(String::new, ToString::to_string)))
         }
         () = supervisor.wait_for_shutdown() => Err(NodeError::ActorGone("supervisor")),
+        // Never ends by itself.
+        () = sessions.forget_when_left(KEEP_WITHOUT_COORDINATOR) => Ok(()),
     };
     supervisor.kill();
     supervisor.wait_for_shutdown().await;

@@ -295,7 +295,19 @@ fn every_reply_returns() {
         tokens: vec![1, 2, 3],
         replayed: true,
         resident_bytes: 1 << 40,
+        chain_before: 8,
+        last: None,
+        sealed: true,
     };
+    for change in [
+        Change::Append { layer: 1, base_len: 2, tokens: 3 },
+        Change::Truncate { len: 4 },
+        Change::Fork { child: 5 },
+        Change::Seal,
+    ] {
+        let state = ShardState { last: Some(Op { seq: 3, digest: 7, change }), ..state.clone() };
+        assert_eq!(ShardState::try_from(sent(proto::ShardState::from(state.clone()))), Ok(state));
+    }
     let (_, _, partials) = owed();
     let failure = Error::new(Reason::KvBudget, "need 2, free 1");
     let results = vec![

@@ -100,6 +100,7 @@ fn every_request_returns() {
         base_len: None,
         allow_non_finite: true,
         shape: RowShape { dtype: Some(Dtype::Bf16), heads: Some(2), head_dim: None, value_dim: Some(2) },
+        crc32c: 77,
     };
     let change = |kind| Ask::Change(Change { session: session(), mutation: mutation(), kind });
     let child = Some(SessionName::new("c").unwrap());

@@ -1,0 +1,134 @@
+//! How long a step takes inside of a worker, beside its kernels. Measured on request: `ATTND_NIGHTLY=1 cargo test --release -p attnd-node
+//! --lib latency -- --nocapture`.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::{Duration, Instant};
+
+use attnd_kernel::{Causal, Compute, Dtype, Effective, GroupCall, Kernels, Operator, Side, Storage, attend_node};
+use attnd_plan::cells;
+use attnd_plan::session::SessionSpec;
+use attnd_wire::hold::{HoldAsk, HoldRequest, ShardQueries};
+use attnd_wire::session::QueryOperator;
+use attnd_wire::proto;
+use rayon::prelude::*;
+use tokio::sync::mpsc;
+
+use super::reader::Reader;
+use crate::compute_pool::ComputePool;
+use crate::shutdown::Calls;
+use crate::worker::budget::Budget;
+use crate::worker::store::Store;
+use crate::worker::store::shard::key_of;
+use crate::worker::store::tests::{MIB, Session, encode, number, piece, spec};
+
+const TOKENS: usize = 1024;
+const STEPS: usize = 300;
+
+fn median(mut times: Vec<Duration>) -> (Duration, Duration) {
+    times.sort_unstable();
+    (times[times.len() / 2], times[times.len() * 9 / 10])
+}
+
+fn queries(session: &Session, at_len: usize) -> ShardQueries {
+    let operator = Operator::plain(0.088, Causal::BottomRight);
+    let heads = ShardQueries::heads(&session.spec, &session.pieces);
+    let q = encode((0..heads.len() * 128).map(|at| number([at as u64, 1, 2, 3])), Dtype::F32);
+    ShardQueries {
+        generation: 0,
+        at_len,
+        tokens: 1,
+        dtype: Dtype::F32,
+        crc32c: crc32c::crc32c(&q),
+        q: q.into(),
+        operator: QueryOperator::from(&operator),
+        allow_non_finite: false,
+        tokens_per_cell: 1,
+        kernel_id: operator.kernel_id(Compute::F32).to_owned(),
+    }
+}
+
+/// The median and the ninth decile of steps, from message to message, and of their kernels alone.
+async fn measure(threads: usize, kv_heads: usize, with_rows: bool) -> [(Duration, Duration); 2] {
+    let kernels = Kernels::from_env().unwrap();
+    let pool = ComputePool::new(threads, 2).unwrap();
+    let store = Store::new(kernels, pool.clone(), Budget::new(64 * MIB), 512 * MIB);
+    let spec = SessionSpec {
+        heads: 32,
+        kv_heads: 8,
+        head_dim: 128,
+        value_dim: 128,
+        layers: 1,
+        ..spec(Dtype::F32, Storage::F32)
+    };
+    let mut session = Session::open(&store, 1, spec, vec![piece(0..kv_heads, 0..64)]);
+    session.append(&store, 0, &(0..TOKENS as u64 - 200).collect::<Vec<_>>());
+    let (replies, mut queue) = mpsc::channel(super::QUEUE);
+    let mut reader = Reader::new(store.clone(), Calls::new(), replies, Arc::new(AtomicBool::new(false)));
+    let mut steps = Vec::new();
+    for step in 0..STEPS {
+        let rows = with_rows.then(|| session.rows(0, &[step as u64]));
+        session.layers[0].extend(with_rows.then_some(step as u64));
+        let work = session.shard_work(0, rows, Some(queries(&session, session.layers[0].len())));
+        let ask = HoldAsk::Works(vec![work]);
+        let frame: proto::HoldRequest = HoldRequest { request: step as u64 + 1, term: 1, ask }.into();
+        // What a model does between two steps takes time, too.
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        let begun = Instant::now();
+        assert!(reader.take(frame).await.is_ok());
+        let answer = queue.recv().await.unwrap();
+        steps.push(begun.elapsed());
+        assert_eq!(answer.frames.len(), 1);
+    }
+    let resident = store.resident(key_of(&session.at)).unwrap();
+    let len = session.layers[0].len();
+    let call = queries(&session, len).call(0, &session.spec, &session.pieces).unwrap();
+    let views = resident.look().views(1, 0, 0, len).unwrap();
+    let q: Vec<f32> = (0..4 * 128).map(|at| number([at as u64, 1, 2, 3])).collect();
+    let (found, told) = std::sync::mpsc::channel();
+    pool.begin(move || {
+        let alone = (0..STEPS).map(|_| {
+            let all = cells(&[piece(0..kv_heads, 0..64)], &call.shape, 1);
+            std::thread::sleep(Duration::from_millis(1));
+            let begun = Instant::now();
+            let cell = |cell: &attnd_plan::CellId| {
+                let group = GroupCall {
+                    shape: call.shape,
+                    operator: &call.operator,
+                    group: cell.group,
+                    q: &q,
+                    kv: &views[cell.group].1,
+                    side: Side::default(),
+                    compute: Effective::F32,
+                };
+                attend_node(kernels, &group, cell.node, 0..1)
+            };
+            let rows: Vec<_> = all.par_iter().map(cell).collect();
+            let took = begun.elapsed();
+            assert_eq!(rows.len(), kv_heads);
+            took
+        });
+        found.send(alone.collect::<Vec<_>>()).unwrap();
+    });
+    [median(steps), median(told.recv().unwrap())]
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_step_beside_its_kernels() {
+    if std::env::var_os("ATTND_NIGHTLY").is_none_or(|value| value != "1") {
+        let [step, kernels] = measure(2, 1, true).await;
+        assert!(step.0 > Duration::ZERO && kernels.0 > Duration::ZERO);
+        return;
+    }
+    for threads in [1, 2] {
+        for kv_heads in [8, 4] {
+            for with_rows in [true, false] {
+                let [step, kernels] = measure(threads, kv_heads, with_rows).await;
+                println!(
+                    "{threads} threads, {kv_heads} kv heads, rows {with_rows}: step {:?} (p90 {:?}), kernels {:?} (p90 {:?})",
+                    step.0, step.1, kernels.0, kernels.1
+                );
+            }
+        }
+    }
+}

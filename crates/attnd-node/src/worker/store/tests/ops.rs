@@ -1,0 +1,151 @@
+//! Ops: what is applied once, refused, taken back; forks, cuts and seals.
+
+use super::*;
+
+fn opened(store: &Store) -> Session {
+    Session::open(store, 7, spec(Dtype::F32, Storage::F32), vec![piece(0..2, 0..64)])
+}
+
+fn names(range: std::ops::Range<u64>) -> Vec<u64> {
+    range.collect()
+}
+
+#[test]
+fn an_op_that_comes_again_changes_nothing() {
+    let store = store(64 * MIB);
+    let mut session = opened(&store);
+    session.append(&store, 0, &names(0..5));
+    let rows = session.rows(0, &[9, 10]);
+    session.layers[0].extend([9, 10]);
+    let first = session.work(&store, 0, Some(rows.clone()), None).applied.unwrap();
+    let again = session.work(&store, 0, Some(rows.clone()), None).applied.unwrap();
+    assert_eq!(again, ShardState { replayed: true, ..first });
+    session.check(&store, 0, 7);
+    let mut other = rows.clone();
+    other.op.digest += 1;
+    assert_eq!(session.refused(&store, 0, other), "SEQ_REUSED: 2");
+    let mut later = rows.clone();
+    later.op.op_seq = 5;
+    assert_eq!(session.refused(&store, 0, later), "SEQ_GAP: expected 3, got 5");
+    let mut next = rows;
+    next.op.op_seq = 3;
+    assert_eq!(session.refused(&store, 0, next.clone()), "LENGTH: committed 7, base_len 5");
+    next.op.generation = 1;
+    assert_eq!(session.refused(&store, 0, next), "GENERATION: session 0, request 1");
+    let rows = session.rows(0, &[1]);
+    assert_eq!(session.refused(&store, 2, rows), "SHAPE_LIMIT: layer 2 > 1");
+}
+
+#[test]
+fn whoever_was_fenced_changes_and_sees_nothing() {
+    let store = store(64 * MIB);
+    let mut session = opened(&store);
+    session.append(&store, 0, &names(0..5));
+    let resident = store.resident((7, 0)).unwrap();
+    let state = resident.change().fence(&store, 4).unwrap();
+    assert_eq!((state.epoch, state.op_seq, &state.tokens[..]), (4, 1, &[5, 0][..]));
+    assert_eq!(resident.change().fence(&store, 4).unwrap(), state);
+    let refused = resident.change().fence(&store, 3).unwrap_err();
+    assert_eq!(refused.message(), "EPOCH: shard at 4, request 3");
+    let rows = session.rows(0, &[6]);
+    assert_eq!(session.refused(&store, 0, rows.clone()), "EPOCH: shard at 4, request 1");
+    let looked = session.work(&store, 0, None, Some(session.queries(1, 5, Causal::None)));
+    assert_eq!(looked.partials.unwrap_err().message(), "EPOCH: shard at 4, request 1");
+    assert_eq!(store.release(&session.at).unwrap_err().message(), "EPOCH: shard at 4, request 1");
+    session.at.epoch = 4;
+    assert!(session.work(&store, 0, Some(rows), None).applied.is_some());
+    store.see_term(5).unwrap();
+    assert_eq!(store.see_term(4).unwrap_err().message(), "FENCED: term 4 < 5");
+    store.see_term(5).unwrap();
+}
+
+#[test]
+fn forks_go_their_own_ways_and_share_what_neither_changes() {
+    let store = store(64 * MIB);
+    let mut parent = opened(&store);
+    parent.append(&store, 0, &names(0..700));
+    parent.append(&store, 1, &names(1000..1010));
+    let before = store.resident_bytes();
+    let state = parent.change(&store, ShardChangeKind::Fork { child: 8 }).unwrap();
+    assert_eq!((state.op_seq, state.generation, store.resident_bytes()), (3, 0, before));
+    let at = ShardAt { session: 8, shard: 0, epoch: 1 };
+    let mut child = Session { at, seq: 0, ..parent.clone() };
+    child.append(&store, 0, &names(5000..5300));
+    parent.append(&store, 0, &names(6000..6001));
+    for session in [&parent, &child] {
+        session.check(&store, 0, session.layers[0].len());
+        session.check(&store, 1, 10);
+    }
+    // A child of the child, whose parents go.
+    child.change(&store, ShardChangeKind::Fork { child: 9 }).unwrap();
+    let grandchild = Session { at: ShardAt { session: 9, ..at }, ..child.clone() };
+    store.release(&parent.at).unwrap();
+    store.release(&child.at).unwrap();
+    grandchild.check(&store, 0, 1000);
+    assert_eq!(store.resident((8, 0)).unwrap_err().reason, Reason::Shard);
+    store.release(&grandchild.at).unwrap();
+    assert!(store.resident_bytes() <= 2 * MIB, "but for what is kept");
+}
+
+#[test]
+fn a_fork_that_comes_again_and_a_number_that_is_taken() {
+    let store = store(64 * MIB);
+    let mut parent = opened(&store);
+    parent.append(&store, 0, &names(0..10));
+    let change = ShardChange { at: parent.at, op: parent.next_op(), kind: ShardChangeKind::Fork { child: 8 } };
+    let resident = store.resident((7, 0)).unwrap();
+    let first = shard::fork(&store, &resident, &change, 8).unwrap();
+    let again = shard::fork(&store, &resident, &change, 8).unwrap();
+    assert_eq!(again, ShardState { replayed: true, ..first });
+    let refused = parent.change(&store, ShardChangeKind::Fork { child: 8 }).unwrap_err();
+    assert_eq!(refused.message(), "SESSION_EXISTS: session 0000000000000008");
+    parent.seq -= 1;
+    parent.append(&store, 0, &[1]);
+    assert_eq!(store.len(), 2);
+}
+
+#[test]
+fn what_was_cut_off_grows_again_with_other_rows() {
+    let store = store(64 * MIB);
+    let mut session = opened(&store);
+    session.append(&store, 0, &names(0..600));
+    session.append(&store, 1, &names(0..20));
+    for len in [300, 256, 255, 0] {
+        let state = session.change(&store, ShardChangeKind::Truncate { len }).unwrap();
+        session.generation += 1;
+        session.layers.iter_mut().for_each(|layer| layer.truncate(len));
+        assert_eq!((state.generation, &state.tokens[..]), (session.generation, &[len as u64, 20.min(len as u64)][..]));
+        let from = 10_000 + len as u64;
+        session.append(&store, 0, &names(from..from + 301));
+        session.check(&store, 0, len + 301);
+        session.layers[0].truncate(len);
+        let _cut = session.change(&store, ShardChangeKind::Truncate { len }).unwrap();
+        session.generation += 1;
+    }
+    assert!(store.resident_bytes() <= 2 * MIB);
+    let refused = session.change(&store, ShardChangeKind::Truncate { len: 1 }).unwrap_err();
+    assert_eq!(refused.message(), "AT_LEN: 1 > 0");
+    session.seq -= 1;
+    session.change(&store, ShardChangeKind::Seal).unwrap();
+    let rows = session.rows(0, &[1]);
+    assert_eq!(session.refused(&store, 0, rows).split(':').next(), Some("SEALED"));
+}
+
+#[test]
+fn an_append_that_is_taken_back_was_never_there() {
+    let store = store(64 * MIB);
+    let mut session = opened(&store);
+    let before = session.append(&store, 0, &names(0..300));
+    let rows = session.rows(0, &names(900..1200));
+    session.work(&store, 0, Some(rows.clone()), None).applied.unwrap();
+    let undo = ShardChange { at: session.at, op: rows.op, kind: ShardChangeKind::Undo };
+    let resident = store.resident((7, 0)).unwrap();
+    let after = resident.change().apply(&store, &undo).unwrap();
+    assert_eq!(after, before);
+    // Undone is undone.
+    assert_eq!(resident.change().apply(&store, &undo).unwrap(), before);
+    session.check(&store, 0, 300);
+    session.seq -= 1;
+    session.append(&store, 0, &names(400..500));
+    session.check(&store, 0, 400);
+}
