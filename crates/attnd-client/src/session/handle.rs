@@ -7,7 +7,7 @@ use std::time::Duration;
 use attnd_plan::session::{SessionName, SessionSpec};
 use attnd_wire::session::{
     Answer, Append, Applied, Ask, Change, ChangeKind, Mutation, Open, RowShape, SessionDescription, Step,
-    StepRows, check_layer,
+    StepRows, check_layer, digest,
 };
 use attnd_wire::{Error, Outcome, Reason};
 use bytes::Bytes;
@@ -169,6 +169,7 @@ impl Session {
             base_len: Some(self.len(layer)),
             allow_non_finite,
             shape: RowShape::default(),
+            crc32c: digest::of_rows(&rows.k, &rows.v),
         };
         let (applied, attempts) = self.applied(Request::Chunked(append, rows), deadline).await?;
         Ok(self.appended(layer, &applied, attempts))

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use attnd_plan::Tensor;
-use attnd_plan::session::{SessionName, SessionSpec};
+use attnd_plan::session::{self, SessionName, SessionSpec};
 use attnd_wire::session::{
     Answer, Append, Applied, Ask, Asked, ChangeKind, Mutation, SessionDescription, SessionReply,
     SessionRequest, Step, StepContext, StepResult, digest,
@@ -196,7 +196,8 @@ async fn serve(
                 let Some(staged) = staged.remove(&request) else { continue };
                 assert_eq!(commit, staged.commit);
                 let Staged { append, rows, sum, fault, .. } = staged;
-                let digest = digest::append(append.layer, append.base_len, append.tokens, sum.finish());
+                assert_eq!(append.crc32c, sum.finish());
+                let digest = digest_of(append.layer, append.base_len, append.tokens, append.crc32c);
                 let mut state = fake.state();
                 state.rows = rows;
                 let layer = append.layer;
@@ -264,6 +265,12 @@ async fn serve(
             }
         }
     }
+}
+
+/// What tells an append from another one with its number.
+fn digest_of(layer: usize, base_len: Option<u64>, tokens: u64, crc32c: u32) -> u32 {
+    let base_len = base_len.map(|len| len as usize);
+    session::Ask::Append { layer, base_len, tokens: tokens as usize }.digest(crc32c)
 }
 
 impl Held {
@@ -352,9 +359,11 @@ impl State {
             Ask::Change(change) => {
                 let mut child = None;
                 let digest = match &change.kind {
-                    ChangeKind::Truncate { len } => digest::truncate(*len),
-                    ChangeKind::Fork { child } => digest::fork(child.as_ref()),
-                    ChangeKind::Seal => digest::seal(),
+                    ChangeKind::Truncate { len } => session::Ask::Truncate { len: *len as usize }.digest(0),
+                    ChangeKind::Fork { child } => {
+                        session::Ask::Fork { child: 1 }.digest(digest::of_child(child.as_ref()))
+                    }
+                    ChangeKind::Seal => session::Ask::Seal.digest(0),
                 };
                 let applied = self.apply(&change.session, change.mutation, digest, |held| {
                     let mut named = None;
@@ -408,7 +417,7 @@ impl State {
         if let Some(rows) = rows {
             rows.check(layer, &spec)?;
             let tokens = rows.tokens as u64;
-            let digest = digest::append(layer, rows.base_len, tokens, rows.crc32c);
+            let digest = digest_of(layer, rows.base_len, tokens, rows.crc32c);
             let applied = self
                 .apply(&session, rows.mutation, digest, |held| held.append(layer, tokens, rows.base_len))?;
             results.push(StepResult { applied: Some(applied), ..StepResult::default() });
