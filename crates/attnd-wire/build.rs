@@ -21,6 +21,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     // Bytes fields are slices of the received message instead of copies. What is boxed makes entries of a repeated field small, of
     // which a message may have very many that are empty.
     tonic_prost_build::configure()
+        .codec_path("crate::codec::CountingCodec")
         .bytes(".attnd.v1")
         .boxed(".attnd.v1.Bias.kind.relative")
         .boxed(".attnd.v1.Bias.kind.swin")

@@ -84,7 +84,7 @@ impl Client {
         Ok(Self { endpoint, channel: OnceLock::new() })
     }
 
-    fn channel(&self) -> Channel {
+    pub(crate) fn channel(&self) -> Channel {
         self.channel.get_or_init(|| self.endpoint.connect_lazy()).clone()
     }
 

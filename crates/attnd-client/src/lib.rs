@@ -1,4 +1,4 @@
-//! The Rust client of attnd: connect to a coordinator, send one attention call, ask how the cluster is.
+//! The Rust client of attnd: connect to a coordinator, send one attention call, keep keys and values in a [`session`], ask how the cluster is.
 //!
 //! ```no_run
 //! # async fn example(q: bytes::Bytes, k: bytes::Bytes, v: bytes::Bytes) -> Result<(), Box<dyn std::error::Error>> {
@@ -26,19 +26,22 @@ mod inspected;
 pub mod layer;
 mod operands;
 mod retry;
+pub mod session;
 mod side;
 mod upload;
 
 pub use attnd_kernel::{
     AttnShape, Causal, Dims, Documents, Dtype, EmptyRow, Mask, Normaliser, OutputsParts, PerBatch, Positions,
-    Rectangle, Run, ShapeError, Stage, Window, alibi_slopes,
+    Rectangle, Run, ShapeError, Stage, Storage, Window, alibi_slopes,
 };
+pub use attnd_plan::session::{SessionName, SessionSpec};
 pub use attnd_plan::{Element, Projected, Projection, WorkerChoice};
 pub use attnd_wire::deadline::MAX_TIMEOUT;
+pub use attnd_wire::session::SessionDescription;
 pub use attnd_wire::{ClusterStatus, Outcome, PlanSummary, Reason, ShareSummary, Timings, WorkerStatus};
 pub use client::{Attended, Client, Progress};
 pub use error::ClientError;
 pub use inspected::Inspected;
 pub use operands::{Alibi, AttendOptions, Operands};
-pub use retry::MAX_ATTEMPTS;
+pub use retry::{MAX_ATTEMPTS, MAX_SESSION_ATTEMPTS};
 pub use side::{DenseTensor, KvSource};

@@ -2,11 +2,16 @@
 
 use std::time::Duration;
 
-use attnd_wire::Error;
+use attnd_wire::{Error, Outcome, Reason};
+use tonic::Code;
 
 /// How often a call is sent, the first time included.
 pub const MAX_ATTEMPTS: u32 = 3;
+/// How often a request about a session is sent, the first time included: long enough for a lost worker to be noticed and replaced, which
+/// takes seconds, as no other worker can step in for the one that holds the keys.
+pub const MAX_SESSION_ATTEMPTS: u32 = 8;
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
 /// The pause before the next attempt after `attempts` that ended with `error`, or `None` to give up.
 ///
@@ -21,16 +26,40 @@ pub(crate) fn pause_before_next(
     if attempts >= MAX_ATTEMPTS || !error.is_retryable() {
         return None;
     }
-    let doubled = FIRST_PAUSE * (1 << attempts.saturating_sub(1));
+    pause(attempts, error, left, jitter)
+}
+
+/// The same for a request about a session, which may also be sent again where nobody knows what became of it: one that changes nothing,
+/// or a mutation that has its number, under which it is applied once.
+pub(crate) fn pause_before_repeat(
+    attempts: u32,
+    error: &Error,
+    left: Option<Duration>,
+    jitter: f64,
+) -> Option<Duration> {
+    let may_pass = error.outcome != Outcome::Applied && (error.is_retryable() || is_of_the_way(error));
+    if attempts >= MAX_SESSION_ATTEMPTS || !may_pass {
+        return None;
+    }
+    pause(attempts, error, left, jitter)
+}
+
+/// Whether a request failed on its way, rather than for what it says.
+fn is_of_the_way(error: &Error) -> bool {
+    let on_the_way =
+        [Reason::Transport, Reason::Cancelled, Reason::Checksum, Reason::StreamIdle, Reason::Epoch];
+    on_the_way.contains(&error.reason) || error.reason.code() == Code::Unavailable
+}
+
+fn pause(attempts: u32, error: &Error, left: Option<Duration>, jitter: f64) -> Option<Duration> {
+    let doubled = FIRST_PAUSE * (1 << attempts.saturating_sub(1).min(10));
     let asked = error.pushback().unwrap_or_default();
-    let pause = doubled.max(asked).mul_f64(0.75 + 0.5 * jitter.clamp(0.0, 1.0));
+    let pause = doubled.min(LONGEST_PAUSE).max(asked).mul_f64(0.75 + 0.5 * jitter.clamp(0.0, 1.0));
     left.is_none_or(|left| pause < left).then_some(pause)
 }
 
 #[cfg(test)]
 mod tests {
-    use attnd_wire::{Outcome, Reason};
-
     use super::*;
 
     const LOST: Reason = Reason::WorkerLost;
@@ -49,6 +78,26 @@ mod tests {
         ] {
             assert_eq!(pause_before_next(1, &error, None, 0.5), None, "{error}");
         }
+    }
+
+    #[test]
+    fn what_can_be_repeated_is_sent_again_where_nobody_knows_what_became_of_it() {
+        let again = |attempts, error: &Error| pause_before_repeat(attempts, error, None, 0.5).is_some();
+        let cut = Error::new(Reason::Transport, "connection lost");
+        assert!(again(1, &cut) && again(7, &cut) && !again(8, &cut));
+        assert!(again(1, &Error::new(Reason::Recovering, "")));
+        for error in [
+            Error::new(Reason::SeqGap, ""),
+            Error::new(Reason::Internal, ""),
+            Error::new(Reason::ReplyInvalid, ""),
+            Error::new(Reason::Deadline, "expired").with_outcome(Outcome::Unknown),
+            Error::new(Reason::Transport, "").with_outcome(Outcome::Applied),
+        ] {
+            assert!(!again(1, &error), "{error}");
+        }
+        // All attempts together last longer than it takes to replace a worker.
+        let total: Duration = (1..8).filter_map(|n| pause_before_repeat(n, &cut, None, 0.0)).sum();
+        assert!(total > Duration::from_millis(2500) && total < Duration::from_secs(6), "{total:?}");
     }
 
     #[test]

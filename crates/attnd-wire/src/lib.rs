@@ -14,7 +14,7 @@
 //! * [`error`]: the error and its journey as a gRPC status; [`mod@normalise`] turns statuses that the gRPC library made
 //!   into it; [`refusal`] holds the wording.
 //! * [`limits`]: every limit, and servers, channels and stubs that have them set. [`deadline`] and [`layer`]: what a
-//!   server checks before a handler runs.
+//!   server checks before a handler runs; [`codec`]: what is counted before a message is decoded.
 //! * [`attend`], [`compute`], [`join`], [`status`]: the values of the four calls; [`session`] and [`hold`]: those of sessions, between
 //!   clients and coordinator, and between it and workers; [`operator`]: what they compute;
 //!   [`outputs`]: what they tell beside the context; [`projection`]: keys and values that workers make;
@@ -27,6 +27,7 @@
 #![forbid(unsafe_code)]
 
 pub mod attend;
+pub mod codec;
 pub mod compute;
 pub mod convert;
 pub mod deadline;

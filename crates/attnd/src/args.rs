@@ -18,6 +18,10 @@ pub use self::layer::LayerArgs;
 pub use self::operator::OperatorArgs;
 pub use self::score_function::{FunctionArgs, ParamValue};
 pub use self::scores::{ScoreArgs, Slopes};
+pub use self::session::{
+    AppendArgs, CloseArgs, ClusterArgs, DescribeArgs, ForkArgs, ListArgs, OpenArgs, QueryArgs, RowsArgs,
+    SealArgs, SessionArgs, SessionAttendArgs, SessionVerb, StepArgs, TruncateArgs,
+};
 pub use self::site::SiteArgs;
 pub use self::sparse::SparseArgs;
 pub use self::tables::TableArgs;
@@ -33,6 +37,7 @@ mod operator;
 mod outputs;
 mod score_function;
 mod scores;
+mod session;
 mod site;
 mod span;
 mod sparse;
@@ -63,6 +68,7 @@ A cluster of several machines:
   attnd worker --coordinator http://HOST:7400 --listen 0.0.0.0:7401 \\
                --advertise http://THIS_HOST:7401                              on each of them
   attnd status --endpoint http://HOST:7400                                    who is there
+  attnd session --help             keys and values that stay there, step by step
 
 How fast this machine is, and how near to its limits attnd comes:
   attnd bench kernel
@@ -117,6 +123,8 @@ pub enum Verb {
     Scores(ScoresArgs),
     /// Compute a layer of multi-head attention: its matrices here, its attention on the cluster
     Layer(Box<LayerArgs>),
+    /// Keep keys and values on a cluster, append to them, attend over them
+    Session(SessionArgs),
     /// Run a coordinator and N worker processes on this machine
     Local(LocalArgs),
     /// Show the workers of a cluster: host, instruction set, memory, load

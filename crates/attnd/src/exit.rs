@@ -89,6 +89,11 @@ fn is_about_the_input(reason: Reason) -> bool {
             | OutputOverflow
             | EmptyRow
             | Workers
+            | SessionId
+            | Replication
+            | DtypeMismatch
+            | Fork
+            | AtLen
     )
 }
 

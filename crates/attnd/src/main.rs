@@ -60,6 +60,7 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
             Verb::Explain(args) => verbs::explain::run(args).await,
             Verb::Scores(args) => verbs::scores::run(args),
             Verb::Layer(args) => verbs::layer::run(args).await,
+            Verb::Session(args) => verbs::session::run(args).await,
             Verb::Local(args) => verbs::local::run(args).await,
             Verb::Status(args) => verbs::status::run(args).await,
             Verb::Coordinator(args) => verbs::coordinator::run(args).await,

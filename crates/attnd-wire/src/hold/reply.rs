@@ -73,7 +73,18 @@ impl From<ReplicaState> for ShardState {
         let ReplicaState { epoch, generation, op_seq, chain, chain_before, last, tokens, sealed } = state;
         let tokens = tokens.into_iter().map(|tokens| tokens as u64).collect();
         let (replayed, resident_bytes) = (false, 0);
-        Self { epoch, generation, op_seq, chain, tokens, replayed, resident_bytes, chain_before, last, sealed }
+        Self {
+            epoch,
+            generation,
+            op_seq,
+            chain,
+            tokens,
+            replayed,
+            resident_bytes,
+            chain_before,
+            last,
+            sealed,
+        }
     }
 }
 
@@ -161,7 +172,18 @@ impl TryFrom<proto::ShardState> for ShardState {
             sealed,
         } = message;
         let last = last.map(decode_last).transpose()?;
-        Ok(Self { epoch, generation, op_seq, chain, tokens, replayed, resident_bytes, chain_before, last, sealed })
+        Ok(Self {
+            epoch,
+            generation,
+            op_seq,
+            chain,
+            tokens,
+            replayed,
+            resident_bytes,
+            chain_before,
+            last,
+            sealed,
+        })
     }
 }
 
@@ -208,6 +230,17 @@ impl From<ShardState> for proto::ShardState {
             sealed,
         } = state;
         let last = last.map(encode_last);
-        Self { epoch, generation, op_seq, chain, tokens, replayed, resident_bytes, chain_before, last, sealed }
+        Self {
+            epoch,
+            generation,
+            op_seq,
+            chain,
+            tokens,
+            replayed,
+            resident_bytes,
+            chain_before,
+            last,
+            sealed,
+        }
     }
 }

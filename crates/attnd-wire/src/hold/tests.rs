@@ -334,12 +334,12 @@ fn every_reply_returns() {
 proptest! {
     #[test]
     fn no_bytes_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
-        if let Ok(message) = proto::HoldRequest::decode(&bytes[..]) {
-            if let Ok(HoldAsk::Works(works)) = HoldRequest::decode(message).ask {
-                for work in works.into_iter().flatten() {
-                    let _either = work.rows.map(|rows| rows.check(work.layer, &spec(), &pieces()));
-                    let _either = work.queries.map(|queries| queries.call(work.layer, &spec(), &pieces()));
-                }
+        if let Ok(message) = proto::HoldRequest::decode(&bytes[..])
+            && let Ok(HoldAsk::Works(works)) = HoldRequest::decode(message).ask
+        {
+            for work in works.into_iter().flatten() {
+                let _either = work.rows.map(|rows| rows.check(work.layer, &spec(), &pieces()));
+                let _either = work.queries.map(|queries| queries.call(work.layer, &spec(), &pieces()));
             }
         }
         if let Ok(message) = proto::HoldReply::decode(&bytes[..]) {

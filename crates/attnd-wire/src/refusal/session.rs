@@ -2,9 +2,9 @@
 
 use attnd_kernel::Dtype;
 use attnd_plan::Tensor;
-use attnd_plan::session::ReplicaRefusal;
+use attnd_plan::session::{self, LedgerError, ReplicaRefusal};
 
-use crate::error::{Error, Reason};
+use crate::error::{Error, Outcome, Reason};
 
 /// There is no such session, or none of the caller's.
 pub fn no_session() -> Error {
@@ -43,7 +43,7 @@ pub fn session_lost(prefix: u64, acknowledged: u64) -> Error {
 
 /// The session takes no more mutations but forks.
 pub fn sealed() -> Error {
-    Error::new(Reason::Sealed, "")
+    Error::new(Reason::Sealed, "no append and no truncate after it")
 }
 
 /// The workers are in fewer failure domains than there shall be replicas.
@@ -175,5 +175,35 @@ impl From<ReplicaRefusal> for Error {
             ReplicaRefusal::Snapshot { .. } => Reason::Snapshot,
         };
         Self::new(reason, refusal.to_string())
+    }
+}
+
+/// What a worker said where it refused, else the ledger's own words, with the outcome that it knows.
+impl From<LedgerError<Self>> for Error {
+    fn from(error: LedgerError<Self>) -> Self {
+        let reason = match &error {
+            LedgerError::SeqZero => Reason::Seq,
+            LedgerError::SeqGap { .. } => Reason::SeqGap,
+            LedgerError::SeqReused { .. } => Reason::SeqReused,
+            LedgerError::SeqOld { .. } => Reason::SeqOld,
+            LedgerError::Length { .. } | LedgerError::Behind { .. } => Reason::Length,
+            LedgerError::WriterFenced { .. } | LedgerError::WriterUnknown { .. } => Reason::WriterFenced,
+            LedgerError::Full { .. } => Reason::SessionFull,
+            LedgerError::NoTokens => Reason::ShapeZero,
+            LedgerError::Layer { .. } => Reason::ShapeLimit,
+            LedgerError::Sealed => Reason::Sealed,
+            LedgerError::Empty => Reason::SessionEmpty,
+            LedgerError::AtLen { .. } => Reason::AtLen,
+            LedgerError::Generation { .. } => Reason::Generation,
+            LedgerError::Recovering { .. } => Reason::Recovering,
+            LedgerError::UnderReplicated { .. } => Reason::UnderReplicated,
+            LedgerError::SessionLost { .. } => Reason::SessionLost,
+            LedgerError::Refused { why } => return why.clone(),
+        };
+        let outcome = match error.outcome() {
+            session::Outcome::NotExecuted => Outcome::NotExecuted,
+            session::Outcome::Unknown => Outcome::Unknown,
+        };
+        Self::new(reason, error.to_string()).with_outcome(outcome)
     }
 }

@@ -298,7 +298,7 @@ fn what_sessions_refuse_has_its_exact_text_and_code() {
         (recovering(), Code::Unavailable, "RECOVERING"),
         (under_replicated(1, 2), Code::Unavailable, "UNDER_REPLICATED: 1 of 2"),
         (session_lost(96, 128), Code::DataLoss, "SESSION_LOST: prefix 96 of 128"),
-        (sealed(), Code::FailedPrecondition, "SEALED"),
+        (sealed(), Code::FailedPrecondition, "SEALED: no append and no truncate after it"),
         (fenced(4, 5), Code::FailedPrecondition, "FENCED: term 4 < 5"),
         (epoch(7, 6), Code::Aborted, "EPOCH: shard at 7, request 6"),
         (no_shard(9, 2), Code::NotFound, "SHARD: 2 of session 9"),
@@ -337,6 +337,29 @@ fn what_sessions_refuse_has_its_exact_text_and_code() {
         (ReplicaRefusal::NoTokens, no_tokens()),
     ] {
         assert_eq!(Error::from(of_replica), ours);
+    }
+    // And so are a ledger's.
+    use attnd_plan::session::LedgerError;
+    for (of_ledger, ours) in [
+        (LedgerError::SeqZero, seq_zero()),
+        (LedgerError::SeqGap { expected: 18, got: 20 }, seq_gap(18, 20)),
+        (LedgerError::SeqReused { seq: 17 }, seq_reused(17)),
+        (LedgerError::SeqOld { seq: 3, oldest: 954 }, seq_old(3, 954)),
+        (LedgerError::Length { committed: 128, base_len: 120 }, length(128, 120)),
+        (LedgerError::WriterFenced { got: 3, current: 4 }, writer_fenced(3, 4)),
+        (LedgerError::Full { committed: 1_048_576, tokens: 1 }, session_full(1_048_576, 1)),
+        (LedgerError::NoTokens, no_tokens()),
+        (LedgerError::Empty, session_empty()),
+        (LedgerError::AtLen { at_len: 200, committed: 128 }, at_len(200, 128)),
+        (LedgerError::Generation { session: 4, request: 3 }, generation(4, 3)),
+        (LedgerError::Recovering { is_in_flight: false }, recovering()),
+        (LedgerError::UnderReplicated { have: 1, need: 2, is_in_flight: false }, under_replicated(1, 2)),
+        (LedgerError::SessionLost { prefix: 96, tokens: 128 }, session_lost(96, 128)),
+        (LedgerError::Sealed, sealed()),
+        (LedgerError::Refused { why: kv_budget(2, 1) }, kv_budget(2, 1)),
+        (LedgerError::Recovering { is_in_flight: true }, recovering().with_outcome(crate::Outcome::Unknown)),
+    ] {
+        assert_eq!(Error::from(of_ledger), ours);
     }
     for passes in [recovering(), under_replicated(1, 2)] {
         assert_eq!(passes.pushback(), Some(Duration::from_millis(200)));

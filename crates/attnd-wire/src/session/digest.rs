@@ -1,7 +1,6 @@
-//! What tells one mutation of a session from another with its number: CRC32C over what it says, and over the bytes that come with it.
+//! Checksums of what mutations bring, by which one is told from another with its number (see [`attnd_plan::session::Ask::digest`]).
 //!
-//! A digest is over what a client said, not over what became of it, so that a mutation which comes again has the same one whatever
-//! happened in between; and over bytes in the order of the tensors, so that how they were cut into messages can't show.
+//! They are over bytes in the order of the tensors, so that how these were cut into messages can't show.
 
 use std::collections::BTreeMap;
 
@@ -10,40 +9,14 @@ use attnd_plan::session::SessionName;
 
 use crate::floats::checksum;
 
-/// What of the digests begins with, so that none of one kind is one of another.
-#[derive(Clone, Copy, Debug)]
-enum Kind {
-    Append = 1,
-    Truncate = 2,
-    Fork = 3,
-    Seal = 4,
+/// Of all of K, continued over all of V.
+pub fn of_rows(k: &[u8], v: &[u8]) -> u32 {
+    checksum(&[k, v])
 }
 
-/// Of `tokens` rows of a layer behind `base_len` tokens, if the client said so; `rows` is the checksum of K, continued over V.
-pub fn append(layer: usize, base_len: Option<u64>, tokens: u64, rows: u32) -> u32 {
-    let base_len = base_len.unwrap_or(u64::MAX).to_le_bytes();
-    checksum(&[
-        &[Kind::Append as u8],
-        &(layer as u64).to_le_bytes(),
-        &base_len,
-        &tokens.to_le_bytes(),
-        &rows.to_le_bytes(),
-    ])
-}
-
-/// Of a cut to `len` tokens.
-pub fn truncate(len: u64) -> u32 {
-    checksum(&[&[Kind::Truncate as u8], &len.to_le_bytes()])
-}
-
-/// Of a fork; of one whose child the coordinator shall name it is that of the empty name.
-pub fn fork(child: Option<&SessionName>) -> u32 {
-    checksum(&[&[Kind::Fork as u8], child.map_or("", SessionName::as_str).as_bytes()])
-}
-
-/// Of the end of all appends.
-pub fn seal() -> u32 {
-    checksum(&[&[Kind::Seal as u8]])
+/// Of the name of a fork's child; of one that the coordinator shall name it is that of the empty name.
+pub fn of_child(child: Option<&SessionName>) -> u32 {
+    checksum(&[child.map_or("", SessionName::as_str).as_bytes()])
 }
 
 /// The checksum of rows that come in chunks of any size and order: the same as of all of K, continued over all of V.
@@ -96,23 +69,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_field_shows_and_no_two_kinds_are_equal() {
-        let child = SessionName::new("a").unwrap();
-        let digests = [
-            append(0, Some(0), 1, 2),
-            append(1, Some(0), 1, 2),
-            append(0, None, 1, 2),
-            append(0, Some(0), 2, 2),
-            append(0, Some(0), 1, 3),
-            truncate(0),
-            truncate(1),
-            fork(None),
-            fork(Some(&child)),
-            seal(),
-        ];
-        let different: std::collections::BTreeSet<_> = digests.iter().collect();
-        assert_eq!(different.len(), digests.len());
-        assert_eq!(append(0, Some(0), 1, 2), digests[0]);
+    fn children_are_told_apart_by_name() {
+        let name = |text: &str| SessionName::new(text).unwrap();
+        assert_ne!(of_child(Some(&name("a"))), of_child(Some(&name("b"))));
+        assert_eq!(of_child(None), 0);
     }
 
     proptest! {
@@ -137,7 +97,7 @@ mod tests {
             for (tensor, at, bytes) in chunks {
                 sum.add(tensor, at as u64, bytes.len() as u64, checksum(&[bytes]));
             }
-            prop_assert_eq!(sum.finish(), checksum(&[&k, &v]));
+            prop_assert_eq!(sum.finish(), of_rows(&k, &v));
         }
     }
 }

@@ -261,8 +261,16 @@ impl TryFrom<proto::SessionAppend> for Append {
     type Error = Error;
 
     fn try_from(message: proto::SessionAppend) -> Result<Self, Error> {
-        let proto::SessionAppend { session, mutation, layer, tokens, base_len, allow_non_finite, shape, crc32c } =
-            message;
+        let proto::SessionAppend {
+            session,
+            mutation,
+            layer,
+            tokens,
+            base_len,
+            allow_non_finite,
+            shape,
+            crc32c,
+        } = message;
         if tokens == 0 {
             return Err(refusal::no_tokens());
         }

@@ -532,11 +532,11 @@ proptest! {
         if let Ok(message) = proto::SessionReply::decode(&bytes[..]) {
             let _either = SessionReply::try_from(message);
         }
-        if let Ok(message) = proto::Step::decode(&bytes[..]) {
-            if let Ok(step) = Step::try_from(message) {
-                let _either = step.rows.map(|rows| rows.check(step.layer, &spec()));
-                let _either = step.queries.map(|queries| queries.over(&spec(), 9));
-            }
+        if let Ok(message) = proto::Step::decode(&bytes[..])
+            && let Ok(step) = Step::try_from(message)
+        {
+            let _either = step.rows.map(|rows| rows.check(step.layer, &spec()));
+            let _either = step.queries.map(|queries| queries.over(&spec(), 9));
         }
         if let Ok(message) = proto::SessionSpec::decode(&bytes[..]) {
             let _either = decode_spec(message);

@@ -9,5 +9,6 @@ pub mod explain;
 pub mod layer;
 pub mod local;
 pub mod scores;
+pub mod session;
 pub mod status;
 pub mod worker;

@@ -5,12 +5,14 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-use attnd_kernel::{Causal, Compute, Dtype, Effective, GroupCall, Kernels, Operator, Side, Storage, attend_node};
+use attnd_kernel::{
+    Causal, Compute, Dtype, Effective, GroupCall, Kernels, Operator, Side, Storage, attend_node,
+};
 use attnd_plan::cells;
 use attnd_plan::session::SessionSpec;
 use attnd_wire::hold::{HoldAsk, HoldRequest, ShardQueries};
-use attnd_wire::session::QueryOperator;
 use attnd_wire::proto;
+use attnd_wire::session::QueryOperator;
 use rayon::prelude::*;
 use tokio::sync::mpsc;
 

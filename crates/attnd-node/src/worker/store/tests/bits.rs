@@ -90,7 +90,8 @@ fn a_step_looks_at_what_it_appends() {
 #[test]
 fn works_of_one_message_are_each_by_itself() {
     let store = store(64 * MIB);
-    let open = |number| Session::open(&store, number, spec(Dtype::F32, Storage::F32), vec![piece(0..2, 0..64)]);
+    let open =
+        |number| Session::open(&store, number, spec(Dtype::F32, Storage::F32), vec![piece(0..2, 0..64)]);
     let mut sessions: Vec<Session> = (0..6).map(open).collect();
     let mut works = Vec::new();
     let mut expected = Vec::new();
