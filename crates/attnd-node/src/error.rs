@@ -36,6 +36,12 @@ pub enum NodeError {
     /// A worker id that isn't one.
     #[error(transparent)]
     WorkerId(#[from] attnd_plan::WorkerIdError),
+    /// A failure domain that isn't one.
+    #[error("host {host:?} must be 1 to 64 of A-Z a-z 0-9 . _ -; say --host LABEL")]
+    Host {
+        /// What was given.
+        host: String,
+    },
     /// The instruction set that was asked for is not there.
     #[error(transparent)]
     Isa(#[from] attnd_kernel::IsaError),
@@ -74,6 +80,7 @@ impl NodeError {
             | Self::Loopback { .. }
             | Self::Url { .. }
             | Self::WorkerId(_)
+            | Self::Host { .. }
             | Self::Isa(_) => 2,
             Self::DrainDeadline { .. } => 75,
             Self::ActorGone(_) => 70,

@@ -8,13 +8,16 @@
 //!
 //! * [`spec`] is what can't change as long as a session lives; [`op`] what changes it, and how ops are told apart.
 //! * [`replica`] is one replica of a shard, as the worker that holds it sees it; [`window`] the ops that are remembered.
+//! * [`placement`] cuts a session into shards and says who holds their replicas.
 
 pub mod op;
+pub mod placement;
 pub mod replica;
 pub mod spec;
 pub mod window;
 
 pub use op::{Answer, Change, Holder, Op, Record};
+pub use placement::Keeper;
 pub use replica::{Replica, ReplicaRefusal, ReplicaSnapshot, ReplicaState, Terms, Undone, Verdict};
 pub use spec::{SessionName, SessionNameError, SessionSpec, SpecError};
 pub use window::{WINDOW, Window};

@@ -74,6 +74,11 @@ impl TryFrom<String> for WorkerId {
     }
 }
 
+/// Whether a text can name a failure domain, such as a machine or a rack: 1 to 64 characters of `[A-Za-z0-9._-]`.
+pub fn is_host_label(text: &str) -> bool {
+    WorkerId::new(text).is_ok()
+}
+
 /// What a worker can do at the moment a plan is made.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Capacity {

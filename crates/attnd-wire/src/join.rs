@@ -4,6 +4,7 @@ use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use attnd_plan::WorkerId;
+use attnd_plan::topology::is_host_label;
 
 use crate::convert::{quantity, small, text};
 use crate::error::{Error, Reason};
@@ -13,8 +14,8 @@ use crate::{proto, refusal};
 /// Versions of the protocol between nodes that this binary speaks. A worker of version 1 computes a scale and a causal
 /// rule, one of version 2 what the plain path computes, one of version 3 caps, dense masks and biases; these refuse calls with
 /// more than that, but the third would leave outputs out. One of version 4 gives these, and has no score functions; one of version 5 has
-/// these, and would wait for keys and values that a worker of version 6 makes itself.
-pub const WIRE_VERSIONS: RangeInclusive<u32> = 1..=PROJECTIONS;
+/// these, and would wait for keys and values that a worker of version 6 makes itself; one of version 6 holds no shards of sessions.
+pub const WIRE_VERSIONS: RangeInclusive<u32> = 1..=SESSIONS;
 /// The first version with operators: masks of intervals, sinks, empty rows.
 pub const OPERATORS: u32 = 2;
 /// The first version with what touches single scores: caps, biases, other normalisers.
@@ -25,6 +26,8 @@ pub const OUTPUTS: u32 = 4;
 pub const SCORES: u32 = 5;
 /// The first version that makes keys and values of rows.
 pub const PROJECTIONS: u32 = 6;
+/// The first version that holds shards of sessions, and says on which host it is.
+pub const SESSIONS: u32 = 7;
 /// Longest time between two beats.
 pub const MAX_HEARTBEAT: Duration = Duration::from_secs(60);
 
@@ -57,10 +60,15 @@ pub struct Hello {
     pub threads: usize,
     /// Measured speed of all its threads, positive.
     pub gflops: f64,
-    /// Memory for keys, values and partials.
+    /// Memory for keys, values and partials of calls.
     pub memory_budget_bytes: u64,
     /// Its version, for people.
     pub version: String,
+    /// Its failure domain, see [`is_host_label`]. A worker of a version below [`SESSIONS`] says none, and has its name here: it holds
+    /// no shards, of which replicas would have to be apart.
+    pub host: String,
+    /// Memory for keys and values of sessions; 0 below [`SESSIONS`].
+    pub session_memory_bytes: u64,
 }
 
 /// How a worker is doing.
@@ -74,6 +82,8 @@ pub struct Heartbeat {
     pub load: f64,
     /// It is shutting down: give it nothing new.
     pub draining: bool,
+    /// Memory that sessions take.
+    pub session_used_bytes: u64,
 }
 
 /// One frame to a worker.
@@ -129,6 +139,13 @@ impl TryFrom<proto::Hello> for Hello {
         if limits::endpoint(&address, Link::Cluster).is_err() {
             return Err(invalid("address: must look like http://host:port"));
         }
+        let host = if message.host.is_empty() && message.wire_version < SESSIONS {
+            worker.to_string()
+        } else if is_host_label(&message.host) {
+            message.host
+        } else {
+            return Err(invalid("host: 1..64 of [A-Za-z0-9._-]"));
+        };
         let threads = usize::try_from(message.threads).unwrap_or(0);
         if threads == 0 {
             return Err(invalid("threads 0"));
@@ -148,6 +165,8 @@ impl TryFrom<proto::Hello> for Hello {
             gflops,
             memory_budget_bytes: message.memory_budget_bytes,
             version: text(Reason::Hello, "version", message.version)?,
+            host,
+            session_memory_bytes: message.session_memory_bytes,
         })
     }
 }
@@ -165,6 +184,8 @@ impl From<Hello> for proto::Hello {
             gflops: hello.gflops,
             memory_budget_bytes: hello.memory_budget_bytes,
             version: hello.version,
+            host: hello.host,
+            session_memory_bytes: hello.session_memory_bytes,
         }
     }
 }
@@ -173,18 +194,19 @@ impl TryFrom<proto::Heartbeat> for Heartbeat {
     type Error = Error;
 
     fn try_from(message: proto::Heartbeat) -> Result<Self, Error> {
-        let proto::Heartbeat { memory_used_bytes, calls_in_flight, load, draining } = message;
+        let proto::Heartbeat { memory_used_bytes, calls_in_flight, load, draining, session_used_bytes } =
+            message;
         if !(0.0..=1.0).contains(&load) {
             return Err(Error::new(Reason::Heartbeat, format!("load {load} not in 0..1")));
         }
-        Ok(Self { memory_used_bytes, calls_in_flight, load, draining })
+        Ok(Self { memory_used_bytes, calls_in_flight, load, draining, session_used_bytes })
     }
 }
 
 impl From<Heartbeat> for proto::Heartbeat {
     fn from(heartbeat: Heartbeat) -> Self {
-        let Heartbeat { memory_used_bytes, calls_in_flight, load, draining } = heartbeat;
-        Self { memory_used_bytes, calls_in_flight, load, draining }
+        let Heartbeat { memory_used_bytes, calls_in_flight, load, draining, session_used_bytes } = heartbeat;
+        Self { memory_used_bytes, calls_in_flight, load, draining, session_used_bytes }
     }
 }
 
@@ -238,13 +260,15 @@ mod tests {
             worker: WorkerId::new("w1").unwrap(),
             incarnation: u64::MAX,
             address: "http://127.0.0.1:7001".into(),
-            wire_version: 1,
+            wire_version: SESSIONS,
             kernel_id: "c1-f32".into(),
             isa: "avx512".into(),
             threads: 8,
             gflops: 230.5,
             memory_budget_bytes: 1 << 40,
             version: "0.1.0".into(),
+            host: "rack-7.example".into(),
+            session_memory_bytes: 1 << 39,
         }
     }
 
@@ -256,7 +280,13 @@ mod tests {
 
     #[test]
     fn frames_return() {
-        let heartbeat = Heartbeat { memory_used_bytes: 5, calls_in_flight: 2, load: 0.5, draining: true };
+        let heartbeat = Heartbeat {
+            memory_used_bytes: 5,
+            calls_in_flight: 2,
+            load: 0.5,
+            draining: true,
+            session_used_bytes: 7,
+        };
         for request in [JoinRequest::Hello(hello()), JoinRequest::Heartbeat(heartbeat)] {
             assert_eq!(JoinRequest::try_from(proto::JoinRequest::from(request.clone())), Ok(request));
         }
@@ -266,7 +296,7 @@ mod tests {
 
     #[test]
     fn each_field_of_a_hello_is_checked() {
-        assert_eq!(refused(|h| h.wire_version = 7), "WIRE: 7 not in 1..6");
+        assert_eq!(refused(|h| h.wire_version = 8), "WIRE: 8 not in 1..7");
         for id in ["", "a\u{1b}", &"x".repeat(65)] {
             assert_eq!(refused(|h| h.worker_id = id.into()), "HELLO: worker_id: 1..64 of [A-Za-z0-9._-]");
         }
@@ -279,6 +309,16 @@ mod tests {
         assert_eq!(refused(|h| h.gflops = f64::NAN), "HELLO: gflops NaN");
         assert_eq!(refused(|h| h.isa = "a\n".into()), "HELLO: isa has control characters: a\\n");
         assert_eq!(refused(|h| h.version = "v".repeat(300)), "HELLO: version has 300 bytes, at most 256");
+    }
+
+    #[test]
+    fn only_workers_without_sessions_may_leave_their_host_out() {
+        let mut old = proto::Hello { host: String::new(), session_memory_bytes: 0, ..hello().into() };
+        old.wire_version = PROJECTIONS;
+        assert_eq!(Hello::try_from(old).unwrap().host, "w1");
+        for host in ["", "a b", "a/b", "ä", "a\u{1b}", &"x".repeat(65)] {
+            assert_eq!(refused(|h| h.host = host.into()), "HELLO: host: 1..64 of [A-Za-z0-9._-]", "{host:?}");
+        }
     }
 
     #[test]
@@ -312,8 +352,10 @@ mod tests {
         }
 
         #[test]
-        fn no_hello_panics(worker_id in ".{0,70}", address in ".{0,40}", gflops in any::<f64>(), threads in any::<u32>()) {
-            let message = proto::Hello { worker_id, address, gflops, threads, ..hello().into() };
+        fn no_hello_panics(
+            worker_id in ".{0,70}", address in ".{0,40}", gflops in any::<f64>(), threads in any::<u32>(), host in ".{0,70}",
+        ) {
+            let message = proto::Hello { worker_id, address, gflops, threads, host, ..hello().into() };
             let _either = Hello::try_from(message);
         }
     }

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use attnd_plan::WorkerId;
+use attnd_plan::topology::is_host_label;
 
 use crate::convert::{count, quantity, small, text};
 use crate::error::{Error, Reason};
@@ -42,7 +43,7 @@ pub struct WorkerStatus {
     pub threads: usize,
     /// Measured speed of all its threads.
     pub gflops: f64,
-    /// Memory for keys, values and partials.
+    /// Memory for keys, values and partials of calls.
     pub memory_budget_bytes: u64,
     /// Memory reserved by calls.
     pub memory_used_bytes: u64,
@@ -56,6 +57,12 @@ pub struct WorkerStatus {
     pub version: String,
     /// Version of the protocol between nodes that it speaks, see [`crate::join::WIRE_VERSIONS`]; 0 from an old coordinator.
     pub wire_version: u32,
+    /// Its failure domain; empty from an old coordinator.
+    pub host: String,
+    /// Memory for keys and values of sessions.
+    pub session_memory_bytes: u64,
+    /// What sessions take of it.
+    pub session_used_bytes: u64,
 }
 
 const INVALID: Reason = Reason::ReplyInvalid;
@@ -63,6 +70,14 @@ const INVALID: Reason = Reason::ReplyInvalid;
 fn duration(field: &str, seconds: f64) -> Result<Duration, Error> {
     Duration::try_from_secs_f64(seconds)
         .map_err(|error| Error::new(INVALID, format!("{field} {seconds}: {error}")))
+}
+
+/// A failure domain, or none.
+fn host(label: String) -> Result<String, Error> {
+    if label.is_empty() || is_host_label(&label) {
+        return Ok(label);
+    }
+    Err(Error::new(INVALID, "host: 1..64 of [A-Za-z0-9._-]"))
 }
 
 impl TryFrom<proto::StatusReply> for ClusterStatus {
@@ -115,6 +130,9 @@ impl TryFrom<proto::WorkerStatus> for WorkerStatus {
             since_heartbeat: duration("seconds_since_heartbeat", message.seconds_since_heartbeat)?,
             version: text(INVALID, "version", message.version)?,
             wire_version: message.wire_version,
+            host: host(message.host)?,
+            session_memory_bytes: message.session_memory_bytes,
+            session_used_bytes: message.session_used_bytes,
         })
     }
 }
@@ -136,6 +154,9 @@ impl From<WorkerStatus> for proto::WorkerStatus {
             seconds_since_heartbeat: status.since_heartbeat.as_secs_f64(),
             version: status.version,
             wire_version: status.wire_version,
+            host: status.host,
+            session_memory_bytes: status.session_memory_bytes,
+            session_used_bytes: status.session_used_bytes,
         }
     }
 }
@@ -162,7 +183,10 @@ mod tests {
             load: 0.25,
             since_heartbeat: Duration::from_millis(125),
             version: "0.1.0".into(),
-            wire_version: 6,
+            wire_version: 7,
+            host: "rack-7".into(),
+            session_memory_bytes: 20,
+            session_used_bytes: 4,
         };
         ClusterStatus {
             workers: vec![worker],
@@ -195,6 +219,10 @@ mod tests {
         assert_eq!(
             refused(|m| m.workers[0].state = "\u{7}".into()),
             "REPLY_INVALID: state has control characters: \\u{7}"
+        );
+        assert_eq!(
+            refused(|m| m.workers[0].host = "a b".into()),
+            "REPLY_INVALID: host: 1..64 of [A-Za-z0-9._-]"
         );
         assert_eq!(refused(|m| m.workers = vec![m.workers[0].clone(); 1025]), "COUNT: workers 1025 > 1024");
     }

@@ -119,7 +119,7 @@ pub enum Verb {
     Layer(Box<LayerArgs>),
     /// Run a coordinator and N worker processes on this machine
     Local(LocalArgs),
-    /// Show the workers of a cluster: instruction set, memory, load
+    /// Show the workers of a cluster: host, instruction set, memory, load
     Status(StatusArgs),
     /// Run the coordinator of a cluster
     Coordinator(CoordinatorArgs),
@@ -226,6 +226,7 @@ pub struct CoordinatorArgs {
 Examples:
   attnd worker --coordinator http://127.0.0.1:7400
   attnd worker --coordinator http://10.0.0.1:7400 --listen 0.0.0.0:7401 --advertise http://10.0.0.2:7401
+  attnd worker --coordinator http://10.0.0.1:7400 --host rack-3 --memory 8GiB --session-memory 64GiB
 
 ATTND_ISA=avx512|avx2|neon|portable overrides the instruction set; the result's bits stay the same.")]
 pub struct WorkerArgs {
@@ -244,9 +245,17 @@ pub struct WorkerArgs {
     /// Compute threads [default: the cores of this machine]
     #[arg(long, value_name = "N", env = "ATTND_THREADS", value_parser = parse_count)]
     pub threads: Option<NonZeroUsize>,
-    /// Memory that keys, values and partials may take, such as 512MiB or 8GiB [default: half of this machine's]
+    /// Memory that keys, values and partials of calls may take, such as 512MiB or 8GiB. That of sessions comes on top; with both
+    /// defaults a quarter of the machine's memory is left to all else [default: half of this machine's]
     #[arg(long, value_name = "SIZE", env = "ATTND_MEMORY", value_parser = parse_size)]
     pub memory: Option<u64>,
+    /// Memory that keys and values of sessions may take, such as 512MiB or 8GiB [default: a quarter of this machine's]
+    #[arg(long, value_name = "SIZE", env = "ATTND_SESSION_MEMORY", value_parser = parse_size)]
+    pub session_memory: Option<u64>,
+    /// Failure domain of this worker, 1 to 64 of A-Z a-z 0-9 . _ -: replicas of a session are in different ones. Containers
+    /// on one machine have host names of their own and need the machine's here [default: this machine's host name]
+    #[arg(long, value_name = "LABEL", env = "ATTND_HOST")]
+    pub host: Option<String>,
     /// End when stdin ends, as it does when the parent process dies
     #[arg(long, hide = true)]
     pub exit_with_parent: bool,
@@ -309,7 +318,16 @@ mod tests {
         let mut variables = variables_of_verbs();
         variables.sort();
         variables.dedup();
-        let nodes = ["ADVERTISE", "COORDINATOR", "LISTEN", "MEMORY", "THREADS", "WORKER_ID"];
+        let nodes = [
+            "ADVERTISE",
+            "COORDINATOR",
+            "HOST",
+            "LISTEN",
+            "MEMORY",
+            "SESSION_MEMORY",
+            "THREADS",
+            "WORKER_ID",
+        ];
         assert_eq!(variables, nodes.map(|name| OsString::from(format!("ATTND_{name}"))));
     }
 

@@ -25,7 +25,7 @@ use tokio::time::Instant;
 use crate::args::variables_of_verbs;
 use crate::exit::Insisted;
 use crate::output;
-use crate::verbs::worker::{cores, half_of_memory};
+use crate::verbs::worker::{cores, memory};
 
 /// The program to run as children instead of this one, for tests.
 pub const PROGRAM_ENV: &str = "ATTND_BIN";
@@ -75,14 +75,20 @@ impl LocalCluster {
 
         let threads =
             options.threads_per_worker.unwrap_or(cores() / options.workers.max(1)).max(1).to_string();
-        let memory = (half_of_memory() / options.workers.max(1) as u64).max(1).to_string();
+        // Each worker's part of this machine, as the defaults of one alone would have it.
+        let part =
+            |of_machine: u64| (memory() / of_machine / options.workers.max(1) as u64).max(1).to_string();
+        let (for_calls, for_sessions) = (part(2), part(4));
         let mut starting = JoinSet::new();
         for i in 0..options.workers {
-            let (endpoint, threads, memory) = (endpoint.clone(), threads.clone(), memory.clone());
+            let (endpoint, threads) = (endpoint.clone(), threads.clone());
+            let (for_calls, for_sessions) = (for_calls.clone(), for_sessions.clone());
             starting.spawn(async move {
                 let id = format!("w{i}");
                 let args = ["worker", "--coordinator", &endpoint, "--listen", "127.0.0.1:0", "--id", &id];
-                let args = [&args[..], &["--threads", &threads, "--memory", &memory]].concat();
+                let of_machine =
+                    ["--threads", &threads, "--memory", &for_calls, "--session-memory", &for_sessions];
+                let args = [&args[..], &of_machine].concat();
                 Node::start(&id, &args, deadline).await.map(|(node, _url)| (i, node))
             });
         }

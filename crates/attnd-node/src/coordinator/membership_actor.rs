@@ -20,6 +20,7 @@ use std::time::{Duration, Instant};
 
 use attnd_kernel::KERNEL_ID;
 use attnd_plan::membership::{MemberChange, MemberState};
+use attnd_plan::session::{Holder, Keeper};
 use attnd_plan::{Capacity, Facts, MemberAction, MemberEvent, Membership, Rules, WorkerId};
 use attnd_wire::join::WIRE_VERSIONS;
 use attnd_wire::{Error, Heartbeat, Hello, Reason, WorkerStatus};
@@ -70,6 +71,17 @@ impl Member {
         self.not_connected.borrow().is_none_or(|at| at.elapsed() >= NOT_CONNECTED)
     }
 
+    /// The worker as a place for shards of sessions. What they take is as of its last beat: a worker that has less says so.
+    fn keeper(&self) -> Keeper {
+        let Hello { worker, incarnation, host, gflops, session_memory_bytes, .. } = &self.hello;
+        Keeper {
+            holder: Holder { worker: worker.clone(), incarnation: *incarnation },
+            host: host.clone(),
+            gflops: *gflops,
+            free_bytes: session_memory_bytes.saturating_sub(self.heartbeat.session_used_bytes),
+        }
+    }
+
     fn candidate(&self) -> Candidate {
         Candidate {
             capacity: Capacity {
@@ -79,6 +91,7 @@ impl Member {
             },
             memory: Arc::clone(&self.memory),
             actor: self.actor.clone(),
+            keeper: self.keeper(),
         }
     }
 }
@@ -89,6 +102,9 @@ pub(crate) struct Candidate {
     pub(crate) capacity: Capacity,
     pub(crate) memory: Arc<Budget>,
     pub(crate) actor: ActorRef<WorkerActor>,
+    /// What it is for sessions.
+    #[cfg_attr(not(test), expect(dead_code, reason = "for the session service"))]
+    pub(crate) keeper: Keeper,
 }
 
 /// The workers, as a planner sees them.
@@ -356,6 +372,9 @@ impl Message<Roster> for MembershipActor {
                 since_heartbeat: silence,
                 version: hello.version.clone(),
                 wire_version: hello.wire_version,
+                host: hello.host.clone(),
+                session_memory_bytes: hello.session_memory_bytes,
+                session_used_bytes: heartbeat.session_used_bytes,
             })
             .collect()
     }

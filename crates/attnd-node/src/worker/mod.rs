@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use attnd_kernel::{KERNEL_ID, Kernels};
 use attnd_plan::WorkerId;
+use attnd_plan::topology::is_host_label;
 use attnd_wire::join::WIRE_VERSIONS;
 use attnd_wire::{Hello, Link, limits};
 use kameo::actor::Spawn;
@@ -74,7 +75,9 @@ pub struct WorkerConfig {
     pub threads: usize,
     /// Bytes that operands and partials of all calls may take.
     pub memory_budget: u64,
-    /// Bytes that pages of sessions may take.
+    /// Its failure domain, 1 to 64 characters of `[A-Za-z0-9._-]`: replicas of a session's shard are on different ones.
+    pub host: String,
+    /// Bytes that keys and values of all sessions may take, beside those of calls.
     pub session_memory: u64,
 }
 
@@ -85,13 +88,6 @@ pub(crate) struct Gauges {
     calls: Calls,
     pool: ComputePool,
     sessions: Store,
-}
-
-impl Gauges {
-    /// Bytes of pages of sessions that are taken, and that may be.
-    pub(crate) fn session_bytes(&self) -> (u64, u64) {
-        (self.sessions.resident_bytes(), self.sessions.memory().limit())
-    }
 }
 
 /// Whether only processes on this machine reach what has this URL. A name that isn't `localhost` may be anything.
@@ -125,6 +121,9 @@ pub async fn run(
     let endpoint = limits::endpoint(&config.coordinator, Link::Coordinator)
         .map_err(|_shown| NodeError::Url { url: config.coordinator.clone() })?;
 
+    if !is_host_label(&config.host) {
+        return Err(NodeError::Host { host: config.host });
+    }
     if is_loopback(&address) && !is_loopback(&config.coordinator) {
         return Err(NodeError::Loopback { address, coordinator: config.coordinator });
     }
@@ -143,7 +142,7 @@ pub async fn run(
         Some(id) => id,
         None => membership::default_id(incarnation)?,
     };
-    tracing::info!(id = %worker, %address, isa = %kernels.isa(), threads = pool.threads(), gflops, "worker starts");
+    tracing::info!(id = %worker, host = %config.host, %address, isa = %kernels.isa(), threads = pool.threads(), gflops, "worker starts");
 
     let hello = Hello {
         worker,
@@ -156,6 +155,8 @@ pub async fn run(
         gflops,
         memory_budget_bytes: gauges.budget.limit(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
+        host: config.host,
+        session_memory_bytes: config.session_memory,
     };
     let (refused, mut refusal) = watch::channel(None);
     let supervisor = Supervisor::spawn(MembershipArgs { endpoint, hello, gauges: gauges.clone(), refused });

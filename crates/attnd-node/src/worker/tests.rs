@@ -26,6 +26,20 @@ use super::*;
 /// Time for anything that has to happen.
 const SOON: Duration = Duration::from_secs(10);
 const BUDGET: u64 = 64 << 20;
+const SESSION_MEMORY: u64 = 32 << 20;
+
+/// Of a worker with one thread and no coordinator.
+fn config() -> WorkerConfig {
+    WorkerConfig {
+        coordinator: String::new(),
+        advertise: None,
+        id: None,
+        threads: 1,
+        memory_budget: BUDGET,
+        host: "h1".into(),
+        session_memory: SESSION_MEMORY,
+    }
+}
 
 type Replies = ReceiverStream<Result<proto::JoinReply, Status>>;
 
@@ -76,8 +90,7 @@ impl Stage {
 
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let config =
-            WorkerConfig { coordinator, advertise: None, id: None, threads: 2, memory_budget: BUDGET, session_memory: BUDGET };
+        let config = WorkerConfig { coordinator, threads: 2, ..config() };
         let (stop, stopped) = oneshot::channel::<()>();
         let worker = tokio::task::spawn(run(listener, config, async { drop(stopped.await) }));
         Self { frames, worker, stop: Some(stop), address }
@@ -398,6 +411,18 @@ async fn a_lost_stream_is_joined_again_and_a_dead_incarnation_never() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_worker_says_where_it_is_and_what_sessions_may_take() {
+    let mut stage = Stage::set().await;
+    let JoinRequest::Hello(hello) = stage.frame().await.0 else { panic!("Hello comes first") };
+    assert_eq!((hello.host.as_str(), hello.session_memory_bytes), ("h1", SESSION_MEMORY));
+    assert_eq!(stage.beat(|_| true).await.session_used_bytes, 0);
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let nowhere = WorkerConfig { coordinator: "http://127.0.0.1:1".into(), host: "a b".into(), ..config() };
+    let error = run(listener, nowhere, async {}).await.unwrap_err();
+    assert_eq!((error.exit_code(), error.to_string().contains("\"a b\"")), (2, true), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_worker_that_is_refused_for_good_ends_and_says_why() {
     let mut stage = Stage::set().await;
     let (_, replies) = stage.frame().await;
@@ -427,10 +452,7 @@ async fn a_loopback_address_is_for_a_coordinator_on_this_machine() {
         let config = WorkerConfig {
             coordinator: coordinator.into(),
             advertise: advertise.map(Into::into),
-            id: None,
-            threads: 1,
-            memory_budget: BUDGET,
-            session_memory: 64 << 20,
+            ..config()
         };
         // Asked to stop before it starts, so whoever isn't refused ends well.
         run(listener, config, async {}).await

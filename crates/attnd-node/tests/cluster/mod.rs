@@ -199,7 +199,8 @@ impl Cluster {
             id: Some(format!("w{}", self.workers.len()).parse().unwrap()),
             threads: 1,
             memory_budget: 1 << 30,
-            session_memory: 64 << 20,
+            host: format!("h{}", self.workers.len()),
+            session_memory: 1 << 30,
         };
         let node = start(
             |listener, stopped| worker::run(listener, config, async { stopped.await.unwrap_or(()) }),
@@ -336,6 +337,8 @@ impl Cluster {
             gflops: 100.0,
             memory_budget_bytes: 1 << 30,
             version: "test".into(),
+            host: id.into(),
+            session_memory_bytes: 1 << 30,
         };
         let (sender, receiver) = mpsc::channel(4);
         sender.send(JoinRequest::Hello(hello.clone()).into()).await.unwrap();

@@ -104,7 +104,7 @@ fn refusals_have_their_exact_text_and_code() {
             "REPLY_INVALID: the coordinator is older: it computes c1-f32, asked c1-f32-op1",
         ),
         (kernel_mix("c2", "c1-f32"), Code::FailedPrecondition, "KERNEL_MIX: c2, this node computes c1-f32"),
-        (wire(7), Code::FailedPrecondition, "WIRE: 7 not in 1..6"),
+        (wire(8), Code::FailedPrecondition, "WIRE: 8 not in 1..7"),
     ] {
         assert_eq!((error.message().as_str(), error.reason.code()), (text, code));
     }

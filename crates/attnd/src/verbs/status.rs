@@ -44,6 +44,9 @@ struct WorkerReport {
     gflops: f64,
     memory_budget_bytes: u64,
     memory_used_bytes: u64,
+    host: String,
+    session_memory_bytes: u64,
+    session_used_bytes: u64,
     calls_in_flight: u32,
     load: f64,
     seconds_since_heartbeat: f64,
@@ -62,6 +65,9 @@ impl From<&ClusterStatus> for StatusReport {
             gflops: worker.gflops,
             memory_budget_bytes: worker.memory_budget_bytes,
             memory_used_bytes: worker.memory_used_bytes,
+            host: worker.host.clone(),
+            session_memory_bytes: worker.session_memory_bytes,
+            session_used_bytes: worker.session_used_bytes,
             calls_in_flight: worker.calls_in_flight,
             load: worker.load,
             seconds_since_heartbeat: worker.since_heartbeat.as_secs_f64(),
@@ -90,27 +96,38 @@ fn print(report: &StatusReport) -> anyhow::Result<()> {
     if report.workers.is_empty() {
         return output::line("no worker has joined; start one with: attnd worker --coordinator URL");
     }
-    let header =
-        ["worker", "state", "isa", "threads", "GFLOP/s", "memory", "load", "calls", "heartbeat", "address"];
+    let header = [
+        "worker",
+        "host",
+        "state",
+        "isa",
+        "threads",
+        "GFLOP/s",
+        "memory",
+        "sessions",
+        "load",
+        "calls",
+        "heartbeat",
+        "address",
+    ];
     let mut table = table::with_header(header);
+    let part = |used, all| format!("{} of {}", table::bytes(used), table::bytes(all));
     for worker in &report.workers {
         table.add_row([
             worker.id.clone(),
+            worker.host.clone(),
             worker.state.clone(),
             worker.isa.clone(),
             worker.threads.to_string(),
             format!("{:.0}", worker.gflops),
-            format!(
-                "{} of {}",
-                table::bytes(worker.memory_used_bytes),
-                table::bytes(worker.memory_budget_bytes)
-            ),
+            part(worker.memory_used_bytes, worker.memory_budget_bytes),
+            part(worker.session_used_bytes, worker.session_memory_bytes),
             format!("{:.0} %", 100.0 * worker.load),
             worker.calls_in_flight.to_string(),
             format!("{} ago", table::seconds(worker.seconds_since_heartbeat)),
             worker.address.clone(),
         ]);
     }
-    table::align_right(&mut table, &[3, 4, 5, 6, 7, 8]);
+    table::align_right(&mut table, &[4, 5, 6, 7, 8, 9, 10]);
     output::line(&table.to_string())
 }

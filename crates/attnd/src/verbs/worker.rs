@@ -3,13 +3,14 @@
 use anyhow::Context as _;
 use attnd_node::worker::{self, WorkerConfig};
 use attnd_plan::WorkerId;
+use attnd_plan::topology::MAX_WORKER_ID;
 use tokio::net::TcpListener;
 
 use crate::args::WorkerArgs;
 use crate::embedded::{self, StopSignal};
 use crate::exit::BadInput;
 
-/// Memory budget of a machine that doesn't tell how much it has.
+/// Memory of a machine that doesn't tell how much it has.
 const UNKNOWN_MEMORY: u64 = 8 << 30;
 
 /// Listens, says where on one line of stdout, joins and serves.
@@ -24,8 +25,9 @@ pub async fn run(args: &WorkerArgs) -> anyhow::Result<()> {
         advertise: args.advertise.clone(),
         id: id.map_err(|error| BadInput::new(error.to_string()))?,
         threads: args.threads.map_or_else(cores, Into::into),
-        memory_budget: args.memory.unwrap_or_else(half_of_memory),
-        session_memory: half_of_memory() / 2,
+        memory_budget: args.memory.unwrap_or_else(|| memory() / 2),
+        host: args.host.clone().unwrap_or_else(host_name),
+        session_memory: args.session_memory.unwrap_or_else(|| memory() / 4),
     };
     let stop = StopSignal::install(args.exit_with_parent)?;
     let listener =
@@ -39,10 +41,23 @@ pub fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, Into::into)
 }
 
-/// Half of the memory that this process may use, in bytes.
-pub fn half_of_memory() -> u64 {
+/// The memory that this process may use, in bytes.
+pub fn memory() -> u64 {
     let read = |path: &str| std::fs::read_to_string(path).ok();
-    memory_limit(read).unwrap_or(UNKNOWN_MEMORY) / 2
+    memory_limit(read).unwrap_or(UNKNOWN_MEMORY)
+}
+
+/// The name of this machine, as a failure domain.
+fn host_name() -> String {
+    domain_of(&rustix::system::uname().nodename().to_string_lossy())
+}
+
+/// A host name with other characters than a failure domain has replaced, and cut to its length. Machines without a name are
+/// all one domain: it is safe to put no two replicas on them, and wrong to believe that they are apart.
+fn domain_of(host: &str) -> String {
+    let plain = |c: char| if c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-') { c } else { '-' };
+    let label: String = host.chars().map(plain).take(MAX_WORKER_ID).collect();
+    if label.is_empty() { "unnamed".to_owned() } else { label }
 }
 
 /// The machine's memory or the container's limit, whichever is less, in bytes. `read` gives the text of a file.
@@ -77,6 +92,14 @@ mod tests {
         assert_eq!(with("/sys/fs/cgroup/memory.max", "1073741824\n"), Some(1 << 30));
         assert_eq!(with("/sys/fs/cgroup/memory.max", "max\n"), Some(total));
         assert_eq!(with("/sys/fs/cgroup/memory/memory.limit_in_bytes", "9223372036854771712"), Some(total));
+    }
+
+    #[test]
+    fn any_host_name_gives_a_failure_domain() {
+        assert_eq!(domain_of("db-7.example.org"), "db-7.example.org");
+        assert_eq!(domain_of("Jürgens PC"), "J-rgens-PC");
+        assert_eq!((domain_of(""), domain_of(&"x".repeat(300)).len()), ("unnamed".to_owned(), 64));
+        assert!(attnd_plan::topology::is_host_label(&host_name()));
     }
 
     #[test]

@@ -26,6 +26,9 @@ fn worker(name: &str, gflops: f64, wire_version: u32) -> WorkerStatus {
         since_heartbeat: Duration::ZERO,
         version: "0.1.0".into(),
         wire_version,
+        host: name.into(),
+        session_memory_bytes: 1 << 33,
+        session_used_bytes: 0,
     }
 }
 

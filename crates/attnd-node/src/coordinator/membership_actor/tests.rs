@@ -37,6 +37,8 @@ fn hello(incarnation: u64) -> Hello {
         gflops: 100.0,
         memory_budget_bytes: 1000,
         version: "test".into(),
+        host: "h1".into(),
+        session_memory_bytes: 500,
     }
 }
 
@@ -53,6 +55,27 @@ fn join_as(worker: &str, incarnation: u64) -> Join {
 
 async fn candidates(cluster: &ActorRef<MembershipActor>) -> Candidates {
     cluster.ask(Capacities { least_version: 1 }).send().await.unwrap()
+}
+
+#[tokio::test]
+async fn a_candidate_says_where_it_is_and_what_sessions_leave_free() {
+    let cluster = MembershipActor::spawn(());
+    cluster.ask(join(5)).send().await.unwrap();
+    let free = async || candidates(&cluster).await.usable.remove(0).keeper;
+    let keeper = free().await;
+    assert_eq!(
+        (keeper.holder.worker.as_str(), keeper.holder.incarnation, keeper.host.as_str()),
+        ("w1", 5, "h1")
+    );
+    assert_eq!((keeper.gflops, keeper.free_bytes), (100.0, 500));
+    for (session_used_bytes, left) in [(200, 300), (501, 0)] {
+        let heartbeat = Heartbeat { session_used_bytes, ..Heartbeat::default() };
+        cluster.ask(Beat { worker: "w1".parse().unwrap(), incarnation: 5, heartbeat }).send().await.unwrap();
+        assert_eq!(free().await.free_bytes, left);
+        let seen = cluster.ask(Roster).send().await.unwrap().remove(0);
+        assert_eq!((seen.host.as_str(), seen.session_memory_bytes), ("h1", 500));
+        assert_eq!(seen.session_used_bytes, session_used_bytes);
+    }
 }
 
 /// What a panic of the actor of a worker does, without the panic: the worker is dead.
@@ -148,7 +171,7 @@ async fn share_of_one_who_leaves(draining: bool) -> Option<Result<ComputeReply, 
     let mut opened = candidate.actor.ask(share).send().await.unwrap();
     drop(candidate);
     let connection = silent.accept().await.unwrap();
-    let heartbeat = Heartbeat { memory_used_bytes: 0, calls_in_flight: 1, load: 0.0, draining };
+    let heartbeat = Heartbeat { calls_in_flight: 1, draining, ..Heartbeat::default() };
     cluster.ask(Beat { worker: id.clone(), incarnation: 1, heartbeat }).send().await.unwrap();
     cluster.ask(Closed { worker: id, incarnation: 1 }).send().await.unwrap();
     assert!(cluster.ask(Roster).send().await.unwrap().is_empty());
