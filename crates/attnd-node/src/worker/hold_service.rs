@@ -51,13 +51,21 @@ impl shards_server::Shards for HoldService {
         request: Request<Streaming<proto::HoldRequest>>,
     ) -> Result<Response<HoldReplies>, Status> {
         let present = self.store.present(MAX_HOLDS);
-        let present = present.ok_or_else(|| Error::new(Reason::Overloaded, format!("{MAX_HOLDS} streams")))?;
+        let present =
+            present.ok_or_else(|| Error::new(Reason::Overloaded, format!("{MAX_HOLDS} streams")))?;
         let (replies, queue) = mpsc::channel(QUEUE);
         let cancelled = Arc::new(AtomicBool::new(false));
         let reader = Reader::new(self.store.clone(), self.calls.clone(), replies, Arc::clone(&cancelled));
         let reader = tokio::task::spawn(reader.serve(request.into_inner()));
         let _reader = AbortOnDropHandle::new(reader);
-        let answer = HoldReplies { queue, frames: VecDeque::new(), answer: None, cancelled, _reader, _present: present };
+        let answer = HoldReplies {
+            queue,
+            frames: VecDeque::new(),
+            answer: None,
+            cancelled,
+            _reader,
+            _present: present,
+        };
         Ok(Response::new(answer))
     }
 }

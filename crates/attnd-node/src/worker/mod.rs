@@ -167,11 +167,13 @@ pub async fn run(
         gauges: gauges.clone(),
         supervisor: supervisor.clone(),
     });
-    let shards =
-        limits::shards_server(HoldService { store: sessions.clone(), calls: gauges.calls.clone() });
+    let shards = limits::shards_server(HoldService { store: sessions.clone(), calls: gauges.calls.clone() });
     health.set_serving::<WorkerServer>().await;
     // It is the coordinator who connects to a worker.
-    let router = limits::server_builder(Link::Coordinator).add_service(health_service).add_service(service).add_service(shards);
+    let router = limits::server_builder(Link::Coordinator)
+        .add_service(health_service)
+        .add_service(service)
+        .add_service(shards);
     let incoming = listen::incoming(listener, MAX_CONNECTIONS);
     let serve = |stop| router.serve_with_incoming_shutdown(incoming, stop);
     let on_drain = async {

@@ -273,7 +273,10 @@ impl Store {
     fn forget_all(&self) {
         let shards: Vec<ShardKey> = self.lines().shards.keys().copied().collect();
         if !shards.is_empty() {
-            tracing::warn!(shards = shards.len(), "no coordinator has been here for long; sessions are given up");
+            tracing::warn!(
+                shards = shards.len(),
+                "no coordinator has been here for long; sessions are given up"
+            );
         }
         for key in shards {
             let store = self.clone();
@@ -330,7 +333,10 @@ impl Drop for Present {
 impl std::fmt::Debug for Lines {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let work = self.turns.len();
-        f.debug_struct("Lines").field("shards", &self.shards.len()).field("work", &work).finish_non_exhaustive()
+        f.debug_struct("Lines")
+            .field("shards", &self.shards.len())
+            .field("work", &work)
+            .finish_non_exhaustive()
     }
 }
 

@@ -108,7 +108,10 @@ fn results_of(work: usize, done: Result<WorkDone, Error>) -> Vec<proto::ShardRes
         Err(error) => (None, Err(error)),
     };
     let mut results: Vec<proto::ShardResult> = match partials {
-        Ok(runs) => runs.into_iter().map(|run| proto::ShardResult { partials: Some(partials_of(run)), ..empty.clone() }).collect(),
+        Ok(runs) => runs
+            .into_iter()
+            .map(|run| proto::ShardResult { partials: Some(partials_of(run)), ..empty.clone() })
+            .collect(),
         Err(error) => vec![proto::ShardResult { failure: Some(error.into()), ..empty.clone() }],
     };
     if results.is_empty() {

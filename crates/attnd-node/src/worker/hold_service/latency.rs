@@ -5,12 +5,14 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-use attnd_kernel::{Causal, Compute, Dtype, Effective, GroupCall, Kernels, Operator, Side, Storage, attend_node};
+use attnd_kernel::{
+    Causal, Compute, Dtype, Effective, GroupCall, Kernels, Operator, Side, Storage, attend_node,
+};
 use attnd_plan::cells;
 use attnd_plan::session::SessionSpec;
 use attnd_wire::hold::{HoldAsk, HoldRequest, ShardQueries};
-use attnd_wire::session::QueryOperator;
 use attnd_wire::proto;
+use attnd_wire::session::QueryOperator;
 use rayon::prelude::*;
 use tokio::sync::mpsc;
 
@@ -20,11 +22,10 @@ use crate::shutdown::Calls;
 use crate::worker::budget::Budget;
 use crate::worker::store::Store;
 use crate::worker::store::shard::key_of;
-use crate::worker::store::works::{self, Work};
 use crate::worker::store::tests::{MIB, Session, encode, number, piece, spec};
+use crate::worker::store::works::{self, Work};
 
 const TOKENS: usize = 1024;
-const STEPS: usize = 300;
 
 fn median(mut times: Vec<Duration>) -> (Duration, Duration) {
     times.sort_unstable();
@@ -50,7 +51,12 @@ fn queries(session: &Session, at_len: usize) -> ShardQueries {
 }
 
 /// The median and the ninth decile of steps, from message to message, and of their kernels alone.
-async fn measure(threads: usize, kv_heads: usize, with_rows: bool) -> [(Duration, Duration); 4] {
+async fn measure(
+    n_steps: usize,
+    threads: usize,
+    kv_heads: usize,
+    with_rows: bool,
+) -> [(Duration, Duration); 4] {
     let kernels = Kernels::from_env().unwrap();
     let pool = ComputePool::new(threads, 2).unwrap();
     let store = Store::new(kernels, pool.clone(), Budget::new(64 * MIB), 512 * MIB);
@@ -67,7 +73,7 @@ async fn measure(threads: usize, kv_heads: usize, with_rows: bool) -> [(Duration
     let (replies, mut queue) = mpsc::channel(super::QUEUE);
     let mut reader = Reader::new(store.clone(), Calls::new(), replies, Arc::new(AtomicBool::new(false)));
     let (mut steps, mut taken, mut hops) = (Vec::new(), Vec::new(), Vec::new());
-    for step in 0..STEPS {
+    for step in 0..n_steps {
         let rows = with_rows.then(|| session.rows(0, &[step as u64]));
         session.layers[0].extend(with_rows.then_some(step as u64));
         let work = session.shard_work(0, rows, Some(queries(&session, session.layers[0].len())));
@@ -83,7 +89,7 @@ async fn measure(threads: usize, kv_heads: usize, with_rows: bool) -> [(Duration
         assert_eq!(answer.frames.len(), 1);
     }
     // To the pool and back, with nothing to do there.
-    for _ in 0..STEPS {
+    for _ in 0..n_steps {
         tokio::time::sleep(Duration::from_millis(1)).await;
         let begun = Instant::now();
         let (there, back) = tokio::sync::oneshot::channel();
@@ -98,7 +104,7 @@ async fn measure(threads: usize, kv_heads: usize, with_rows: bool) -> [(Duration
     let q: Vec<f32> = (0..4 * 128).map(|at| number([at as u64, 1, 2, 3])).collect();
     let (found, told) = std::sync::mpsc::channel();
     pool.begin(move || {
-        let alone = (0..STEPS).map(|_| {
+        let alone = (0..n_steps).map(|_| {
             let all = cells(&[piece(0..kv_heads, 0..64)], &call.shape, 1);
             std::thread::sleep(Duration::from_millis(1));
             let begun = Instant::now();
@@ -127,7 +133,7 @@ async fn measure(threads: usize, kv_heads: usize, with_rows: bool) -> [(Duration
         let work = session.shard_work(0, None, Some(queries(&session, len)));
         HoldRequest { request, term: 1, ask: HoldAsk::Works(vec![work]) }.into()
     };
-    let frames: Vec<proto::HoldRequest> = (0..STEPS as u64).map(frame).collect();
+    let frames: Vec<proto::HoldRequest> = (0..n_steps as u64).map(frame).collect();
     let (found, told) = std::sync::mpsc::channel();
     let on_pool = store.clone();
     pool.begin(move || {
@@ -156,14 +162,14 @@ async fn measure(threads: usize, kv_heads: usize, with_rows: bool) -> [(Duration
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_step_beside_its_kernels() {
     if std::env::var_os("ATTND_NIGHTLY").is_none_or(|value| value != "1") {
-        let [step, kernels, ..] = measure(2, 1, true).await;
+        let [step, kernels, ..] = measure(5, 2, 1, true).await;
         assert!(step.0 > Duration::ZERO && kernels.0 > Duration::ZERO);
         return;
     }
     for threads in [1, 2] {
         for kv_heads in [8, 4] {
             for with_rows in [true, false] {
-                let [step, kernels, taken, hop] = measure(threads, kv_heads, with_rows).await;
+                let [step, kernels, taken, hop] = measure(300, threads, kv_heads, with_rows).await;
                 println!(
                     "{threads} threads, {kv_heads} kv heads, rows {with_rows}: step {:?} (p90 {:?}), kernels {:?} (p90 {:?}), \
                      taken {:?}, hop {:?} (p90 {:?})",

@@ -10,7 +10,8 @@ use std::time::Instant;
 
 use attnd_plan::call::STREAM_IDLE;
 use attnd_wire::hold::{
-    HoldAsk, HoldRequest, HoldShard, ShardAppend, ShardAt, ShardChange, ShardChangeKind, ShardWork, check_chunk,
+    HoldAsk, HoldRequest, HoldShard, ShardAppend, ShardAt, ShardChange, ShardChangeKind, ShardWork,
+    check_chunk,
 };
 use attnd_wire::{Commit, Error, Reason, SliceChunk, Status, proto, refusal};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
@@ -84,7 +85,8 @@ impl Reader {
         loop {
             let open = self.bulks.values().filter(|bulk| bulk.owed.is_open());
             let Some(since) = open.map(|bulk| bulk.last_frame).min() else { return inbound.message().await };
-            if let Ok(frame) = tokio::time::timeout_at((since + STREAM_IDLE).into(), inbound.message()).await {
+            if let Ok(frame) = tokio::time::timeout_at((since + STREAM_IDLE).into(), inbound.message()).await
+            {
                 return frame;
             }
             let now = Instant::now();
@@ -136,7 +138,9 @@ impl Reader {
             Ok(HoldAsk::Change(change)) => self.change(request, change).await,
             Ok(HoldAsk::Fence(at)) => self.fence(request, at).await,
             Ok(HoldAsk::Release(at)) => self.release(request, at).await,
-            Ok(HoldAsk::Chunk(_) | HoldAsk::Commit(_)) => self.refuse(request, refusal::expected_begin()).await,
+            Ok(HoldAsk::Chunk(_) | HoldAsk::Commit(_)) => {
+                self.refuse(request, refusal::expected_begin()).await
+            }
             Err(error) => self.refuse(request, error).await,
         }
     }
@@ -170,7 +174,12 @@ impl Reader {
     }
 
     /// Runs `work` on the pool when it is the turn of what it touches, unless nobody waits for it then.
-    fn submit(&self, touches: Vec<(ShardKey, Access)>, asked: Asked, work: impl FnOnce(Asked) + Send + 'static) {
+    fn submit(
+        &self,
+        touches: Vec<(ShardKey, Access)>,
+        asked: Asked,
+        work: impl FnOnce(Asked) + Send + 'static,
+    ) {
         let cancelled = Arc::clone(&self.cancelled);
         let job = move || {
             if !cancelled.load(Ordering::Relaxed) {
@@ -321,12 +330,15 @@ impl Reader {
         bulk.last_frame = Instant::now();
         bulk.chunks += 1;
         bulk.bytes += chunk.data.len() as u64;
-        let Some((resident, append)) = bulk.to.as_ref().filter(|_| bulk.owed.is_open()) else { return Ok(()) };
+        let Some((resident, append)) = bulk.to.as_ref().filter(|_| bulk.owed.is_open()) else {
+            return Ok(());
+        };
         if let Err(error) = check_chunk(&chunk, append, &resident.spec, &resident.pieces) {
             bulk.fail(&self.store, error);
             return Ok(());
         }
-        let (store, owed, id, resident) = (self.store.clone(), bulk.owed.clone(), bulk.id, Arc::clone(resident));
+        let (store, owed, id, resident) =
+            (self.store.clone(), bulk.owed.clone(), bulk.id, Arc::clone(resident));
         let touches = vec![(resident.key, Access::Changes)];
         let room = self.room(chunk.data.len()).await;
         let write = move || {

@@ -175,7 +175,8 @@ async fn sessions_live_on_a_stream_that_stays_open() {
     }
     // Fork, cut, seal, fence, release.
     let session = &mut sessions[0];
-    let fork = ShardChange { at: session.at, op: session.next_op(), kind: ShardChangeKind::Fork { child: 99 } };
+    let fork =
+        ShardChange { at: session.at, op: session.next_op(), kind: ShardChangeKind::Fork { child: 99 } };
     assert_eq!(stream.ask(HoldAsk::Change(fork)).await.unwrap().op_seq, 41);
     let op = session.next_op();
     let cut = ShardChange { at: session.at, op, kind: ShardChangeKind::Truncate { len: 10 } };
@@ -206,8 +207,7 @@ fn bulk(session: &mut Session, tokens: u64) -> (ShardAppend, Vec<SliceChunk>, Co
     let base_len = session.layers[0].len();
     let names: Vec<u64> = (0..tokens).collect();
     let (at, op) = (session.at, session.next_op());
-    let append =
-        ShardAppend { at, layer: 0, op, base_len, tokens: names.len(), allow_non_finite: false };
+    let append = ShardAppend { at, layer: 0, op, base_len, tokens: names.len(), allow_non_finite: false };
     let mut chunks = Vec::new();
     for (tensor, head) in [(Tensor::K, 0), (Tensor::K, 1), (Tensor::V, 0), (Tensor::V, 1)] {
         let rows: Vec<Vec<u8>> = names.iter().map(|name| session.row(tensor, 0, head, *name)).collect();

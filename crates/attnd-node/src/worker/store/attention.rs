@@ -104,7 +104,12 @@ impl Attention {
     }
 
     /// Computes a cell; `None` once nobody wants it any more.
-    fn compute(&self, kernels: &Kernels, cell: Cell<'_>, wanted: impl Fn() -> bool) -> Option<Result<(), Error>> {
+    fn compute(
+        &self,
+        kernels: &Kernels,
+        cell: Cell<'_>,
+        wanted: impl Fn() -> bool,
+    ) -> Option<Result<(), Error>> {
         let Some((kv_head, view)) = self.views.get(cell.view) else { return Some(Ok(())) };
         let (shape, heads) = (self.shape, self.shape.group_size());
         let per_group = heads * shape.n_queries() * shape.query_dim();
@@ -153,7 +158,8 @@ pub(crate) fn partial_floats<'a>(
     threads: usize,
 ) -> u64 {
     let per_node = cell_len(shape, shape.n_queries()) as u64;
-    let nodes: usize = pieces.map(|(slots, heads)| filled_nodes(slots.clone(), shape.n_keys()).len() * heads).sum();
+    let nodes: usize =
+        pieces.map(|(slots, heads)| filled_nodes(slots.clone(), shape.n_keys()).len() * heads).sum();
     let at_once = cell_len(shape, tokens_per_cell.min(shape.n_queries())) as u64 * threads as u64;
     (nodes as u64).saturating_mul(per_node).saturating_add(at_once)
 }

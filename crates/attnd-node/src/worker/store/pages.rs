@@ -208,7 +208,9 @@ impl Pages {
     pub(crate) fn next_row(&self, layer: usize, head: usize, tensor: Tensor) -> Option<usize> {
         let Some(cache) = self.layers.get(layer).and_then(|caches| caches.get(head)) else {
             let slots = &self.heads.get(head)?.slots;
-            return (0..N_SLOTS).find(|page| slots.contains(&slot_of_page(*page))).map(|page| page * PAGE_KEYS);
+            return (0..N_SLOTS)
+                .find(|page| slots.contains(&slot_of_page(*page)))
+                .map(|page| page * PAGE_KEYS);
         };
         if tensor == Tensor::V { cache.next_value() } else { cache.next_key() }
     }
@@ -287,7 +289,9 @@ impl RowFormat {
                 for key in k.chunks_exact(self.key_bytes) {
                     let Some(at) = cache.next_value() else { break };
                     // It is the key's number, too.
-                    cache.append_v(at, &key[..bytes], dtype, check_finite).map_err(|error| (Tensor::K, error))?;
+                    cache
+                        .append_v(at, &key[..bytes], dtype, check_finite)
+                        .map_err(|error| (Tensor::K, error))?;
                 }
             }
         }

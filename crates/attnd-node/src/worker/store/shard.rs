@@ -204,7 +204,12 @@ impl Shard {
     ///
     /// # Errors
     /// If not all of it came; nothing of the append is here then.
-    pub(crate) fn commit_bulk(&mut self, store: &Store, id: BulkId, commit: Commit) -> Result<ShardState, Error> {
+    pub(crate) fn commit_bulk(
+        &mut self,
+        store: &Store,
+        id: BulkId,
+        commit: Commit,
+    ) -> Result<ShardState, Error> {
         let key = self.key;
         let pages = self.pages.as_mut().ok_or_else(|| no_shard(key))?;
         let Some(staged) = self.staged.as_ref().filter(|staged| staged.id() == id) else {
@@ -332,13 +337,19 @@ impl Shard {
 /// # Errors
 /// What the replica refuses, and [`Reason::SessionExists`] if the child is here already. For memory nothing is refused: a fork is applied
 /// by all replicas or by none.
-pub(crate) fn fork(store: &Store, parent: &Resident, change: &ShardChange, child: u64) -> Result<ShardState, Error> {
+pub(crate) fn fork(
+    store: &Store,
+    parent: &Resident,
+    change: &ShardChange,
+    child: u64,
+) -> Result<ShardState, Error> {
     let mut shard = parent.change();
     let key = shard.key;
     let Some(pages) = &shard.pages else { return Err(no_shard(key)) };
     let Some(what) = change.kind.change() else { return Err(Error::new(Reason::Internal, "no fork")) };
     let op = change.op.op(what);
-    if shard.replica.begin(change.at.epoch, change.op.generation, &op).map_err(refused)? == Verdict::Replayed {
+    if shard.replica.begin(change.at.epoch, change.op.generation, &op).map_err(refused)? == Verdict::Replayed
+    {
         return Ok(shard.state(store, true));
     }
     let child_key = (child, key.1);

@@ -67,14 +67,20 @@ impl Staged {
     ///
     /// # Errors
     /// What pages refuse, or what is wrong with its place; nothing more can come of the append.
-    pub(crate) fn take(&mut self, pages: &mut Pages, chunk: &SliceChunk) -> Result<(), Result<PagesError, Error>> {
+    pub(crate) fn take(
+        &mut self,
+        pages: &mut Pages,
+        chunk: &SliceChunk,
+    ) -> Result<(), Result<PagesError, Error>> {
         if chunk.index != self.chunks {
             let detail = format!("expected {}, got {}", self.chunks, chunk.index);
             return Err(Err(Error::new(Reason::ChunkOrder, detail)));
         }
         let tensor = match chunk.tensor {
             AnyTensor::Operand(tensor) => tensor,
-            AnyTensor::Side(side) => return Err(Err(Error::new(Reason::Tensor, format!("{side} of a session")))),
+            AnyTensor::Side(side) => {
+                return Err(Err(Error::new(Reason::Tensor, format!("{side} of a session"))));
+            }
         };
         let row_bytes = pages.row_bytes(tensor);
         if row_bytes == 0 {
@@ -85,7 +91,8 @@ impl Staged {
         let mut expected = self.expected(pages, tensor, chunk.head, row_bytes);
         if expected.map(|(_, offset)| offset) != Some(chunk.offset) {
             let expected = expected.map_or("none".to_owned(), |(_, offset)| offset.to_string());
-            let detail = format!("{tensor} head {}: expected offset {expected}, got {}", chunk.head, chunk.offset);
+            let detail =
+                format!("{tensor} head {}: expected offset {expected}, got {}", chunk.head, chunk.offset);
             return Err(Err(Error::new(Reason::ChunkOrder, detail)));
         }
         while !data.is_empty() {
@@ -125,7 +132,13 @@ impl Staged {
     }
 
     /// Of a kv head, which of its places has the next byte, and where that is in the head's matrix.
-    fn expected(&self, pages: &Pages, tensor: Tensor, kv_head: usize, row_bytes: usize) -> Option<(usize, u64)> {
+    fn expected(
+        &self,
+        pages: &Pages,
+        tensor: Tensor,
+        kv_head: usize,
+        row_bytes: usize,
+    ) -> Option<(usize, u64)> {
         let ShardAppend { layer, base_len, tokens, .. } = self.append;
         let places = pages.heads().iter().enumerate().filter(|(_, place)| place.kv_head == kv_head);
         let next = places.filter_map(|(at, place)| {
@@ -148,7 +161,10 @@ impl Staged {
             return Err(Error::new(Reason::ChunkOrder, detail));
         }
         if commit.bytes != self.bytes {
-            return Err(Error::new(Reason::PayloadLength, format!("declared {}, got {}", commit.bytes, self.bytes)));
+            return Err(Error::new(
+                Reason::PayloadLength,
+                format!("declared {}, got {}", commit.bytes, self.bytes),
+            ));
         }
         if self.bytes != self.bytes_expected {
             let detail = format!("shape needs {}, payload {}", self.bytes_expected, self.bytes);

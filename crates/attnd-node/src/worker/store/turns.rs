@@ -191,16 +191,19 @@ mod tests {
                 for (ticket, job) in started {
                     let meets = |a: usize, b: usize| {
                         touched[a].iter().any(|(thing, access)| {
-                            touched[b].iter().any(|(other, its)| {
-                                thing == other && (*access == Changes || *its == Changes)
-                            })
+                            touched[b]
+                                .iter()
+                                .any(|(other, its)| thing == other && (*access == Changes || *its == Changes))
                         })
                     };
                     for (_, beside) in running.iter() {
                         assert!(!meets(job, *beside), "seed {seed}: {job} beside {beside}");
                     }
                     for earlier in 0..job {
-                        assert!(ran.contains(&earlier) || !meets(earlier, job), "seed {seed}: {earlier}, {job}");
+                        assert!(
+                            ran.contains(&earlier) || !meets(earlier, job),
+                            "seed {seed}: {earlier}, {job}"
+                        );
                     }
                     ran.push(job);
                     running.push((ticket, job));

@@ -52,7 +52,8 @@ impl Work {
             Some(queries) => {
                 let call = queries.call(layer, spec, pieces)?;
                 if call.operator.storage(spec.storage) != spec.storage {
-                    let text = format!("{} over {} keys", call.operator.score().function().name, spec.storage);
+                    let text =
+                        format!("{} over {} keys", call.operator.score().function().name, spec.storage);
                     return Err(Error::new(Reason::Operator, text));
                 }
                 Some((queries, call))

@@ -20,8 +20,10 @@ fn bulk(session: &mut Session, layer: usize, names: &[u64], most: usize) -> (Sha
             let mut is_open = false;
             for (i, name) in names.iter().enumerate() {
                 let slot = slot_of_page((base_len + i) / PAGE_KEYS);
-                let is_here =
-                    session.pieces.iter().any(|piece| piece.groups.contains(head) && piece.slots.contains(&slot));
+                let is_here = session
+                    .pieces
+                    .iter()
+                    .any(|piece| piece.groups.contains(head) && piece.slots.contains(&slot));
                 let row = session.row(tensor, layer, *head, *name);
                 match runs.last_mut() {
                     Some((_, bytes)) if is_here && is_open => bytes.extend(row),
@@ -51,7 +53,12 @@ fn commit_of(chunks: &[SliceChunk]) -> Commit {
 }
 
 /// Sends an append, all of it.
-fn send(store: &Store, append: &ShardAppend, chunks: &[SliceChunk], commit: Commit) -> Result<ShardState, Error> {
+fn send(
+    store: &Store,
+    append: &ShardAppend,
+    chunks: &[SliceChunk],
+    commit: Commit,
+) -> Result<ShardState, Error> {
     let resident = store.resident(key_of(&append.at))?;
     if let Some(replayed) = resident.change().begin_bulk(store, ID, append)? {
         return Ok(replayed);
@@ -72,7 +79,8 @@ fn chunks_of_any_size_are_the_rows_of_one_step() {
     ];
     for (dtype, storage) in [(Dtype::F32, Storage::F32), (Dtype::Bf16, Storage::Int8)] {
         for (number, pieces) in shards.iter().enumerate() {
-            let open = |number: usize| Session::open(&store, number as u64, spec(dtype, storage), pieces.clone());
+            let open =
+                |number: usize| Session::open(&store, number as u64, spec(dtype, storage), pieces.clone());
             let mut steps = open(100 + number);
             let names: Vec<u64> = (0..900).collect();
             let parts = [&names[..300], &names[300..]];

@@ -43,8 +43,7 @@ fn what_does_not_fit_is_refused_with_the_numbers_and_leaves_no_trace() {
     session.change(&store, ShardChangeKind::Truncate { len: 256 }).unwrap();
     session.generation += 1;
     session.layers[0].truncate(256);
-    let append =
-        ShardAppend { op: session.next_op(), base_len: 256, tokens: 512, ..append };
+    let append = ShardAppend { op: session.next_op(), base_len: 256, tokens: 512, ..append };
     assert!(resident.change().begin_bulk(&store, (1, 1), &append).unwrap().is_none());
     let mut other = Session::open(&store, 2, large(), vec![piece(0..2, 0..64)]);
     let rows = other.rows(0, &(0..257).collect::<Vec<_>>());

@@ -92,7 +92,8 @@ fn a_fork_that_comes_again_and_a_number_that_is_taken() {
     let store = store(64 * MIB);
     let mut parent = opened(&store);
     parent.append(&store, 0, &names(0..10));
-    let change = ShardChange { at: parent.at, op: parent.next_op(), kind: ShardChangeKind::Fork { child: 8 } };
+    let change =
+        ShardChange { at: parent.at, op: parent.next_op(), kind: ShardChangeKind::Fork { child: 8 } };
     let resident = store.resident((7, 0)).unwrap();
     let first = shard::fork(&store, &resident, &change, 8).unwrap();
     let again = shard::fork(&store, &resident, &change, 8).unwrap();
@@ -114,7 +115,10 @@ fn what_was_cut_off_grows_again_with_other_rows() {
         let state = session.change(&store, ShardChangeKind::Truncate { len }).unwrap();
         session.generation += 1;
         session.layers.iter_mut().for_each(|layer| layer.truncate(len));
-        assert_eq!((state.generation, &state.tokens[..]), (session.generation, &[len as u64, 20.min(len as u64)][..]));
+        assert_eq!(
+            (state.generation, &state.tokens[..]),
+            (session.generation, &[len as u64, 20.min(len as u64)][..])
+        );
         let from = 10_000 + len as u64;
         session.append(&store, 0, &names(from..from + 301));
         session.check(&store, 0, len + 301);
