@@ -104,12 +104,6 @@ impl Pages {
         if tensor == Tensor::V { self.format.value_bytes } else { self.format.key_bytes }
     }
 
-    /// Tokens of a layer.
-    #[cfg(test)]
-    pub(crate) fn len(&self, layer: usize) -> usize {
-        self.layers.get(layer).and_then(|caches| caches.first()).map_or(0, KvCache::len)
-    }
-
     /// Memory that `tokens` more tokens of a layer take, in bytes.
     pub(crate) fn growth_bytes(&self, layer: usize, tokens: usize) -> u64 {
         match self.layers.get(layer) {
