@@ -9,6 +9,7 @@
 use attnd_kernel::{AttnShape, Causal, Csr, Mask, Operator, Path};
 
 use crate::Tensor;
+use crate::line::CutCosts;
 use crate::planner::PlanRequest;
 use crate::residency::Residency;
 use crate::side::Projection;
@@ -126,23 +127,24 @@ impl CallCosts {
     }
 
     /// Arithmetic of one key of one kv group.
-    pub(crate) fn seconds_per_key(&self, gflops: f64) -> f64 {
+    fn seconds_per_key(&self, gflops: f64) -> f64 {
         self.flops_per_key / (gflops * 1e9 * self.model.kernel_efficiency)
     }
 
-    /// What one more partial of one group costs the hub.
-    pub(crate) fn node_seconds(&self) -> f64 {
-        self.partial_bytes / self.model.link_bytes_per_second
-            + self.partial_messages * self.model.message_seconds
-    }
-
-    /// What sending the queries of one group to one more worker costs the hub.
-    pub(crate) fn query_seconds(&self) -> f64 {
-        self.query_bytes / self.model.link_bytes_per_second + self.model.message_seconds
+    /// What cutting costs the workers and the hub.
+    pub(crate) fn of_cuts(&self) -> CutCosts {
+        let CostModel { link_bytes_per_second, message_seconds, .. } = self.model;
+        CutCosts {
+            key_seconds: self.seconds_per_key(1.0),
+            node_seconds: self.partial_bytes / link_bytes_per_second
+                + self.partial_messages * message_seconds,
+            query_seconds: self.query_bytes / link_bytes_per_second + message_seconds,
+            run_seconds: self.run_seconds(),
+        }
     }
 
     /// What one run of pages of a group that is cut costs the hub beyond its bytes.
-    pub(crate) fn run_seconds(&self) -> f64 {
+    fn run_seconds(&self) -> f64 {
         self.run_messages * self.model.message_seconds
     }
 

@@ -1,4 +1,4 @@
-//! The work of a call as a line of places, and where to cut it.
+//! The work of a call, or the tokens of a session, as a line of places, and where to cut it.
 //!
 //! Place `g * 64 + s` is slot `s` of kv group `g`; it costs the keys it holds, whatever the mask, because a causal row
 //! sees about the same fraction of every slot. A share is an interval of the line, so it has at most three pieces: the
@@ -8,11 +8,11 @@ use std::ops::Range;
 
 use attnd_kernel::slot::{self, N_SLOTS};
 
-use crate::cost::CallCosts;
-use crate::inspection::InspectionBytes;
-use crate::planner::{Piece, PlanRequest};
-use crate::residency::Residency;
-use crate::side::SideLoad;
+use crate::planner::Piece;
+
+mod call;
+
+pub(crate) use call::CallFootprint;
 
 /// A cut may move this fraction of a share away from the even point for nothing, to where fewer partials merge. Both
 /// ends of a share may, so a share is at most 4 % over its fair part. Measured speeds of workers wander by 5 to 10 %
@@ -26,44 +26,53 @@ pub(crate) struct Hand {
     pub(crate) free_bytes: u64,
 }
 
+/// What cutting costs, beside what is cut.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct CutCosts {
+    /// Seconds of one key of one kv group at 1 GFLOP/s.
+    pub(crate) key_seconds: f64,
+    /// Of one more partial of one group.
+    pub(crate) node_seconds: f64,
+    /// Of the queries of a group, sent to one more worker.
+    pub(crate) query_seconds: f64,
+    /// Of a run of pages of a group that is cut.
+    pub(crate) run_seconds: f64,
+}
+
+/// What an interval takes of a worker's memory.
+pub(crate) trait Footprint: Sized {
+    /// Bytes of an interval that isn't empty. A longer one never takes less.
+    fn bytes(&self, line: &Line<Self>, places: &Range<usize>) -> u64;
+}
+
 #[derive(Debug)]
-pub(crate) struct Line {
+pub(crate) struct Line<F> {
     n_groups: usize,
     /// Keys and pages of the slots before each slot of a group; the last entries are those of the whole group.
     keys_before: [u64; N_SLOTS + 1],
     pages_before: [u64; N_SLOTS + 1],
     /// Slots that hold keys, ascending.
     filled: Vec<usize>,
-    residency: Residency,
-    /// Of the cells that are there at once.
-    cell_bytes: u64,
-    inspection: InspectionBytes,
-    sides: Vec<SideLoad>,
+    footprint: F,
 }
 
-impl Line {
-    pub(crate) fn new(req: &PlanRequest, tokens_per_cell: usize) -> Self {
-        let PlanRequest { shape, operator, dtype, sides, outputs, .. } = req;
+impl<F: Footprint> Line<F> {
+    /// The line of so many kv groups of so many keys, at least one each.
+    pub(crate) fn of(n_groups: usize, n_keys: usize, footprint: F) -> Self {
         let (mut keys_before, mut pages_before) = ([0; N_SLOTS + 1], [0; N_SLOTS + 1]);
         let (mut keys, mut pages) = (0, 0);
         for slot in 0..N_SLOTS {
-            keys += slot::keys_in_slots(slot..slot + 1, shape.n_keys()) as u64;
-            pages += slot::pages_of_slot(slot, shape.n_keys()).count() as u64;
+            keys += slot::keys_in_slots(slot..slot + 1, n_keys) as u64;
+            pages += slot::pages_of_slot(slot, n_keys).count() as u64;
             keys_before[slot + 1] = keys;
             pages_before[slot + 1] = pages;
         }
-        let residency = Residency::new(*shape, *dtype, operator);
-        let inspected = if outputs.is_some() { residency.inspected_bytes(tokens_per_cell) } else { 0 };
-        Self {
-            n_groups: shape.n_groups(),
-            filled: (0..N_SLOTS).filter(|s| keys_before[*s] < keys_before[s + 1]).collect(),
-            keys_before,
-            pages_before,
-            residency,
-            cell_bytes: 2 * residency.cell_bytes(tokens_per_cell) + inspected,
-            inspection: InspectionBytes::new(outputs.as_deref(), shape, tokens_per_cell),
-            sides: sides.iter().map(|layout| SideLoad::new(layout, shape)).collect(),
-        }
+        let filled = (0..N_SLOTS).filter(|s| keys_before[*s] < keys_before[s + 1]).collect();
+        Self { n_groups, filled, keys_before, pages_before, footprint }
+    }
+
+    pub(crate) fn footprint(&self) -> &F {
+        &self.footprint
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -104,37 +113,9 @@ impl Line {
         .sum()
     }
 
-    /// Bytes of what travels beside Q, K and V that the worker of an interval gets.
-    pub(crate) fn side_bytes(&self, places: &Range<usize>) -> u64 {
-        let pieces = self.pieces(places);
-        self.sides.iter().map(|side| side.sent(&pieces)).sum()
-    }
-
-    /// The same of what keys and values are made of.
-    pub(crate) fn source_bytes(&self, places: &Range<usize>) -> u64 {
-        let pieces = self.pieces(places);
-        self.sides.iter().filter(|side| side.is_of_projection()).map(|side| side.sent(&pieces)).sum()
-    }
-
-    /// Bytes that a worker must reserve for an interval: its operands, two cells of partials, one being computed and one
-    /// being sent, its parts of the side tensors, and what a second pass needs.
+    /// Bytes that a worker must have for an interval.
     pub(crate) fn resident_bytes(&self, places: &Range<usize>) -> u64 {
-        if places.is_empty() {
-            return 0;
-        }
-        let sides = match &self.sides[..] {
-            [] => 0,
-            sides => {
-                let pieces = self.pieces(places);
-                sides.iter().map(|side| side.resident(&pieces)).sum()
-            }
-        };
-        self.pages(places) * self.residency.page_bytes()
-            + self.groups(places) as u64 * (self.residency.query_bytes() + self.inspection.of_group)
-            + self.residency.of_share()
-            + self.cell_bytes
-            + self.inspection.of_share
-            + sides
+        if places.is_empty() { 0 } else { self.footprint.bytes(self, places) }
     }
 
     /// An interval as rectangles of groups and slots.
@@ -173,7 +154,7 @@ impl Line {
         &self,
         hands: &[Hand],
         use_all: bool,
-        costs: &CallCosts,
+        costs: &CutCosts,
     ) -> Option<Vec<Option<Range<usize>>>> {
         let ends = |seconds: f64| self.walk(hands, seconds, use_all);
         ends(f64::INFINITY)?;
@@ -264,7 +245,7 @@ impl Line {
         &self,
         even: &[Option<Range<usize>>],
         hands: &[Hand],
-        costs: &CallCosts,
+        costs: &CutCosts,
     ) -> Option<Vec<Option<Range<usize>>>> {
         let mut snapped = even.to_vec();
         let used: Vec<usize> = (0..even.len()).filter(|i| even[*i].is_some()).collect();
@@ -272,7 +253,7 @@ impl Line {
             let [left, right] = *pair else { continue };
             let (from, cut) = (snapped[left].as_ref()?.start, even[left].as_ref()?.end);
             let to = even[right].as_ref()?.end;
-            let per_key = |i: usize| costs.seconds_per_key(hands[i].gflops);
+            let per_key = |i: usize| costs.key_seconds / hands[i].gflops;
             let share = |i: usize, places: Range<usize>| per_key(i) * self.keys(&places) as f64;
             let free = FREE_SHIFT * share(left, even[left].clone()?).min(share(right, even[right].clone()?));
             let price = |at: usize| {
@@ -295,7 +276,7 @@ impl Line {
 
     /// What it costs to cut a group here, between the cuts at the ends of `between`: more partials, and its queries once
     /// more. If it were whole without this cut, its pages come one by one too.
-    fn split_seconds(&self, at: usize, between: &Range<usize>, costs: &CallCosts) -> f64 {
+    fn split_seconds(&self, at: usize, between: &Range<usize>, costs: &CutCosts) -> f64 {
         let slot = at % N_SLOTS;
         if slot == 0 {
             return 0.0;
@@ -304,8 +285,8 @@ impl Line {
         let group = at - slot..at - slot + N_SLOTS;
         let is_whole = between.start <= group.start && group.end <= between.end;
         let runs = if is_whole { self.pages(&group) } else { 0 };
-        nodes.saturating_sub(1) as f64 * costs.node_seconds()
-            + costs.query_seconds()
-            + runs as f64 * costs.run_seconds()
+        nodes.saturating_sub(1) as f64 * costs.node_seconds
+            + costs.query_seconds
+            + runs as f64 * costs.run_seconds
     }
 }

@@ -9,7 +9,7 @@ use attnd_kernel::{AttnShape, Dtype, Operator, Outputs};
 use crate::Tensor;
 use crate::cost::{CallCosts, CostModel, Load};
 use crate::inspection::tokens_per_report;
-use crate::line::{Hand, Line};
+use crate::line::{CallFootprint, Hand, Line};
 use crate::side::Sides;
 use crate::topology::{Capacity, WorkerId};
 
@@ -145,7 +145,7 @@ fn tokens_per_cell(shape: &AttnShape, outputs: Option<&Outputs>) -> usize {
 struct Planner<'a> {
     shape: AttnShape,
     dtype: Dtype,
-    line: Line,
+    line: Line<CallFootprint>,
     costs: CallCosts,
     tokens_per_cell: usize,
     alive: usize,
@@ -250,7 +250,7 @@ impl<'a> Planner<'a> {
 
     fn draft_with(&self, chosen: &[&Capacity], use_all: bool) -> Option<Draft> {
         let (chosen, hands) = in_order(chosen);
-        let intervals = self.line.cut(&hands, use_all, &self.costs)?;
+        let intervals = self.line.cut(&hands, use_all, &self.costs.of_cuts())?;
         let given =
             || chosen.iter().zip(&intervals).filter_map(|(worker, places)| Some((*worker, places.as_ref()?)));
         let dims = [Tensor::K, Tensor::V].map(|tensor| tensor.layout(&self.shape).2);
@@ -291,12 +291,7 @@ impl<'a> Planner<'a> {
     }
 
     fn finish(&self, draft: Draft, why: &str) -> Plan {
-        let cut = match (draft.shares.len(), draft.splits_groups) {
-            (1, _) => "uncut",
-            (_, false) => "cut by heads",
-            (_, true) if self.shape.n_groups() == 1 => "cut by slots",
-            (_, true) => "cut by heads and slots",
-        };
+        let cut = cut_by(draft.shares.len(), draft.splits_groups, self.shape.n_groups());
         Plan {
             reason: format!(
                 "{} of {} workers, {cut}, predicted {}: {why}",
@@ -351,8 +346,18 @@ fn best_draft(order: &[(f64, usize)], draft: impl Fn(usize) -> Option<Draft>) ->
     best
 }
 
+/// By what something is cut into so many parts, for a person.
+pub(crate) fn cut_by(parts: usize, splits_groups: bool, n_groups: usize) -> &'static str {
+    match (parts, splits_groups) {
+        (1, _) => "uncut",
+        (_, false) => "cut by heads",
+        (_, true) if n_groups == 1 => "cut by slots",
+        (_, true) => "cut by heads and slots",
+    }
+}
+
 /// Seconds for a person.
-fn duration(seconds: f64) -> String {
+pub(crate) fn duration(seconds: f64) -> String {
     if seconds < 1.0 { format!("{:.2} ms", seconds * 1e3) } else { format!("{seconds:.2} s") }
 }
 

@@ -10,7 +10,7 @@ use attnd_kernel::AttnShape;
 use attnd_kernel::slot::{self, PAGE_KEYS};
 
 use crate::Tensor;
-use crate::planner::Plan;
+use crate::planner::{Piece, Plan};
 
 /// A run of consecutive bytes of one head that goes to one share.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -30,6 +30,8 @@ pub struct Run {
 pub struct Router {
     shape: AttnShape,
     dtype_bytes: usize,
+    /// Position of the first key that comes.
+    first_key: usize,
     /// Of each kv group: slot ranges and the shares they belong to, ascending by slot.
     owners: Vec<Vec<(Range<usize>, usize)>>,
 }
@@ -37,9 +39,19 @@ pub struct Router {
 impl Router {
     /// A router for the shares of `plan`; elements have `dtype_bytes` on the wire.
     pub fn new(plan: &Plan, shape: &AttnShape, dtype_bytes: usize) -> Self {
+        Self::of_append(plan.shares.iter().map(|share| &share.pieces[..]), shape, dtype_bytes, 0)
+    }
+
+    /// A router for keys and values that are appended to `first_key` others: `shape` has those that come. Shares have these pieces.
+    pub fn of_append<'a>(
+        shares: impl Iterator<Item = &'a [Piece]>,
+        shape: &AttnShape,
+        dtype_bytes: usize,
+        first_key: usize,
+    ) -> Self {
         let mut owners = vec![Vec::new(); shape.n_groups()];
-        for (share, of_worker) in plan.shares.iter().enumerate() {
-            for piece in &of_worker.pieces {
+        for (share, pieces) in shares.enumerate() {
+            for piece in pieces {
                 for owner in owners.iter_mut().skip(piece.groups.start).take(piece.groups.len()) {
                     owner.push((piece.slots.clone(), share));
                 }
@@ -48,7 +60,7 @@ impl Router {
         for owner in &mut owners {
             owner.sort_by_key(|(slots, _)| slots.start);
         }
-        Self { shape: *shape, dtype_bytes: dtype_bytes.max(1), owners }
+        Self { shape: *shape, dtype_bytes: dtype_bytes.max(1), first_key, owners }
     }
 
     /// Where the `len` bytes from `offset` of the whole tensor go, ascending; a byte of Q appears once per share
@@ -108,11 +120,12 @@ impl Router {
         let mut done = 0;
         while done < bytes.len() {
             let at = head_offset + done as u64;
-            let left_of_page = (page_bytes - at % page_bytes) as usize;
+            let in_sequence = self.first_key as u64 * row_bytes + at;
+            let left_of_page = (page_bytes - in_sequence % page_bytes) as usize;
             let end = (done + left_of_page).min(bytes.len());
             let run = bytes.start + done..bytes.start + end;
             done = end;
-            let slot = slot::slot_of_page((at / page_bytes) as usize);
+            let slot = slot::slot_of_page((in_sequence / page_bytes) as usize);
             let Some((_, share)) = owners.iter().find(|(slots, _)| slots.contains(&slot)) else { continue };
             match runs.get_mut(first_of_head..).and_then(<[Run]>::last_mut) {
                 Some(last) if last.share == *share && last.bytes.end == run.start => last.bytes.end = run.end,
@@ -131,9 +144,14 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_byte_goes_where_it_is_computed(call in any_call(), dtype_bytes in prop_oneof![Just(2usize), Just(4)]) {
+        fn every_byte_goes_where_it_is_computed(
+            call in any_call(),
+            dtype_bytes in prop_oneof![Just(2usize), Just(4)],
+            first_key in prop_oneof![Just(0usize), 0usize..20_000],
+        ) {
             let Some((shape, plan)) = planned(&call, 1 << 14) else { return Ok(()) };
-            let router = Router::new(&plan, &shape, dtype_bytes);
+            let pieces = plan.shares.iter().map(|share| &share.pieces[..]);
+            let router = Router::of_append(pieces, &shape, dtype_bytes, first_key);
             for tensor in Tensor::ALL {
                 let (heads, tokens, dim) = tensor.layout(&shape);
                 let row_bytes = dim * dtype_bytes;
@@ -157,7 +175,7 @@ mod tests {
                             .filter(|share| plan.shares[*share].pieces.iter().any(|piece| match tensor {
                                 Tensor::Q => piece.groups.contains(&(head / shape.group_size())),
                                 Tensor::K | Tensor::V => piece.groups.contains(&head)
-                                    && piece.slots.contains(&slot::slot_of_page(token / PAGE_KEYS)),
+                                    && piece.slots.contains(&slot::slot_of_page((first_key + token) / PAGE_KEYS)),
                             }))
                             .collect();
                         prop_assert!(tensor == Tensor::Q || wanted.len() == 1);

@@ -7,17 +7,29 @@
 //! enough replicas of each shard, and what a shard has beyond the shortest one was acknowledged by nobody.
 //!
 //! * [`spec`] is what can't change as long as a session lives; [`op`] what changes it, and how ops are told apart.
-//! * [`replica`] is one replica of a shard, as the worker that holds it sees it; [`window`] the ops that are remembered.
+//! * [`rows`] says which rows of an append go to which shard, [`attempt`] who computes queries, and who does after a loss.
 //! * [`placement`] cuts a session into shards and says who holds their replicas.
+//! * [`ledger`] is the coordinator's side of a session: which op is next, who has it, and what becomes of it when replicas are lost.
+//! * [`replica`] is one replica of a shard, as the worker that holds it sees it; [`window`] the ops that are remembered.
 
+pub mod attempt;
+pub mod ledger;
 pub mod op;
 pub mod placement;
 pub mod replica;
+pub mod rows;
 pub mod spec;
 pub mod window;
 
+pub use attempt::{Attempt, Exhausted};
+pub use ledger::{
+    Ask, Begun, Ledger, LedgerAction, LedgerError, LedgerEvent, Outcome, Phase, Read, ReadRequest, Request,
+    SavedShard,
+};
 pub use op::{Answer, Change, Holder, Op, Record};
-pub use placement::Keeper;
+pub use placement::{
+    Keeper, Move, Placement, PlacementError, ShardPlacement, place, rebalance, replacement, shard_bytes,
+};
 pub use replica::{Replica, ReplicaRefusal, ReplicaSnapshot, ReplicaState, Terms, Undone, Verdict};
 pub use spec::{SessionName, SessionNameError, SessionSpec, SpecError};
 pub use window::{WINDOW, Window};

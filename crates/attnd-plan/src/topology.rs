@@ -94,9 +94,14 @@ pub struct Capacity {
 impl Capacity {
     /// A speed that arithmetic can rely on: a worker that reports nonsense counts as a very slow one.
     pub(crate) fn speed(&self) -> f64 {
-        // A comparison with NaN is false.
-        if self.gflops > VERY_SLOW && self.gflops <= MAX_GFLOPS { self.gflops } else { VERY_SLOW }
+        usable_speed(self.gflops)
     }
+}
+
+/// See [`Capacity::speed`].
+pub(crate) fn usable_speed(gflops: f64) -> f64 {
+    // A comparison with NaN is false.
+    if gflops > VERY_SLOW && gflops <= MAX_GFLOPS { gflops } else { VERY_SLOW }
 }
 
 #[cfg(test)]

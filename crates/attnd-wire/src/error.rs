@@ -151,6 +151,8 @@ reasons! {
     Recovering "RECOVERING" Unavailable "A shard of the session finds out what its replicas have.";
     UnderReplicated "UNDER_REPLICATED" Unavailable "Fewer replicas are there than shall acknowledge.";
     Shard "SHARD" NotFound "This worker holds no such shard.";
+    Undo "UNDO" FailedPrecondition "An op that can't be taken back: not the last one, or no append.";
+    Snapshot "SNAPSHOT" FailedPrecondition "A history of ops that isn't whole.";
     Fenced "FENCED" FailedPrecondition "Another coordinator has taken over.";
     Epoch "EPOCH" Aborted "The shard has another epoch.";
     // The cluster.

@@ -71,7 +71,9 @@ async fn serve(
     let hello = read_hello(frames).await?;
     let (worker, incarnation) = (hello.worker.clone(), hello.incarnation);
     let channel = dial(&hello, dials).await?;
-    let actor = cluster.ask(Join { hello, channel }).send().await.map_err(unanswered)?;
+    // Connects with the first session.
+    let bulk = limits::endpoint(&hello.address, Link::Cluster)?.connect_lazy();
+    let actor = cluster.ask(Join { hello, channel, bulk }).send().await.map_err(unanswered)?;
     let welcome = Welcome { heartbeat: attnd_plan::membership::HEARTBEAT };
     // A worker that reads nothing is noticed below.
     replies.send(JoinReply::Welcome(welcome).into()).await.ok();

@@ -150,6 +150,8 @@ impl fmt::Display for Unused {
 pub(crate) struct Join {
     pub(crate) hello: Hello,
     pub(crate) channel: Channel,
+    /// Another one to the same address, for bytes of sessions.
+    pub(crate) bulk: Channel,
 }
 
 /// A worker beat.
@@ -269,7 +271,7 @@ impl Message<Join> for MembershipActor {
     type Reply = Result<ActorRef<WorkerActor>, Error>;
 
     async fn handle(&mut self, join: Join, ctx: &mut Context<Self, Self::Reply>) -> Self::Reply {
-        let Join { hello, channel } = join;
+        let Join { hello, channel, bulk } = join;
         if self.members.len() >= MAX_MEMBERS && !self.members.contains_key(&hello.worker) {
             return Err(Error::new(Reason::Overloaded, format!("{MAX_MEMBERS} workers have joined")));
         }
@@ -283,7 +285,8 @@ impl Message<Join> for MembershipActor {
         self.end_members(&actions);
         refusal(&actions)?;
         let (sender, not_connected) = watch::channel(None);
-        let args = WorkerActorArgs { id: hello.worker.clone(), channel, not_connected: sender };
+        let (id, incarnation) = (hello.worker.clone(), hello.incarnation);
+        let args = WorkerActorArgs { id, incarnation, channel, bulk, not_connected: sender };
         let actor = WorkerActor::spawn_link(ctx.actor_ref(), args).await;
         let member = Member {
             heartbeat: Heartbeat::default(),

@@ -1,13 +1,16 @@
-//! The coordinator's side of one worker: its bulk channel, and a task for each share that runs on it.
+//! The coordinator's side of one worker: its channels, a task for each share that runs on it, and the streams over which it holds
+//! shards of sessions.
 //!
 //! The actor lives as long as one incarnation of the worker is a member. When it is killed, because the worker is
 //! dead, its tasks end, their queues close, and every call that waits on one of them knows at once: a call never
 //! waits for a worker that is gone. A worker that drained has answered all its calls before it left, which is read to the
 //! end: then its tasks end with their streams, at the latest with the worker's connection.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use attnd_plan::WorkerId;
+use attnd_plan::session::Holder;
 use attnd_wire::deadline::{self, TIMEOUT_HEADER};
 use attnd_wire::{
     CallShape, ComputeBegin, ComputeReply, ComputeRequest, Deadline, Error, Outcome, Reason, limits, proto,
@@ -23,6 +26,7 @@ use tonic::Request;
 use tonic::metadata::MetadataValue;
 use tonic::transport::Channel;
 
+use super::hold_link::HoldLink;
 use super::tasks;
 use crate::worker::budget::Reservation;
 
@@ -36,14 +40,20 @@ const REPLIES: usize = 2;
 pub(crate) struct WorkerActor {
     args: WorkerActorArgs,
     shares: JoinSet<()>,
+    link: Option<Arc<HoldLink>>,
+    /// What runs for the streams of the link.
+    lanes: JoinSet<()>,
 }
 
 /// What a worker actor starts from.
 #[derive(Clone, Debug)]
 pub(crate) struct WorkerActorArgs {
     pub(crate) id: WorkerId,
+    pub(crate) incarnation: u64,
     /// Connects when the first share needs it, and again when the connection is lost.
     pub(crate) channel: Channel,
+    /// Another connection, for bytes of sessions.
+    pub(crate) bulk: Channel,
     /// When a share last found no connection.
     pub(crate) not_connected: watch::Sender<Option<Instant>>,
 }
@@ -57,6 +67,10 @@ pub(crate) struct OpenShare {
     pub(crate) memory: Reservation,
     pub(crate) deadline: Deadline,
 }
+
+/// The streams over which this worker holds shards; those that are there, or other ones where they ended.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct OpenLink;
 
 /// A share that runs. Dropping either end cancels it.
 #[derive(Debug, kameo::Reply)]
@@ -73,7 +87,7 @@ impl Actor for WorkerActor {
     type Error = Infallible;
 
     async fn on_start(args: WorkerActorArgs, _: ActorRef<Self>) -> Result<Self, Infallible> {
-        Ok(Self { args, shares: JoinSet::new() })
+        Ok(Self { args, shares: JoinSet::new(), link: None, lanes: JoinSet::new() })
     }
 
     async fn next(
@@ -85,6 +99,7 @@ impl Actor for WorkerActor {
             tokio::select! {
                 signal = mailbox.recv() => return Ok(signal),
                 Some(ended) = self.shares.join_next() => tasks::report(ended),
+                Some(ended) = self.lanes.join_next() => tasks::report(ended),
             }
         }
     }
@@ -111,6 +126,26 @@ impl Message<OpenShare> for WorkerActor {
     }
 }
 
+impl Message<OpenLink> for WorkerActor {
+    type Reply = Arc<HoldLink>;
+
+    async fn handle(&mut self, _: OpenLink, _: &mut Context<Self, Arc<HoldLink>>) -> Arc<HoldLink> {
+        if let Some(link) = self.link.as_ref().filter(|link| !link.is_lost()) {
+            return Arc::clone(link);
+        }
+        let WorkerActorArgs { id, incarnation, channel, bulk, .. } = &self.args;
+        let holder = Holder { worker: id.clone(), incarnation: *incarnation };
+        let (link, [control_task, bulk_task]) = HoldLink::new(holder);
+        // What is left of streams that ended.
+        self.lanes.abort_all();
+        self.lanes.spawn(control_task.run(channel.clone()));
+        self.lanes.spawn(bulk_task.run(bulk.clone()));
+        let link = Arc::new(link);
+        self.link = Some(Arc::clone(&link));
+        link
+    }
+}
+
 /// Runs one share to its end, or until nobody waits for it.
 async fn run_share(
     args: WorkerActorArgs,
@@ -118,7 +153,7 @@ async fn run_share(
     outgoing: mpsc::Receiver<proto::ComputeRequest>,
     answers: mpsc::Sender<Result<ComputeReply, Error>>,
 ) {
-    let WorkerActorArgs { id: worker, channel, not_connected } = args;
+    let WorkerActorArgs { id: worker, channel, not_connected, .. } = args;
     let ended = tokio::select! {
         ended = exchange(channel, share, outgoing, &answers) => ended,
         () = answers.closed() => return,

@@ -1,8 +1,11 @@
 //! What a worker answers.
 
+use attnd_plan::session::{Change, Op, ReplicaState};
+
 use crate::convert::{self, size, small};
 use crate::error::{Error, Reason};
 use crate::hold::partials::PartialRun;
+use crate::hold::request::tokens;
 use crate::proto;
 
 /// One frame from a worker.
@@ -57,6 +60,29 @@ pub struct ShardState {
     pub replayed: bool,
     /// Bytes of pages that the worker holds, of all sessions.
     pub resident_bytes: u64,
+    /// What the chain was before the last op.
+    pub chain_before: u32,
+    /// The last op; `None` before the first, and behind one that was undone.
+    pub last: Option<Op>,
+    /// Nothing can be appended or cut any more.
+    pub sealed: bool,
+}
+
+impl From<ReplicaState> for ShardState {
+    fn from(state: ReplicaState) -> Self {
+        let ReplicaState { epoch, generation, op_seq, chain, chain_before, last, tokens, sealed } = state;
+        let tokens = tokens.into_iter().map(|tokens| tokens as u64).collect();
+        let (replayed, resident_bytes) = (false, 0);
+        Self { epoch, generation, op_seq, chain, tokens, replayed, resident_bytes, chain_before, last, sealed }
+    }
+}
+
+impl From<ShardState> for ReplicaState {
+    fn from(state: ShardState) -> Self {
+        let ShardState { epoch, generation, op_seq, chain, tokens, chain_before, last, sealed, .. } = state;
+        let tokens = tokens.into_iter().map(|n| self::tokens(n)).collect();
+        Self { epoch, generation, op_seq, chain, chain_before, last, tokens, sealed }
+    }
 }
 
 impl TryFrom<proto::HoldReply> for HoldReply {
@@ -122,15 +148,66 @@ impl TryFrom<proto::ShardState> for ShardState {
 
     fn try_from(message: proto::ShardState) -> Result<Self, Error> {
         convert::count("tokens", message.tokens.len())?;
-        let proto::ShardState { epoch, generation, op_seq, chain, tokens, replayed, resident_bytes } =
-            message;
-        Ok(Self { epoch, generation, op_seq, chain, tokens, replayed, resident_bytes })
+        let proto::ShardState {
+            epoch,
+            generation,
+            op_seq,
+            chain,
+            tokens,
+            replayed,
+            resident_bytes,
+            chain_before,
+            last,
+            sealed,
+        } = message;
+        let last = last.map(decode_last).transpose()?;
+        Ok(Self { epoch, generation, op_seq, chain, tokens, replayed, resident_bytes, chain_before, last, sealed })
     }
+}
+
+fn decode_last(message: proto::LastOp) -> Result<Op, Error> {
+    use proto::last_op::Change as Message;
+    let proto::LastOp { op_seq: seq, digest, change } = message;
+    let change = match change.ok_or_else(|| Error::new(Reason::ReplyInvalid, "a last op that is none"))? {
+        Message::Append(proto::LastAppend { layer, base_len, tokens: n }) => {
+            Change::Append { layer: size(layer), base_len: tokens(base_len), tokens: tokens(n) }
+        }
+        Message::Truncate(proto::SessionTruncate { len }) => Change::Truncate { len: tokens(len) },
+        Message::Fork(child) => Change::Fork { child },
+        Message::Seal(proto::SessionSeal {}) => Change::Seal,
+    };
+    Ok(Op { seq, digest, change })
+}
+
+fn encode_last(op: Op) -> proto::LastOp {
+    use proto::last_op::Change as Message;
+    let change = match op.change {
+        Change::Append { layer, base_len, tokens } => {
+            let (layer, base_len, tokens) = (small(layer), base_len as u64, tokens as u64);
+            Message::Append(proto::LastAppend { layer, base_len, tokens })
+        }
+        Change::Truncate { len } => Message::Truncate(proto::SessionTruncate { len: len as u64 }),
+        Change::Fork { child } => Message::Fork(child),
+        Change::Seal => Message::Seal(proto::SessionSeal {}),
+    };
+    proto::LastOp { op_seq: op.seq, digest: op.digest, change: Some(change) }
 }
 
 impl From<ShardState> for proto::ShardState {
     fn from(state: ShardState) -> Self {
-        let ShardState { epoch, generation, op_seq, chain, tokens, replayed, resident_bytes } = state;
-        Self { epoch, generation, op_seq, chain, tokens, replayed, resident_bytes }
+        let ShardState {
+            epoch,
+            generation,
+            op_seq,
+            chain,
+            tokens,
+            replayed,
+            resident_bytes,
+            chain_before,
+            last,
+            sealed,
+        } = state;
+        let last = last.map(encode_last);
+        Self { epoch, generation, op_seq, chain, tokens, replayed, resident_bytes, chain_before, last, sealed }
     }
 }

@@ -166,7 +166,7 @@ fn rows_must_be_those_of_the_shard() {
     assert_eq!(check(rows(), &small), Err("SESSION_FULL: 256 + 300".into()));
     let huge = ShardRows { base_len: usize::MAX, ..rows() };
     assert_eq!(check(huge, &spec()), Err(format!("SESSION_FULL: {} + 300", u64::MAX)));
-    assert_eq!(rows().check(3, &spec(), &pieces()).unwrap_err().message(), "SHAPE_LIMIT: layer 3 > 2");
+    assert_eq!(rows().check(3, &spec(), &pieces()).unwrap_err().message(), "SHAPE_LIMIT: layer 3 of 3");
     assert_eq!(append().bytes(&spec(), &pieces()), Ok((44 * 16, 44 * 8)));
 }
 
@@ -208,7 +208,7 @@ fn queries_must_be_those_of_the_shard() {
     );
     assert_eq!(refused(|queries| queries.tokens_per_cell = 0), "PIECES: tokens_per_cell 0 not in 1..2");
     assert_eq!(refused(|queries| queries.operator.causal = 9), "CAUSAL: 9");
-    assert_eq!(queries().call(3, &spec(), &pieces()).unwrap_err().message(), "SHAPE_LIMIT: layer 3 > 2");
+    assert_eq!(queries().call(3, &spec(), &pieces()).unwrap_err().message(), "SHAPE_LIMIT: layer 3 of 3");
 }
 
 /// What a shard owes for some queries, and rows that a kernel may have made.
@@ -295,7 +295,19 @@ fn every_reply_returns() {
         tokens: vec![1, 2, 3],
         replayed: true,
         resident_bytes: 1 << 40,
+        chain_before: 8,
+        last: None,
+        sealed: true,
     };
+    for change in [
+        Change::Append { layer: 1, base_len: 2, tokens: 3 },
+        Change::Truncate { len: 4 },
+        Change::Fork { child: 5 },
+        Change::Seal,
+    ] {
+        let state = ShardState { last: Some(Op { seq: 3, digest: 7, change }), ..state.clone() };
+        assert_eq!(ShardState::try_from(sent(proto::ShardState::from(state.clone()))), Ok(state));
+    }
     let (_, _, partials) = owed();
     let failure = Error::new(Reason::KvBudget, "need 2, free 1");
     let results = vec![

@@ -2,6 +2,7 @@
 
 use attnd_kernel::Dtype;
 use attnd_plan::Tensor;
+use attnd_plan::session::ReplicaRefusal;
 
 use crate::error::{Error, Reason};
 
@@ -153,4 +154,26 @@ pub fn payload_length(tensor: Tensor, need: u128, got: usize) -> Error {
 /// Rows in one message don't have the checksum that came with them.
 pub fn rows_checksum(rows: &str) -> Error {
     Error::new(Reason::Checksum, format!("{rows}, nothing applied"))
+}
+
+impl From<ReplicaRefusal> for Error {
+    fn from(refusal: ReplicaRefusal) -> Self {
+        let reason = match refusal {
+            ReplicaRefusal::Fenced { .. } => Reason::Fenced,
+            ReplicaRefusal::Epoch { .. } => Reason::Epoch,
+            ReplicaRefusal::Generation { .. } => Reason::Generation,
+            ReplicaRefusal::SeqGap { .. } => Reason::SeqGap,
+            ReplicaRefusal::SeqReused { .. } => Reason::SeqReused,
+            ReplicaRefusal::SeqOld { .. } => Reason::SeqOld,
+            ReplicaRefusal::Length { .. } => Reason::Length,
+            ReplicaRefusal::Full { .. } => Reason::SessionFull,
+            ReplicaRefusal::AtLen { .. } => Reason::AtLen,
+            ReplicaRefusal::NoTokens => Reason::ShapeZero,
+            ReplicaRefusal::Layer { .. } => Reason::ShapeLimit,
+            ReplicaRefusal::Sealed => Reason::Sealed,
+            ReplicaRefusal::Undo { .. } => Reason::Undo,
+            ReplicaRefusal::Snapshot { .. } => Reason::Snapshot,
+        };
+        Self::new(reason, refusal.to_string())
+    }
 }

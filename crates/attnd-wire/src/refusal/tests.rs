@@ -270,7 +270,7 @@ fn a_failing_worker_is_lost_unless_the_data_are_to_blame() {
 #[test]
 fn what_sessions_refuse_has_its_exact_text_and_code() {
     use attnd_kernel::Dtype;
-    use attnd_plan::session::SessionName;
+    use attnd_plan::session::{ReplicaRefusal, SessionName};
     for (error, code, text) in [
         (
             SessionName::new("").unwrap_err().into(),
@@ -322,6 +322,21 @@ fn what_sessions_refuse_has_its_exact_text_and_code() {
     ] {
         assert_eq!((error.message().as_str(), error.reason.code()), (text, code));
         assert_eq!(error.outcome, crate::Outcome::NotExecuted, "{text}");
+    }
+    // A replica's words are the same.
+    for (of_replica, ours) in [
+        (ReplicaRefusal::Fenced { term: 4, highest: 5 }, fenced(4, 5)),
+        (ReplicaRefusal::Epoch { shard: 7, request: 6 }, epoch(7, 6)),
+        (ReplicaRefusal::Generation { session: 4, request: 3 }, generation(4, 3)),
+        (ReplicaRefusal::SeqGap { expected: 18, got: 20 }, seq_gap(18, 20)),
+        (ReplicaRefusal::SeqReused { seq: 17 }, seq_reused(17)),
+        (ReplicaRefusal::SeqOld { seq: 3, oldest: 954 }, seq_old(3, 954)),
+        (ReplicaRefusal::Length { committed: 128, base_len: 120 }, length(128, 120)),
+        (ReplicaRefusal::Full { committed: 1_048_576, tokens: 1 }, session_full(1_048_576, 1)),
+        (ReplicaRefusal::AtLen { at_len: 200, len: 128 }, at_len(200, 128)),
+        (ReplicaRefusal::NoTokens, no_tokens()),
+    ] {
+        assert_eq!(Error::from(of_replica), ours);
     }
     for passes in [recovering(), under_replicated(1, 2)] {
         assert_eq!(passes.pushback(), Some(Duration::from_millis(200)));

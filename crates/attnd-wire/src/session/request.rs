@@ -99,6 +99,8 @@ pub struct Append {
     pub allow_non_finite: bool,
     /// What the client takes the rows for.
     pub shape: RowShape,
+    /// Of all of K, continued over all of V.
+    pub crc32c: u32,
 }
 
 /// Bytes of K or V of an append.
@@ -259,7 +261,7 @@ impl TryFrom<proto::SessionAppend> for Append {
     type Error = Error;
 
     fn try_from(message: proto::SessionAppend) -> Result<Self, Error> {
-        let proto::SessionAppend { session, mutation, layer, tokens, base_len, allow_non_finite, shape } =
+        let proto::SessionAppend { session, mutation, layer, tokens, base_len, allow_non_finite, shape, crc32c } =
             message;
         if tokens == 0 {
             return Err(refusal::no_tokens());
@@ -272,6 +274,7 @@ impl TryFrom<proto::SessionAppend> for Append {
             base_len,
             allow_non_finite,
             shape: RowShape::decode(shape)?,
+            crc32c,
         })
     }
 }
@@ -286,6 +289,7 @@ impl From<Append> for proto::SessionAppend {
             base_len: append.base_len,
             allow_non_finite: append.allow_non_finite,
             shape: append.shape.encode(),
+            crc32c: append.crc32c,
         }
     }
 }

@@ -87,7 +87,7 @@ pub fn check_layer(layer: usize, spec: &SessionSpec) -> Result<(), Error> {
     if layer < spec.layers {
         return Ok(());
     }
-    Err(Error::new(Reason::ShapeLimit, format!("layer {layer} > {}", spec.layers - 1)))
+    Err(Error::new(Reason::ShapeLimit, format!("layer {layer} of {}", spec.layers)))
 }
 
 impl From<SessionNameError> for Error {

@@ -100,6 +100,7 @@ fn every_request_returns() {
         base_len: None,
         allow_non_finite: true,
         shape: RowShape { dtype: Some(Dtype::Bf16), heads: Some(2), head_dim: None, value_dim: Some(2) },
+        crc32c: 77,
     };
     let change = |kind| Ask::Change(Change { session: session(), mutation: mutation(), kind });
     let child = Some(SessionName::new("c").unwrap());
@@ -201,7 +202,7 @@ fn rows_must_be_those_of_the_session() {
         change(&mut changed);
         changed.check(layer, &spec).unwrap_err().message()
     };
-    assert_eq!(rows().check(3, &spec).unwrap_err().message(), "SHAPE_LIMIT: layer 3 > 2");
+    assert_eq!(rows().check(3, &spec).unwrap_err().message(), "SHAPE_LIMIT: layer 3 of 3");
     let said = |shape: RowShape| refused(&|rows| rows.shape = shape);
     let none = RowShape::default();
     assert_eq!(said(RowShape { dtype: Some(Dtype::Bf16), ..none }), "DTYPE_MISMATCH: session f32, got bf16");
@@ -274,7 +275,7 @@ fn what_sessions_do_not_have_is_refused_with_its_name() {
     let bias = proto::Bias { kind: Some(proto::bias::Kind::Dense(dense(proto::Dtype::F32))) };
     assert_eq!(
         refused(proto::Operator { biases: vec![bias], ..Default::default() }),
-        "COMBINATION: session and biases.dense"
+        "COMBINATION: session and bias.dense"
     );
     let score = proto::Score {
         function: "location_aware".to_owned(),
@@ -379,7 +380,7 @@ fn each_field_of_other_requests_is_checked() {
     };
     let none = RowShape::default();
     assert_eq!(of(0, 5, none), Ok((2 * 5 * 16, 2 * 5 * 8)));
-    assert_eq!(of(3, 5, none), Err("SHAPE_LIMIT: layer 3 > 2".into()));
+    assert_eq!(of(3, 5, none), Err("SHAPE_LIMIT: layer 3 of 3".into()));
     assert_eq!(of(0, u64::MAX, none), Err("SHAPE_OVERFLOW".into()));
     assert_eq!(
         of(0, 5, RowShape { heads: Some(3), ..none }),

@@ -50,7 +50,7 @@ fn join(incarnation: u64) -> Join {
 fn join_as(worker: &str, incarnation: u64) -> Join {
     let hello = Hello { worker: worker.parse().unwrap(), ..hello(incarnation) };
     let channel = limits::endpoint(&hello.address, Link::Cluster).unwrap().connect_lazy();
-    Join { hello, channel }
+    Join { hello, bulk: channel.clone(), channel }
 }
 
 async fn candidates(cluster: &ActorRef<MembershipActor>) -> Candidates {
@@ -159,7 +159,7 @@ async fn share_of_one_who_leaves(draining: bool) -> Option<Result<ComputeReply, 
     let address = format!("http://{}", silent.local_addr().unwrap());
     let cluster = MembershipActor::spawn(());
     let channel = limits::endpoint(&address, Link::Cluster).unwrap().connect_lazy();
-    let of = Join { hello: Hello { address, ..hello(1) }, channel };
+    let of = Join { hello: Hello { address, ..hello(1) }, bulk: channel.clone(), channel };
     let id = of.hello.worker.clone();
     cluster.ask(of).send().await.unwrap();
     let candidate = candidates(&cluster).await.usable.remove(0);

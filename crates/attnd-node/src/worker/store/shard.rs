@@ -96,16 +96,8 @@ impl Resident {
 impl Shard {
     /// What the replica has.
     pub(crate) fn state(&self, store: &Store, replayed: bool) -> ShardState {
-        let state = self.replica.state();
-        ShardState {
-            epoch: state.epoch,
-            generation: state.generation,
-            op_seq: state.op_seq,
-            chain: state.chain,
-            tokens: state.tokens.iter().map(|tokens| *tokens as u64).collect(),
-            replayed,
-            resident_bytes: store.resident_bytes(),
-        }
+        let state = ShardState::from(self.replica.state());
+        ShardState { replayed, resident_bytes: store.resident_bytes(), ..state }
     }
 
     /// The answer to who wants it to be held, in this epoch.

@@ -3,7 +3,11 @@
 use super::*;
 
 fn append(seq: u64, layer: usize, base_len: usize, tokens: usize) -> Op {
-    Op { seq, digest: seq as u32 * 31 + tokens as u32, change: Change::Append { layer, base_len, tokens } }
+    Op {
+        seq,
+        digest: (seq as u32 * 31).wrapping_add(tokens as u32),
+        change: Change::Append { layer, base_len, tokens },
+    }
 }
 
 fn other(seq: u64, change: Change) -> Op {

@@ -1,0 +1,298 @@
+//! The coordinator's two streams to a worker that holds shards: one for steps and control, one for bytes in bulk. Both stay open as
+//! long as the worker is a member.
+//!
+//! Requests are numbered, and answers find by their number who waits. Nobody waits for a stream that ended: whoever asked is
+//! told, and whoever asks from then on. A number is given out under the lock under which the request is queued, so
+//! requests leave in the order of their numbers.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use attnd_plan::session::Holder;
+use attnd_wire::{Error, Reason, limits, proto};
+use proto::hold_request::Ask;
+use tokio::sync::{mpsc, oneshot};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::Channel;
+
+/// Messages of steps and control that wait to be sent.
+const CONTROL_QUEUE: usize = 16;
+/// Chunks that wait to be sent; a full queue holds the client back.
+const BULK_QUEUE: usize = 4;
+
+/// All parts of the answer to one request.
+pub(crate) type Parts = Vec<proto::HoldReply>;
+
+/// Both streams.
+#[derive(Debug)]
+pub(crate) struct HoldLink {
+    /// Who is at the other end.
+    pub(crate) holder: Holder,
+    /// For steps and control.
+    pub(crate) control: Lane,
+    /// For chunks.
+    pub(crate) bulk: Lane,
+}
+
+/// One stream.
+#[derive(Debug)]
+pub(crate) struct Lane {
+    requests: mpsc::Sender<proto::HoldRequest>,
+    waiting: Arc<Waiting>,
+}
+
+/// Who waits for what.
+#[derive(Debug, Default)]
+struct Waiting(Mutex<State>);
+
+#[derive(Debug, Default)]
+struct State {
+    /// The number of the last request.
+    last: u64,
+    asked: BTreeMap<u64, Asked>,
+    /// Why the stream ended.
+    lost: Option<Error>,
+}
+
+#[derive(Debug)]
+struct Asked {
+    parts: Parts,
+    answer: oneshot::Sender<Result<Parts, Error>>,
+}
+
+/// The answer to come.
+#[derive(Debug)]
+pub(crate) struct Answer(oneshot::Receiver<Result<Parts, Error>>);
+
+/// A request that goes on: chunks, and what ends them.
+#[derive(Debug)]
+pub(crate) struct Upload<'a> {
+    lane: &'a Lane,
+    request: u64,
+    term: u64,
+}
+
+/// Runs a stream to its end.
+#[derive(Debug)]
+pub(crate) struct LaneTask {
+    outgoing: mpsc::Receiver<proto::HoldRequest>,
+    waiting: LosesAll,
+}
+
+/// Tells everybody who waits that the stream is gone, also when its task is killed.
+#[derive(Debug)]
+struct LosesAll(Arc<Waiting>);
+
+impl Drop for LosesAll {
+    fn drop(&mut self) {
+        self.0.lose(&Error::new(Reason::Transport, "the worker is gone"));
+    }
+}
+
+impl HoldLink {
+    /// Both streams to `holder`, and what has to run for them, each over a connection of its own.
+    pub(crate) fn new(holder: Holder) -> (Self, [LaneTask; 2]) {
+        let (control, control_task) = Lane::new(CONTROL_QUEUE);
+        let (bulk, bulk_task) = Lane::new(BULK_QUEUE);
+        (Self { holder, control, bulk }, [control_task, bulk_task])
+    }
+
+    /// Whether one of the streams ended: then this is of no use any more.
+    pub(crate) fn is_lost(&self) -> bool {
+        [&self.control, &self.bulk].into_iter().any(|lane| lane.waiting.lock().lost.is_some())
+    }
+}
+
+impl Lane {
+    fn new(queue: usize) -> (Self, LaneTask) {
+        let (requests, outgoing) = mpsc::channel(queue);
+        let waiting = Arc::new(Waiting::default());
+        let task = LaneTask { outgoing, waiting: LosesAll(Arc::clone(&waiting)) };
+        (Self { requests, waiting }, task)
+    }
+
+    /// Queues a request, as soon as there is room; the answer comes by itself.
+    ///
+    /// # Errors
+    /// Why the stream ended.
+    pub(crate) async fn ask(&self, term: u64, ask: Ask) -> Result<Answer, Error> {
+        self.begin(term, ask).await.map(|(_upload, answer)| answer)
+    }
+
+    /// Queues the first message of a request that goes on.
+    ///
+    /// # Errors
+    /// As [`Self::ask`].
+    pub(crate) async fn begin(&self, term: u64, ask: Ask) -> Result<(Upload<'_>, Answer), Error> {
+        let room = self.requests.reserve().await.map_err(|_closed| self.why_lost())?;
+        let (answer, answered) = oneshot::channel();
+        let mut state = self.waiting.lock();
+        if let Some(why) = &state.lost {
+            return Err(why.clone());
+        }
+        state.last += 1;
+        let request = state.last;
+        state.asked.insert(request, Asked { parts: Parts::new(), answer });
+        room.send(proto::HoldRequest { request, term, ask: Some(ask) });
+        drop(state);
+        Ok((Upload { lane: self, request, term }, Answer(answered)))
+    }
+
+    fn why_lost(&self) -> Error {
+        let gone = || Error::new(Reason::Transport, "the worker is gone");
+        self.waiting.lock().lost.clone().unwrap_or_else(gone)
+    }
+}
+
+impl Upload<'_> {
+    /// Queues what follows.
+    ///
+    /// # Errors
+    /// As [`Lane::ask`].
+    pub(crate) async fn send(&self, ask: Ask) -> Result<(), Error> {
+        let room = self.lane.requests.reserve().await.map_err(|_closed| self.lane.why_lost())?;
+        room.send(proto::HoldRequest { request: self.request, term: self.term, ask: Some(ask) });
+        Ok(())
+    }
+}
+
+impl Answer {
+    /// All parts of the answer.
+    ///
+    /// # Errors
+    /// Why the stream ended before the last one came.
+    pub(crate) async fn parts(self) -> Result<Parts, Error> {
+        self.0.await.unwrap_or_else(|_gone| Err(Error::new(Reason::Transport, "the worker is gone")))
+    }
+}
+
+impl LaneTask {
+    /// Opens the stream and hands out what comes, until it ends.
+    pub(crate) async fn run(self, channel: Channel) {
+        let Self { outgoing, waiting } = self;
+        let why = match exchange(channel, outgoing, &waiting.0).await {
+            Ok(()) => Error::new(Reason::Transport, "the worker ended its stream"),
+            Err(error) => error,
+        };
+        waiting.0.lose(&why);
+    }
+}
+
+async fn exchange(
+    channel: Channel,
+    outgoing: mpsc::Receiver<proto::HoldRequest>,
+    waiting: &Waiting,
+) -> Result<(), Error> {
+    let mut stub = limits::shards_client(channel);
+    let mut replies = stub.hold(ReceiverStream::new(outgoing)).await?.into_inner();
+    while let Some(reply) = replies.message().await? {
+        waiting.take(reply)?;
+    }
+    Ok(())
+}
+
+impl Waiting {
+    /// No critical section here can panic half-way, so a poisoned lock still guards a whole value.
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes a reply; with the last part, whoever waits is told.
+    ///
+    /// # Errors
+    /// [`Reason::ReplyInvalid`] for an answer that nobody asked for.
+    fn take(&self, reply: proto::HoldReply) -> Result<(), Error> {
+        let (number, more) = (reply.request, reply.more);
+        let mut state = self.lock();
+        let Some(asked) = state.asked.get_mut(&number) else {
+            return Err(Error::new(
+                Reason::ReplyInvalid,
+                format!("an answer to request {number}, which isn't open"),
+            ));
+        };
+        asked.parts.push(reply);
+        if more {
+            return Ok(());
+        }
+        let asked = state.asked.remove(&number);
+        drop(state);
+        if let Some(Asked { parts, answer }) = asked {
+            // Whoever asked may be gone.
+            drop(answer.send(Ok(parts)));
+        }
+        Ok(())
+    }
+
+    /// Nobody will be answered any more. The first reason stays.
+    fn lose(&self, why: &Error) {
+        let mut state = self.lock();
+        state.lost.get_or_insert_with(|| why.clone());
+        let asked = std::mem::take(&mut state.asked);
+        drop(state);
+        for Asked { answer, .. } in asked.into_values() {
+            drop(answer.send(Err(why.clone())));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use attnd_plan::WorkerId;
+
+    use super::*;
+
+    fn release() -> Ask {
+        Ask::Release(proto::ShardRelease::default())
+    }
+
+    fn reply(request: u64, more: bool) -> proto::HoldReply {
+        proto::HoldReply { request, more, answer: None }
+    }
+
+    fn link() -> (HoldLink, [LaneTask; 2]) {
+        HoldLink::new(Holder { worker: WorkerId::new("w1").unwrap(), incarnation: 7 })
+    }
+
+    #[tokio::test]
+    async fn answers_find_who_waits_in_any_order_and_in_parts() {
+        let (link, [mut task, _bulk]) = link();
+        let first = link.control.ask(3, release()).await.unwrap();
+        let (upload, second) = link.control.begin(3, release()).await.unwrap();
+        upload.send(Ask::Commit(proto::Commit::default())).await.unwrap();
+        let sent: Vec<(u64, u64)> =
+            [task.outgoing.recv().await, task.outgoing.recv().await, task.outgoing.recv().await]
+                .map(|sent| sent.map(|sent| (sent.request, sent.term)).unwrap())
+                .into();
+        assert_eq!(sent, [(1, 3), (2, 3), (2, 3)]);
+        let waiting = &task.waiting.0;
+        waiting.take(reply(2, true)).unwrap();
+        waiting.take(reply(1, false)).unwrap();
+        waiting.take(reply(2, false)).unwrap();
+        assert_eq!((first.parts().await.unwrap().len(), second.parts().await.unwrap().len()), (1, 2));
+        let unknown = waiting.take(reply(2, false)).unwrap_err();
+        assert_eq!(unknown.message(), "REPLY_INVALID: an answer to request 2, which isn't open");
+    }
+
+    #[tokio::test]
+    async fn whoever_waits_for_a_stream_that_ended_is_told_and_whoever_comes_later() {
+        let (link, [task, _bulk]) = link();
+        let waits = link.control.ask(1, release()).await.unwrap();
+        assert!(!link.is_lost());
+        task.waiting.0.lose(&Error::new(Reason::Transport, "reset"));
+        assert!(link.is_lost());
+        assert_eq!(waits.parts().await.unwrap_err().message(), "TRANSPORT: reset");
+        assert_eq!(link.control.ask(1, release()).await.unwrap_err().message(), "TRANSPORT: reset");
+        drop(task);
+        assert_eq!(link.control.ask(1, release()).await.unwrap_err().message(), "TRANSPORT: reset");
+    }
+
+    #[tokio::test]
+    async fn a_task_that_is_killed_loses_its_stream() {
+        let (link, [control, bulk]) = link();
+        let waits = link.bulk.ask(1, release()).await.unwrap();
+        drop(bulk);
+        assert_eq!(waits.parts().await.unwrap_err().message(), "TRANSPORT: the worker is gone");
+        assert!(link.is_lost());
+        drop(control);
+    }
+}

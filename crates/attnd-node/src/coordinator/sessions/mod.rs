@@ -1,0 +1,4 @@
+//! Sessions: keys and values that stay on the workers.
+
+mod merge;
+mod turns;
