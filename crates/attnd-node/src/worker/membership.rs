@@ -111,13 +111,13 @@ impl Membership {
     }
 
     fn heartbeat(&self) -> proto::JoinRequest {
-        let Gauges { budget, calls, pool, .. } = &self.args.gauges;
+        let Gauges { budget, calls, pool, sessions } = &self.args.gauges;
         let beat = Heartbeat {
             memory_used_bytes: budget.reserved(),
             calls_in_flight: u32::try_from(calls.in_flight()).unwrap_or(u32::MAX),
             load: pool.load(),
             draining: self.leaving,
-            session_used_bytes: self.args.gauges.session_bytes().0,
+            session_used_bytes: sessions.resident_bytes(),
         };
         JoinRequest::Heartbeat(beat).into()
     }

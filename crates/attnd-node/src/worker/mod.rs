@@ -90,13 +90,6 @@ pub(crate) struct Gauges {
     sessions: Store,
 }
 
-impl Gauges {
-    /// Bytes of pages of sessions that are taken, and that may be.
-    pub(crate) fn session_bytes(&self) -> (u64, u64) {
-        (self.sessions.resident_bytes(), self.sessions.memory().limit())
-    }
-}
-
 /// Whether only processes on this machine reach what has this URL. A name that isn't `localhost` may be anything.
 fn is_loopback(url: &str) -> bool {
     let Ok(uri) = url.parse::<tonic::transport::Uri>() else { return false };

@@ -19,7 +19,7 @@ use attnd_wire::hold::{ShardAt, ShardState};
 use attnd_wire::{Error, Reason, refusal};
 
 use self::memory::SessionMemory;
-use self::shard::{Resident, ShardKey, key_of, refused};
+use self::shard::{Resident, ShardKey, key_of};
 use self::turns::{Access, Ticket, Turns};
 use crate::compute_pool::ComputePool;
 use crate::worker::budget::{Budget, OverBudget, Reservation};
@@ -133,7 +133,7 @@ impl Store {
     /// # Errors
     /// [`Reason::Fenced`] if another one has shown a higher one.
     pub(crate) fn see_term(&self, term: u64) -> Result<(), Error> {
-        lock(&self.0.terms).check(term).map_err(refused)
+        lock(&self.0.terms).check(term).map_err(Error::from)
     }
 
     /// Reserves memory for what a message brings and what is made of it.

@@ -23,9 +23,9 @@ use crate::worker::budget::Budget;
 use crate::worker::store::Store;
 use crate::worker::store::shard::key_of;
 use crate::worker::store::tests::{MIB, Session, encode, number, piece, spec};
+use crate::worker::store::works::{self, Work};
 
 const TOKENS: usize = 1024;
-const STEPS: usize = 300;
 
 fn median(mut times: Vec<Duration>) -> (Duration, Duration) {
     times.sort_unstable();
@@ -51,7 +51,12 @@ fn queries(session: &Session, at_len: usize) -> ShardQueries {
 }
 
 /// The median and the ninth decile of steps, from message to message, and of their kernels alone.
-async fn measure(threads: usize, kv_heads: usize, with_rows: bool) -> [(Duration, Duration); 2] {
+async fn measure(
+    n_steps: usize,
+    threads: usize,
+    kv_heads: usize,
+    with_rows: bool,
+) -> [(Duration, Duration); 4] {
     let kernels = Kernels::from_env().unwrap();
     let pool = ComputePool::new(threads, 2).unwrap();
     let store = Store::new(kernels, pool.clone(), Budget::new(64 * MIB), 512 * MIB);
@@ -67,8 +72,8 @@ async fn measure(threads: usize, kv_heads: usize, with_rows: bool) -> [(Duration
     session.append(&store, 0, &(0..TOKENS as u64 - 200).collect::<Vec<_>>());
     let (replies, mut queue) = mpsc::channel(super::QUEUE);
     let mut reader = Reader::new(store.clone(), Calls::new(), replies, Arc::new(AtomicBool::new(false)));
-    let mut steps = Vec::new();
-    for step in 0..STEPS {
+    let (mut steps, mut taken, mut hops) = (Vec::new(), Vec::new(), Vec::new());
+    for step in 0..n_steps {
         let rows = with_rows.then(|| session.rows(0, &[step as u64]));
         session.layers[0].extend(with_rows.then_some(step as u64));
         let work = session.shard_work(0, rows, Some(queries(&session, session.layers[0].len())));
@@ -78,9 +83,19 @@ async fn measure(threads: usize, kv_heads: usize, with_rows: bool) -> [(Duration
         tokio::time::sleep(Duration::from_millis(1)).await;
         let begun = Instant::now();
         assert!(reader.take(frame).await.is_ok());
+        taken.push(begun.elapsed());
         let answer = queue.recv().await.unwrap();
         steps.push(begun.elapsed());
         assert_eq!(answer.frames.len(), 1);
+    }
+    // To the pool and back, with nothing to do there.
+    for _ in 0..n_steps {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        let begun = Instant::now();
+        let (there, back) = tokio::sync::oneshot::channel();
+        pool.begin(move || there.send(()).unwrap());
+        back.await.unwrap();
+        hops.push(begun.elapsed());
     }
     let resident = store.resident(key_of(&session.at)).unwrap();
     let len = session.layers[0].len();
@@ -89,7 +104,7 @@ async fn measure(threads: usize, kv_heads: usize, with_rows: bool) -> [(Duration
     let q: Vec<f32> = (0..4 * 128).map(|at| number([at as u64, 1, 2, 3])).collect();
     let (found, told) = std::sync::mpsc::channel();
     pool.begin(move || {
-        let alone = (0..STEPS).map(|_| {
+        let alone = (0..n_steps).map(|_| {
             let all = cells(&[piece(0..kv_heads, 0..64)], &call.shape, 1);
             std::thread::sleep(Duration::from_millis(1));
             let begun = Instant::now();
@@ -112,23 +127,53 @@ async fn measure(threads: usize, kv_heads: usize, with_rows: bool) -> [(Duration
         });
         found.send(alone.collect::<Vec<_>>()).unwrap();
     });
-    [median(steps), median(told.recv().unwrap())]
+    let alone = told.recv().unwrap();
+    // What a step is made of, on a thread of the pool.
+    let frame = |request: u64| -> proto::HoldRequest {
+        let work = session.shard_work(0, None, Some(queries(&session, len)));
+        HoldRequest { request, term: 1, ask: HoldAsk::Works(vec![work]) }.into()
+    };
+    let frames: Vec<proto::HoldRequest> = (0..n_steps as u64).map(frame).collect();
+    let (found, told) = std::sync::mpsc::channel();
+    let on_pool = store.clone();
+    pool.begin(move || {
+        let mut parts = [const { Vec::new() }; 3];
+        for frame in frames {
+            std::thread::sleep(Duration::from_millis(1));
+            let begun = Instant::now();
+            let Ok(HoldAsk::Works(works)) = HoldRequest::decode(frame).ask else { panic!("no works") };
+            parts[0].push(begun.elapsed());
+            let begun = Instant::now();
+            let works = works.into_iter().map(|work| work.and_then(|work| Work::new(&on_pool, work)));
+            let works: Vec<_> = works.collect();
+            let _memory = on_pool.reserve(works[0].as_ref().unwrap().bytes(2)).unwrap();
+            parts[1].push(begun.elapsed());
+            let begun = Instant::now();
+            let done = works::run_all(&on_pool, works, || true);
+            parts[2].push(begun.elapsed());
+            assert!(done[0].as_ref().unwrap().partials.is_ok());
+        }
+        found.send(parts.map(median)).unwrap();
+    });
+    println!("decoded, checked, run: {:?}", told.recv().unwrap());
+    [median(steps), median(alone), median(taken), median(hops)]
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_step_beside_its_kernels() {
     if std::env::var_os("ATTND_NIGHTLY").is_none_or(|value| value != "1") {
-        let [step, kernels] = measure(2, 1, true).await;
+        let [step, kernels, ..] = measure(5, 2, 1, true).await;
         assert!(step.0 > Duration::ZERO && kernels.0 > Duration::ZERO);
         return;
     }
     for threads in [1, 2] {
         for kv_heads in [8, 4] {
             for with_rows in [true, false] {
-                let [step, kernels] = measure(threads, kv_heads, with_rows).await;
+                let [step, kernels, taken, hop] = measure(300, threads, kv_heads, with_rows).await;
                 println!(
-                    "{threads} threads, {kv_heads} kv heads, rows {with_rows}: step {:?} (p90 {:?}), kernels {:?} (p90 {:?})",
-                    step.0, step.1, kernels.0, kernels.1
+                    "{threads} threads, {kv_heads} kv heads, rows {with_rows}: step {:?} (p90 {:?}), kernels {:?} (p90 {:?}), \
+                     taken {:?}, hop {:?} (p90 {:?})",
+                    step.0, step.1, kernels.0, kernels.1, taken.0, hop.0, hop.1
                 );
             }
         }

@@ -10,7 +10,6 @@ use crate::worker::budget::OverBudget;
 #[derive(Clone, Debug)]
 pub(crate) struct SessionMemory {
     arena: Arena,
-    limit: u64,
     /// Bytes of pages that are to come.
     promised: Arc<Mutex<u64>>,
 }
@@ -25,17 +24,12 @@ pub(crate) struct Claim {
 impl SessionMemory {
     /// Memory of at most `limit` bytes.
     pub(crate) fn new(limit: u64) -> Self {
-        Self { arena: Arena::with_limit(limit), limit, promised: Arc::default() }
+        Self { arena: Arena::with_limit(limit), promised: Arc::default() }
     }
 
     /// Where pages are taken from.
     pub(crate) fn arena(&self) -> &Arena {
         &self.arena
-    }
-
-    /// The limit in bytes.
-    pub(crate) fn limit(&self) -> u64 {
-        self.limit
     }
 
     /// Bytes taken of the system's memory.
@@ -103,7 +97,7 @@ mod tests {
         let layout = PageLayout { storage: Storage::F32, head_dim: 128, value_dim: 128 };
         let page = layout.resident_bytes(1);
         let memory = SessionMemory::new(4 << 20);
-        assert_eq!((memory.free(layout), memory.limit()), (16 * page, 4 << 20));
+        assert_eq!(memory.free(layout), 16 * page);
         let mut first = memory.claim(layout, 10 * page).unwrap();
         let refused = memory.claim(layout, 7 * page).unwrap_err();
         assert_eq!(refused, OverBudget { need: 7 * page, free: 6 * page });

@@ -104,12 +104,6 @@ impl Pages {
         if tensor == Tensor::V { self.format.value_bytes } else { self.format.key_bytes }
     }
 
-    /// Tokens of a layer.
-    #[cfg(test)]
-    pub(crate) fn len(&self, layer: usize) -> usize {
-        self.layers.get(layer).and_then(|caches| caches.first()).map_or(0, KvCache::len)
-    }
-
     /// Memory that `tokens` more tokens of a layer take, in bytes.
     pub(crate) fn growth_bytes(&self, layer: usize, tokens: usize) -> u64 {
         match self.layers.get(layer) {
@@ -151,7 +145,7 @@ impl Pages {
         let (caches, heads) = self.caches(layer);
         assert!(caches.iter().all(|cache| cache.len() == rows.base_len), "rows from {} on", rows.base_len);
         let (mut k, mut v) = (rows.k, rows.v);
-        let of_heads = caches.iter_mut().zip(heads).map(|(cache, place)| {
+        let mut of_heads = caches.iter_mut().zip(heads).map(|(cache, place)| {
             let count = tokens_in_slots(&place.slots, &tokens);
             let (of_k, of_v);
             (of_k, k) = k.split_at(count * format.key_bytes);
@@ -163,7 +157,7 @@ impl Pages {
             format.write(cache, Some(k), Some(v), rows.check_finite).map_err(refused)
         };
         let written: Result<(), PagesError> = if rows.k.len() + rows.v.len() < WORTH_SHARING {
-            of_heads.map(write).collect()
+            of_heads.try_for_each(write)
         } else {
             // All of them, so that the first one that refuses is the same each time.
             let all: Vec<_> = of_heads.collect();

@@ -110,7 +110,7 @@ impl Shard {
             return Err(no_shard(self.key));
         }
         if epoch != shard {
-            return Err(refused(ReplicaRefusal::Epoch { shard, request: epoch }));
+            return Err(Error::from(ReplicaRefusal::Epoch { shard, request: epoch }));
         }
         Ok(self.state(store, replayed))
     }
@@ -128,7 +128,7 @@ impl Shard {
     ) -> Result<ShardState, Error> {
         let op = rows.op(layer);
         let key = self.key;
-        match self.replica.begin(epoch, rows.op.generation, &op).map_err(refused)? {
+        match self.replica.begin(epoch, rows.op.generation, &op).map_err(Error::from)? {
             Verdict::Replayed => return Ok(self.state(store, true)),
             Verdict::Apply => self.abandon(),
         }
@@ -159,7 +159,7 @@ impl Shard {
     ) -> Result<Option<ShardState>, Error> {
         let key = self.key;
         let verdict = self.replica.begin(append.at.epoch, append.op.generation, &append.op());
-        match verdict.map_err(refused)? {
+        match verdict.map_err(Error::from)? {
             Verdict::Replayed => return Ok(Some(self.state(store, true))),
             Verdict::Apply => self.abandon(),
         }
@@ -209,7 +209,7 @@ impl Shard {
         };
         let append = *staged.append();
         let op = append.op();
-        let begun = self.replica.begin(append.at.epoch, append.op.generation, &op).map_err(refused);
+        let begun = self.replica.begin(append.at.epoch, append.op.generation, &op).map_err(Error::from);
         match begun.and_then(|_verdict| staged.content(commit)) {
             Ok(content_crc) => {
                 pages.commit(append.layer, append.base_len + append.tokens);
@@ -240,7 +240,7 @@ impl Shard {
         let pages = self.pages.as_mut().ok_or_else(|| no_shard(key))?;
         let ShardChange { at, op, kind } = change;
         let Some(what) = kind.change() else {
-            match self.replica.undo(at.epoch, op.op_seq, op.digest).map_err(refused)? {
+            match self.replica.undo(at.epoch, op.op_seq, op.digest).map_err(Error::from)? {
                 Undone::TakenBack { layer, len } => {
                     self.abandon();
                     if let Some(pages) = &mut self.pages {
@@ -253,7 +253,7 @@ impl Shard {
             return Ok(self.state(store, false));
         };
         let op = op.op(what);
-        match self.replica.begin(at.epoch, change.op.generation, &op).map_err(refused)? {
+        match self.replica.begin(at.epoch, change.op.generation, &op).map_err(Error::from)? {
             Verdict::Replayed => return Ok(self.state(store, true)),
             Verdict::Apply => {}
         }
@@ -275,7 +275,7 @@ impl Shard {
             return Err(no_shard(key));
         }
         if self.replica.epoch() != epoch {
-            self.replica.fence(epoch).map_err(refused)?;
+            self.replica.fence(epoch).map_err(Error::from)?;
             self.abandon();
         }
         Ok(self.state(store, false))
@@ -287,7 +287,7 @@ impl Shard {
     /// [`Reason::Epoch`] if it is of a higher one.
     pub(crate) fn check_release(&self, epoch: u64) -> Result<(), Error> {
         let shard = self.replica.epoch();
-        if epoch < shard { Err(refused(ReplicaRefusal::Epoch { shard, request: epoch })) } else { Ok(()) }
+        if epoch < shard { Err(Error::from(ReplicaRefusal::Epoch { shard, request: epoch })) } else { Ok(()) }
     }
 
     /// What queries look at: of each kv head of each piece the first `at_len` tokens.
@@ -302,7 +302,7 @@ impl Shard {
         at_len: usize,
     ) -> Result<Vec<(usize, KvView)>, Error> {
         let pages = self.pages.as_ref().ok_or_else(|| no_shard(self.key))?;
-        self.replica.check_read(epoch, generation, layer, at_len).map_err(refused)?;
+        self.replica.check_read(epoch, generation, layer, at_len).map_err(Error::from)?;
         let heads = pages.heads().iter().enumerate();
         let views: Option<Vec<_>> =
             heads.map(|(at, place)| Some((place.kv_head, pages.view(layer, at, at_len)?))).collect();
@@ -341,6 +341,8 @@ pub(crate) fn fork(
     let Some(what) = change.kind.change() else { return Err(Error::new(Reason::Internal, "no fork")) };
     let op = change.op.op(what);
     if shard.replica.begin(change.at.epoch, change.op.generation, &op).map_err(refused)? == Verdict::Replayed
+    if shard.replica.begin(change.at.epoch, change.op.generation, &op).map_err(Error::from)?
+        == Verdict::Replayed
     {
         return Ok(shard.state(store, true));
     }
@@ -371,25 +373,4 @@ fn pages_refuse(store: &Store, pages: &Pages, need: u64, error: &PagesError) -> 
         PagesError::Length { .. } => Error::new(Reason::PayloadLength, error.to_string()),
         PagesError::Full => no_memory(OverBudget { need, free: store.memory().free(pages.layout()) }),
     }
-}
-
-/// What a replica refuses, under its name.
-pub(crate) fn refused(refusal: ReplicaRefusal) -> Error {
-    let reason = match refusal {
-        ReplicaRefusal::Fenced { .. } => Reason::Fenced,
-        ReplicaRefusal::Epoch { .. } => Reason::Epoch,
-        ReplicaRefusal::Generation { .. } => Reason::Generation,
-        ReplicaRefusal::SeqGap { .. } => Reason::SeqGap,
-        ReplicaRefusal::SeqReused { .. } => Reason::SeqReused,
-        ReplicaRefusal::SeqOld { .. } => Reason::SeqOld,
-        ReplicaRefusal::Length { .. } => Reason::Length,
-        ReplicaRefusal::Full { .. } => Reason::SessionFull,
-        ReplicaRefusal::AtLen { .. } => Reason::AtLen,
-        ReplicaRefusal::NoTokens => Reason::ShapeZero,
-        ReplicaRefusal::Layer { .. } => Reason::ShapeLimit,
-        ReplicaRefusal::Sealed => Reason::Sealed,
-        ReplicaRefusal::Undo { .. } => Reason::Seq,
-        ReplicaRefusal::Snapshot { .. } => Reason::Internal,
-    };
-    Error::new(reason, refusal.to_string())
 }

@@ -1,5 +1,6 @@
 //! Partials of shards have the bits of a one-shot call over the same rows, however they came.
 
+use super::attention::Attention;
 use super::*;
 
 /// How 600 tokens come.
@@ -167,4 +168,53 @@ fn what_nobody_waits_for_is_not_computed() {
     let work = Work::new(&store, session.shard_work(0, None, Some(session.queries(1, 3, Causal::None))));
     let done = works::run_all(&store, vec![work], || false).remove(0).unwrap();
     assert_eq!(done.partials.unwrap_err().reason, Reason::Cancelled);
+}
+
+#[test]
+fn rows_of_one_shard_come_in_the_order_of_their_message() {
+    let store = store(64 * MIB);
+    let mut session = Session::open(&store, 1, spec(Dtype::F32, Storage::F32), vec![piece(0..2, 0..64)]);
+    let mut works = Vec::new();
+    let mut expected = Vec::new();
+    for (layer, names) in [(0, &[1, 2, 3][..]), (1, &[4]), (0, &[5, 6])] {
+        let rows = session.rows(layer, names);
+        session.layers[layer].extend(names);
+        let queries = session.queries(1, session.layers[layer].len(), Causal::None);
+        expected.push(session.expected(layer, &queries));
+        works.push(Work::new(&store, session.shard_work(layer, Some(rows), Some(queries))));
+    }
+    for (done, expected) in works::run_all(&store, works, || true).into_iter().zip(&expected) {
+        let done = done.unwrap();
+        assert!(done.applied.is_some());
+        same_bits(&done.partials.unwrap(), expected);
+    }
+}
+
+#[test]
+fn a_kernel_that_panics_costs_its_work_alone() {
+    let store = store(64 * MIB);
+    let mut session = Session::open(&store, 1, spec(Dtype::F32, Storage::F32), vec![piece(0..2, 0..64)]);
+    session.append(&store, 0, &[1, 2, 3]);
+    let queries = session.queries(1, 3, Causal::None);
+    let call = queries.call(0, &session.spec, &session.pieces).unwrap();
+    let mut q = vec![0.0; 4 * 8];
+    attnd_kernel::widen(&queries.q, Dtype::F32, &mut q);
+    let attention = |q: &[f32]| Attention {
+        shape: call.shape,
+        operator: Arc::clone(&call.operator),
+        q: q.to_vec(),
+        first_kv_head: 0,
+        views: store.resident((1, 0)).unwrap().look().views(1, 0, 0, 3).unwrap(),
+        allow_non_finite: false,
+        tokens_per_cell: 1,
+    };
+    // The second one has queries for one head of two.
+    let works = [attention(&q), attention(&q[..16])];
+    let mut done = attention::attend(store.kernels(), &works, || true);
+    let failed = done.remove(1).unwrap_err();
+    assert_eq!(failed.message(), "INTERNAL: a kernel panicked");
+    same_bits(&done.remove(0).unwrap(), &session.expected(0, &queries));
+    drop(works);
+    session.append(&store, 0, &[4]);
+    session.check(&store, 0, 4);
 }
