@@ -209,12 +209,17 @@ pub struct StatusArgs {
 /// Arguments of `attnd coordinator`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Example:
-  attnd coordinator --listen 0.0.0.0:7400")]
+Examples:
+  attnd coordinator --listen 0.0.0.0:7400
+  attnd coordinator --listen 0.0.0.0:7400 --state /var/lib/attnd")]
 pub struct CoordinatorArgs {
     /// Address to serve clients and workers on; port 0 takes a free one
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:7400", env = "ATTND_LISTEN")]
     pub listen: SocketAddr,
+    /// Directory where it is written which sessions there are and who holds them, so that they outlive this process; made if
+    /// missing, and used by one coordinator at a time [default: none, sessions are forgotten with the process]
+    #[arg(long, value_name = "DIR", env = "ATTND_STATE")]
+    pub state: Option<PathBuf>,
     /// End when stdin ends, as it does when the parent process dies
     #[arg(long, hide = true)]
     pub exit_with_parent: bool,
@@ -325,6 +330,7 @@ mod tests {
             "LISTEN",
             "MEMORY",
             "SESSION_MEMORY",
+            "STATE",
             "THREADS",
             "WORKER_ID",
         ];
