@@ -16,6 +16,7 @@ pub use self::bench::{Bench, BenchArgs, BenchKernelArgs, BenchPeersArgs};
 pub use self::explain::{ExplainArgs, HeadChoice, PicturePath};
 pub use self::layer::LayerArgs;
 pub use self::operator::OperatorArgs;
+pub use self::plan::PlanArgs;
 pub use self::score_function::{FunctionArgs, ParamValue};
 pub use self::scores::{ScoreArgs, Slopes};
 pub use self::site::SiteArgs;
@@ -31,6 +32,7 @@ mod layer;
 mod mask;
 mod operator;
 mod outputs;
+mod plan;
 mod score_function;
 mod scores;
 mod site;
@@ -121,6 +123,8 @@ pub enum Verb {
     Local(LocalArgs),
     /// Show the workers of a cluster: host, instruction set, memory, load
     Status(StatusArgs),
+    /// Show which worker of a cluster would hold which part of a session, and how many bytes
+    Plan(PlanArgs),
     /// Run the coordinator of a cluster
     Coordinator(CoordinatorArgs),
     /// Run a worker and join a cluster

@@ -41,15 +41,18 @@ impl State {
         self.sessions.iter().find(|(_, record)| record.name.as_str() == name).map(|(number, _)| *number)
     }
 
-    fn create(&mut self, session: u64, record: &SessionRecord) -> Result<(), MetaError> {
+    fn check_name(&self, record: &SessionRecord) -> Result<(), MetaError> {
         let name = record.name.as_str();
-        if let Some(session) = self.number_of(name) {
-            return Err(MetaError::NameTaken { name: name.to_owned(), session });
-        }
+        let taken = |session| MetaError::NameTaken { name: name.to_owned(), session };
+        self.number_of(name).map_or(Ok(()), |session| Err(taken(session)))
+    }
+
+    fn create(&mut self, session: u64, record: &SessionRecord) -> Result<(), MetaError> {
+        self.check_name(record)?;
         if session == 0 || session > self.number || self.sessions.contains_key(&session) {
             return Err(MetaError::Number { session });
         }
-        self.closed.remove(name);
+        self.closed.remove(record.name.as_str());
         self.sessions.insert(session, record.clone());
         Ok(())
     }
@@ -74,8 +77,9 @@ impl MetaStore for InMemory {
 
     fn create(&self, record: &SessionRecord) -> Result<u64, MetaError> {
         let mut state = self.state();
-        state.number += 1;
-        let session = state.number;
+        let session = state.number + 1;
+        state.check_name(record)?;
+        state.number = session;
         state.create(session, record).map(|()| session)
     }
 
