@@ -27,6 +27,7 @@ const OUTSIDE: &[(&str, &[&str])] = &[
     ("tokio", &["attnd-wire", "attnd-node", "attnd-client", "attnd"]),
     ("futures", &["attnd-wire", "attnd-node", "attnd-client", "attnd"]),
     ("kameo", &["attnd-node"]),
+    ("redb", &["attnd-node"]),
     ("rayon", &["attnd-kernel", "attnd-node", "attnd"]),
     ("core_affinity", &["attnd"]),
     ("tracing", &["attnd-wire", "attnd-node", "attnd-client", "attnd"]),

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use crate::coordinator::meta_store::MetaError;
+
 /// Ends of a node that its operator has to know about.
 #[derive(Debug, thiserror::Error)]
 pub enum NodeError {
@@ -53,6 +55,12 @@ pub enum NodeError {
         /// What the system said.
         source: rayon::ThreadPoolBuildError,
     },
+    /// A thread could not be started.
+    #[error("start a thread: {0}")]
+    Thread(#[source] std::io::Error),
+    /// What is to outlive this process can't be kept.
+    #[error(transparent)]
+    State(#[from] MetaError),
     /// The gRPC server ended by itself.
     #[error("serve: {0}")]
     Serve(#[from] tonic::transport::Error),
@@ -81,10 +89,16 @@ impl NodeError {
             | Self::Url { .. }
             | Self::WorkerId(_)
             | Self::Host { .. }
+            | Self::State(MetaError::InUse { .. } | MetaError::Corrupt { .. } | MetaError::Version { .. })
             | Self::Isa(_) => 2,
             Self::DrainDeadline { .. } => 75,
             Self::ActorGone(_) => 70,
-            Self::Listen(_) | Self::Threads { .. } | Self::Serve(_) | Self::Refused(_) => 1,
+            Self::Listen(_)
+            | Self::Threads { .. }
+            | Self::Thread(_)
+            | Self::State(_)
+            | Self::Serve(_)
+            | Self::Refused(_) => 1,
         }
     }
 }

@@ -98,7 +98,7 @@ impl Capacity {
     }
 }
 
-/// See [`Capacity::speed`].
+/// A speed that arithmetic can rely on, as [`Capacity::speed`] has it.
 pub(crate) fn usable_speed(gflops: f64) -> f64 {
     // A comparison with NaN is false.
     if gflops > VERY_SLOW && gflops <= MAX_GFLOPS { gflops } else { VERY_SLOW }

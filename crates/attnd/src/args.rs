@@ -16,6 +16,7 @@ pub use self::bench::{Bench, BenchArgs, BenchKernelArgs, BenchPeersArgs};
 pub use self::explain::{ExplainArgs, HeadChoice, PicturePath};
 pub use self::layer::LayerArgs;
 pub use self::operator::OperatorArgs;
+pub use self::plan::PlanArgs;
 pub use self::score_function::{FunctionArgs, ParamValue};
 pub use self::scores::{ScoreArgs, Slopes};
 pub use self::session::{
@@ -35,6 +36,7 @@ mod layer;
 mod mask;
 mod operator;
 mod outputs;
+mod plan;
 mod score_function;
 mod scores;
 mod session;
@@ -129,6 +131,8 @@ pub enum Verb {
     Local(LocalArgs),
     /// Show the workers of a cluster: host, instruction set, memory, load
     Status(StatusArgs),
+    /// Show which worker of a cluster would hold which part of a session, and how many bytes
+    Plan(PlanArgs),
     /// Run the coordinator of a cluster
     Coordinator(CoordinatorArgs),
     /// Run a worker and join a cluster
@@ -217,12 +221,17 @@ pub struct StatusArgs {
 /// Arguments of `attnd coordinator`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Example:
-  attnd coordinator --listen 0.0.0.0:7400")]
+Examples:
+  attnd coordinator --listen 0.0.0.0:7400
+  attnd coordinator --listen 0.0.0.0:7400 --state /var/lib/attnd")]
 pub struct CoordinatorArgs {
     /// Address to serve clients and workers on; port 0 takes a free one
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:7400", env = "ATTND_LISTEN")]
     pub listen: SocketAddr,
+    /// Directory where it is written which sessions there are and who holds them, so that they outlive this process; made if
+    /// missing, and used by one coordinator at a time [default: none, sessions are forgotten with the process]
+    #[arg(long, value_name = "DIR", env = "ATTND_STATE")]
+    pub state: Option<PathBuf>,
     /// End when stdin ends, as it does when the parent process dies
     #[arg(long, hide = true)]
     pub exit_with_parent: bool,
@@ -333,6 +342,7 @@ mod tests {
             "LISTEN",
             "MEMORY",
             "SESSION_MEMORY",
+            "STATE",
             "THREADS",
             "WORKER_ID",
         ];

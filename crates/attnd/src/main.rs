@@ -63,6 +63,7 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
             Verb::Session(args) => verbs::session::run(args).await,
             Verb::Local(args) => verbs::local::run(args).await,
             Verb::Status(args) => verbs::status::run(args).await,
+            Verb::Plan(args) => verbs::plan::run(args).await,
             Verb::Coordinator(args) => verbs::coordinator::run(args).await,
             Verb::Worker(args) => verbs::worker::run(args).await,
             Verb::Bench(args) => verbs::bench::run(args),

@@ -183,8 +183,11 @@ fn variables_meant_for_some_other_node_do_not_reach_local_processes() {
     let (code, stderr) = local(&[
         ("ATTND_ADVERTISE", "http://192.0.2.1:1"),
         ("ATTND_COORDINATOR", NOBODY),
+        ("ATTND_HOST", "not a host"),
         ("ATTND_LISTEN", "nowhere"),
         ("ATTND_MEMORY", "much"),
+        ("ATTND_SESSION_MEMORY", "much"),
+        ("ATTND_STATE", "/dev/null"),
         ("ATTND_THREADS", "0"),
         ("ATTND_WORKER_ID", "not an id"),
     ]);

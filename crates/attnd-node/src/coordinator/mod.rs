@@ -5,10 +5,12 @@
 //! * `attention_service.rs` admits calls. Each is an `attend_call.rs` in a task of its own: `placement.rs` finds its
 //!   workers, `incoming.rs` hears their shares, `backlog.rs` bounds the partials that wait, `finish.rs` turns partials
 //!   into rows, with `value_means.rs` where rows that see no key are to be the mean of the values.
+//! * `meta_store.rs` has what outlives the process: which sessions there are, who holds them, and the term of this coordinator.
 //! * `reply_stream.rs` is how a task answers a stream; `tasks.rs` holds those tasks.
 //!
 //! Decisions are `attnd-plan`'s; here are their clocks, sockets and queues.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -32,6 +34,7 @@ mod hold_link;
 mod incoming;
 mod join_service;
 mod membership_actor;
+pub mod meta_store;
 mod placement;
 mod reply_stream;
 mod second_pass;
@@ -43,6 +46,7 @@ mod worker_actor;
 use attention_service::AttentionService;
 use join_service::JoinService;
 use membership_actor::MembershipActor;
+use meta_store::{InMemory, MetaStore, MetaThread, RedbStore};
 use tasks::Tasks;
 
 /// What a coordinator is told by whoever starts it.
@@ -56,6 +60,9 @@ pub struct CoordinatorConfig {
     pub costs: CostModel,
     /// How long calls in flight may go on after the request to stop.
     pub drain_deadline: Duration,
+    /// Directory for what is to outlive the process: which sessions there are, and who holds them. Without one they are forgotten
+    /// with it.
+    pub state: Option<PathBuf>,
 }
 
 impl Default for CoordinatorConfig {
@@ -66,6 +73,7 @@ impl Default for CoordinatorConfig {
             merge_threads: std::thread::available_parallelism().map_or(1, |cores| cores.get().min(4)),
             costs: CostModel::default(),
             drain_deadline: DRAIN_DEADLINE,
+            state: None,
         }
     }
 }
@@ -77,6 +85,25 @@ pub(crate) struct Hub {
     pool: ComputePool,
     kernels: &'static Kernels,
     costs: CostModel,
+}
+
+/// The store of sessions, and the term of this life of the coordinator.
+async fn open_meta(directory: Option<PathBuf>) -> Result<(MetaThread, u64), NodeError> {
+    let store: Arc<dyn MetaStore> = match directory {
+        None => {
+            tracing::info!("sessions are forgotten when this process ends; --state DIR keeps them");
+            Arc::new(InMemory::new())
+        }
+        Some(directory) => {
+            tracing::info!(directory = %directory.display(), "sessions are kept");
+            // Nothing else runs yet, but whoever called may have other tasks on this thread.
+            let opening = tokio::task::spawn_blocking(move || RedbStore::open(&directory));
+            Arc::new(opening.await.map_err(|_panic| NodeError::ActorGone("store of sessions"))??)
+        }
+    };
+    let meta = MetaThread::start(store)?;
+    let term = meta.run(|store| store.bump_term()).await?;
+    Ok((meta, term))
 }
 
 type AttentionServer = proto::attention_server::AttentionServer<AttentionService>;
@@ -92,12 +119,13 @@ pub async fn run(
 ) -> Result<(), NodeError> {
     let listen = listener.local_addr().map_err(NodeError::Listen)?;
     let kernels = Kernels::from_env()?;
+    let (_meta, term) = open_meta(config.state).await?;
     // Each piece of work takes one thread.
     let pool = ComputePool::new(config.merge_threads, config.merge_threads)?;
     let cluster = MembershipActor::spawn(());
     let hub = Arc::new(Hub { cluster: cluster.clone(), pool, kernels, costs: config.costs });
     let (calls, tasks) = (Calls::new(), Tasks::default());
-    tracing::info!(%listen, isa = %kernels.isa(), max_calls = config.max_calls, "coordinator starts");
+    tracing::info!(%listen, isa = %kernels.isa(), max_calls = config.max_calls, term, "coordinator starts");
 
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_serving::<AttentionServer>().await;

@@ -1,6 +1,6 @@
 //! Which workers hold which shards of a session: decided once, when it is opened, for all its layers.
 //!
-//! A shard is an interval of the [line](crate::line) of kv groups and slots, cut where a call of one query would be cut: by speed, as
+//! A shard is an interval of the line of kv groups and slots, cut where a call of one query would be cut: by speed, as
 //! the primary of each shard computes it, where heads end if that costs little. A worker is the primary of one shard at most. Then
 //! the other replicas go, shard by shard and one after the other, to whoever has the most room for them on another host.
 //!

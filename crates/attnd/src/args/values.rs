@@ -4,7 +4,7 @@ use std::num::NonZeroUsize;
 use std::time::Duration;
 
 use attnd_client::MAX_TIMEOUT;
-use attnd_kernel::Isa;
+use attnd_kernel::{Dtype, Isa, Storage};
 
 /// Largest number of local worker processes that is still meant seriously.
 const MAX_LOCAL_WORKERS: usize = 256;
@@ -78,6 +78,20 @@ pub(super) fn parse_size(text: &str) -> Result<u64, String> {
         .ok_or_else(|| "must be > 0 and below 16 EiB".into())
 }
 
+/// The type of elements as they are sent.
+pub(super) fn parse_dtype(text: &str) -> Result<Dtype, String> {
+    let all = [Dtype::F32, Dtype::F16, Dtype::Bf16];
+    let found = all.into_iter().find(|dtype| dtype.to_string() == text.trim());
+    found.ok_or_else(|| "expected f32, f16 or bf16".into())
+}
+
+/// Integers that keys and values are stored as.
+pub(super) fn parse_integers(text: &str) -> Result<Storage, String> {
+    let all = [Storage::Int8, Storage::Int4];
+    let found = all.into_iter().find(|storage| storage.to_string() == text.trim());
+    found.ok_or_else(|| "expected int8 or int4".into())
+}
+
 /// An instruction set, by the name that `ATTND_ISA` has for it.
 pub(super) fn parse_isa(text: &str) -> Result<Isa, String> {
     let names = || Isa::ALL.map(Isa::name).join(", ");
@@ -105,6 +119,13 @@ mod tests {
         for wrong in ["", "7", "x7", "7x", "0x7", "7x0", "7x7x7", "7,7", "-1x2"] {
             assert!(sides(wrong).unwrap_err().contains("such as 7x7"), "{wrong}");
         }
+    }
+
+    #[test]
+    fn types_of_elements_have_their_names() {
+        assert_eq!((parse_dtype("bf16"), parse_integers("int4")), (Ok(Dtype::Bf16), Ok(Storage::Int4)));
+        assert!(parse_dtype("f64").unwrap_err().contains("f32, f16 or bf16"));
+        assert!(parse_integers("f32").unwrap_err().contains("int8 or int4"));
     }
 
     #[test]

@@ -16,5 +16,6 @@ pub async fn run(args: &CoordinatorArgs) -> anyhow::Result<()> {
     let listener =
         TcpListener::bind(args.listen).await.with_context(|| format!("listen on {}", args.listen))?;
     embedded::announce(listener.local_addr()?)?;
-    stop.serve(|asked| coordinator::run(listener, CoordinatorConfig::default(), asked)).await
+    let config = CoordinatorConfig { state: args.state.clone(), ..CoordinatorConfig::default() };
+    stop.serve(|asked| coordinator::run(listener, config, asked)).await
 }

@@ -8,6 +8,7 @@ pub mod demo;
 pub mod explain;
 pub mod layer;
 pub mod local;
+pub mod plan;
 pub mod scores;
 pub mod session;
 pub mod status;

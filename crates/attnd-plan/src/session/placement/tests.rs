@@ -152,14 +152,14 @@ proptest! {
     }
 
     #[test]
-    fn equal_workers_hold_equal_parts(kv_heads in 1usize..20, n in 1usize..12, replicas in 1usize..6) {
-        prop_assume!(replicas <= n);
+    fn equal_workers_hold_equal_parts(kv_heads in 1usize..20, (n, replicas) in (1usize..12).prop_flat_map(|n| (Just(n), 1..=n.min(5)))) {
         let placement = place(&spec(kv_heads, replicas, 1 << 20), &equal(n)).unwrap();
         let all: u64 = placement.shards.iter().map(|shard| shard.bytes).sum();
         let of_place = all as f64 / (kv_heads * N_SLOTS) as f64;
-        let fair = all as f64 * replicas as f64 / n as f64;
         let loads = loads(&placement.shards);
-        prop_assert_eq!(loads.len(), n);
+        // Of 64 slots of one head 9 workers would have 7 or 8, which is no faster than 8 with 8 each.
+        let fair = all as f64 * replicas as f64 / loads.len() as f64;
+        prop_assert!(loads.len() == n || kv_heads * N_SLOTS < 8 * n);
         for (name, load) in loads {
             let most = fair * 1.04 + 2.0 * replicas as f64 * of_place;
             prop_assert!(load as f64 <= most, "{name} has {load}, fair is {fair}: {}", placement.reason);
@@ -255,7 +255,7 @@ fn a_reason_is_a_sentence_with_its_numbers() {
     assert!(small.contains(": 2 would take "), "{small}");
     let full: Vec<Keeper> = (0..3).map(|i| keeper(i, i, 100.0, 1 << 28)).collect();
     let words = reason(&spec(1, 1, 1 << 20), &full);
-    assert!(words.ends_with("there is memory for 393216 of 1048576 tokens"), "{words}");
+    assert!(words.ends_with("there is memory for 380928 of 1048576 tokens"), "{words}");
 }
 
 #[test]

@@ -1,0 +1,55 @@
+//! The thread that runs the transactions of a store.
+
+use std::sync::Arc;
+
+use tokio::sync::{mpsc, oneshot};
+
+use super::{MetaError, MetaStore};
+use crate::NodeError;
+
+/// Transactions that wait; whoever comes with one more waits for a place.
+const WAITING: usize = 256;
+
+type Transaction = Box<dyn FnOnce(&dyn MetaStore) + Send>;
+
+/// A store for asynchronous code. Clones are handles on the same thread, which ends with the last one.
+#[derive(Clone, Debug)]
+pub struct MetaThread {
+    transactions: mpsc::Sender<Transaction>,
+}
+
+impl MetaThread {
+    /// Starts the thread of a store.
+    ///
+    /// # Errors
+    /// If the system has no thread.
+    pub fn start(store: Arc<dyn MetaStore>) -> Result<Self, NodeError> {
+        let (transactions, mut waiting) = mpsc::channel::<Transaction>(WAITING);
+        let run = move || {
+            while let Some(transaction) = waiting.blocking_recv() {
+                transaction(&*store);
+            }
+        };
+        let thread = std::thread::Builder::new().name("attnd-meta".into()).spawn(run);
+        // It ends when nobody has a handle any more.
+        thread.map(drop).map_err(NodeError::Thread)?;
+        Ok(Self { transactions })
+    }
+
+    /// Runs one transaction and waits for its end. If whoever waits gives up, it happens all the same.
+    ///
+    /// # Errors
+    /// The transaction's, or [`MetaError::Gone`] if the thread is, or the transaction panicked.
+    pub async fn run<T: Send + 'static>(
+        &self,
+        transaction: impl FnOnce(&dyn MetaStore) -> Result<T, MetaError> + Send + 'static,
+    ) -> Result<T, MetaError> {
+        let (answer, answered) = oneshot::channel();
+        let job: Transaction = Box::new(move |store| {
+            // Who gave up needs no answer.
+            answer.send(transaction(store)).ok();
+        });
+        self.transactions.send(job).await.map_err(|_ended| MetaError::Gone)?;
+        answered.await.unwrap_or(Err(MetaError::Gone))
+    }
+}
