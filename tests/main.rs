@@ -10,5 +10,6 @@ mod loss;
 mod memory;
 mod operator;
 mod real_layers;
+mod sessions;
 mod support;
 mod tidy;

@@ -37,8 +37,8 @@ pub use attnd_kernel::{
 pub use attnd_plan::session::{SessionName, SessionSpec};
 pub use attnd_plan::{Element, Projected, Projection, WorkerChoice};
 pub use attnd_wire::deadline::MAX_TIMEOUT;
-pub use attnd_wire::session::SessionDescription;
 pub use attnd_wire::join::SESSIONS;
+pub use attnd_wire::session::SessionDescription;
 pub use attnd_wire::{ClusterStatus, Outcome, PlanSummary, Reason, ShareSummary, Timings, WorkerStatus};
 pub use client::{Attended, Client, Progress};
 pub use error::ClientError;

@@ -39,7 +39,7 @@ pub use inspection::{ELEMENT_BYTES, InspectionBytes, most_report_bytes};
 pub use membership::{
     Death, Facts, MemberAction, MemberChange, MemberEvent, MemberState, Membership, Rejection, Rules,
 };
-pub use planner::{Piece, Plan, PlanError, PlanRequest, Share, WorkerChoice, plan};
+pub use planner::{Piece, Plan, PlanError, PlanRequest, Share, WorkerChoice, plan, tokens_per_cell};
 pub use report::{ReportError, ReportId};
 pub use residency::Residency;
 pub use route::{Router, Run};

@@ -134,7 +134,7 @@ pub fn plan(req: &PlanRequest, workers: &[Capacity], costs: &CostModel) -> Resul
 }
 
 /// Query tokens in one partial message, so that it is about 512 KiB. One token of the largest group has 4 MiB.
-fn tokens_per_cell(shape: &AttnShape, outputs: Option<&Outputs>) -> usize {
+pub fn tokens_per_cell(shape: &AttnShape, outputs: Option<&Outputs>) -> usize {
     let row_bytes = shape.group_size() * (shape.value_dim() + 2) * 4;
     let tokens = (CELL_BYTES / row_bytes).max(1);
     let stepped = if tokens > TOKEN_STEP { tokens / TOKEN_STEP * TOKEN_STEP } else { tokens };

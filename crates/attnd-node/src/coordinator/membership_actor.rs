@@ -103,7 +103,6 @@ pub(crate) struct Candidate {
     pub(crate) memory: Arc<Budget>,
     pub(crate) actor: ActorRef<WorkerActor>,
     /// What it is for sessions.
-    #[cfg_attr(not(test), expect(dead_code, reason = "for the session service"))]
     pub(crate) keeper: Keeper,
 }
 

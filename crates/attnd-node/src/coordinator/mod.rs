@@ -47,6 +47,7 @@ use attention_service::AttentionService;
 use join_service::JoinService;
 use membership_actor::MembershipActor;
 use meta_store::{InMemory, MetaStore, MetaThread, RedbStore};
+use sessions::{Sessions, SessionsService};
 use tasks::Tasks;
 
 /// What a coordinator is told by whoever starts it.
@@ -129,12 +130,16 @@ pub async fn run(
 
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_serving::<AttentionServer>().await;
+    let sessions = Arc::new(Sessions::new(Arc::clone(&hub), tasks.clone(), term));
     let attention = AttentionService::new(hub, calls.clone(), config.max_calls, tasks.clone());
     let join = JoinService::new(cluster.clone(), tasks.clone());
+    tasks.spawn(sessions::watch(Arc::clone(&sessions)));
+    let exchange = SessionsService::new(sessions, calls.clone(), tasks.clone());
     // Clients may be far away. A worker that falls silent on the same port is noticed by its missing beats.
     let router = limits::server_builder(Link::Client)
         .add_service(health_service)
         .add_service(limits::attention_server(attention))
+        .add_service(limits::sessions_server(exchange))
         .add_service(limits::cluster_server(join));
     let incoming = listen::incoming(listener, MAX_CONNECTIONS);
     let serve = |stop| router.serve_with_incoming_shutdown(incoming, stop);

@@ -24,7 +24,7 @@ pub use self::message::{
     Ask, Begun, LedgerAction, LedgerEvent, Phase, Read, ReadRequest, Request, SavedShard,
 };
 use self::restart::Past;
-use self::shard::{Asked, Shard, Step};
+use self::shard::{Asked, Shard};
 use super::op::{Change, Holder, Op, longest};
 use super::spec::SessionSpec;
 use super::window::{Known, Window};

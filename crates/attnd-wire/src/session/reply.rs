@@ -230,6 +230,11 @@ impl StepContext {
         Self { rows: rows.into(), at_len, generation, kernel_id: kernel_id.to_owned() }
     }
 
+    /// Bytes of the rows.
+    pub fn bytes(&self) -> usize {
+        self.rows.context.len() + self.rows.lse.len()
+    }
+
     /// The rows, of a call of `shape`: inside of it, with exactly the bytes they need and the right checksum.
     ///
     /// # Errors

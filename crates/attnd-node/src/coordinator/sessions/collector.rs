@@ -24,6 +24,8 @@ const MESSAGE_BYTES: usize = 4 << 20;
 pub(super) struct Sent {
     pub(super) step: usize,
     pub(super) shard: usize,
+    /// Of the shard, when it was sent.
+    pub(super) epoch: u64,
     /// It has queries.
     pub(super) computes: bool,
 }
@@ -128,10 +130,12 @@ impl Collector {
         if let RowsState::Sent(op, _) = &step.rows {
             match (applied, &failure) {
                 (Some(state), _) => step.session.applied(&self.sessions, sent.shard, &link.holder, op, state),
-                (None, Some(error)) => step.session.refused(&self.sessions, sent.shard, &link.holder, op, error),
+                (None, Some(error)) => {
+                    step.session.refused(&self.sessions, (sent.shard, sent.epoch), &link.holder, op, error)
+                }
                 (None, None) => {
                     let error = Error::new(Reason::ReplyInvalid, "rows that nothing is said of");
-                    step.session.refused(&self.sessions, sent.shard, &link.holder, op, &error);
+                    step.session.refused(&self.sessions, (sent.shard, sent.epoch), &link.holder, op, &error);
                 }
             }
         }
@@ -179,7 +183,15 @@ impl Collector {
             Ok(None) => return,
             Ok(Some(next)) => view.shards.get(sent.shard).and_then(|shard| {
                 let link = shard.links.iter().find(|link| link.holder == next)?;
-                Some((Arc::clone(link), works::work(shard.at, step.layer, None, Some(asked.queries.of_shard(shard, &step.session.spec)))))
+                Some((
+                    Arc::clone(link),
+                    works::work(
+                        shard.at,
+                        step.layer,
+                        None,
+                        Some(asked.queries.of_shard(shard, &step.session.spec)),
+                    ),
+                ))
             }),
             Err(_nobody) => None,
         };
@@ -226,12 +238,16 @@ fn results_of(parts: Parts, n: usize) -> Result<Vec<Vec<ShardResult>>, Error> {
                     let place = results.get_mut(result.work);
                     let work = result.work;
                     place
-                        .ok_or_else(|| Error::new(Reason::ReplyInvalid, format!("result of work {work} of {n}")))?
+                        .ok_or_else(|| {
+                            Error::new(Reason::ReplyInvalid, format!("result of work {work} of {n}"))
+                        })?
                         .push(result);
                 }
             }
             HoldAnswer::Failed(error) => return Err(error),
-            HoldAnswer::State(_) => return Err(Error::new(Reason::ReplyInvalid, "a state in the place of results")),
+            HoldAnswer::State(_) => {
+                return Err(Error::new(Reason::ReplyInvalid, "a state in the place of results"));
+            }
         }
     }
     Ok(results)

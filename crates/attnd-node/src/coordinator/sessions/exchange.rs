@@ -141,7 +141,9 @@ impl Exchange {
             true => self.held = Some((request, frame)),
             // It has been answered already.
             false if request <= self.last => {}
-            false => self.begin(request, Deadline::after(Instant::now(), timeout), Err(refusal::expected_begin()))?,
+            false => {
+                self.begin(request, Deadline::after(Instant::now(), timeout), Err(refusal::expected_begin()))?
+            }
         }
         Ok(())
     }
@@ -172,12 +174,14 @@ impl Exchange {
                 let (frames, incoming) = mpsc::channel(CHUNKS);
                 self.appends.insert(request, frames);
                 let call = AppendCall::line_up(&sessions, append, incoming);
-                let applied = async move { call?.run(&sessions).await.map(|applied| vec![Answer::Applied(applied)]) };
+                let applied =
+                    async move { call?.run(&sessions).await.map(|applied| vec![Answer::Applied(applied)]) };
                 self.start(request, deadline, in_flight, applied);
             }
             Ok(Ask::Change(change)) => {
                 let call = ChangeCall::line_up(&sessions, change);
-                let applied = async move { call?.run(&sessions).await.map(|applied| vec![Answer::Applied(applied)]) };
+                let applied =
+                    async move { call?.run(&sessions).await.map(|applied| vec![Answer::Applied(applied)]) };
                 self.start(request, deadline, in_flight, applied);
             }
             Ok(Ask::Open(open)) => {
@@ -187,7 +191,9 @@ impl Exchange {
                 self.start(request, deadline, in_flight, opened);
             }
             Ok(Ask::Close(name)) => {
-                let closed = async move { sessions.close(&name).await.map(|already| vec![Answer::Closed { already }]) };
+                let closed = async move {
+                    sessions.close(&name).await.map(|already| vec![Answer::Closed { already }])
+                };
                 self.start(request, deadline, in_flight, closed);
             }
             Ok(Ask::Describe(name)) => {

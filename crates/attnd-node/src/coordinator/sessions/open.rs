@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
-use attnd_plan::session::{Holder, Keeper, Ledger, SessionName, SessionSpec, place};
+use attnd_plan::session::{Holder, Keeper, Ledger, PlacementError, SessionName, SessionSpec, place};
 use attnd_wire::hold::{HoldAsk, HoldShard, ShardAt};
 use attnd_wire::session::{Open, SessionDescription};
 use attnd_wire::{Error, Reason};
@@ -83,14 +83,18 @@ impl Sessions {
         }
         table.last = number;
         drop(table);
-        Ok((Reserved { sessions: self, name }, number_of(self.term, number)))
+        Ok((Reserved { sessions: self, name }, new_number()))
     }
 
-    async fn create(self: &Arc<Self>, name: Option<SessionName>, spec: &SessionSpec) -> Result<Arc<Session>, Error> {
+    async fn create(
+        self: &Arc<Self>,
+        name: Option<SessionName>,
+        spec: &SessionSpec,
+    ) -> Result<Arc<Session>, Error> {
         let (reserved, number) = self.reserve(name)?;
         let candidates = self.keepers().await?;
         let keepers: Vec<Keeper> = candidates.iter().map(|candidate| candidate.keeper.clone()).collect();
-        let placement = place(spec, &keepers)?;
+        let placement = place(spec, &keepers).map_err(unplaced)?;
         tracing::debug!(session = %reserved.name, reason = %placement.reason, "a session is placed");
         let mut links: BTreeMap<Holder, Arc<HoldLink>> = BTreeMap::new();
         for holder in placement.shards.iter().flat_map(|shard| &shard.members) {
@@ -112,7 +116,8 @@ impl Sessions {
                 held.push((at, Arc::clone(link), ask(self.term, Arc::clone(link), HoldAsk::Hold(hold))));
             }
         }
-        let asked: Vec<(ShardAt, Arc<HoldLink>)> = held.iter().map(|(at, link, _)| (*at, Arc::clone(link))).collect();
+        let asked: Vec<(ShardAt, Arc<HoldLink>)> =
+            held.iter().map(|(at, link, _)| (*at, Arc::clone(link))).collect();
         let answers = join_all(held.into_iter().map(|(_, _, answer)| answer)).await;
         if let Some(error) = answers.into_iter().find_map(Result::err) {
             // What others hold by now is given back, whoever waits for it.
@@ -122,9 +127,10 @@ impl Sessions {
             return Err(error);
         }
         let shards = placement.shards.iter().map(|shard| shard.members.clone()).collect();
-        let ledger = Ledger::new(spec.clone(), shards, self.now());
+        let ledger = Ledger::new(spec, shards, self.now());
         let pieces = placement.shards.into_iter().map(|shard| shard.pieces.into()).collect();
-        let session = Arc::new(Session::new(number, reserved.name.clone(), ledger, pieces, links));
+        let session =
+            Arc::new(Session::new(number, reserved.name.clone(), spec.clone(), ledger, pieces, links));
         let mut table = self.table();
         table.closed.remove(&session.name);
         table.open.insert(session.name.clone(), Arc::clone(&session));
@@ -135,7 +141,8 @@ impl Sessions {
     /// Workers that may get shards.
     async fn keepers(&self) -> Result<Vec<Candidate>, Error> {
         let gone = |_| Error::new(Reason::Internal, "the membership actor is gone");
-        let candidates = self.hub.cluster.ask(Capacities { least_version: SESSIONS }).send().await.map_err(gone)?;
+        let candidates =
+            self.hub.cluster.ask(Capacities { least_version: SESSIONS }).send().await.map_err(gone)?;
         if candidates.usable.is_empty() {
             return Err(Error::new(Reason::NoWorkers, "no worker is alive that holds sessions"));
         }
@@ -174,7 +181,11 @@ impl Sessions {
                 return;
             }
             for shard in 0..state.ledger.shards() {
-                let at = ShardAt { session: session.number, shard: shard as u32, epoch: state.ledger.epoch(shard) };
+                let at = ShardAt {
+                    session: session.number,
+                    shard: shard as u32,
+                    epoch: state.ledger.epoch(shard),
+                };
                 let links = state.ledger.holders(shard).filter_map(|holder| state.links.get(holder));
                 releases.extend(links.map(|link| (at, Arc::clone(link))));
             }
@@ -201,7 +212,14 @@ impl Sessions {
         let child = {
             let state = parent.lock();
             let ledger = state.ledger.fork(self.now());
-            Session::new(number, name.clone(), ledger, parent.pieces.clone(), state.links.clone())
+            Session::new(
+                number,
+                name.clone(),
+                parent.spec.clone(),
+                ledger,
+                parent.pieces.clone(),
+                state.links.clone(),
+            )
         };
         let mut table = self.table();
         table.closed.remove(&name);
@@ -226,6 +244,17 @@ impl Sessions {
     }
 }
 
+/// The refusal of a session that can't be placed.
+fn unplaced(error: PlacementError) -> Error {
+    match error {
+        PlacementError::Spec(error) => error.into(),
+        PlacementError::NoWorkers => Error::new(Reason::NoWorkers, error.to_string()),
+        PlacementError::Domains { .. } | PlacementError::Workers { .. } => {
+            Error::new(Reason::Placement, error.to_string())
+        }
+    }
+}
+
 async fn release(term: u64, link: Arc<HoldLink>, at: ShardAt) {
     if let Err(error) = ask(term, Arc::clone(&link), HoldAsk::Release(at)).await {
         tracing::debug!(worker = %link.holder.worker, ?at, %error, "a shard is not released");
@@ -234,10 +263,11 @@ async fn release(term: u64, link: Arc<HoldLink>, at: ShardAt) {
 
 /// A name for a session that was given none.
 fn made_name(term: u64, number: u64) -> Result<SessionName, Error> {
-    SessionName::new(format!("session-{term:x}-{number}")).map_err(|error| Error::new(Reason::SessionId, error.to_string()))
+    SessionName::new(format!("session-{term:x}-{number}"))
+        .map_err(|error| Error::new(Reason::SessionId, error.to_string()))
 }
 
-/// A number that no session of an earlier coordinator has: the term is part of it.
-fn number_of(term: u64, number: u64) -> u64 {
-    (term << 32) | (number & u64::from(u32::MAX))
+/// A number that no other session has, not even one of an earlier coordinator that a worker still holds: 0 is none.
+fn new_number() -> u64 {
+    rand::random_range(1..=u64::MAX)
 }

@@ -5,12 +5,11 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
 
 use attnd_plan::Piece;
 use attnd_plan::session::{
-    Ask, Begun as LedgerBegun, Holder, Ledger, LedgerAction, LedgerError, LedgerEvent, Op, Phase, Read,
-    ReadRequest, Request, SessionName, SessionSpec,
+    Ask, Begun as LedgerBegun, Holder, Ledger, LedgerAction, LedgerEvent, Op, Phase, Read, ReadRequest,
+    Request, SessionName, SessionSpec,
 };
 use attnd_wire::hold::{ShardAt, ShardState};
 use attnd_wire::session::{Applied, SessionDescription, ShardDescription, ShardHealth, StepQueries};
@@ -75,11 +74,11 @@ impl Session {
     pub(super) fn new(
         number: u64,
         name: SessionName,
+        spec: SessionSpec,
         ledger: Ledger<Error>,
         pieces: Vec<Arc<[Piece]>>,
         links: BTreeMap<Holder, Arc<HoldLink>>,
     ) -> Self {
-        let spec = ledger.spec().clone();
         let state = State { ledger, links, waits: None, children: BTreeMap::new(), is_closed: false };
         Self { number, name, spec, pieces, turns: Arc::default(), state: Mutex::new(state) }
     }
@@ -151,8 +150,10 @@ impl Session {
         for (shard, pieces) in self.pieces.iter().enumerate() {
             let ledger = &state.ledger;
             let computing = ledger.computing(shard);
-            let others = ledger.members(shard).filter(|member| !ledger.computing(shard).any(|other| other == *member));
-            let links = computing.chain(others).filter_map(|holder| state.links.get(holder)).cloned().collect();
+            let others =
+                ledger.members(shard).filter(|member| !ledger.computing(shard).any(|other| other == *member));
+            let links =
+                computing.chain(others).filter_map(|holder| state.links.get(holder)).cloned().collect();
             shards.push(ShardOf {
                 at: ShardAt { session: self.number, shard: shard as u32, epoch: ledger.epoch(shard) },
                 pieces: Arc::clone(pieces),
@@ -193,7 +194,11 @@ impl Session {
         let ((shard, epoch), holder, seq) = (at, holder.clone(), op.seq);
         let is_final = matches!(
             why.reason,
-            Reason::NonFinite | Reason::KvBudget | Reason::ShapeLimit | Reason::PayloadLength | Reason::Checksum
+            Reason::NonFinite
+                | Reason::KvBudget
+                | Reason::ShapeLimit
+                | Reason::PayloadLength
+                | Reason::Checksum
         ) && op.change.is_undoable();
         tracing::debug!(session = %self.name, shard, worker = %holder.worker, seq, error = %why, "an op is refused");
         let why = why.clone();
@@ -253,7 +258,10 @@ impl Session {
             bytes: ledger
                 .tokens()
                 .iter()
-                .map(|tokens| attnd_plan::session::placement::shard_bytes(&self.spec, pieces, *tokens) / self.spec.layers as u64)
+                .map(|tokens| {
+                    attnd_plan::session::placement::shard_bytes(&self.spec, pieces, *tokens)
+                        / self.spec.layers as u64
+                })
                 .sum(),
         };
         let idle = sessions.now().saturating_sub(ledger.idle_since());

@@ -13,15 +13,15 @@ use std::sync::Arc;
 
 use attnd_kernel::PartialRows;
 use attnd_plan::CellId;
-use attnd_plan::session::{Attempt, Holder, Op, Read};
-use attnd_wire::session::{Applied, Step, StepContext, StepQueries, StepResult, StepRows};
+use attnd_plan::session::{Ask, Attempt, Holder, Op, Read, Request};
+use attnd_wire::session::{Applied, Mutation, Step, StepContext, StepQueries, StepResult, StepRows};
 use attnd_wire::{CallShape, ContextChunk, Error, Reason};
 use tokio::sync::oneshot;
 
 use super::Sessions;
 use super::collector::{Collector, Sent};
 use super::merge::{Rows, merge};
-use super::session::{Begun, Session, ShardView};
+use super::session::{After, Begun, Session, ShardView};
 use super::turns::{Place, Turn};
 use super::works::{self, Queries};
 
@@ -86,7 +86,8 @@ impl StepsCall {
     /// Looks sessions up, and takes a place in the line of each that a step changes: all at once, so that calls which change the same
     /// sessions never wait for each other.
     pub(super) fn line_up(sessions: &Sessions, steps: Vec<Result<Step, Error>>) -> Self {
-        let mut lined: Vec<Result<Lined, Error>> = steps.into_iter().map(|step| find(sessions, step?)).collect();
+        let mut lined: Vec<Result<Lined, Error>> =
+            steps.into_iter().map(|step| find(sessions, step?)).collect();
         let _all_at_once = sessions.line_up();
         let mut changed: Vec<u64> = Vec::new();
         for step in &mut lined {
@@ -172,8 +173,15 @@ fn begin(
     let begun = match &rows {
         None => None,
         Some(rows) => {
-            let check = |at_len| queries.as_ref().map_or(Ok(()), |queries| queries.over(&session.spec, at_len).map(|_| ()));
-            Some(session.begin_append(layer, &rows.append(layer), check)?)
+            let base_len = rows.base_len.map(|n| usize::try_from(n).unwrap_or(usize::MAX));
+            let ask = Ask::Append { layer, base_len, tokens: rows.tokens };
+            let digest = ask.digest(rows.crc32c);
+            let Mutation { writer_epoch, op_seq: seq } = rows.mutation;
+            let request = Request { writer_epoch, seq, digest, ask };
+            let check = |at_len| {
+                queries.as_ref().map_or(Ok(()), |queries| queries.over(&session.spec, at_len).map(|_| ()))
+            };
+            Some(session.begin(&request, check)?)
         }
     };
     let (rows_state, op) = match begun {
@@ -181,14 +189,13 @@ fn begin(
         Some(Begun::Replayed(applied)) => (RowsState::Settled(Ok(applied)), None),
         Some(Begun::Started(op, answer)) => (RowsState::Sent(op, answer), Some(op)),
     };
-    let appended = match &rows_state {
-        RowsState::None => None,
-        RowsState::Settled(Ok(applied)) => Some(applied.len),
-        RowsState::Settled(Err(_)) => None,
-        RowsState::Sent(op, _) => Some(works::len_after(op)),
+    let after = match &rows_state {
+        RowsState::None | RowsState::Settled(Err(_)) => After::Nothing,
+        RowsState::Settled(Ok(applied)) => After::Replayed(applied.len),
+        RowsState::Sent(op, _) => After::Op(*op),
     };
     let view = session.view();
-    let asked = queries.map(|queries| ask(&session, layer, queries, appended, &view)).transpose();
+    let asked = queries.map(|queries| ask(&session, layer, queries, after, &view)).transpose();
     let queries = match asked {
         Ok(None) => QueriesState::None,
         Ok(Some(asked)) => QueriesState::Asked(Box::new(asked)),
@@ -198,21 +205,27 @@ fn begin(
     };
     for (shard, of_shard) in view.shards.iter().enumerate() {
         let rows = match (&op, &rows) {
-            (Some(op), Some(rows)) => Some(works::rows_for(of_shard, op, view.generation, rows, &session.spec)),
+            (Some(op), Some(rows)) => {
+                Some(works::rows_for(of_shard, op, view.generation, rows, &session.spec))
+            }
             _ => None,
         };
         for link in &of_shard.links {
+            // A request that came again may find that some have it by now.
+            let rows = rows.as_ref().filter(|_| of_shard.lack.contains(&link.holder));
             let computes = match &queries {
                 QueriesState::Asked(asked) => asked.attempt.asked(shard) == Some(&link.holder),
                 QueriesState::None | QueriesState::Failed(_) => false,
             };
             let queries = match &queries {
-                QueriesState::Asked(asked) if computes => Some(asked.queries.of_shard(of_shard, &session.spec)),
+                QueriesState::Asked(asked) if computes => {
+                    Some(asked.queries.of_shard(of_shard, &session.spec))
+                }
                 _ => None,
             };
             if rows.is_some() || queries.is_some() {
-                let sent = Sent { step: at, shard, computes };
-                collector.add(link, sent, works::work(of_shard.at, layer, rows.clone(), queries));
+                let sent = Sent { step: at, shard, epoch: of_shard.at.epoch, computes };
+                collector.add(link, sent, works::work(of_shard.at, layer, rows.cloned(), queries));
             }
         }
     }
@@ -220,20 +233,21 @@ fn begin(
     Ok(())
 }
 
-/// What is asked for queries of a layer that has `appended` tokens after the step's own, if it has any.
+/// What is asked for queries that come behind the rows of their own step, if it has any.
 fn ask(
     session: &Session,
     layer: usize,
     queries: StepQueries,
-    appended: Option<u64>,
+    after: After,
     view: &ShardView,
 ) -> Result<Asked, Error> {
-    let read = session.read(layer, &queries, appended)?;
+    let read = session.read(layer, &queries, after)?;
     let (shape, operator) = queries.over(&session.spec, read.at_len)?;
-    let call =
-        CallShape { shape, operator, outputs: None, allow_non_finite: queries.allow_non_finite };
-    let replicas = view.shards.iter().map(|shard| shard.links.iter().map(|link| link.holder.clone()).collect());
-    let attempt = Attempt::new(replicas).map_err(|nobody| Error::new(Reason::Recovering, nobody.to_string()))?;
+    let call = CallShape { shape, operator, outputs: None, allow_non_finite: queries.allow_non_finite };
+    let replicas =
+        view.shards.iter().map(|shard| shard.links.iter().map(|link| link.holder.clone()).collect());
+    let attempt =
+        Attempt::new(replicas).map_err(|nobody| Error::new(Reason::Recovering, nobody.to_string()))?;
     Ok(Asked { queries: Queries::new(queries, &call, &read), call, read, attempt })
 }
 
@@ -302,7 +316,12 @@ fn contexts(first: StepResult, session: &Session, of: &MergedOf, rows: Rows) -> 
     let context = |rows: ContextChunk| StepContext::new(rows, read.at_len as u64, read.generation, kernel_id);
     works::blocks(heads, tokens, dim)
         .map(|(heads, of_tokens)| {
-            let mut chunk = ContextChunk { heads: heads.clone(), tokens: of_tokens.clone(), lse: Vec::new(), context: Vec::new() };
+            let mut chunk = ContextChunk {
+                heads: heads.clone(),
+                tokens: of_tokens.clone(),
+                lse: Vec::new(),
+                context: Vec::new(),
+            };
             for head in heads {
                 let from = head * tokens + of_tokens.start;
                 let to = from + of_tokens.len();

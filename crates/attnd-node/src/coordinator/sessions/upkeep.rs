@@ -74,7 +74,9 @@ impl Sessions {
                 let change = ShardChange { at: at(shard, epoch), op: op_at, kind };
                 self.tell(&session, &holder, HoldAsk::Change(change), move |holder, answer| match answer {
                     Ok(state) => LedgerEvent::Applied { shard, holder, seq: op.seq, state: state.into() },
-                    Err(why) => LedgerEvent::Refused { shard, holder, epoch, seq: op.seq, is_final: false, why },
+                    Err(why) => {
+                        LedgerEvent::Refused { shard, holder, epoch, seq: op.seq, is_final: false, why }
+                    }
                 });
             }
             LedgerAction::Undo { shard, holder, epoch, seq, digest } => {
@@ -86,9 +88,11 @@ impl Sessions {
                 });
             }
             LedgerAction::Fence { shard, holder, epoch } => {
-                self.tell(&session, &holder, HoldAsk::Fence(at(shard, epoch)), move |holder, answer| match answer {
-                    Ok(state) => LedgerEvent::Fenced { shard, holder, state: state.into() },
-                    Err(_refused) => LedgerEvent::Lost(holder),
+                self.tell(&session, &holder, HoldAsk::Fence(at(shard, epoch)), move |holder, answer| {
+                    match answer {
+                        Ok(state) => LedgerEvent::Fenced { shard, holder, state: state.into() },
+                        Err(_refused) => LedgerEvent::Lost(holder),
+                    }
                 });
             }
             LedgerAction::SaveMembers { shard, epoch, .. } => {
@@ -161,7 +165,8 @@ pub(crate) async fn watch(sessions: Arc<Sessions>) {
         for session in open {
             let (lost, is_expired) = {
                 let state = session.lock();
-                let lost: Vec<Arc<HoldLink>> = state.links.values().filter(|link| link.is_lost()).cloned().collect();
+                let lost: Vec<Arc<HoldLink>> =
+                    state.links.values().filter(|link| link.is_lost()).cloned().collect();
                 (lost, state.ledger.is_expired(sessions.now()) && state.ledger.in_flight().is_none())
             };
             for link in lost {

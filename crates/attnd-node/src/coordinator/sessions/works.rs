@@ -143,9 +143,9 @@ pub(super) fn blocks(
     let (step_heads, step_tokens) =
         if tokens <= of_message { (of_message / tokens.max(1), tokens.max(1)) } else { (1, of_message) };
     (0..heads).step_by(step_heads).flat_map(move |head| {
-        (0..tokens).step_by(step_tokens).map(move |token| {
-            (head..heads.min(head + step_heads), token..tokens.min(token + step_tokens))
-        })
+        (0..tokens)
+            .step_by(step_tokens)
+            .map(move |token| (head..heads.min(head + step_heads), token..tokens.min(token + step_tokens)))
     })
 }
 
@@ -155,7 +155,9 @@ mod tests {
 
     #[test]
     fn blocks_tile_the_rows_and_are_small() {
-        for (heads, tokens, dim) in [(32, 1, 128), (8, 5000, 64), (3, 1 << 16, 512), (1, 1, 1), (1024, 1, 1024)] {
+        for (heads, tokens, dim) in
+            [(32, 1, 128), (8, 5000, 64), (3, 1 << 16, 512), (1, 1, 1), (1024, 1, 1024)]
+        {
             let mut seen = vec![0_u8; heads * tokens];
             for (of_heads, of_tokens) in blocks(heads, tokens, dim) {
                 let bytes = of_heads.len() * of_tokens.len() * dim * 4;

@@ -340,7 +340,6 @@ pub(crate) fn fork(
     let Some(pages) = &shard.pages else { return Err(no_shard(key)) };
     let Some(what) = change.kind.change() else { return Err(Error::new(Reason::Internal, "no fork")) };
     let op = change.op.op(what);
-    if shard.replica.begin(change.at.epoch, change.op.generation, &op).map_err(refused)? == Verdict::Replayed
     if shard.replica.begin(change.at.epoch, change.op.generation, &op).map_err(Error::from)?
         == Verdict::Replayed
     {
