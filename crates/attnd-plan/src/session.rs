@@ -16,6 +16,11 @@ pub mod replica;
 pub mod spec;
 pub mod window;
 
+#[cfg(test)]
+mod explorer;
+#[cfg(test)]
+mod model;
+
 pub use ledger::{
     Ask, Begun, Ledger, LedgerAction, LedgerError, LedgerEvent, Outcome, Phase, Read, ReadRequest, Request,
     SavedShard,

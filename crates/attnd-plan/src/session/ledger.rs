@@ -24,7 +24,7 @@ pub use self::message::{
     Ask, Begun, LedgerAction, LedgerEvent, Phase, Read, ReadRequest, Request, SavedShard,
 };
 use self::restart::Past;
-use self::shard::{Asked, Shard, Step};
+use self::shard::{Asked, Shard};
 use super::op::{Change, Holder, Op, longest};
 use super::spec::SessionSpec;
 use super::window::{Known, Window};
@@ -59,6 +59,9 @@ pub struct Ledger<E = String> {
     lost: Option<(usize, usize)>,
     used: Duration,
     actions: Vec<LedgerAction<E>>,
+    /// Whoever was copied is a member at once.
+    #[cfg(test)]
+    pub(super) skips_fences: bool,
 }
 
 impl<E: Clone> Ledger<E> {
@@ -84,6 +87,8 @@ impl<E: Clone> Ledger<E> {
             lost: None,
             used: now,
             actions: Vec::new(),
+            #[cfg(test)]
+            skips_fences: false,
         }
     }
 
@@ -408,10 +413,14 @@ impl<E: Clone> Ledger<E> {
         self.flight.is_none() && now.saturating_sub(self.used) >= self.ttl
     }
 
-    /// Whether a shard is between two sets of members.
-    #[cfg(test)]
-    pub(super) fn is_in_round(&self, shard: usize) -> bool {
-        self.shards.get(shard).is_some_and(|shard| shard.step != Step::Idle)
+    /// Replicas that a shard is short of, beside those on their way.
+    pub fn missing_replicas(&self, shard: usize) -> usize {
+        self.shards.get(shard).map_or(0, |shard| shard.missing(self.replicas))
+    }
+
+    /// Whether it isn't known yet what the replicas have.
+    pub fn is_restarting(&self) -> bool {
+        self.is_restarting
     }
 }
 

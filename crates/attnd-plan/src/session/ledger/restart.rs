@@ -51,6 +51,8 @@ impl<E: Clone> Ledger<E> {
             lost: None,
             used: now,
             actions: Vec::new(),
+            #[cfg(test)]
+            skips_fences: false,
             ..*self
         }
     }
