@@ -108,7 +108,7 @@ fn whatever_is_left_out_is_missed() {
     ];
     for (mutation, replicas, acks) in mutations {
         let setting = Setting { mutation: Some(mutation), ..setting(replicas, acks, 3) };
-        let found = (0..400).find_map(|seed| {
+        let found = (0..2000).find_map(|seed| {
             walk(setting, seed, STEPS, &mut HashSet::new()).err().map(|error| (seed, error))
         });
         let Some((seed, error)) = found else { panic!("{mutation:?} isn't seen") };

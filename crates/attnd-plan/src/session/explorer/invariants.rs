@@ -120,6 +120,12 @@ impl World {
             };
             let state = held.replica.state();
             chains.push((state.op_seq, state.chain));
+            // Nothing beyond what was acknowledged, but what may still be.
+            let open = self.model.open().map(|request| request.digest);
+            let mut beyond = held.log.iter().skip(model.told().len());
+            if beyond.any(|op| Some(op.1) != open) {
+                return Err(format!("{holder:?} has what nobody wants in shard {shard}: {:?}", held.log));
+            }
         }
         for (seq, chain) in &chains {
             if chains.iter().any(|(other, differs)| other == seq && differs != chain) {

@@ -203,13 +203,12 @@ impl<E: Clone> Ledger<E> {
             }
             return false;
         }
-        let level = shard.members.iter().filter(is_level);
-        if level.clone().filter(|member| !member.is_leaving).count() >= self.replicas {
-            let leaving = level.filter(|member| member.is_leaving);
-            for holder in leaving.map(|member| member.holder.clone()).collect::<Vec<_>>() {
-                self.drop_member(index, &holder);
-            }
-        }
+        // Never more than there shall be, as an op is safe on so many of them: first those who stay.
+        let level = || shard.members.iter().filter(is_level);
+        let staying = level().filter(|member| !member.is_leaving);
+        let in_order = staying.chain(level().filter(|member| member.is_leaving));
+        let surplus: Vec<Holder> = in_order.skip(self.replicas).map(|member| member.holder.clone()).collect();
+        surplus.iter().for_each(|holder| self.drop_member(index, holder));
         let Some(shard) = self.shards.get_mut(index) else { return false };
         shard.step = Step::Saving;
         shard.is_dirty = false;
