@@ -8,8 +8,9 @@
 //!
 //! * [`spec`] is what can't change as long as a session lives; [`op`] what changes it, and how ops are told apart.
 //! * [`ledger`] is the coordinator's side of a session: which op is next, who has it, and what becomes of it when replicas are lost.
-//! * [`replica`] is one replica of a shard, as the worker that holds it sees it; [`window`] the ops that are remembered.
+//! * [`replica`] is one replica of a shard, as the worker that holds it sees it; [`window`] the ops that are remembered, [`closed`] the sessions.
 
+pub mod closed;
 pub mod ledger;
 pub mod op;
 pub mod replica;
@@ -21,6 +22,7 @@ mod explorer;
 #[cfg(test)]
 mod model;
 
+pub use closed::{Closed, ClosedSessions};
 pub use ledger::{
     Ask, Begun, Ledger, LedgerAction, LedgerError, LedgerEvent, Outcome, Phase, Read, ReadRequest, Request,
     SavedShard,

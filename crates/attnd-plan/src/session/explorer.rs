@@ -7,8 +7,10 @@
 use std::collections::HashSet;
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 
-use self::world::{Budget, Choice, Mutation, Setting, World};
+use self::choice::{Budget, Mutation, Setting};
+use self::world::World;
 
+mod choice;
 mod invariants;
 mod worker;
 mod world;
@@ -26,29 +28,6 @@ impl Seeded {
     }
 }
 
-/// Some faults are rare, or a walk is over before it has begun.
-fn is_rare(choice: &Choice) -> bool {
-    match choice {
-        Choice::Crash { .. }
-        | Choice::Break { .. }
-        | Choice::Restart { .. }
-        | Choice::TakeWriter
-        | Choice::Drain { .. }
-        | Choice::Abandon
-        | Choice::Deliver { refuses: true, .. }
-        | Choice::Request { again: true } => true,
-        Choice::Deliver { .. }
-        | Choice::Hear { .. }
-        | Choice::Save
-        | Choice::Copy
-        | Choice::Request { again: false }
-        | Choice::Replace { .. }
-        | Choice::Bury { .. }
-        | Choice::Revive { .. }
-        | Choice::Reconnect { .. } => false,
-    }
-}
-
 /// Walks from the beginning; returns what went wrong, and adds the states that it was in.
 fn walk(setting: Setting, seed: u64, steps: usize, seen: &mut HashSet<u64>) -> Result<(), String> {
     let mut random = Seeded(seed);
@@ -56,8 +35,8 @@ fn walk(setting: Setting, seed: u64, steps: usize, seen: &mut HashSet<u64>) -> R
     let mut path = Vec::new();
     for _ in 0..steps {
         let mut choices = world.choices();
-        if random.below(6) > 0 && choices.iter().any(|choice| !is_rare(choice)) {
-            choices.retain(|choice| !is_rare(choice));
+        if random.below(6) > 0 && choices.iter().any(|choice| !choice.is_rare()) {
+            choices.retain(|choice| !choice.is_rare());
         }
         if choices.is_empty() {
             break;

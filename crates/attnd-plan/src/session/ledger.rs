@@ -306,6 +306,11 @@ impl<E: Clone> Ledger<E> {
             LedgerEvent::Abandoned { seq, why } => self.abandon(seq, why),
             LedgerEvent::Lost(holder) => self.lose_holder(&holder, false),
             LedgerEvent::Disconnected(holder) => self.lose_holder(&holder, true),
+            LedgerEvent::Gone { shard, holder, epoch } => {
+                if self.epoch(shard) == epoch {
+                    self.lose_replica(shard, &holder, false);
+                }
+            }
             LedgerEvent::Fenced { shard, holder, state } => self.take_fenced(shard, &holder, state),
             LedgerEvent::FenceRefused { shard, holder, epoch } => self.outbid(shard, &holder, epoch),
             LedgerEvent::Copied { shard, holder, state } => self.take_copied(shard, &holder, &state),
@@ -430,3 +435,6 @@ enum Looked {
     InFlight(Op),
     Applied(super::op::Answer),
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,6 +1,7 @@
 //! What must hold in every state of the explorer's cluster.
 
-use super::world::{LAYERS, Mutation, SHARDS, Setting, World};
+use super::choice::{Budget, Choice, Mutation, Setting};
+use super::world::{LAYERS, SHARDS, World};
 use crate::session::ledger::{Begun, LedgerError, Outcome, Phase, Request};
 use crate::session::model::Model;
 use crate::session::op::Answer;
@@ -186,8 +187,7 @@ impl World {
 
     /// Without further faults, the session gets its replicas back and the client its answer.
     pub(super) fn heal(&mut self) -> Result<(), String> {
-        use super::world::Choice;
-        self.left = super::world::Budget::default();
+        self.left = Budget::default();
         for _ in 0..2000 {
             let choices = self.choices();
             let is_request = |choice: &&Choice| matches!(choice, Choice::Request { .. });

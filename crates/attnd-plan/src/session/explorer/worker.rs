@@ -1,6 +1,6 @@
 //! A worker of the explorer: replicas with rows, and requests that come in order on streams.
 
-use super::world::Mutation;
+use super::choice::Mutation;
 use crate::session::model::Token;
 use crate::session::op::{Change, Holder, Op};
 use crate::session::replica::{Replica, ReplicaState, Terms, Undone, Verdict};
@@ -22,6 +22,7 @@ pub(super) enum Reply {
     Undone { shard: usize, seq: u64, state: ReplicaState },
     Fenced { shard: usize, state: ReplicaState },
     FenceRefused { shard: usize, epoch: u64 },
+    Gone { shard: usize, epoch: u64 },
     Copied { shard: usize, state: ReplicaState },
 }
 
@@ -83,10 +84,10 @@ impl Worker {
             return None;
         }
         let Some(held) = &mut self.shards[shard] else {
-            let (Ask::Op { epoch, op: Op { seq, .. }, .. } | Ask::Undo { epoch, seq, .. }) = *ask else {
+            let (Ask::Op { epoch, .. } | Ask::Undo { epoch, .. } | Ask::Fence { epoch, .. }) = *ask else {
                 return None;
             };
-            return Some(Reply::Refused { shard, epoch, seq, is_final: false });
+            return Some(Reply::Gone { shard, epoch });
         };
         Some(match *ask {
             Ask::Op { epoch, generation, op, .. } => {

@@ -4,6 +4,7 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
+use super::choice::{Budget, Choice, Mutation, Setting};
 use super::worker::{Ask as WorkerAsk, Held, Reply, Worker};
 use crate::WorkerId;
 use crate::session::ledger::{
@@ -16,99 +17,16 @@ use crate::session::spec::{DEFAULT_TTL, SessionSpec};
 pub(super) const LAYERS: usize = 2;
 pub(super) const SHARDS: usize = 2;
 
-/// What is taken away from the protocol, to see that the checks see it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) enum Mutation {
-    NoEpochCheck,
-    NoDedup,
-    NoUndo,
-    NoFenceBeforeCopy,
-    NoCoverage,
-}
-
-/// What there is, and how much may go wrong.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct Setting {
-    pub(super) replicas: usize,
-    pub(super) acks: usize,
-    pub(super) workers: usize,
-    pub(super) budget: Budget,
-    pub(super) mutation: Option<Mutation>,
-}
-
-/// How often each may still happen.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub(super) struct Budget {
-    pub(super) ops: usize,
-    pub(super) retries: usize,
-    pub(super) refusals: usize,
-    pub(super) crashes: usize,
-    pub(super) breaks: usize,
-    pub(super) restarts: usize,
-    pub(super) writers: usize,
-    pub(super) drains: usize,
-}
-
 /// One stream to a worker, with what is on its way: in order, but nothing is said of others.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Link {
-    worker: usize,
-    incarnation: u64,
-    term: u64,
+    pub(super) worker: usize,
+    pub(super) incarnation: u64,
+    pub(super) term: u64,
     /// Whether the coordinator still listens.
-    is_open: bool,
-    asks: VecDeque<WorkerAsk>,
-    replies: VecDeque<Reply>,
-}
-
-/// What can happen next.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Choice {
-    /// A request reaches its worker, which may have no memory for it.
-    Deliver {
-        link: usize,
-        refuses: bool,
-    },
-    /// An answer reaches the coordinator.
-    Hear {
-        link: usize,
-    },
-    Save,
-    Copy,
-    /// A client asks for another op, or for the one it has no answer to.
-    Request {
-        again: bool,
-    },
-    Abandon,
-    TakeWriter,
-    Replace {
-        shard: usize,
-        worker: usize,
-    },
-    Crash {
-        worker: usize,
-    },
-    /// The coordinator hears of it.
-    Bury {
-        worker: usize,
-    },
-    /// The worker comes back, empty.
-    Revive {
-        worker: usize,
-    },
-    Break {
-        worker: usize,
-    },
-    Reconnect {
-        worker: usize,
-    },
-    Drain {
-        worker: usize,
-    },
-    /// The coordinator dies, and another begins; `landed`: what it was saving was saved.
-    Restart {
-        landed: bool,
-    },
+    pub(super) is_open: bool,
+    pub(super) asks: VecDeque<WorkerAsk>,
+    pub(super) replies: VecDeque<Reply>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -225,88 +143,6 @@ impl World {
         }
     }
 
-    /// Everything that can happen next.
-    pub(super) fn choices(&self) -> Vec<Choice> {
-        let mut choices = Vec::new();
-        for (index, link) in self.links.iter().enumerate() {
-            let worker = &self.workers[link.worker];
-            let lives = worker.is_alive && worker.holder.incarnation == link.incarnation;
-            if let (Some(ask), true) = (link.asks.front(), lives) {
-                choices.push(Choice::Deliver { link: index, refuses: false });
-                let is_append = matches!(ask, WorkerAsk::Op { op, .. } if op.change.is_undoable());
-                if is_append && self.left.refusals > 0 {
-                    choices.push(Choice::Deliver { link: index, refuses: true });
-                }
-            }
-            if !link.replies.is_empty() && link.term == self.term {
-                choices.push(Choice::Hear { link: index });
-            }
-        }
-        if !self.saves.is_empty() {
-            choices.push(Choice::Save);
-        }
-        if !self.copies.is_empty() {
-            choices.push(Choice::Copy);
-        }
-        match self.model.open() {
-            None if self.left.ops > 0 => choices.push(Choice::Request { again: false }),
-            Some(_) if !self.is_waiting => choices.push(Choice::Request { again: true }),
-            Some(_) if self.left.retries > 0 => choices.push(Choice::Request { again: true }),
-            _ => {}
-        }
-        if self.is_waiting && self.left.refusals > 0 {
-            choices.push(Choice::Abandon);
-        }
-        if self.left.writers > 0 {
-            choices.push(Choice::TakeWriter);
-        }
-        for (index, worker) in self.workers.iter().enumerate() {
-            if worker.is_alive {
-                if self.left.crashes > 0 {
-                    choices.push(Choice::Crash { worker: index });
-                }
-                if worker.is_connected && self.left.breaks > 0 {
-                    choices.push(Choice::Break { worker: index });
-                }
-                if !worker.is_connected {
-                    choices.push(Choice::Reconnect { worker: index });
-                }
-                if worker.is_connected && self.left.drains > 0 {
-                    choices.push(Choice::Drain { worker: index });
-                }
-            } else if self.unburied.contains(&worker.holder) {
-                choices.push(Choice::Bury { worker: index });
-            } else {
-                choices.push(Choice::Revive { worker: index });
-            }
-        }
-        choices.extend(self.replacements());
-        if self.left.restarts > 0 {
-            choices.push(Choice::Restart { landed: false });
-            if !self.saves.is_empty() {
-                choices.push(Choice::Restart { landed: true });
-            }
-        }
-        choices
-    }
-
-    /// Workers that could get a replica that is missing.
-    fn replacements(&self) -> Vec<Choice> {
-        let mut choices = Vec::new();
-        for shard in 0..SHARDS {
-            if self.ledger.missing_replicas(shard) == 0 {
-                continue;
-            }
-            for (index, worker) in self.workers.iter().enumerate() {
-                let is_free = !self.ledger.holders(shard).any(|holder| holder.worker == worker.holder.worker);
-                if worker.is_alive && worker.is_connected && is_free {
-                    choices.push(Choice::Replace { shard, worker: index });
-                }
-            }
-        }
-        choices
-    }
-
     /// Does it; returns what is wrong then.
     pub(super) fn choose(&mut self, choice: Choice) -> Result<(), String> {
         match choice {
@@ -332,6 +168,7 @@ impl World {
                     Reply::FenceRefused { shard, epoch } => {
                         LedgerEvent::FenceRefused { shard, holder, epoch }
                     }
+                    Reply::Gone { shard, epoch } => LedgerEvent::Gone { shard, holder, epoch },
                     Reply::Copied { shard, state } => LedgerEvent::Copied { shard, holder, state },
                 })?;
             }

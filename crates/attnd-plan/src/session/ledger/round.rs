@@ -291,21 +291,26 @@ impl<E: Clone> Ledger<E> {
 
     /// A holder is gone: for good, or until it comes back.
     pub(super) fn lose_holder(&mut self, holder: &Holder, may_return: bool) {
-        for shard in &mut self.shards {
-            shard.absent.retain(|absent| absent != holder);
-            shard.leavers.retain(|leaver| leaver != holder);
-            let Some(member) = shard.get_mut(holder) else { continue };
-            let is_incomplete = matches!(member.standing, Standing::Cold { .. } | Standing::Copying { .. });
-            let counts = member.is_member() || member.standing == Standing::Level;
-            shard.members.retain(|member| member.holder != *holder);
-            shard.is_dirty |= counts;
-            shard.forget_source(holder);
-            if may_return && !is_incomplete {
-                shard.absent.push(holder.clone());
-            }
+        for index in 0..self.shards.len() {
+            self.lose_replica(index, holder, may_return);
         }
+    }
+
+    pub(super) fn lose_replica(&mut self, index: usize, holder: &Holder, may_return: bool) {
         if matches!(&self.past, Past::Asked(from) if from == holder) {
             self.past = Past::Unknown;
+        }
+        let Some(shard) = self.shards.get_mut(index) else { return };
+        shard.absent.retain(|absent| absent != holder);
+        shard.leavers.retain(|leaver| leaver != holder);
+        let Some(member) = shard.get_mut(holder) else { return };
+        let is_incomplete = matches!(member.standing, Standing::Cold { .. } | Standing::Copying { .. });
+        let counts = member.is_member() || member.standing == Standing::Level;
+        shard.members.retain(|member| member.holder != *holder);
+        shard.is_dirty |= counts;
+        shard.forget_source(holder);
+        if may_return && !is_incomplete {
+            shard.absent.push(holder.clone());
         }
     }
 
