@@ -7,7 +7,7 @@
 use std::collections::HashSet;
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 
-use self::choice::{Budget, Mutation, Setting};
+use self::choice::{Budget, Omission, Setting};
 use self::world::World;
 
 mod choice;
@@ -56,7 +56,7 @@ fn walk(setting: Setting, seed: u64, steps: usize, seen: &mut HashSet<u64>) -> R
 fn setting(replicas: usize, acks: usize, workers: usize) -> Setting {
     let budget =
         Budget { ops: 6, retries: 2, refusals: 2, crashes: 2, breaks: 2, restarts: 2, writers: 1, drains: 1 };
-    Setting { replicas, acks, workers, budget, mutation: None }
+    Setting { replicas, acks, workers, budget, omission: None }
 }
 
 const STEPS: usize = 150;
@@ -78,19 +78,19 @@ fn nothing_acknowledged_is_lost_or_doubled() {
 
 #[test]
 fn whatever_is_left_out_is_missed() {
-    let mutations = [
-        (Mutation::NoEpochCheck, 2, 2),
-        (Mutation::NoDedup, 2, 2),
-        (Mutation::NoUndo, 2, 2),
-        (Mutation::NoFenceBeforeCopy, 2, 1),
-        (Mutation::NoCoverage, 2, 2),
+    let omissions = [
+        (Omission::EpochCheck, 2, 2),
+        (Omission::Dedup, 2, 2),
+        (Omission::Undo, 2, 2),
+        (Omission::FenceBeforeCopy, 2, 1),
+        (Omission::Coverage, 2, 2),
     ];
-    for (mutation, replicas, acks) in mutations {
-        let setting = Setting { mutation: Some(mutation), ..setting(replicas, acks, 3) };
+    for (omission, replicas, acks) in omissions {
+        let setting = Setting { omission: Some(omission), ..setting(replicas, acks, 3) };
         let found = (0..2000).find_map(|seed| {
             walk(setting, seed, STEPS, &mut HashSet::new()).err().map(|error| (seed, error))
         });
-        let Some((seed, error)) = found else { panic!("{mutation:?} isn't seen") };
-        println!("{mutation:?}: {}, seed {seed}", error.lines().next().unwrap_or_default());
+        let Some((seed, error)) = found else { panic!("{omission:?} isn't seen") };
+        println!("{omission:?}: {}, seed {seed}", error.lines().next().unwrap_or_default());
     }
 }

@@ -5,12 +5,12 @@ use super::world::{SHARDS, World};
 
 /// What is taken away from the protocol, to see that the checks see it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) enum Mutation {
-    NoEpochCheck,
-    NoDedup,
-    NoUndo,
-    NoFenceBeforeCopy,
-    NoCoverage,
+pub(crate) enum Omission {
+    EpochCheck,
+    Dedup,
+    Undo,
+    FenceBeforeCopy,
+    Coverage,
 }
 
 /// What there is, and how much may go wrong.
@@ -20,7 +20,7 @@ pub(super) struct Setting {
     pub(super) acks: usize,
     pub(super) workers: usize,
     pub(super) budget: Budget,
-    pub(super) mutation: Option<Mutation>,
+    pub(super) omission: Option<Omission>,
 }
 
 /// How often each may still happen.

@@ -1,6 +1,6 @@
 //! What must hold in every state of the explorer's cluster.
 
-use super::choice::{Budget, Choice, Mutation, Setting};
+use super::choice::{Budget, Choice, Omission, Setting};
 use super::world::{LAYERS, SHARDS, World};
 use crate::session::ledger::{Begun, LedgerError, Outcome, Phase, Request};
 use crate::session::model::Model;
@@ -11,7 +11,7 @@ use super::worker::{Held, Worker};
 impl Setting {
     /// How many acknowledgements the ledger waits for.
     pub(super) fn ledger_acks(&self) -> usize {
-        if self.mutation == Some(Mutation::NoCoverage) { 1 } else { self.acks }
+        if self.omission == Some(Omission::Coverage) { 1 } else { self.acks }
     }
 }
 
@@ -161,6 +161,9 @@ impl World {
                 Ok(Begun::Replayed(answer)) if answer == told.answer => {}
                 // Until somebody who remembers it has been asked.
                 Err(LedgerError::Recovering { .. }) => {}
+                // Nobody was told, and it may yet be lost.
+                Err(LedgerError::UnderReplicated { is_in_flight: true, .. })
+                    if self.model.open().is_some() => {}
                 other => return Err(format!("op {} comes again and is answered {other:?}", request.seq)),
             }
         }

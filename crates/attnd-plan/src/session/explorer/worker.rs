@@ -1,6 +1,6 @@
 //! A worker of the explorer: replicas with rows, and requests that come in order on streams.
 
-use super::choice::Mutation;
+use super::choice::Omission;
 use crate::session::model::Token;
 use crate::session::op::{Change, Holder, Op};
 use crate::session::replica::{Replica, ReplicaState, Terms, Undone, Verdict};
@@ -68,7 +68,7 @@ impl Worker {
         term: u64,
         ask: &Ask,
         refuses: bool,
-        mutation: Option<Mutation>,
+        omission: Option<Omission>,
     ) -> Option<Reply> {
         let mut terms = Terms::default();
         terms.check(self.terms).ok()?;
@@ -91,13 +91,12 @@ impl Worker {
         };
         Some(match *ask {
             Ask::Op { epoch, generation, op, .. } => {
-                let asked =
-                    if mutation == Some(Mutation::NoEpochCheck) { held.replica.epoch() } else { epoch };
+                let asked = if omission == Some(Omission::EpochCheck) { held.replica.epoch() } else { epoch };
                 match held.replica.begin(asked, generation, &op) {
                     Ok(Verdict::Apply) if refuses => {
                         Reply::Refused { shard, epoch, seq: op.seq, is_final: true }
                     }
-                    Ok(Verdict::Replayed) if mutation != Some(Mutation::NoDedup) => {
+                    Ok(Verdict::Replayed) if omission != Some(Omission::Dedup) => {
                         Reply::Applied { shard, seq: op.seq, state: held.replica.state() }
                     }
                     Ok(_) => {
@@ -110,7 +109,7 @@ impl Worker {
             Ask::Undo { epoch, seq, digest, .. } => {
                 let before = held.replica.clone();
                 match held.replica.undo(epoch, seq, digest) {
-                    Ok(Undone::TakenBack { .. }) if mutation == Some(Mutation::NoUndo) => {
+                    Ok(Undone::TakenBack { .. }) if omission == Some(Omission::Undo) => {
                         let state = held.replica.state();
                         held.replica = before;
                         Reply::Undone { shard, seq, state }

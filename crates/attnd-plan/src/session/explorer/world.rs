@@ -4,7 +4,7 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use super::choice::{Budget, Choice, Mutation, Setting};
+use super::choice::{Budget, Choice, Omission, Setting};
 use super::worker::{Ask as WorkerAsk, Held, Reply, Worker};
 use crate::WorkerId;
 use crate::session::ledger::{
@@ -84,7 +84,7 @@ impl World {
         });
         let spec = spec(setting.replicas, setting.ledger_acks());
         let mut ledger = Ledger::new(&spec, vec![holders.clone(); SHARDS], Duration::ZERO);
-        ledger.skips_fences = setting.mutation == Some(Mutation::NoFenceBeforeCopy);
+        ledger.skips_fences = setting.omission == Some(Omission::FenceBeforeCopy);
         let mut world = Self {
             setting,
             left: setting.budget,
@@ -137,8 +137,8 @@ impl World {
     fn send(&mut self, to: &Holder, ask: WorkerAsk) {
         let Some(worker) = self.index_of(to) else { return };
         let bulk = usize::from(!matches!(ask, WorkerAsk::Op { .. } | WorkerAsk::Undo { .. }));
-        let open = self.links.iter_mut().filter(|link| link.worker == worker && link.is_open);
-        if let Some(link) = open.skip(bulk).next() {
+        let mut open = self.links.iter_mut().filter(|link| link.worker == worker && link.is_open);
+        if let Some(link) = open.nth(bulk) {
             link.asks.push_back(ask);
         }
     }
@@ -150,7 +150,7 @@ impl World {
                 let (index, term) = (self.links[link].worker, self.links[link].term);
                 let ask = self.links[link].asks.pop_front().ok_or("nothing to deliver")?;
                 self.left.refusals -= usize::from(refuses);
-                let reply = self.workers[index].answer(term, &ask, refuses, self.setting.mutation);
+                let reply = self.workers[index].answer(term, &ask, refuses, self.setting.omission);
                 self.links[link].replies.extend(reply);
             }
             Choice::Hear { link } => {
@@ -341,7 +341,7 @@ impl World {
         let spec = spec(self.setting.replicas, self.setting.ledger_acks());
         let (mut ledger, actions) =
             Ledger::recover(&spec, self.writer_epoch, self.store.clone(), Duration::ZERO);
-        ledger.skips_fences = self.setting.mutation == Some(Mutation::NoFenceBeforeCopy);
+        ledger.skips_fences = self.setting.omission == Some(Omission::FenceBeforeCopy);
         self.ledger = ledger;
         for worker in 0..self.workers.len() {
             if self.workers[worker].is_alive || self.unburied.contains(&self.workers[worker].holder) {

@@ -493,3 +493,23 @@ fn a_worker_that_has_forgotten_its_replica_is_replaced() {
     cluster.tell(Event::Replacement { shard: 0, holder: holder("b") });
     assert_eq!((cluster.ledger.phase(0), cluster.ledger.epoch(0)), (Phase::Open, 3));
 }
+
+#[test]
+fn what_a_restart_finds_is_confirmed_before_anybody_is_told() {
+    let mut cluster = Cluster::new(2, &["ab", "ab"]);
+    cluster.append(1, 4).unwrap();
+    cluster.silent = vec![holder("b")];
+    cluster.append(2, 3).unwrap();
+    // Only `a` has it, and it may die like `b`: whoever had been told would have been told wrong.
+    cluster.restart(&[(1, "ab"), (1, "ab")]);
+    cluster.tell(Event::Lost(holder("b")));
+    assert_eq!(cluster.ledger.phase(0), Phase::Degraded);
+    assert_eq!(cluster.append(2, 3), Err(Error::UnderReplicated { have: 1, need: 2, is_in_flight: true }));
+    let read = |cluster: &Cluster| cluster.ledger.check_read(&ReadRequest::default()).unwrap().at_len;
+    assert_eq!(read(&cluster), 4);
+    for shard in 0..2 {
+        cluster.tell(Event::Replacement { shard, holder: holder("c") });
+    }
+    let answer = Answer { len: 7, generation: 0, child: None };
+    assert_eq!((cluster.append(2, 3), read(&cluster)), (Ok(Begun::Replayed(answer)), 7));
+}
