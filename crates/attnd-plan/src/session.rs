@@ -10,9 +10,10 @@
 //! * [`rows`] says which rows of an append go to which shard, [`attempt`] who computes queries, and who does after a loss.
 //! * [`placement`] cuts a session into shards and says who holds their replicas.
 //! * [`ledger`] is the coordinator's side of a session: which op is next, who has it, and what becomes of it when replicas are lost.
-//! * [`replica`] is one replica of a shard, as the worker that holds it sees it; [`window`] the ops that are remembered.
+//! * [`replica`] is one replica of a shard, as the worker that holds it sees it; [`window`] the ops that are remembered, [`closed`] the sessions.
 
 pub mod attempt;
+pub mod closed;
 pub mod ledger;
 pub mod op;
 pub mod placement;
@@ -21,7 +22,13 @@ pub mod rows;
 pub mod spec;
 pub mod window;
 
+#[cfg(test)]
+mod explorer;
+#[cfg(test)]
+mod model;
+
 pub use attempt::{Attempt, Exhausted};
+pub use closed::{Closed, ClosedSessions};
 pub use ledger::{
     Ask, Begun, Ledger, LedgerAction, LedgerError, LedgerEvent, Outcome, Phase, Read, ReadRequest, Request,
     SavedShard,

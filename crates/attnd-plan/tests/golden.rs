@@ -17,6 +17,11 @@
 //! wait MS [every=MS] [NAME:INC ...]             time passes in ticks of 200; these workers beat before each
 //! freeze MS                                     time passes without a tick
 //! who                                           members, and who may get work
+//! session replicas=2 acks=2 shards=ab,cd        a session of one layer; each letter is a worker
+//! append SEQ TOKENS | truncate SEQ LEN | read [at=LEN] | shards
+//! work NAME | refuse NAME                       what waits for a worker reaches it, which has no memory for rows; its answers
+//! save                                          what is to be saved is saved
+//! dead NAME | broken NAME | back SHARD NAME | replace SHARD NAME | drain NAME | restart
 //! ```
 
 // A script that can't be run must stop the test; the lint only sees `#[test]` functions.
@@ -35,22 +40,30 @@ use attnd_plan::{
     WorkerChoice, WorkerId, cells, filled_nodes, plan,
 };
 
+#[path = "golden/session.rs"]
+mod session;
+
 /// Every script: one that is lost is a behaviour that nobody watches.
-const SCRIPTS: [&str; 44] = [
+const SCRIPTS: [&str; 49] = [
+    "a_broken_stream_costs_no_session",
     "a_call_that_cuts_make_too_large_is_refused",
     "a_call_without_room_is_refused",
     "a_coordinator_that_stood_still_blames_nobody",
     "a_coordinator_that_ticks_slowly_buries_the_silent",
+    "a_dead_replica_is_replaced",
     "a_faster_worker_gets_more",
     "a_group_may_be_computed_before_commit",
     "a_name_in_use_is_refused_until_its_owner_is_suspect",
     "a_partial_that_comes_twice_fails_the_worker",
+    "a_restarted_coordinator_takes_back_what_few_have",
+    "a_session_without_a_replica_is_lost",
     "a_slow_computation_is_not_idle",
     "a_small_call_stays_on_one_worker",
     "a_worker_says_why_it_failed",
     "a_worker_that_fails_after_its_last_partial_is_not_missed",
     "a_worker_that_sent_everything_is_not_missed",
     "a_worker_that_stops_short_fails",
+    "an_append_without_room_is_nowhere",
     "an_operand_before_its_mask_is_refused",
     "chunk_gap_is_refused",
     "chunk_repeat_is_refused",
@@ -140,11 +153,15 @@ struct World {
     /// Of each share: cells that it has not sent, last first, and the last that it sent.
     owed: Vec<(Vec<CellId>, Option<CellId>)>,
     members: Option<Membership>,
+    session: Option<session::Session>,
 }
 
 impl World {
     fn command(&mut self, words: &[&str]) -> Option<Vec<String>> {
         let (verb, rest) = words.split_first()?;
+        if let Some(session) = &mut self.session {
+            return session.command(words);
+        }
         match (*verb, rest) {
             ("shape", _) => {
                 let heads = number(rest, "heads")?;
@@ -261,6 +278,10 @@ impl World {
             ("wait", [ms, beating @ ..]) => Some(self.wait(ms.parse().ok()?, beating)),
             ("freeze", [ms]) => {
                 self.now += Duration::from_millis(ms.parse().ok()?);
+                Some(Vec::new())
+            }
+            ("session", _) => {
+                self.session = Some(session::Session::open(rest)?);
                 Some(Vec::new())
             }
             ("who", []) => Some(self.who()),

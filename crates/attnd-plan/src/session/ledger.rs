@@ -55,10 +55,16 @@ pub struct Ledger<E = String> {
     is_restarting: bool,
     /// What is known of the ops before that.
     past: Past,
+    /// The last op before this coordinator, as long as it isn't on enough replicas: it has happened if no more of them are lost, so
+    /// nobody is told that it has, and nobody sees it.
+    unconfirmed: Option<Op>,
     /// Tokens that survive, and that there were, where that isn't all.
     lost: Option<(usize, usize)>,
     used: Duration,
     actions: Vec<LedgerAction<E>>,
+    /// Whoever was copied is a member at once.
+    #[cfg(test)]
+    pub(super) skips_fences: bool,
 }
 
 impl<E: Clone> Ledger<E> {
@@ -81,9 +87,12 @@ impl<E: Clone> Ledger<E> {
             shards,
             is_restarting: false,
             past: Past::Known,
+            unconfirmed: None,
             lost: None,
             used: now,
             actions: Vec::new(),
+            #[cfg(test)]
+            skips_fences: false,
         }
     }
 
@@ -145,7 +154,12 @@ impl<E: Clone> Ledger<E> {
             Known::Applied(record) if digest.is_some_and(|digest| digest != record.digest) => {
                 return Err(LedgerError::SeqReused { seq });
             }
-            Known::Applied(record) => return Ok(Looked::Applied(record.answer)),
+            Known::Applied(record) => {
+                if self.unconfirmed.is_some_and(|op| op.seq == seq) {
+                    self.check_open(true)?;
+                }
+                return Ok(Looked::Applied(record.answer));
+            }
             // Somebody remembers it, and will be asked.
             Known::Forgotten { .. } if self.past != Past::Known => {
                 return Err(LedgerError::Recovering { is_in_flight: false });
@@ -255,8 +269,18 @@ impl<E: Clone> Ledger<E> {
             }
             _ => self.tokens_of(layer)?,
         };
+        let committed = match self.unconfirmed.map(|op| op.change) {
+            Some(Change::Append { layer: grown, base_len, .. }) if grown == layer => base_len,
+            Some(Change::Truncate { .. }) => return Err(LedgerError::Recovering { is_in_flight: false }),
+            _ => committed,
+        };
         if let Some(request) = generation.filter(|generation| *generation != self.generation) {
             return Err(LedgerError::Generation { session: self.generation, request });
+        }
+        // Tokens that are there, of which nobody may be told yet: soon.
+        let unconfirmed = committed + 1..=self.tokens_of(layer)?;
+        if unconfirmed.contains(&min_len) || at_len.is_some_and(|at_len| unconfirmed.contains(&at_len)) {
+            return Err(LedgerError::Recovering { is_in_flight: false });
         }
         if committed < min_len {
             return Err(LedgerError::Behind { committed, min_len });
@@ -301,6 +325,11 @@ impl<E: Clone> Ledger<E> {
             LedgerEvent::Abandoned { seq, why } => self.abandon(seq, why),
             LedgerEvent::Lost(holder) => self.lose_holder(&holder, false),
             LedgerEvent::Disconnected(holder) => self.lose_holder(&holder, true),
+            LedgerEvent::Gone { shard, holder, epoch } => {
+                if self.epoch(shard) == epoch {
+                    self.lose_replica(shard, &holder, false);
+                }
+            }
             LedgerEvent::Fenced { shard, holder, state } => self.take_fenced(shard, &holder, state),
             LedgerEvent::FenceRefused { shard, holder, epoch } => self.outbid(shard, &holder, epoch),
             LedgerEvent::Copied { shard, holder, state } => self.take_copied(shard, &holder, &state),
@@ -323,6 +352,7 @@ impl<E: Clone> Ledger<E> {
                 has_moved |= self.lost.is_none() && self.step(shard);
             }
             has_moved |= self.lost.is_none() && self.settle_flight();
+            self.confirm();
             has_moved |= !self.is_restarting && self.past == Past::Unknown && self.ask_records();
             if !has_moved || self.lost.is_some() {
                 return;
@@ -368,7 +398,7 @@ impl<E: Clone> Ledger<E> {
         self.generation
     }
 
-    /// Tokens of each layer that were acknowledged.
+    /// Tokens of each layer that were acknowledged; after a restart, with those of the last op, of which that isn't known at first.
     pub fn tokens(&self) -> &[usize] {
         &self.tokens
     }
@@ -408,10 +438,14 @@ impl<E: Clone> Ledger<E> {
         self.flight.is_none() && now.saturating_sub(self.used) >= self.ttl
     }
 
-    /// Whether a shard is between two sets of members.
-    #[cfg(test)]
-    pub(super) fn is_in_round(&self, shard: usize) -> bool {
-        self.shards.get(shard).is_some_and(|shard| shard.step != Step::Idle)
+    /// Replicas that a shard is short of, beside those on their way.
+    pub fn missing_replicas(&self, shard: usize) -> usize {
+        self.shards.get(shard).map_or(0, |shard| shard.missing(self.replicas))
+    }
+
+    /// Whether it isn't known yet what the replicas have.
+    pub fn is_restarting(&self) -> bool {
+        self.is_restarting
     }
 }
 
@@ -421,3 +455,6 @@ enum Looked {
     InFlight(Op),
     Applied(super::op::Answer),
 }
+
+#[cfg(test)]
+mod tests;

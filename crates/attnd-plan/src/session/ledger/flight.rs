@@ -136,13 +136,12 @@ impl<E: Clone> Ledger<E> {
     }
 
     pub(super) fn abandon(&mut self, seq: u64, why: E) {
-        match &mut self.flight {
-            Some(flight) if flight.op.seq == seq && flight.op.change.is_undoable() => {
-                if !matches!(flight.stage, Stage::Undoing(_)) {
-                    flight.stage = Stage::Undoing(Some(LedgerError::Refused { why }));
-                }
-            }
-            _ => {}
+        let is_meant = |flight: &&mut Flight<E>| {
+            let is_undoing = matches!(flight.stage, Stage::Undoing(_));
+            flight.op.seq == seq && flight.op.change.is_undoable() && !is_undoing
+        };
+        if let Some(flight) = self.flight.as_mut().filter(is_meant) {
+            flight.stage = Stage::Undoing(Some(LedgerError::Refused { why }));
         }
     }
 

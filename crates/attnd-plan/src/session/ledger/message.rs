@@ -164,6 +164,15 @@ pub enum LedgerEvent<E = String> {
     /// The stream to a worker broke, and nothing comes from it any more: what it holds doesn't count. It may come back
     /// ([`LedgerEvent::Joined`]), or be found dead; until then nobody takes its place, and a session isn't lost that it may have.
     Disconnected(Holder),
+    /// A worker says that it has no replica of the shard.
+    Gone {
+        /// Which shard.
+        shard: usize,
+        /// Who.
+        holder: Holder,
+        /// Of the request that it says so to.
+        epoch: u64,
+    },
     /// A replica is of the shard's epoch now.
     Fenced {
         /// Of which shard.

@@ -48,9 +48,12 @@ impl<E: Clone> Ledger<E> {
             shards: self.shards.iter().map(child_of).collect(),
             is_restarting: false,
             past: Past::Known,
+            unconfirmed: None,
             lost: None,
             used: now,
             actions: Vec::new(),
+            #[cfg(test)]
+            skips_fences: false,
             ..*self
         }
     }
@@ -136,6 +139,8 @@ impl<E: Clone> Ledger<E> {
     /// The session is what this replica has.
     fn begin_at(&mut self, base: ReplicaState) {
         self.window = Window::after(base.op_seq);
+        // Where another op came after it and was taken back, it was acknowledged.
+        self.unconfirmed = base.last.filter(|op| op.seq == base.op_seq);
         if let Some(op) = base.last.filter(|op| op.seq == base.op_seq) {
             let (layer, child) = match op.change {
                 Change::Append { layer, .. } => (Some(layer), None),
@@ -150,6 +155,18 @@ impl<E: Clone> Ledger<E> {
         self.tokens = base.tokens;
         self.generation = base.generation;
         self.sealed = base.sealed;
+    }
+
+    /// Once every shard is open, the last op before this coordinator is on as many replicas as if it had been acknowledged.
+    pub(super) fn confirm(&mut self) {
+        let Some(seq) = self.unconfirmed.map(|op| op.seq) else { return };
+        let has_enough = |shard: &Shard| {
+            let level = shard.members().filter(|member| member.applied >= Some(seq)).count();
+            shard.step == Step::Idle && shard.phase == Phase::Open && level >= self.acks
+        };
+        if !self.is_restarting && self.shards.iter().all(has_enough) {
+            self.unconfirmed = None;
+        }
     }
 
     /// Asks somebody for the ops before, once a shard can be read; returns whether anything changed.
