@@ -91,7 +91,7 @@ impl From<ReplicaState> for ShardState {
 impl From<ShardState> for ReplicaState {
     fn from(state: ShardState) -> Self {
         let ShardState { epoch, generation, op_seq, chain, tokens, chain_before, last, sealed, .. } = state;
-        let tokens = tokens.into_iter().map(|n| self::tokens(n)).collect();
+        let tokens = tokens.into_iter().map(self::tokens).collect();
         Self { epoch, generation, op_seq, chain, chain_before, last, tokens, sealed }
     }
 }

@@ -177,7 +177,7 @@ mod tests {
     fn runs_are_put_one_behind_the_other() {
         let bytes = Bytes::from_static(b"0123456789");
         assert_eq!(gathered(&bytes, &[]), "");
-        assert_eq!(gathered(&bytes, &[2..4]), "23");
+        assert_eq!(gathered(&bytes, std::slice::from_ref(&(2..4))), "23");
         assert_eq!(gathered(&bytes, &[2..4, 7..8]), "237");
     }
 }
