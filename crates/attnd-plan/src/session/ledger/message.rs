@@ -66,7 +66,7 @@ pub struct Request {
 /// What happens to a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Begun {
-    /// It is an op now, and in flight: send it to all of [`Ledger::missing`].
+    /// It is an op now, and in flight: send it to all of [`super::Ledger::missing`].
     Started(Op),
     /// It was in flight already: as for [`Begun::Started`]. The answer is for whoever asked last.
     Resumed(Op),
