@@ -507,6 +507,10 @@ fn what_a_restart_finds_is_confirmed_before_anybody_is_told() {
     assert_eq!(cluster.append(2, 3), Err(Error::UnderReplicated { have: 1, need: 2, is_in_flight: true }));
     let read = |cluster: &Cluster| cluster.ledger.check_read(&ReadRequest::default()).unwrap().at_len;
     assert_eq!(read(&cluster), 4);
+    let all = ReadRequest::default();
+    for request in [ReadRequest { min_len: 7, ..all }, ReadRequest { at_len: Some(5), ..all }] {
+        assert_eq!(cluster.ledger.check_read(&request), Err(Error::Recovering { is_in_flight: false }));
+    }
     for shard in 0..2 {
         cluster.tell(Event::Replacement { shard, holder: holder("c") });
     }
