@@ -7,7 +7,7 @@
 use std::collections::HashSet;
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 
-use self::choice::{Budget, Omission, Setting};
+use self::choice::{Budget, Choice, Omission, Setting};
 use self::world::World;
 
 mod choice;
@@ -35,8 +35,9 @@ fn walk(setting: Setting, seed: u64, steps: usize, seen: &mut HashSet<u64>) -> R
     let mut path = Vec::new();
     for _ in 0..steps {
         let mut choices = world.choices();
-        if random.below(6) > 0 && choices.iter().any(|choice| !choice.is_rare()) {
-            choices.retain(|choice| !choice.is_rare());
+        let is_rare = |choice: &Choice| choice.is_rare() || world.is_late(choice);
+        if random.below(6) > 0 && choices.iter().any(|choice| !is_rare(choice)) {
+            choices.retain(|choice| !is_rare(choice));
         }
         if choices.is_empty() {
             break;

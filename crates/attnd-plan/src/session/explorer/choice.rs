@@ -112,6 +112,16 @@ impl Choice {
 }
 
 impl World {
+    /// Whether it is a message of a stream that is over.
+    pub(super) fn is_late(&self, choice: &Choice) -> bool {
+        match choice {
+            Choice::Deliver { link, .. } | Choice::Hear { link } => {
+                self.links.get(*link).is_some_and(|link| !link.is_open)
+            }
+            _ => false,
+        }
+    }
+
     /// Everything that can happen next.
     pub(super) fn choices(&self) -> Vec<Choice> {
         let mut choices = Vec::new();

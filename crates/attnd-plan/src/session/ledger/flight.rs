@@ -203,7 +203,7 @@ impl<E: Clone> Ledger<E> {
                 true
             }
             Stage::Undoing(error) => {
-                let is_done = |shard: &Shard| shard.members().all(|member| member.asked == Asked::Undone);
+                let is_done = |shard: &Shard| shard.is_undone() && !shard.is_dirty;
                 if all_idle && self.shards.iter().all(is_done) {
                     if let Some(error) = error.clone() {
                         self.actions.push(LedgerAction::Answer { seq: op.seq, result: Err(error) });

@@ -33,7 +33,8 @@ impl<E: Clone> Ledger<E> {
         let may_leave = staying < have && staying >= self.replicas;
         let waits = match self.flight.as_ref().map(|flight| &flight.stage) {
             Some(Stage::Applying) => have >= self.acks,
-            Some(Stage::Undoing(_)) => true,
+            // Whoever is gone may have what was taken back here, and must not come back with it under another coordinator.
+            Some(Stage::Undoing(_)) => !(shard.is_dirty && shard.is_undone()),
             Some(Stage::Parked) | None => false,
         };
         if (shard.is_dirty || has_warm || may_leave) && !waits {

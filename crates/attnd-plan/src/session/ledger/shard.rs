@@ -125,6 +125,11 @@ impl Shard {
         self.members().count()
     }
 
+    /// Whether nobody has the op that is being taken back.
+    pub(super) fn is_undone(&self) -> bool {
+        self.members().all(|member| member.asked == Asked::Undone)
+    }
+
     pub(super) fn get_mut(&mut self, holder: &Holder) -> Option<&mut Member> {
         self.members.iter_mut().find(|member| member.holder == *holder)
     }

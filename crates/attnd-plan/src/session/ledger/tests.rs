@@ -507,9 +507,28 @@ fn what_a_restart_finds_is_confirmed_before_anybody_is_told() {
     assert_eq!(cluster.append(2, 3), Err(Error::UnderReplicated { have: 1, need: 2, is_in_flight: true }));
     let read = |cluster: &Cluster| cluster.ledger.check_read(&ReadRequest::default()).unwrap().at_len;
     assert_eq!(read(&cluster), 4);
+    let all = ReadRequest::default();
+    for request in [ReadRequest { min_len: 7, ..all }, ReadRequest { at_len: Some(5), ..all }] {
+        assert_eq!(cluster.ledger.check_read(&request), Err(Error::Recovering { is_in_flight: false }));
+    }
     for shard in 0..2 {
         cluster.tell(Event::Replacement { shard, holder: holder("c") });
     }
     let answer = Answer { len: 7, generation: 0, child: None };
     assert_eq!((cluster.append(2, 3), read(&cluster)), (Ok(Begun::Replayed(answer)), 7));
+}
+
+#[test]
+fn an_op_is_not_called_undone_while_a_saved_member_may_have_it() {
+    let mut cluster = Cluster::new(1, &["ab"]);
+    cluster.silent = vec![holder("b")];
+    cluster.refusing = vec![holder("a")];
+    cluster.saves = false;
+    cluster.append(1, 4).unwrap();
+    assert!(cluster.answers.is_empty());
+    // It is gone with what it may have, and the store still has it.
+    cluster.tell(Event::Disconnected(holder("b")));
+    assert!(cluster.answers.is_empty());
+    cluster.tell(Event::Saved { shard: 0, epoch: 2 });
+    assert_eq!(cluster.answers, [(1, Err(Error::Refused { why: "KV_BUDGET" }))]);
 }
