@@ -92,11 +92,11 @@ pub(crate) struct Hub {
 async fn open_meta(directory: Option<PathBuf>) -> Result<(MetaThread, u64), NodeError> {
     let store: Arc<dyn MetaStore> = match directory {
         None => {
-            tracing::info!("sessions are forgotten when this process ends; --state DIR keeps them");
+            tracing::info!("sessions end with this process, and its term is 1");
             Arc::new(InMemory::new())
         }
         Some(directory) => {
-            tracing::info!(directory = %directory.display(), "sessions are kept");
+            tracing::info!(directory = %directory.display(), "the term of this coordinator is kept");
             // Nothing else runs yet, but whoever called may have other tasks on this thread.
             let opening = tokio::task::spawn_blocking(move || RedbStore::open(&directory));
             Arc::new(opening.await.map_err(|_panic| NodeError::ActorGone("store of sessions"))??)

@@ -269,6 +269,15 @@ impl Replica {
         Ok(())
     }
 
+    /// Whether a replica may be given up for this request: a late one may be of an epoch that it is behind, while it is needed again.
+    ///
+    /// # Errors
+    /// [`ReplicaRefusal::Epoch`] if it is of a higher one.
+    pub fn check_release(&self, epoch: u64) -> Result<(), ReplicaRefusal> {
+        let shard = self.epoch;
+        if epoch < shard { Err(ReplicaRefusal::Epoch { shard, request: epoch }) } else { Ok(()) }
+    }
+
     /// Whether the first `at_len` tokens of a layer may be looked at, in this generation.
     ///
     /// # Errors

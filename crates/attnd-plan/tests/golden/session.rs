@@ -200,8 +200,11 @@ impl Session {
                 self.replicas.insert((shard, to.clone()), replica);
                 Some(Event::Copied { shard, holder: to, state })
             }
-            Action::Release { shard, holder } => {
-                self.replicas.remove(&(shard, holder));
+            Action::Release { shard, holder, epoch } => {
+                let at = (shard, holder);
+                if self.replicas.get(&at).is_some_and(|replica| replica.check_release(epoch).is_ok()) {
+                    self.replicas.remove(&at);
+                }
                 None
             }
             Action::AskRecords { shard, holder, .. } => {
@@ -249,8 +252,8 @@ impl Session {
                     (format!("answer op {seq}, {:?}: {error}", error.outcome()), None)
                 }
                 Action::NeedReplica { shard, missing } => (format!("shard {shard} needs {missing}"), None),
-                Action::Release { shard, holder } => {
-                    (format!("release {} shard {shard}", holder.worker), Some(holder))
+                Action::Release { shard, holder, epoch } => {
+                    (format!("release {} shard {shard} epoch {epoch}", holder.worker), Some(holder))
                 }
                 Action::AskRecords { shard, holder, .. } => {
                     (format!("ask {} for the ops of shard {shard}", holder.worker), Some(holder))

@@ -244,7 +244,13 @@ fn results_of(parts: Parts, n: usize) -> Result<Vec<Vec<ShardResult>>, Error> {
                         .push(result);
                 }
             }
-            HoldAnswer::Failed(error) => return Err(error),
+            // All of the message is refused: a worker that has no room for it, or takes nothing more, has lost nothing.
+            HoldAnswer::Failed(error) => {
+                for (work, results) in results.iter_mut().enumerate() {
+                    let failure = Some(error.clone());
+                    results.push(ShardResult { work, failure, ..ShardResult::default() });
+                }
+            }
             HoldAnswer::State(_) => {
                 return Err(Error::new(Reason::ReplyInvalid, "a state in the place of results"));
             }

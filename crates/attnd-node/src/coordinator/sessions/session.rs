@@ -199,6 +199,11 @@ impl Session {
                 | Reason::ShapeLimit
                 | Reason::PayloadLength
                 | Reason::Checksum
+                | Reason::ChunkOrder
+                | Reason::StreamTruncated
+                | Reason::StreamIdle
+                | Reason::Overloaded
+                | Reason::Draining
         ) && op.change.is_undoable();
         tracing::debug!(session = %self.name, shard, worker = %holder.worker, seq, error = %why, "an op is refused");
         let why = why.clone();

@@ -11,7 +11,7 @@ pub(super) enum Ask {
     Op { shard: usize, epoch: u64, generation: u64, op: Op },
     Undo { shard: usize, epoch: u64, seq: u64, digest: u32 },
     Fence { shard: usize, epoch: u64 },
-    Release { shard: usize },
+    Release { shard: usize, epoch: u64 },
 }
 
 /// What it says.
@@ -78,9 +78,10 @@ impl Worker {
         let (Ask::Op { shard, .. }
         | Ask::Undo { shard, .. }
         | Ask::Fence { shard, .. }
-        | Ask::Release { shard }) = *ask;
-        if matches!(ask, Ask::Release { .. }) {
-            self.shards[shard] = None;
+        | Ask::Release { shard, .. }) = *ask;
+        if let Ask::Release { epoch, .. } = *ask {
+            let is_late = |held: &Held| held.replica.check_release(epoch).is_err();
+            self.shards[shard] = self.shards[shard].take().filter(is_late);
             return None;
         }
         let Some(held) = &mut self.shards[shard] else {

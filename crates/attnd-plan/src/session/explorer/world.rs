@@ -12,6 +12,7 @@ use crate::session::ledger::{
 };
 use crate::session::model::Model;
 use crate::session::op::{Holder, Op};
+use crate::session::replica::Replica;
 use crate::session::spec::{DEFAULT_TTL, SessionSpec};
 
 pub(super) const LAYERS: usize = 2;
@@ -38,7 +39,7 @@ pub(super) struct World {
     pub(super) store: Vec<SavedShard>,
     pub(super) writer_epoch: u64,
     pub(super) saves: VecDeque<(usize, SavedShard)>,
-    pub(super) copies: VecDeque<(usize, Holder, Holder, u64)>,
+    pub(super) copies: VecDeque<(usize, Holder, u64, Option<Held>)>,
     pub(super) workers: Vec<Worker>,
     /// Dead, and the coordinator hasn't heard of it.
     pub(super) unburied: Vec<Holder>,
@@ -248,28 +249,30 @@ impl World {
         Ok(())
     }
 
-    /// What `from` has reaches `to`, unless either is gone.
+    /// What `from` has now, which is on its way to `to`; nothing, if it is gone.
+    fn begin_copy(&mut self, shard: usize, from: &Holder, to: Holder, epoch: u64) {
+        let source = self.index_of(from).map(|from| &self.workers[from]);
+        let held = source.filter(|from| from.is_alive && from.is_connected);
+        let held = held.and_then(|from| from.shards[shard].clone());
+        self.copies.push_back((shard, to, epoch, held));
+    }
+
+    /// A copy reaches its worker, unless that is gone, or of a higher epoch by now.
     fn copy(&mut self) -> Result<(), String> {
-        let (shard, from, to, epoch) = self.copies.pop_front().ok_or("nothing to copy")?;
-        let source = self
-            .index_of(&from)
-            .filter(|from| self.workers[*from].is_alive && self.workers[*from].is_connected);
-        let held = source.and_then(|from| self.workers[from].shards[shard].clone());
-        let target =
-            self.index_of(&to).filter(|to| self.workers[*to].is_alive && self.workers[*to].is_connected);
-        let (Some(mut held), Some(to_index)) = (held, target) else {
+        let (shard, to, epoch, held) = self.copies.pop_front().ok_or("nothing to copy")?;
+        let reaches = |to: &usize| self.workers[*to].is_alive && self.workers[*to].is_connected;
+        let (Some(mut held), Some(target)) = (held, self.index_of(&to).filter(reaches)) else {
             return self.tell(LedgerEvent::CopyFailed { shard, holder: to });
         };
-        let has = self.workers[to_index].shards[shard].as_ref().map_or(0, |held| held.replica.epoch());
-        let snapshot = held.replica.snapshot();
-        let mut replica = crate::session::Replica::restore(&snapshot).map_err(|error| error.to_string())?;
-        if replica.fence(epoch.max(has)).is_err() {
+        let has = self.workers[target].shards[shard].as_ref().map_or(0, |held| held.replica.epoch());
+        let mut replica = Replica::restore(&held.replica.snapshot()).map_err(|error| error.to_string())?;
+        if has > epoch || replica.fence(epoch).is_err() {
             return self.tell(LedgerEvent::CopyFailed { shard, holder: to });
         }
         held.replica = replica;
         let state = held.replica.state();
-        self.workers[to_index].shards[shard] = Some(held);
-        let control = self.links.iter_mut().filter(|link| link.worker == to_index && link.is_open).nth(1);
+        self.workers[target].shards[shard] = Some(held);
+        let control = self.links.iter_mut().filter(|link| link.worker == target && link.is_open).nth(1);
         control.ok_or("no stream")?.replies.push_back(Reply::Copied { shard, state });
         Ok(())
     }
@@ -379,14 +382,16 @@ impl World {
                     self.send(&holder, WorkerAsk::Fence { shard, epoch });
                 }
                 LedgerAction::Copy { shard, from, to, epoch } => {
-                    self.copies.push_back((shard, from, to, epoch))
+                    self.begin_copy(shard, &from, to, epoch);
                 }
                 LedgerAction::SaveMembers { shard, epoch, members } => {
                     self.saves.push_back((shard, SavedShard { epoch, members }));
                 }
                 LedgerAction::Answer { seq, result } => self.answer(seq, result)?,
                 LedgerAction::NeedReplica { .. } => {}
-                LedgerAction::Release { shard, holder } => self.send(&holder, WorkerAsk::Release { shard }),
+                LedgerAction::Release { shard, holder, epoch } => {
+                    self.send(&holder, WorkerAsk::Release { shard, epoch });
+                }
                 LedgerAction::AskRecords { shard, holder, .. } => {
                     let held =
                         self.index_of(&holder).and_then(|worker| self.workers[worker].shards[shard].as_ref());

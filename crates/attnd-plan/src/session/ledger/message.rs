@@ -66,7 +66,7 @@ pub struct Request {
 /// What happens to a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Begun {
-    /// It is an op now, and in flight: send it to all of [`super::Ledger::missing`].
+    /// It is an op now, and in flight: send it to all of [`Ledger::missing`](super::Ledger::missing).
     Started(Op),
     /// It was in flight already: as for [`Begun::Started`]. The answer is for whoever asked last.
     Resumed(Op),
@@ -272,7 +272,8 @@ pub enum LedgerAction<E = String> {
         /// Of the shard.
         epoch: u64,
     },
-    /// Give `to` what `from` has and it hasn't, whatever it has; its replica is of this epoch then, if it wasn't of a higher one.
+    /// Give `to` what `from` has and it hasn't, whatever it has, unless its replica is of a higher epoch by the time that it gets it.
+    /// Its replica is of this epoch then.
     Copy {
         /// Of which shard.
         shard: usize,
@@ -307,12 +308,14 @@ pub enum LedgerAction<E = String> {
         /// How many.
         missing: usize,
     },
-    /// This replica isn't needed any more: give its memory back.
+    /// This replica isn't needed any more: give its memory back, unless it is of a higher epoch by now, as it may be needed again.
     Release {
         /// Of which shard.
         shard: usize,
         /// Where.
         holder: Holder,
+        /// Of the shard.
+        epoch: u64,
     },
     /// Ask this replica for its last ops; then [`LedgerEvent::Records`].
     AskRecords {

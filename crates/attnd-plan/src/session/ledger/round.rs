@@ -231,7 +231,7 @@ impl<E: Clone> Ledger<E> {
         }
         shard.phase = if shard.member_count() < self.acks { Phase::Degraded } else { Phase::Open };
         for holder in std::mem::take(&mut shard.leavers) {
-            self.actions.push(LedgerAction::Release { shard: index, holder });
+            self.actions.push(LedgerAction::Release { shard: index, holder, epoch });
         }
     }
 
@@ -274,7 +274,8 @@ impl<E: Clone> Ledger<E> {
         let was_absent = shard.absent.contains(&holder);
         shard.absent.retain(|absent| *absent != holder);
         if !was_absent && shard.missing(self.replicas) == 0 {
-            self.actions.push(LedgerAction::Release { shard: index, holder });
+            let epoch = shard.epoch;
+            self.actions.push(LedgerAction::Release { shard: index, holder, epoch });
             return;
         }
         shard.leavers.retain(|leaver| *leaver != holder);

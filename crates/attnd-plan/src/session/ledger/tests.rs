@@ -456,7 +456,7 @@ fn who_drains_is_replaced_first() {
     cluster.tell(Event::Replacement { shard: 0, holder: holder("c") });
     let members: Vec<_> = cluster.ledger.members(0).cloned().collect();
     assert_eq!((members, cluster.ledger.phase(0)), (vec![holder("b"), holder("c")], Phase::Open));
-    assert!(cluster.said.contains(&Action::Release { shard: 0, holder: holder("a") }));
+    assert!(cluster.said.contains(&Action::Release { shard: 0, holder: holder("a"), epoch: 2 }));
 }
 
 #[test]

@@ -126,6 +126,8 @@ fn epochs_only_grow() {
     assert_eq!(replica.fence(6).unwrap_err().to_string(), "shard at 7, request 6");
     assert_eq!((replica.fence(7), replica.fence(9), replica.epoch()), (Ok(()), Ok(()), 9));
     assert_eq!(refused(&replica, 7, 0, &append(4, 0, 128, 1)), "shard at 9, request 7");
+    assert_eq!(replica.check_release(8).unwrap_err().to_string(), "shard at 9, request 8");
+    assert_eq!((replica.check_release(9), replica.check_release(10)), (Ok(()), Ok(())));
     let mut terms = Terms::default();
     assert_eq!((terms.check(5), terms.check(5)), (Ok(()), Ok(())));
     assert_eq!(terms.check(4).unwrap_err().to_string(), "term 4 < 5");
