@@ -99,8 +99,7 @@ impl Sessions {
                 // A coordinator without a durable store has nothing to write.
                 session.handle(&sessions, LedgerEvent::Saved { shard, epoch });
             }
-            LedgerAction::Release { shard, holder } => {
-                let epoch = session.lock().ledger.epoch(shard);
+            LedgerAction::Release { shard, holder, epoch } => {
                 let link = session.lock().links.get(&holder).cloned();
                 let (term, at) = (self.term, at(shard, epoch));
                 if let Some(link) = link {
