@@ -77,6 +77,7 @@ impl<E: Clone> Ledger<E> {
             let members = saved.members.len();
             let mut shard = Shard::open(saved.epoch, saved.members, 0);
             // Of those, as many have to be heard that one has every op that so many acknowledged.
+            shard.saved = shard.members.iter().map(|member| member.holder.clone()).collect();
             shard.quorum = if members < spec.acks { 1 } else { members - spec.acks + 1 };
             shard.members.iter_mut().for_each(|member| member.applied = None);
             ledger.shards.push(shard);
@@ -98,13 +99,13 @@ impl<E: Clone> Ledger<E> {
         if self.shards.iter().any(|shard| shard.has(|standing| *standing == Standing::Fencing)) {
             return false;
         }
-        let best = |shard: &Shard| shard.fenced().map(|state| state.op_seq).max();
+        let best = |shard: &Shard| shard.heard().map(|state| state.op_seq).max();
         let most = self.shards.iter().filter_map(best).max().unwrap_or(0);
-        let all_tokens = self.shards.iter().flat_map(Shard::fenced).map(|state| longest(&state.tokens)).max();
+        let all_tokens = self.shards.iter().flat_map(Shard::heard).map(|state| longest(&state.tokens)).max();
         for index in 0..self.shards.len() {
             let Some(shard) = self.shards.get(index) else { return false };
-            let heard = shard.fenced().count();
-            let prefix = shard.fenced().map(|state| longest(&state.tokens)).max().unwrap_or(0);
+            let heard = shard.heard().count();
+            let prefix = shard.heard().map(|state| longest(&state.tokens)).max().unwrap_or(0);
             if heard < shard.quorum || best(shard).is_none_or(|best| best + 1 < most) {
                 // What is known of its length is what somebody still has.
                 self.tokens = vec![all_tokens.unwrap_or(0)];
@@ -113,18 +114,18 @@ impl<E: Clone> Ledger<E> {
         }
         let least = self.shards.iter().filter_map(best).min().unwrap_or(0);
         let Some(base) =
-            self.shards.iter().flat_map(Shard::fenced).find(|state| state.op_seq == least).cloned()
+            self.shards.iter().flat_map(Shard::heard).find(|state| state.op_seq == least).cloned()
         else {
             return false;
         };
         self.begin_at(base);
-        let states = self.shards.iter().flat_map(Shard::fenced);
+        let states = self.shards.iter().flat_map(Shard::heard);
         let beyond = states.filter(|state| state.op_seq == most).find_map(|state| state.last);
         if let Some(op) = beyond.filter(|op| most > least && !op.change.is_undoable()) {
             self.flight = Some(Flight { op, writer_epoch: self.writer_epoch, stage: Stage::Applying });
         }
         for shard in &mut self.shards {
-            let chain = shard.fenced().find_map(|state| match state.op_seq {
+            let chain = shard.heard().find_map(|state| match state.op_seq {
                 seq if seq == least => Some(state.chain),
                 seq if seq == least + 1 => Some(state.chain_before),
                 _ => None,

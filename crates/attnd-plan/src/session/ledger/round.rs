@@ -343,9 +343,10 @@ impl<E: Clone> Ledger<E> {
 }
 
 impl Shard {
-    /// What those have who were fenced in this round.
-    pub(super) fn fenced(&self) -> impl Iterator<Item = &ReplicaState> + '_ {
-        self.members.iter().filter_map(|member| match &member.standing {
+    /// What those of the saved set have who were fenced in this round.
+    pub(super) fn heard(&self) -> impl Iterator<Item = &ReplicaState> + '_ {
+        let saved = self.members.iter().filter(|member| self.saved.contains(&member.holder));
+        saved.filter_map(|member| match &member.standing {
             Standing::Fenced(state) => Some(&**state),
             _ => None,
         })

@@ -92,6 +92,8 @@ pub(super) struct Shard {
     pub(super) told_missing: usize,
     /// After a restart: how many must be heard, so that one of them has all that was acknowledged.
     pub(super) quorum: usize,
+    /// After a restart: its members, as they were saved. Nobody else can say what was acknowledged.
+    pub(super) saved: Vec<Holder>,
 }
 
 impl Shard {
@@ -110,6 +112,7 @@ impl Shard {
             is_dirty: false,
             told_missing: 0,
             quorum: 1,
+            saved: Vec::new(),
         }
     }
 

@@ -532,3 +532,20 @@ fn an_op_is_not_called_undone_while_a_saved_member_may_have_it() {
     cluster.tell(Event::Saved { shard: 0, epoch: 2 });
     assert_eq!(cluster.answers, [(1, Err(Error::Refused { why: "KV_BUDGET" }))]);
 }
+
+#[test]
+fn only_who_was_saved_says_what_was_acknowledged() {
+    let mut cluster = Cluster::new(2, &["ab"]);
+    cluster.append(1, 96).unwrap();
+    // A copy that was never made a member, of which more was acknowledged since.
+    let early = cluster.replicas[&(0, holder("a"))].clone();
+    cluster.replicas.insert((0, holder("c")), early);
+    cluster.append(2, 32).unwrap();
+    cluster.silent = vec![holder("a"), holder("b")];
+    cluster.restart(&[(1, "ab")]);
+    cluster.tell(Event::Lost(holder("a")));
+    cluster.tell(Event::Joined { shard: 0, holder: holder("c") });
+    assert_eq!(cluster.append(3, 1), Err(Error::Recovering { is_in_flight: false }));
+    cluster.tell(Event::Lost(holder("b")));
+    assert_eq!(cluster.ledger.phase(0), Phase::Lost);
+}
