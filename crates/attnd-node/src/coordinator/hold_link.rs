@@ -138,6 +138,11 @@ impl Lane {
         Ok((Upload { lane: self, request, term }, Answer(answered)))
     }
 
+    /// A request that was begun, to go on with.
+    pub(crate) fn resume(&self, request: u64, term: u64) -> Upload<'_> {
+        Upload { lane: self, request, term }
+    }
+
     fn why_lost(&self) -> Error {
         let gone = || Error::new(Reason::Transport, "the worker is gone");
         self.waiting.lock().lost.clone().unwrap_or_else(gone)
@@ -145,6 +150,11 @@ impl Lane {
 }
 
 impl Upload<'_> {
+    /// Its number.
+    pub(crate) fn request(&self) -> u64 {
+        self.request
+    }
+
     /// Queues what follows.
     ///
     /// # Errors
@@ -204,7 +214,12 @@ impl Waiting {
     fn take(&self, reply: proto::HoldReply) -> Result<(), Error> {
         let (number, more) = (reply.request, reply.more);
         let mut state = self.lock();
+        let last = state.last;
         let Some(asked) = state.asked.get_mut(&number) else {
+            if number <= last {
+                // A second answer, to what goes on after a refusal: the first one counts.
+                return Ok(());
+            }
             return Err(Error::new(
                 Reason::ReplyInvalid,
                 format!("an answer to request {number}, which isn't open"),
@@ -269,8 +284,9 @@ mod tests {
         waiting.take(reply(1, false)).unwrap();
         waiting.take(reply(2, false)).unwrap();
         assert_eq!((first.parts().await.unwrap().len(), second.parts().await.unwrap().len()), (1, 2));
-        let unknown = waiting.take(reply(2, false)).unwrap_err();
-        assert_eq!(unknown.message(), "REPLY_INVALID: an answer to request 2, which isn't open");
+        waiting.take(reply(2, false)).unwrap();
+        let unknown = waiting.take(reply(3, false)).unwrap_err();
+        assert_eq!(unknown.message(), "REPLY_INVALID: an answer to request 3, which isn't open");
     }
 
     #[tokio::test]

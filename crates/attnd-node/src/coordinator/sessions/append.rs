@@ -161,20 +161,26 @@ impl Bulk {
             }
         }
         // From here it is applied whoever waits for it.
-        let mut answers = Vec::with_capacity(sinks.len());
-        for sink in sinks {
-            let commit = encode(HoldAsk::Commit(sink.sent))?;
-            sink.upload.send(commit).await.ok();
-            answers.push((sink.shard, sink.epoch, sink.link, sink.answer));
-        }
         self.is_sent = true;
+        let committed = sinks.into_iter().map(|sink| {
+            let (request, sent) = (sink.upload.request(), sink.sent);
+            (sink.shard, sink.epoch, sink.link, sink.answer, request, sent)
+        });
+        let committed: Vec<_> = committed.collect();
         let (sessions, session, op, turn) =
             (Arc::clone(&self.sessions), Arc::clone(&self.session), self.op, self.turn.take());
         let (done, all) = oneshot::channel::<()>();
         self.sessions.tasks.spawn(async move {
-            let answers = answers.into_iter().map(|(shard, epoch, link, answer)| async move {
-                (shard, epoch, link, answer.parts().await.and_then(state_of))
-            });
+            let term = sessions.term;
+            let answers =
+                committed.into_iter().map(|(shard, epoch, link, answer, request, sent)| async move {
+                    if let Ok(commit) = encode(HoldAsk::Commit(sent)) {
+                        // A stream that ended says so in the answer.
+                        link.bulk.resume(request, term).send(commit).await.ok();
+                    }
+                    let answered = answer.parts().await.and_then(state_of);
+                    (shard, epoch, link, answered)
+                });
             for (shard, epoch, link, answer) in join_all(answers).await {
                 tell(&sessions, &session, (shard, epoch), &link, &op, answer);
             }

@@ -19,6 +19,9 @@ use crate::coordinator::hold_link::{HoldLink, Parts};
 /// Bytes of tensors in one message to a worker, unless one part alone has more.
 const MESSAGE_BYTES: usize = 4 << 20;
 
+/// How often queries are asked of a replica whose shard's epoch grows meanwhile.
+const MAX_AGAIN: u8 = 5;
+
 /// What a part of a message belongs to.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Sent {
@@ -26,8 +29,12 @@ pub(super) struct Sent {
     pub(super) shard: usize,
     /// Of the shard, when it was sent.
     pub(super) epoch: u64,
+    /// It has rows.
+    pub(super) appends: bool,
     /// It has queries.
     pub(super) computes: bool,
+    /// How often its queries were asked of this replica because the shard's epoch had grown.
+    pub(super) again: u8,
 }
 
 struct Message {
@@ -126,8 +133,10 @@ impl Collector {
             runs.extend(result.partials);
             failure = failure.or(result.failure);
         }
-        let has_rows = matches!(step.rows, RowsState::Sent(..));
-        if let RowsState::Sent(op, _) = &step.rows {
+        let is_refused = sent.appends && applied.is_none();
+        if let RowsState::Sent(op, _) = &step.rows
+            && sent.appends
+        {
             match (applied, &failure) {
                 (Some(state), _) => step.session.applied(&self.sessions, sent.shard, &link.holder, op, state),
                 (None, Some(error)) => {
@@ -158,9 +167,13 @@ impl Collector {
             Ok(partials) => {
                 asked.attempt.take(sent.shard, &link.holder, partials);
             }
-            Err(error) if is_of_the_replica(&error) && !(has_rows && error.reason == Reason::KvBudget) => {
-                self.ask_another(link, sent, &error);
+            // The op is taken back everywhere: nobody has what the queries are about.
+            Err(error) if is_refused => step.queries = QueriesState::Failed(error),
+            // The shard's members changed meanwhile; this one may still be one of them.
+            Err(error) if error.reason == Reason::Epoch && sent.again < MAX_AGAIN => {
+                self.ask_again(link, sent)
             }
+            Err(error) if is_of_the_replica(&error) => self.ask_another(link, sent, &error),
             Err(error) => step.queries = QueriesState::Failed(error),
         }
     }
@@ -174,6 +187,18 @@ impl Collector {
         }
     }
 
+    /// Asks the same replica for the partials of a shard, in the epoch that it has now.
+    fn ask_again(&mut self, link: &Arc<HoldLink>, sent: Sent) {
+        let Some(step) = self.steps.get(&sent.step) else { return };
+        let QueriesState::Asked(asked) = &step.queries else { return };
+        let view = step.session.view();
+        let Some(shard) = view.shards.get(sent.shard) else { return };
+        let queries = asked.queries.of_shard(shard, &step.session.spec);
+        let work = works::work(shard.at, step.layer, None, Some(queries));
+        let sent = Sent { epoch: shard.at.epoch, appends: false, again: sent.again + 1, ..sent };
+        self.add(link, sent, work);
+    }
+
     /// Asks another replica for the partials of a shard.
     fn ask_another(&mut self, link: &Arc<HoldLink>, sent: Sent, error: &Error) {
         let Some(step) = self.steps.get_mut(&sent.step) else { return };
@@ -185,6 +210,7 @@ impl Collector {
                 let link = shard.links.iter().find(|link| link.holder == next)?;
                 Some((
                     Arc::clone(link),
+                    shard.at.epoch,
                     works::work(
                         shard.at,
                         step.layer,
@@ -196,7 +222,10 @@ impl Collector {
             Err(_nobody) => None,
         };
         match next {
-            Some((link, work)) => self.add(&link, Sent { computes: true, ..sent }, work),
+            Some((link, epoch, work)) => {
+                let sent = Sent { epoch, appends: false, computes: true, again: 0, ..sent };
+                self.add(&link, sent, work);
+            }
             None => step.queries = QueriesState::Failed(error.clone()),
         }
     }

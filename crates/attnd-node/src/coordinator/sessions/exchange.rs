@@ -12,7 +12,7 @@ use std::time::Instant;
 use attnd_wire::limits::{MAX_ENTRIES, STALL};
 use attnd_wire::proto::{self, sessions_server};
 use attnd_wire::session::{Answer, Ask, Asked, SessionReply, SessionRequest, Step, StepContext, StepResult};
-use attnd_wire::{Deadline, Error, Reason, Status, refusal};
+use attnd_wire::{Deadline, Error, Outcome, Reason, Status, refusal};
 use futures::future::BoxFuture;
 use futures::stream::{FuturesUnordered, StreamExt};
 use tokio::sync::mpsc;
@@ -30,6 +30,8 @@ use crate::shutdown::Calls;
 const MAX_RUNNING: usize = 64;
 /// Bytes of rows in one message of an answer.
 const ANSWER_BYTES: usize = 4 << 20;
+/// Appends in chunks of one stream at a time.
+const MAX_APPENDS: usize = 64;
 /// Chunks of one append that wait for its workers. With more, nothing is read from the stream.
 const CHUNKS: usize = 2;
 
@@ -97,7 +99,9 @@ impl Exchange {
         let mut is_open = true;
         while is_open || !self.running.is_empty() {
             let room = self.held.as_ref().and_then(|(request, _)| self.appends.get(request)).cloned();
-            let reads = is_open && self.held.is_none() && self.running.len() < MAX_RUNNING;
+            let reads = is_open
+                && self.held.is_none()
+                && self.running.len().saturating_sub(self.appends.len()) < MAX_RUNNING;
             tokio::select! {
                 biased;
                 Some(request) = self.running.next() => {
@@ -170,6 +174,10 @@ impl Exchange {
                 let call = StepsCall::line_up(&sessions, steps);
                 self.start(request, deadline, in_flight, async move { Ok(split(call.run(&sessions).await)) });
             }
+            Ok(Ask::Append(_)) if self.appends.len() >= MAX_APPENDS => {
+                let error = Error::new(Reason::Overloaded, format!("{MAX_APPENDS} appends of one client"));
+                self.start(request, deadline, in_flight, ready(Err(error)));
+            }
             Ok(Ask::Append(append)) => {
                 let (frames, incoming) = mpsc::channel(CHUNKS);
                 self.appends.insert(request, frames);
@@ -221,7 +229,10 @@ impl Exchange {
         let replies = self.replies.clone();
         self.running.push(Box::pin(async move {
             let answered = tokio::time::timeout_at(deadline.at().into(), work).await;
-            let answers = match answered.unwrap_or_else(|_elapsed| Err(Deadline::expired())) {
+            let answers = match answered.unwrap_or_else(|_elapsed| {
+                // What has begun goes on.
+                Err(Deadline::expired().with_outcome(Outcome::Unknown))
+            }) {
                 Ok(answers) => answers,
                 Err(error) => vec![Answer::Failed(error)],
             };

@@ -9,6 +9,7 @@ use attnd_wire::hold::{HoldAsk, HoldShard, ShardAt};
 use attnd_wire::session::{Open, SessionDescription};
 use attnd_wire::{Error, Reason};
 use futures::future::join_all;
+use tokio::sync::oneshot;
 
 use super::session::Session;
 use super::upkeep::{ask, link_to};
@@ -51,13 +52,19 @@ impl Sessions {
                     return Err(Error::new(Reason::SessionExists, "parameters differ"));
                 }
                 if write {
-                    let actions = session.lock().ledger.take_writer().1;
+                    let actions = session.lock().take_writer();
                     session.perform(self, actions);
                 }
                 Ok(session.describe(self, false))
             }
             (None, Some(spec)) => {
-                let session = self.create(name, &spec).await?;
+                // Workers hold what was begun, whoever waits for it: it is opened to the end, and closed again for want of use.
+                let (sessions, (done, created)) = (Arc::clone(self), oneshot::channel());
+                self.tasks.spawn(async move {
+                    drop(done.send(sessions.create(name, &spec).await));
+                });
+                let gone = |_| Err(Error::new(Reason::Internal, "the task of an open died"));
+                let session = created.await.unwrap_or_else(gone)?;
                 Ok(session.describe(self, true))
             }
             (None, None) => Err(Error::new(Reason::SessionId, "1..64 of [A-Za-z0-9._-]")),

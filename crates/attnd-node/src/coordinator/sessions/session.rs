@@ -212,37 +212,28 @@ impl Session {
 
     /// A worker that holds something is gone, or its stream is.
     pub(super) fn lost(self: &Arc<Self>, sessions: &Arc<Sessions>, link: &Arc<HoldLink>) {
-        {
+        let actions = {
             let mut state = self.lock();
             match state.links.get(&link.holder) {
                 Some(known) if Arc::ptr_eq(known, link) => state.links.remove(&link.holder),
                 // Another stream has taken its place.
                 _ => return,
             };
-        }
-        self.handle(sessions, LedgerEvent::Lost(link.holder.clone()));
+            state.handle(LedgerEvent::Lost(link.holder.clone()))
+        };
+        self.perform(sessions, actions);
     }
 
     /// Tells the ledger, and has done what it says.
     pub(super) fn handle(self: &Arc<Self>, sessions: &Arc<Sessions>, event: LedgerEvent<Error>) {
-        let actions = self.lock().ledger.handle(event);
+        let actions = self.lock().handle(event);
         self.perform(sessions, actions);
     }
 
     /// Has done what the ledger says.
     pub(super) fn perform(self: &Arc<Self>, sessions: &Arc<Sessions>, actions: Vec<LedgerAction<Error>>) {
         for action in actions {
-            match action {
-                LedgerAction::Answer { seq: _, result } => {
-                    let mut state = self.lock();
-                    let result = result.map(|answer| state.applied(answer, false)).map_err(Error::from);
-                    if let Some(waits) = state.waits.take() {
-                        // Whoever asked may be gone.
-                        drop(waits.send(result));
-                    }
-                }
-                other => sessions.upkeep(self, other),
-            }
+            sessions.upkeep(self, action);
         }
     }
 
@@ -297,6 +288,36 @@ pub(super) enum After {
 }
 
 impl State {
+    fn handle(&mut self, event: LedgerEvent<Error>) -> Vec<LedgerAction<Error>> {
+        let actions = self.ledger.handle(event);
+        self.answer(actions)
+    }
+
+    /// Makes whoever asks the writer.
+    pub(super) fn take_writer(&mut self) -> Vec<LedgerAction<Error>> {
+        let (_epoch, actions) = self.ledger.take_writer();
+        self.answer(actions)
+    }
+
+    /// Tells whoever waits for an answer, under the lock under which the ledger gave it, so that no other one can be in their place.
+    /// Returns what else is to be done.
+    fn answer(&mut self, actions: Vec<LedgerAction<Error>>) -> Vec<LedgerAction<Error>> {
+        let mut others = Vec::new();
+        for action in actions {
+            match action {
+                LedgerAction::Answer { seq: _, result } => {
+                    let result = result.map(|answer| self.applied(answer, false)).map_err(Error::from);
+                    if let Some(waits) = self.waits.take() {
+                        // Whoever asked may be gone.
+                        drop(waits.send(result));
+                    }
+                }
+                other => others.push(other),
+            }
+        }
+        others
+    }
+
     fn applied(&self, answer: attnd_plan::session::Answer, replayed: bool) -> Applied {
         let child = answer.child.and_then(|child| self.children.get(&child).cloned());
         Applied { len: answer.len as u64, generation: answer.generation, replayed, child }

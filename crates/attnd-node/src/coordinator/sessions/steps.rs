@@ -224,7 +224,8 @@ fn begin(
                 _ => None,
             };
             if rows.is_some() || queries.is_some() {
-                let sent = Sent { step: at, shard, epoch: of_shard.at.epoch, computes };
+                let (appends, epoch) = (rows.is_some(), of_shard.at.epoch);
+                let sent = Sent { step: at, shard, epoch, appends, computes, again: 0 };
                 collector.add(link, sent, works::work(of_shard.at, layer, rows.cloned(), queries));
             }
         }

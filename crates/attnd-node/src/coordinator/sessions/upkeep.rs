@@ -173,7 +173,8 @@ pub(crate) async fn watch(sessions: Arc<Sessions>) {
             }
             if is_expired {
                 tracing::info!(session = %session.name, "nobody uses a session: it is closed");
-                sessions.end(&session, true).await;
+                let (sessions, session) = (Arc::clone(&sessions), Arc::clone(&session));
+                sessions.tasks.clone().spawn(async move { sessions.end(&session, true).await });
             }
         }
     }
