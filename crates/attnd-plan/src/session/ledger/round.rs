@@ -316,9 +316,20 @@ impl<E: Clone> Ledger<E> {
         }
     }
 
-    /// Nobody here has what was acknowledged.
+    /// Nobody is known to have what was acknowledged: asks those who were to get it, who may have it by now, before it is lost.
     pub(super) fn wait_or_lose(&mut self, index: usize, prefix: usize) -> bool {
         let Some(shard) = self.shards.get_mut(index) else { return false };
+        let is_incomplete = |member: &&mut Member| {
+            matches!(member.standing, Standing::Cold { .. } | Standing::Copying { .. })
+        };
+        let mut may_have = false;
+        for member in shard.members.iter_mut().filter(is_incomplete).filter(|_| !self.is_restarting) {
+            member.standing = Standing::Warm;
+            may_have = true;
+        }
+        if may_have {
+            return self.start_round(index);
+        }
         if shard.absent.is_empty() {
             self.lose(index, prefix);
             return true;

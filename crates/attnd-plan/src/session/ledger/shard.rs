@@ -59,11 +59,21 @@ pub(super) struct Member {
     pub(super) is_leaving: bool,
     /// It was copied a moment ago, so the rest is little.
     pub(super) is_fresh: bool,
+    /// A copy is on its way there, or was; nobody has looked since.
+    pub(super) may_have: bool,
 }
 
 impl Member {
     pub(super) fn new(holder: Holder, standing: Standing, applied: Option<u64>) -> Self {
-        Self { holder, standing, applied, asked: Asked::Nothing, is_leaving: false, is_fresh: false }
+        Self {
+            holder,
+            standing,
+            applied,
+            asked: Asked::Nothing,
+            is_leaving: false,
+            is_fresh: false,
+            may_have: false,
+        }
     }
 
     pub(super) fn is_member(&self) -> bool {

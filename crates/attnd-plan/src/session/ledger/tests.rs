@@ -549,3 +549,19 @@ fn only_who_was_saved_says_what_was_acknowledged() {
     cluster.tell(Event::Lost(holder("b")));
     assert_eq!(cluster.ledger.phase(0), Phase::Lost);
 }
+
+#[test]
+fn a_copy_that_is_whole_survives_its_source() {
+    let mut cluster = Cluster::new(1, &["ab"]);
+    cluster.append(1, 4).unwrap();
+    cluster.tell(Event::Lost(holder("b")));
+    // The copy gets there, and its source dies before the worker has said so.
+    let source = cluster.replicas[&(0, holder("a"))].clone();
+    let copy = cluster.ledger.handle(Event::Replacement { shard: 0, holder: holder("c") });
+    assert!(matches!(copy[..], [Action::Copy { .. }]));
+    cluster.replicas.insert((0, holder("c")), source);
+    cluster.tell(Event::Lost(holder("a")));
+    assert_eq!((cluster.ledger.phase(0), cluster.ledger.epoch(0)), (Phase::Open, 3));
+    cluster.append(2, 1).unwrap();
+    assert_eq!(cluster.answers.len(), 2);
+}
