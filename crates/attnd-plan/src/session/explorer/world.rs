@@ -225,8 +225,9 @@ impl World {
             Choice::Reconnect { worker } => {
                 self.connect(worker);
                 for shard in 0..SHARDS {
-                    if self.workers[worker].shards[shard].is_some() {
-                        let holder = self.workers[worker].holder.clone();
+                    let holder = self.workers[worker].holder.clone();
+                    let is_known = self.ledger.holders(shard).any(|known| *known == holder);
+                    if is_known || self.workers[worker].shards[shard].is_some() {
                         self.tell(LedgerEvent::Joined { shard, holder })?;
                     }
                 }

@@ -207,7 +207,7 @@ pub enum LedgerEvent<E = String> {
         /// Where to.
         holder: Holder,
     },
-    /// A worker is there, or there again, that says it has a replica of the shard.
+    /// A worker is there, or there again, that has a replica of the shard, or is one of [`Ledger::holders`](super::Ledger::holders).
     Joined {
         /// Of which shard.
         shard: usize,

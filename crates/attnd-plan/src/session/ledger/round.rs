@@ -62,6 +62,7 @@ impl<E: Clone> Ledger<E> {
         for member in &mut shard.members {
             if let Standing::Cold { in_round } = member.standing {
                 member.standing = Standing::Copying { from: from.clone(), in_round };
+                member.may_have = true;
                 let (from, to) = (from.clone(), member.holder.clone());
                 self.actions.push(LedgerAction::Copy { shard: index, from, to, epoch });
             }
@@ -319,13 +320,14 @@ impl<E: Clone> Ledger<E> {
     /// Nobody is known to have what was acknowledged: asks those who were to get it, who may have it by now, before it is lost.
     pub(super) fn wait_or_lose(&mut self, index: usize, prefix: usize) -> bool {
         let Some(shard) = self.shards.get_mut(index) else { return false };
-        let is_incomplete = |member: &&mut Member| {
-            matches!(member.standing, Standing::Cold { .. } | Standing::Copying { .. })
-        };
         let mut may_have = false;
-        for member in shard.members.iter_mut().filter(is_incomplete).filter(|_| !self.is_restarting) {
-            member.standing = Standing::Warm;
-            may_have = true;
+        for member in shard.members.iter_mut().filter(|member| member.may_have && !self.is_restarting) {
+            let is_incomplete = matches!(member.standing, Standing::Cold { .. } | Standing::Copying { .. });
+            member.may_have = false;
+            if is_incomplete {
+                member.standing = Standing::Warm;
+                may_have = true;
+            }
         }
         if may_have {
             return self.start_round(index);
