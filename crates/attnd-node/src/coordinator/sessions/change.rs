@@ -66,7 +66,7 @@ async fn apply(sessions: &Arc<Sessions>, session: &Arc<Session>, change: Change)
         ChangeKind::Fork { child: name } => {
             let content = digest::of_child(name.as_ref());
             // Of a fork that comes again the ledger knows the child.
-            let child = if is_new { Some(sessions.reserve_child(name)?) } else { None };
+            let child = if is_new { Some(sessions.reserve(name)?) } else { None };
             (Ask::Fork { child: child.as_ref().map_or(1, |(_, number)| *number) }, content, child)
         }
     };

@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use attnd_plan::session::SessionName;
+use attnd_plan::session::{Closed, ClosedSessions, SessionName};
 use attnd_wire::session::{Answer, SessionDescription};
 use attnd_wire::{Error, Reason};
 
@@ -35,8 +35,6 @@ pub(crate) use upkeep::watch;
 
 /// Sessions that may be open at a time.
 const MAX_SESSIONS: usize = 100_000;
-/// How long the name of a closed session says that it was closed.
-const REMEMBER_CLOSED: Duration = Duration::from_secs(600);
 
 /// All sessions of a coordinator.
 #[derive(Debug)]
@@ -57,13 +55,7 @@ struct Table {
     open: BTreeMap<SessionName, Arc<Session>>,
     /// Names of sessions that are being opened.
     opening: BTreeSet<SessionName>,
-    closed: BTreeMap<SessionName, Closed>,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Closed {
-    at: Instant,
-    is_expired: bool,
+    closed: ClosedSessions,
 }
 
 impl Sessions {
@@ -99,9 +91,9 @@ impl Sessions {
             session.lock().ledger.touch(self.now());
             return Ok(session);
         }
-        match table.closed.get(name) {
-            Some(Closed { is_expired: true, .. }) => Err(Error::new(Reason::SessionExpired, "")),
-            Some(_) | None => Err(Error::new(Reason::Session, "")),
+        match table.closed.look(name, self.now()) {
+            Some(Closed::Expired) => Err(Error::new(Reason::SessionExpired, "")),
+            Some(Closed::Released) | None => Err(Error::new(Reason::Session, "")),
         }
     }
 

@@ -2,9 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Instant;
 
-use attnd_plan::session::{Holder, Keeper, Ledger, PlacementError, SessionName, SessionSpec, place};
+use attnd_plan::session::{Closed, Holder, Keeper, Ledger, PlacementError, SessionName, SessionSpec, place};
 use attnd_wire::hold::{HoldAsk, HoldShard, ShardAt};
 use attnd_wire::session::{Open, SessionDescription};
 use attnd_wire::{Error, Reason};
@@ -13,7 +12,7 @@ use tokio::sync::oneshot;
 
 use super::session::Session;
 use super::upkeep::{ask, link_to};
-use super::{Closed, MAX_SESSIONS, REMEMBER_CLOSED, Sessions};
+use super::{MAX_SESSIONS, Sessions};
 use crate::coordinator::hold_link::HoldLink;
 use crate::coordinator::membership_actor::{Candidate, Capacities};
 use attnd_wire::join::SESSIONS;
@@ -26,7 +25,7 @@ struct Reserved<'a> {
 
 impl Drop for Reserved<'_> {
     fn drop(&mut self) {
-        self.sessions.table().opening.remove(&self.name);
+        self.sessions.give_back(&self.name);
     }
 }
 
@@ -71,26 +70,30 @@ impl Sessions {
         }
     }
 
-    /// Takes a name, that of a session which isn't there.
+    /// Takes a name, that of a session which isn't there, or makes one; and a number. Both are given up by [`Self::give_back`].
     ///
     /// # Errors
     /// [`Reason::SessionExists`], [`Reason::Overloaded`].
-    fn reserve(&self, name: Option<SessionName>) -> Result<(Reserved<'_>, u64), Error> {
+    pub(super) fn reserve(&self, name: Option<SessionName>) -> Result<(SessionName, u64), Error> {
         let mut table = self.table();
         if table.open.len() + table.opening.len() >= MAX_SESSIONS {
             return Err(Error::new(Reason::Overloaded, format!("{MAX_SESSIONS} sessions")));
         }
-        let number = table.last + 1;
         let name = match name {
             Some(name) => name,
-            None => made_name(self.term, number)?,
+            // Somebody may have chosen such a name, but not more of them than there are sessions.
+            None => loop {
+                table.last += 1;
+                let made = made_name(self.term, table.last)?;
+                if !table.open.contains_key(&made) && !table.opening.contains(&made) {
+                    break made;
+                }
+            },
         };
         if table.open.contains_key(&name) || !table.opening.insert(name.clone()) {
             return Err(Error::new(Reason::SessionExists, ""));
         }
-        table.last = number;
-        drop(table);
-        Ok((Reserved { sessions: self, name }, new_number()))
+        Ok((name, new_number()))
     }
 
     async fn create(
@@ -98,7 +101,8 @@ impl Sessions {
         name: Option<SessionName>,
         spec: &SessionSpec,
     ) -> Result<Arc<Session>, Error> {
-        let (reserved, number) = self.reserve(name)?;
+        let (name, number) = self.reserve(name)?;
+        let reserved = Reserved { sessions: self, name };
         let candidates = self.keepers().await?;
         let keepers: Vec<Keeper> = candidates.iter().map(|candidate| candidate.keeper.clone()).collect();
         let placement = place(spec, &keepers).map_err(unplaced)?;
@@ -139,7 +143,7 @@ impl Sessions {
         let session =
             Arc::new(Session::new(number, reserved.name.clone(), spec.clone(), ledger, pieces, links));
         let mut table = self.table();
-        table.closed.remove(&session.name);
+        table.closed.reopen(&session.name);
         table.open.insert(session.name.clone(), Arc::clone(&session));
         drop(table);
         Ok(session)
@@ -163,7 +167,7 @@ impl Sessions {
     pub(super) async fn close(self: &Arc<Self>, name: &SessionName) -> Result<bool, Error> {
         let session = {
             let table = self.table();
-            match (table.open.get(name), table.closed.get(name)) {
+            match (table.open.get(name), table.closed.look(name, self.now())) {
                 (Some(session), _) => Arc::clone(session),
                 (None, Some(_)) => return Ok(true),
                 (None, None) => return Err(Error::new(Reason::Session, "")),
@@ -175,12 +179,12 @@ impl Sessions {
             session.turns.line_up()?
         };
         let _turn = place.turn().await;
-        self.end(&session, false).await;
+        self.end(&session, Closed::Released).await;
         Ok(false)
     }
 
     /// Forgets a session and has its shards released.
-    pub(super) async fn end(self: &Arc<Self>, session: &Arc<Session>, is_expired: bool) {
+    pub(super) async fn end(self: &Arc<Self>, session: &Arc<Session>, how: Closed) {
         let mut releases = Vec::new();
         {
             let mut state = session.lock();
@@ -200,9 +204,7 @@ impl Sessions {
         {
             let mut table = self.table();
             table.open.remove(&session.name);
-            let now = Instant::now();
-            table.closed.retain(|_, closed| now.duration_since(closed.at) < REMEMBER_CLOSED);
-            table.closed.insert(session.name.clone(), Closed { at: now, is_expired });
+            table.closed.close(session.name.clone(), how, self.now());
         }
         // In a task: whoever asked may go, the memory must come back.
         let (done, all) = tokio::sync::oneshot::channel::<()>();
@@ -229,23 +231,12 @@ impl Sessions {
             )
         };
         let mut table = self.table();
-        table.closed.remove(&name);
+        table.closed.reopen(&name);
         table.opening.remove(&name);
         table.open.insert(name, Arc::new(child));
     }
 
-    /// Takes the name of a child; it is given back by [`Self::adopt`], or by hand.
-    ///
-    /// # Errors
-    /// As for any name.
-    pub(super) fn reserve_child(&self, name: Option<SessionName>) -> Result<(SessionName, u64), Error> {
-        let (reserved, number) = self.reserve(name)?;
-        let name = reserved.name.clone();
-        std::mem::forget(reserved);
-        Ok((name, number))
-    }
-
-    /// Gives the name of a child back that there will not be.
+    /// Gives a name back, of a session that is open now or that there will not be.
     pub(super) fn give_back(&self, name: &SessionName) {
         self.table().opening.remove(name);
     }

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use attnd_plan::session::{Holder, LedgerAction, LedgerEvent};
+use attnd_plan::session::{Closed, Holder, LedgerAction, LedgerEvent};
 use attnd_wire::hold::{
     HoldAnswer, HoldAsk, HoldReply, HoldRequest, ShardAt, ShardChange, ShardChangeKind, ShardOp, ShardState,
 };
@@ -174,7 +174,7 @@ pub(crate) async fn watch(sessions: Arc<Sessions>) {
             if is_expired {
                 tracing::info!(session = %session.name, "nobody uses a session: it is closed");
                 let (sessions, session) = (Arc::clone(&sessions), Arc::clone(&session));
-                sessions.tasks.clone().spawn(async move { sessions.end(&session, true).await });
+                sessions.tasks.clone().spawn(async move { sessions.end(&session, Closed::Expired).await });
             }
         }
     }
