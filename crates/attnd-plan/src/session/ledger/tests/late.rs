@@ -46,3 +46,16 @@ fn the_refusal_of_the_op_in_flight_drops_the_replica() {
     assert_eq!((members(&cluster, 0), cluster.ledger.epoch(0)), (1, 1), "the round waits for the op");
     assert!(cluster.ledger.holders(0).any(|other| *other == holder("b")), "it is released behind the round");
 }
+
+#[test]
+fn an_op_that_waits_for_replicas_keeps_no_session() {
+    let mut cluster = Cluster::new(2, &["ab", "cd"]);
+    cluster.ledger.touch(Duration::from_secs(50));
+    cluster.silent = vec![holder("d")];
+    cluster.append(1, 4).unwrap();
+    assert!(!cluster.ledger.is_expired(Duration::from_secs(10_000)), "it is on its way");
+    cluster.tell(Event::Lost(holder("d")));
+    assert!(cluster.answers.pop().is_some_and(|(_, answer)| answer.is_err()), "nobody waits any more");
+    assert!(!cluster.ledger.is_expired(Duration::from_secs(649)));
+    assert!(cluster.ledger.is_expired(Duration::from_secs(650)));
+}
