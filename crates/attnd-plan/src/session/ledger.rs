@@ -433,9 +433,11 @@ impl<E: Clone> Ledger<E> {
         self.used
     }
 
-    /// Whether nobody has asked for it for its whole time. Not while an op is in flight.
+    /// Whether nobody has asked for it for its whole time. Not while an op is on its way; one that waits for replicas, and that nobody
+    /// has asked for since, keeps nothing.
     pub fn is_expired(&self, now: Duration) -> bool {
-        self.flight.is_none() && now.saturating_sub(self.used) >= self.ttl
+        let is_on_its_way = self.flight.as_ref().is_some_and(|flight| matches!(flight.stage, Stage::Applying));
+        !is_on_its_way && now.saturating_sub(self.used) >= self.ttl
     }
 
     /// Replicas that a shard is short of, beside those on their way.

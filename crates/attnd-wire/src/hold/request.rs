@@ -15,7 +15,7 @@ use crate::{proto, refusal};
 /// One frame to a worker.
 #[derive(Clone, Debug, PartialEq)]
 pub struct HoldRequest {
-    /// Ascending on a stream, from 1. Chunks and a Commit have the number of their append.
+    /// Ascending on a stream, from 1. Chunks, a Commit and what gives an append up have the number of their append.
     pub request: u64,
     /// Of the coordinator.
     pub term: u64,
@@ -47,6 +47,8 @@ pub enum HoldAsk<W = ShardWork> {
     Chunk(SliceChunk),
     /// The end of an append.
     Commit(Commit),
+    /// No more of an append comes, and no Commit.
+    GiveUp,
     /// Another op.
     Change(ShardChange),
     /// A new epoch, which is `epoch` of this.
@@ -192,6 +194,7 @@ fn decode_ask(ask: proto::hold_request::Ask) -> Result<HoldAsk<Result<ShardWork,
         Message::Append(append) => HoldAsk::Append(append.try_into()?),
         Message::Chunk(chunk) => HoldAsk::Chunk(decode_chunk(chunk)?),
         Message::Commit(commit) => HoldAsk::Commit(commit.into()),
+        Message::GiveUp(proto::ShardGiveUp {}) => HoldAsk::GiveUp,
         Message::Change(change) => HoldAsk::Change(change.try_into()?),
         Message::Fence(proto::ShardFence { at }) => HoldAsk::Fence(at.try_into()?),
         Message::Release(proto::ShardRelease { at }) => HoldAsk::Release(at.try_into()?),
@@ -210,6 +213,7 @@ impl From<HoldRequest> for proto::HoldRequest {
             HoldAsk::Append(append) => Message::Append(append.into()),
             HoldAsk::Chunk(chunk) => Message::Chunk(chunk.into()),
             HoldAsk::Commit(commit) => Message::Commit(commit.into()),
+            HoldAsk::GiveUp => Message::GiveUp(proto::ShardGiveUp {}),
             HoldAsk::Change(change) => Message::Change(change.into()),
             HoldAsk::Fence(at) => Message::Fence(proto::ShardFence { at: Some(at.into()) }),
             HoldAsk::Release(at) => Message::Release(proto::ShardRelease { at: Some(at.into()) }),

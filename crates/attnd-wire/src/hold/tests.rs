@@ -86,6 +86,7 @@ fn every_request_returns() {
         change(ShardChangeKind::Undo),
         HoldAsk::Fence(AT),
         HoldAsk::Release(AT),
+        HoldAsk::GiveUp,
     ] {
         let request = HoldRequest { request: 2, term: 6, ask };
         let again = HoldRequest::decode(sent(request.clone().into()));
@@ -99,6 +100,7 @@ fn every_request_returns() {
             HoldAsk::Change(change) => HoldAsk::Change(change),
             HoldAsk::Fence(at) => HoldAsk::Fence(at),
             HoldAsk::Release(at) => HoldAsk::Release(at),
+            HoldAsk::GiveUp => HoldAsk::GiveUp,
         };
         assert_eq!(ask, request.ask);
     }

@@ -309,6 +309,16 @@ impl Shard {
         views.ok_or_else(|| Error::new(Reason::Internal, "a layer has fewer tokens than its replica says"))
     }
 
+    /// Takes the tokens of a parent, if nothing has ever been here.
+    fn become_child(&mut self, replica: Replica, pages: Pages) -> bool {
+        let is_untouched = self.pages.is_some() && self.staged.is_none() && self.replica.is_untouched();
+        if is_untouched && self.replica.epoch() == replica.epoch() {
+            (self.replica, self.pages) = (replica, Some(pages));
+            return true;
+        }
+        false
+    }
+
     /// Forgets what isn't part of the shard yet.
     pub(crate) fn abandon(&mut self) {
         if let (Some(staged), Some(pages)) = (self.staged.take(), &mut self.pages) {
@@ -327,8 +337,8 @@ impl Shard {
 /// Makes a child of a shard, with the same tokens, which share memory until either changes.
 ///
 /// # Errors
-/// What the replica refuses, and [`Reason::SessionExists`] if the child is here already. For memory nothing is refused: a fork is applied
-/// by all replicas or by none.
+/// What the replica refuses, and [`Reason::SessionExists`] if the child is here already, unless it is held and empty. For memory nothing is
+/// refused, as a fork is applied by all replicas or by none: whoever asks has the child held before.
 pub(crate) fn fork(
     store: &Store,
     parent: &Resident,
@@ -350,10 +360,22 @@ pub(crate) fn fork(
     let mut applied = shard.replica.clone();
     applied.apply(&op, 0);
     let (spec, pieces) = (Arc::clone(&parent.spec), parent.pieces.clone());
-    let record = store.record_or_none(&spec, &pieces);
-    let resident = Resident::of(child_key, spec, pieces, (applied.fork(), pages), record);
-    if !store.insert_fork(resident) {
-        return Err(Error::new(Reason::SessionExists, format!("session {child:016x}")));
+    let exists = || Error::new(Reason::SessionExists, format!("session {child:016x}"));
+    match store.resident(child_key) {
+        // Somebody has asked for room for it, and got it.
+        Ok(held) => {
+            let is_alike = held.spec == spec && held.pieces == pieces;
+            if !is_alike || !held.change().become_child(applied.fork(), pages) {
+                return Err(exists());
+            }
+        }
+        Err(_nobody) => {
+            let record = store.record_or_none(&spec, &pieces);
+            let resident = Resident::of(child_key, spec, pieces, (applied.fork(), pages), record);
+            if !store.insert_fork(resident) {
+                return Err(exists());
+            }
+        }
     }
     shard.abandon();
     shard.replica = applied;

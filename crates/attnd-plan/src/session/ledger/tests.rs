@@ -188,6 +188,8 @@ impl Cluster {
 
 const TRUNCATE: Ask = Ask::Truncate { len: 10 };
 
+mod late;
+
 #[test]
 fn rows_51_to_58_ops_that_can_not_be() {
     let mut cluster = Cluster::new(2, &["ab", "cd"]);
