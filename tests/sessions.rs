@@ -11,6 +11,8 @@ use bytes::Bytes;
 use crate::support::cases::{Answer, Case, Data};
 use crate::support::cluster::{Cluster, WorkerSpec};
 
+mod repair;
+
 /// A sequence that attends to itself: token by token, or whole.
 struct Sequence {
     case: Case,

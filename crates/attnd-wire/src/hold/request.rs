@@ -16,7 +16,7 @@ use crate::{proto, refusal};
 /// One frame to a worker.
 #[derive(Clone, Debug, PartialEq)]
 pub struct HoldRequest {
-    /// Ascending on a stream, from 1. Chunks and a Commit have the number of their append.
+    /// Ascending on a stream, from 1. Chunks, a Commit and what gives an append up have the number of their append.
     pub request: u64,
     /// Of the coordinator.
     pub term: u64,
@@ -48,6 +48,8 @@ pub enum HoldAsk<W = ShardWork> {
     Chunk(SliceChunk),
     /// The end of an append.
     Commit(Commit),
+    /// No more of an append comes, and no Commit.
+    GiveUp,
     /// Another op.
     Change(ShardChange),
     /// A new epoch, which is `epoch` of this.
@@ -68,8 +70,6 @@ pub enum HoldAsk<W = ShardWork> {
     Copied(CopyChunk),
     /// The end of an import.
     Sum(CopySum),
-    /// The end of an import of which nothing comes.
-    Abandon,
 }
 
 /// Which shard of which session, and in which epoch the sender thinks it is.
@@ -209,6 +209,7 @@ fn decode_ask(ask: proto::hold_request::Ask) -> Result<HoldAsk<Result<ShardWork,
         Message::Append(append) => HoldAsk::Append(append.try_into()?),
         Message::Chunk(chunk) => HoldAsk::Chunk(decode_chunk(chunk)?),
         Message::Commit(commit) => HoldAsk::Commit(commit.into()),
+        Message::GiveUp(proto::ShardGiveUp {}) => HoldAsk::GiveUp,
         Message::Change(change) => HoldAsk::Change(change.try_into()?),
         Message::Fence(proto::ShardFence { at }) => HoldAsk::Fence(at.try_into()?),
         Message::Release(proto::ShardRelease { at }) => HoldAsk::Release(at.try_into()?),
@@ -219,7 +220,6 @@ fn decode_ask(ask: proto::hold_request::Ask) -> Result<HoldAsk<Result<ShardWork,
         Message::Import(import) => HoldAsk::Import(Box::new(import.try_into()?)),
         Message::Copied(chunk) => HoldAsk::Copied(chunk.try_into()?),
         Message::Sum(sum) => HoldAsk::Sum(sum.into()),
-        Message::Abandon(proto::CopyAbandon {}) => HoldAsk::Abandon,
     })
 }
 
@@ -235,6 +235,7 @@ impl From<HoldRequest> for proto::HoldRequest {
             HoldAsk::Append(append) => Message::Append(append.into()),
             HoldAsk::Chunk(chunk) => Message::Chunk(chunk.into()),
             HoldAsk::Commit(commit) => Message::Commit(commit.into()),
+            HoldAsk::GiveUp => Message::GiveUp(proto::ShardGiveUp {}),
             HoldAsk::Change(change) => Message::Change(change.into()),
             HoldAsk::Fence(at) => Message::Fence(proto::ShardFence { at: Some(at.into()) }),
             HoldAsk::Release(at) => Message::Release(proto::ShardRelease { at: Some(at.into()) }),
@@ -245,7 +246,6 @@ impl From<HoldRequest> for proto::HoldRequest {
             HoldAsk::Import(import) => Message::Import((*import).into()),
             HoldAsk::Copied(chunk) => Message::Copied(chunk.into()),
             HoldAsk::Sum(sum) => Message::Sum(sum.into()),
-            HoldAsk::Abandon => Message::Abandon(proto::CopyAbandon {}),
         };
         Self { request, term, ask: Some(ask) }
     }

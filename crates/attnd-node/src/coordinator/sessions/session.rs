@@ -17,6 +17,7 @@ use attnd_wire::{Error, Reason};
 use tokio::sync::oneshot;
 
 use super::Sessions;
+use super::repair::Repair;
 use super::turns::Turns;
 use crate::coordinator::hold_link::HoldLink;
 
@@ -42,6 +43,8 @@ pub(super) struct State {
     waits: Option<oneshot::Sender<Result<Applied, Error>>>,
     /// Names of children, by number.
     pub(super) children: BTreeMap<u64, SessionName>,
+    /// What is known about replicas that are missing, or to be elsewhere.
+    pub(super) repair: Repair,
     /// It is being closed: nothing begins any more.
     pub(super) is_closed: bool,
 }
@@ -79,7 +82,8 @@ impl Session {
         pieces: Vec<Arc<[Piece]>>,
         links: BTreeMap<Holder, Arc<HoldLink>>,
     ) -> Self {
-        let state = State { ledger, links, waits: None, children: BTreeMap::new(), is_closed: false };
+        let (waits, children, repair, is_closed) = (None, BTreeMap::new(), Repair::default(), false);
+        let state = State { ledger, links, waits, children, repair, is_closed };
         Self { number, name, spec, pieces, turns: Arc::default(), state: Mutex::new(state) }
     }
 
@@ -245,20 +249,14 @@ impl Session {
             pieces: pieces.to_vec(),
             epoch: ledger.epoch(shard),
             health: match ledger.phase(shard) {
+                Phase::Open if ledger.is_short(shard) => ShardHealth::Repairing,
                 Phase::Open => ShardHealth::Open,
                 Phase::Recovering => ShardHealth::Recovering,
                 Phase::Degraded => ShardHealth::Degraded,
                 Phase::Lost => ShardHealth::Lost,
             },
             workers: ledger.members(shard).map(|holder| holder.worker.clone()).collect(),
-            bytes: ledger
-                .tokens()
-                .iter()
-                .map(|tokens| {
-                    attnd_plan::session::placement::shard_bytes(&self.spec, pieces, *tokens)
-                        / self.spec.layers as u64
-                })
-                .sum(),
+            bytes: self.bytes_of(ledger, shard),
         };
         let idle = sessions.now().saturating_sub(ledger.idle_since());
         SessionDescription {
