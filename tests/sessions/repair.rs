@@ -2,8 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use attnd_client::session::{QueryOptions, Session, SessionDescription, Sessions, ShardHealth};
-use attnd_client::{Dtype, Storage};
+use attnd_client::session::{QueryOptions, Session, Sessions, ShardHealth};
+use attnd_client::{Dtype, SessionDescription, Storage};
 
 use super::{Sequence, dims};
 use crate::support::cases::Answer;
@@ -104,7 +104,7 @@ async fn replicas_of_a_lost_worker_are_made_again_and_survive_the_other_one() {
     let mut stepped = Stepped::open(&sessions, 31, 2, "lost").await;
     stepped.fill(1500).await;
     // A fork shares pages with its parent, and has replicas of its own.
-    let child = stepped.session.fork(Some("child")).await.unwrap();
+    let mut child = stepped.session.fork(Some("child")).await.unwrap();
     stepped.step("before").await;
     for lost in ["w0", "w1"] {
         cluster.kill_worker(usize::from(lost == "w1"));
@@ -149,17 +149,15 @@ async fn what_is_stored_as_integers_is_copied_and_not_rounded_again() {
         if at == 1 {
             cluster.add_worker(WorkerSpec::default());
         }
-        for (session, q, before) in &all {
+        for (session, q, before) in &mut all {
             eventually("two replicas", SOON, async || {
                 let description = session.describe().await.unwrap();
                 is_whole_without(&description, 2, lost).then_some(())
             })
             .await;
             let after = session.attend(0, q.clone(), &sequence.options()).await.unwrap();
-            let [after, before] = [&after, before].map(|attended| Answer {
-                context: attended.context.clone(),
-                lse: attended.lse.clone(),
-            });
+            let [after, before] = [&after, &*before]
+                .map(|attended| Answer { context: attended.context.clone(), lse: attended.lse.clone() });
             after.assert_bits_of(&before, lost);
         }
     }
@@ -220,9 +218,10 @@ async fn a_worker_that_comes_gets_replicas_of_others_while_steps_go_on() {
     stepped.step("after").await;
     // Whoever came has it all.
     let description = stepped.session.describe().await.unwrap();
-    let leaves = description.shards.iter().position(|shard| {
-        shard.workers.iter().any(|worker| worker.as_str() == "w2")
-    });
+    let leaves = description
+        .shards
+        .iter()
+        .position(|shard| shard.workers.iter().any(|worker| worker.as_str() == "w2"));
     let shard = &description.shards[leaves.unwrap()];
     let other = shard.workers.iter().find(|worker| worker.as_str() != "w2").unwrap();
     cluster.kill_worker(usize::from(other.as_str() == "w1"));

@@ -106,8 +106,7 @@ mod tests {
         to.commit(from.len());
     }
 
-    const STORAGES: [Storage; 5] =
-        [Storage::F32, Storage::F16, Storage::Bf16, Storage::Int8, Storage::Int4];
+    const STORAGES: [Storage; 5] = [Storage::F32, Storage::F16, Storage::Bf16, Storage::Int8, Storage::Int4];
 
     #[test]
     fn a_sequence_of_copied_pages_goes_on_with_the_same_bytes() {
@@ -141,9 +140,8 @@ mod tests {
     fn bits_that_are_no_numbers_arrive() {
         let layout = PageLayout { storage: Storage::F32, head_dim: 1, value_dim: 1 };
         let mut cache = KvCache::new(&Arena::new(), layout, 0..64);
-        let bytes: Vec<u8> = (0..layout.stored_bytes() / 4)
-            .flat_map(|i| (0x7f80_0001_u32 + i as u32).to_le_bytes())
-            .collect();
+        let bytes: Vec<u8> =
+            (0..layout.stored_bytes() / 4).flat_map(|i| (0x7f80_0001_u32 + i as u32).to_le_bytes()).collect();
         cache.put_page(0, 256, &bytes).unwrap();
         cache.commit(256);
         assert!(pages(&cache) == [(0, bytes)]);

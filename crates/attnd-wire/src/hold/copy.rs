@@ -154,9 +154,7 @@ impl ShardSnapshot {
         }
         let mut both = base.tokens.iter().zip(have).enumerate();
         match both.find(|(_, (base, have))| **base > tokens(**have)) {
-            Some((layer, (base, have))) => {
-                wrong(format!("layer {layer} has {have} tokens, its base {base}"))
-            }
+            Some((layer, (base, have))) => wrong(format!("layer {layer} has {have} tokens, its base {base}")),
             None => Ok(()),
         }
     }

@@ -58,12 +58,12 @@ fn chunk() -> SliceChunk {
 }
 
 fn base() -> CopyBase {
-    CopyBase { op_seq: 1, chain: 3, generation: 2, tokens: vec![0, 256] }
+    CopyBase { op_seq: 1, chain: 3, generation: 2, tokens: vec![0, 256, 0] }
 }
 
 /// Two ops after three that are forgotten.
 fn snapshot() -> ShardSnapshot {
-    let state = ShardState { op_seq: 5, tokens: vec![0, 556], chain: 8, ..ShardState::default() };
+    let state = ShardState { op_seq: 5, tokens: vec![0, 556, 9], chain: 8, ..ShardState::default() };
     let record = |seq, child| Record { seq, digest: 9, answer: Answer { len: 7, generation: 1, child } };
     let records = vec![record(4, Some(6)), record(5, None)];
     ShardSnapshot { state, records, chains: vec![7, 8], base: Some(base()) }
@@ -402,14 +402,11 @@ fn copies_return_and_are_checked() {
         ShardImport::try_from(proto::ShardImport::from(import)).unwrap_err().message()
     };
     assert_eq!(refused(&|copy| copy.state.op_seq = 1), "SNAPSHOT: 2 records don't end in op 1");
-    assert_eq!(refused(&|copy| copy.state.tokens.push(1)), "SNAPSHOT: tokens of 3 layers, the session has 2");
-    assert_eq!(
-        refused(&|copy| copy.state.tokens[1] = 255),
-        "SNAPSHOT: layer 1 has 255 tokens, its base 256"
-    );
+    assert_eq!(refused(&|copy| copy.state.tokens.push(1)), "SNAPSHOT: tokens of 4 layers, the session has 3");
+    assert_eq!(refused(&|copy| copy.state.tokens[1] = 255), "SNAPSHOT: layer 1 has 255 tokens, its base 256");
     assert_eq!(
         refused(&|copy| copy.base.as_mut().unwrap().tokens = vec![1]),
-        "SNAPSHOT: a base of 1 layers for 2"
+        "SNAPSHOT: a base of 1 layers for 3"
     );
     let most = spec().max_tokens as u64;
     let too_many = refused(&|copy| copy.state.tokens[0] = most + 1);

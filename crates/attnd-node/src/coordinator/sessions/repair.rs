@@ -229,8 +229,11 @@ impl Sessions {
     /// What is due about replicas of all sessions, in each round.
     pub(super) async fn mend(self: &Arc<Self>, open: &[Arc<Session>]) {
         let Ok(present) = self.everybody().await else { return };
-        let draining: Vec<&Holder> =
-            present.iter().filter(|present| present.is_draining).map(|present| &present.keeper.holder).collect();
+        let draining: Vec<&Holder> = present
+            .iter()
+            .filter(|present| present.is_draining)
+            .map(|present| &present.keeper.holder)
+            .collect();
         let joined = self.look_who_came(&present);
         let mut moves = 0;
         for session in open {
@@ -238,7 +241,8 @@ impl Sessions {
             moves += usize::from(self.look_after_move(session));
             let is_short = {
                 let state = session.lock();
-                !state.is_closed && (0..session.pieces.len()).any(|shard| state.ledger.missing_replicas(shard) > 0)
+                !state.is_closed
+                    && (0..session.pieces.len()).any(|shard| state.ledger.missing_replicas(shard) > 0)
             };
             if is_short {
                 self.repair(session, &present).await;

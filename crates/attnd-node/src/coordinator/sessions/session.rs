@@ -153,11 +153,8 @@ impl Session {
         let mut shards: Vec<ShardOf> = Vec::with_capacity(self.pieces.len());
         for (shard, pieces) in self.pieces.iter().enumerate() {
             let ledger = &state.ledger;
-            let computing = ledger.computing(shard);
-            let others =
-                ledger.members(shard).filter(|member| !ledger.computing(shard).any(|other| other == *member));
             let links =
-                computing.chain(others).filter_map(|holder| state.links.get(holder)).cloned().collect();
+                readers(ledger, shard).filter_map(|holder| state.links.get(holder)).cloned().collect();
             shards.push(ShardOf {
                 at: ShardAt { session: self.number, shard: shard as u32, epoch: ledger.epoch(shard) },
                 pieces: Arc::clone(pieces),
@@ -255,7 +252,7 @@ impl Session {
                 Phase::Degraded => ShardHealth::Degraded,
                 Phase::Lost => ShardHealth::Lost,
             },
-            workers: ledger.members(shard).map(|holder| holder.worker.clone()).collect(),
+            workers: readers(ledger, shard).map(|holder| holder.worker.clone()).collect(),
             bytes: self.bytes_of(ledger, shard),
         };
         let idle = sessions.now().saturating_sub(ledger.idle_since());
@@ -272,6 +269,14 @@ impl Session {
             ttl_left: self.spec.ttl.saturating_sub(idle),
         }
     }
+}
+
+/// Who has a shard: whoever has all that was acknowledged, who can be read from also while the shard changes its members, and then the
+/// other members.
+fn readers(ledger: &Ledger<Error>, shard: usize) -> impl Iterator<Item = &Holder> + '_ {
+    let is_computing = move |member: &&Holder| ledger.computing(shard).any(|other| other == *member);
+    let others = ledger.members(shard).filter(move |member| !is_computing(member));
+    ledger.computing(shard).chain(others)
 }
 
 /// What a read of a step comes behind.

@@ -113,7 +113,11 @@ impl Reader {
                 }
                 Ok(HoldAsk::Sum(sum)) => self.copies.finish(&self.store, request, sum),
                 Ok(HoldAsk::GiveUp) => self.copies.give_up(&self.store, request),
-                Ok(_) => self.copies.fail(&self.store, request, Error::new(Reason::StreamOrder, "a frame of no copy")),
+                Ok(_) => self.copies.fail(
+                    &self.store,
+                    request,
+                    Error::new(Reason::StreamOrder, "a frame of no copy"),
+                ),
                 Err(error) => self.copies.fail(&self.store, request, error),
             }
             return Ok(());

@@ -90,7 +90,8 @@ impl Import {
         let stored = layout.stored_bytes();
         let pages = pages_of_chunk(stored).min(self.list.len() - self.done);
         if chunk.data.len() != pages * stored {
-            let detail = format!("chunk {} of {pages} pages of {stored}, got {}", chunk.index, chunk.data.len());
+            let detail =
+                format!("chunk {} of {pages} pages of {stored}, got {}", chunk.index, chunk.data.len());
             return Err(Error::new(Reason::PayloadLength, detail));
         }
         for bytes in chunk.data.chunks_exact(stored) {

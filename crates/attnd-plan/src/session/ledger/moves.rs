@@ -55,10 +55,8 @@ impl<E: Clone> Ledger<E> {
         !self.is_restarting && self.lost.is_none() && self.shards.iter().all(is_settled)
     }
 
-    /// Whether a shard has fewer members that stay than it should.
+    /// Whether a shard has fewer members than it should.
     pub fn is_short(&self, shard: usize) -> bool {
-        let is_one = |member: &&Member| member.is_member() && !member.is_leaving;
-        let shard = self.shards.get(shard);
-        shard.is_none_or(|shard| shard.members.iter().filter(is_one).count() < self.replicas)
+        self.shards.get(shard).is_none_or(|shard| shard.member_count() < self.replicas)
     }
 }

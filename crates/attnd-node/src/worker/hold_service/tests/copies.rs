@@ -96,7 +96,7 @@ async fn a_replica_goes_to_another_worker_in_chunks() {
     assert_eq!((snapshot.base.clone(), snapshot.chunks(&session.spec, &session.pieces)), (Some(base), 0));
     assert_eq!(source.end(export).await, Ok(CopySum::default()));
     let refused = source.ask(import(&session, snapshot)).await.unwrap_err();
-    assert_eq!(refused, "DRAINING: ");
+    assert_eq!(refused, "DRAINING");
     drop((source, target));
     for calls in [from_calls, to_calls] {
         tokio::time::timeout(SOON, calls.idle()).await.unwrap();

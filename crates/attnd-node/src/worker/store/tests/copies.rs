@@ -64,8 +64,7 @@ fn filled(store: &Store, spec: SessionSpec) -> Session {
 }
 
 fn specs() -> [SessionSpec; 5] {
-    let prefix =
-        SessionSpec { value_is_key_prefix: true, value_dim: 4, ..spec(Dtype::Bf16, Storage::Bf16) };
+    let prefix = SessionSpec { value_is_key_prefix: true, value_dim: 4, ..spec(Dtype::Bf16, Storage::Bf16) };
     [
         spec(Dtype::F32, Storage::F32),
         spec(Dtype::F16, Storage::F16),
