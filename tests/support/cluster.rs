@@ -1,6 +1,7 @@
 //! Clusters of real processes on this machine: one coordinator and some workers.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use attnd_client::{Client, ClusterStatus};
@@ -8,12 +9,13 @@ use attnd_kernel::Isa;
 
 use super::eventually;
 use super::process::{Alone, Process, alone};
+use super::tap::Tap;
 
 /// Time for a worker to join, or for a lost one to be missed.
 const SETTLE: Duration = Duration::from_secs(20);
 
 /// What a worker is started with.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub(crate) struct WorkerSpec {
     /// Its instruction set; the fastest of this machine if `None`.
     pub(crate) isa: Option<Isa>,
@@ -21,11 +23,13 @@ pub(crate) struct WorkerSpec {
     pub(crate) threads: usize,
     /// MiB that sessions may take; what the program makes of it if `None`.
     pub(crate) session_mib: Option<u64>,
+    /// What the coordinator connects to in its place.
+    pub(crate) tap: Option<Arc<Tap>>,
 }
 
 impl Default for WorkerSpec {
     fn default() -> Self {
-        Self { isa: None, threads: 1, session_mib: None }
+        Self { isa: None, threads: 1, session_mib: None, tap: None }
     }
 }
 
@@ -57,11 +61,21 @@ impl Worker {
         let args = ["worker", "--coordinator", coordinator, "--listen", "127.0.0.1:0"];
         let memory = self.spec.session_mib.map(|mib| format!("{mib}MiB"));
         let memory: Vec<&str> = memory.iter().flat_map(|bytes| ["--session-memory", bytes]).collect();
-        let args = [&args[..], &["--id", &name, "--threads", &threads], &memory].concat();
+        let mut args = [&args[..], &["--id", &name, "--threads", &threads], &memory].concat();
+        if let Some(tap) = &self.spec.tap {
+            args.extend(["--advertise", tap.url()]);
+        }
         let isa = self.spec.isa.map(Isa::name);
         let env: Vec<(&str, &str)> = isa.map(|isa| ("ATTND_ISA", isa)).into_iter().collect();
         let process = Process::start_bound(&name, &args, &env);
-        let url = process.url();
+        let listens = process.url();
+        let url = match &self.spec.tap {
+            Some(tap) => {
+                tap.lead_to(&listens);
+                tap.url().to_owned()
+            }
+            None => listens,
+        };
         self.running = Some((process, url));
     }
 

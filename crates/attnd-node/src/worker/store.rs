@@ -217,6 +217,15 @@ impl Store {
         }
     }
 
+    /// The same for a short job, which runs on this thread if it is its turn now.
+    pub(crate) fn submit_short(&self, touches: Vec<(ShardKey, Access)>, job: Job) {
+        let runs = self.lines().turns.enter(job, touches);
+        if let Some((ticket, job)) = runs {
+            let _turn = Turn { store: self.clone(), ticket };
+            self.0.pool.run_here(job);
+        }
+    }
+
     fn run(&self, ticket: Ticket, job: Job) {
         let turn = Turn { store: self.clone(), ticket };
         self.0.pool.begin(move || {

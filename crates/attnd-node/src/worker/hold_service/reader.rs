@@ -9,6 +9,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use attnd_wire::hold::{
     HoldAsk, HoldRequest, HoldShard, ShardAppend, ShardAt, ShardChange, ShardChangeKind, ShardWork,
@@ -29,6 +30,11 @@ use crate::worker::store::works::{self, Work};
 
 /// Bytes of rows and queries of one stream that wait or are written, in KiB; a message may be as large.
 const ROOM_KIB: u32 = 8 << 10;
+/// Works of a message that take so long run on the thread that read it, where the pool has one thread: to wake that one and to be woken
+/// by it takes 0.1 ms and more.
+const SHORT: Duration = Duration::from_millis(1);
+/// The same where the pool has several threads, which share what is longer.
+const SHORT_OF_MANY: Duration = Duration::from_micros(100);
 /// Appends in chunks that one stream has at once.
 const MAX_BULKS: usize = 64;
 
@@ -244,13 +250,22 @@ impl Reader {
         // Of one shard the strongest alone.
         touches.sort_unstable_by(|a, b| b.cmp(a));
         touches.dedup_by_key(|(key, _)| *key);
-        let cancelled = Arc::clone(&self.cancelled);
-        self.submit(touches, asked, move |asked| {
+        let is_short = good().map(Work::time).sum::<Duration>()
+            <= if store.threads() == 1 { SHORT } else { SHORT_OF_MANY };
+        let (runs, cancelled) = (self.store.clone(), Arc::clone(&self.cancelled));
+        let job = Box::new(move || {
             let _room = room;
             let wanted = || !cancelled.load(Ordering::Relaxed);
-            let done = works::run_all(&store, works, wanted);
-            asked.works(done, Some(memory));
+            if wanted() {
+                let done = works::run_all(&store, works, wanted);
+                asked.works(done, Some(memory));
+            }
         });
+        if is_short {
+            runs.submit_short(touches, job)
+        } else {
+            runs.submit(touches, job)
+        }
         Ok(())
     }
 

@@ -190,3 +190,30 @@ fn an_append_that_is_taken_back_was_never_there() {
     session.append(&store, 0, &names(400..500));
     session.check(&store, 0, 400);
 }
+
+#[test]
+fn short_work_runs_where_it_comes_unless_it_has_to_wait() {
+    let store = store(MIB);
+    let here = std::thread::current().id();
+    let (ran, order) = std::sync::mpsc::channel();
+    let key = (1, 0);
+    let report = |what: &'static str| -> Job {
+        let ran = ran.clone();
+        Box::new(move || ran.send((what, std::thread::current().id())).unwrap())
+    };
+    store.submit_short(vec![(key, Access::Changes)], report("at once"));
+    assert_eq!(order.try_recv(), Ok(("at once", here)));
+    let (go, gate) = std::sync::mpsc::channel::<()>();
+    store.submit(vec![(key, Access::Changes)], Box::new(move || assert!(gate.recv().is_err())));
+    store.submit_short(vec![(key, Access::Reads)], report("behind"));
+    store.submit_short(vec![((2, 0), Access::Reads)], report("beside"));
+    assert_eq!(order.recv(), Ok(("beside", here)));
+    drop(go);
+    let (what, thread) = order.recv().unwrap();
+    assert_eq!(what, "behind");
+    assert_ne!(thread, here, "nobody waits for a turn on the thread of a stream");
+    // A panic costs nobody else a turn.
+    store.submit_short(vec![(key, Access::Changes)], Box::new(|| panic!("a short job")));
+    store.submit_short(vec![(key, Access::Changes)], report("after"));
+    assert_eq!(order.recv().unwrap().0, "after");
+}
