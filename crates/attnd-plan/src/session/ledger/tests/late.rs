@@ -59,3 +59,35 @@ fn an_op_that_waits_for_replicas_keeps_no_session() {
     assert!(!cluster.ledger.is_expired(Duration::from_secs(649)));
     assert!(cluster.ledger.is_expired(Duration::from_secs(650)));
 }
+
+#[test]
+fn who_was_left_out_is_asked_before_a_session_is_lost() {
+    // Sent twice, an op is refused by a first, and had the second time.
+    let mut cluster = Cluster::new(1, &["ab", "ab"]);
+    cluster.append(1, 4).unwrap();
+    cluster.append(2, 4).unwrap();
+    for shard in [0, 1] {
+        cluster.ledger.shards[shard].get_mut(&holder("a")).unwrap().applied = Some(1);
+    }
+    cluster.saves = false;
+    cluster.tell(refusal(1, "a", 2));
+    assert_eq!((cluster.ledger.phase(0), cluster.ledger.phase(1)), (Phase::Open, Phase::Recovering));
+    cluster.tell(Event::Lost(holder("b")));
+    cluster.saves = true;
+    let epoch = cluster.ledger.epoch(1);
+    cluster.tell(Event::Saved { shard: 1, epoch });
+    cluster.tell(Event::Saved { shard: 0, epoch: cluster.ledger.epoch(0) });
+    assert_eq!((members(&cluster, 0), members(&cluster, 1)), (1, 1));
+    cluster.append(3, 4).unwrap();
+    assert_eq!(cluster.answers.pop(), Some((3, Ok(Answer { len: 12, generation: 0, child: None }))));
+    // Who lacks something is no help.
+    let mut cluster = Cluster::new(1, &["ab"]);
+    cluster.append(1, 4).unwrap();
+    cluster.silent = vec![holder("a")];
+    cluster.append(2, 4).unwrap();
+    cluster.silent.clear();
+    cluster.saves = false;
+    cluster.tell(refusal(0, "a", 2));
+    cluster.tell(Event::Lost(holder("b")));
+    assert_eq!(cluster.ledger.phase(0), Phase::Lost);
+}
