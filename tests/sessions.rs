@@ -13,6 +13,8 @@ use crate::support::cases::{Answer, Case, Data};
 use crate::support::cluster::{Cluster, WorkerSpec};
 use crate::support::tap::Tap;
 
+mod repair;
+
 /// A sequence that attends to itself: token by token, or whole.
 struct Sequence {
     case: Case,

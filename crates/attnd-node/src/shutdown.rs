@@ -127,9 +127,14 @@ where
     // Connections must be served while peers are told and calls end; a server alone can't end while a peer keeps an
     // idle connection, so the last flush is bounded too.
     let drained = async {
-        on_drain.await;
+        let drained = tokio::time::timeout(deadline, async {
+            on_drain.await;
+            stop.cancel();
+            calls.idle().await;
+        });
+        let drained = drained.await.is_ok();
         stop.cancel();
-        tokio::time::timeout(deadline, calls.idle()).await.is_ok()
+        drained
     };
     let drained = tokio::select! {
         ended = &mut server => {

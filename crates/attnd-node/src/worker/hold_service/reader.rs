@@ -21,6 +21,7 @@ use tonic::Streaming;
 
 use super::answers::{Answer, Asked};
 use super::bulk::{Bulk, Owed};
+use super::copies::Copies;
 use crate::shutdown::Calls;
 use crate::worker::store::Store;
 use crate::worker::store::shard::{self, Resident, ShardKey, key_of};
@@ -50,6 +51,7 @@ pub(crate) struct Reader {
     stream: u64,
     last_request: u64,
     bulks: BTreeMap<u64, Bulk>,
+    copies: Copies,
 }
 
 /// The peer has gone.
@@ -64,7 +66,8 @@ impl Reader {
     ) -> Self {
         let stream = store.next_stream();
         let room = Arc::new(Semaphore::new(ROOM_KIB as usize));
-        Self { store, calls, replies, room, cancelled, stream, last_request: 0, bulks: BTreeMap::new() }
+        let (last_request, bulks, copies) = (0, BTreeMap::new(), Copies::default());
+        Self { store, calls, replies, room, cancelled, stream, last_request, bulks, copies }
     }
 
     /// Reads until the stream ends.
@@ -92,7 +95,13 @@ impl Reader {
         let asked = HoldRequest::decode(frame);
         let (request, last) = (asked.request, self.last_request);
         let is_part = match &asked.ask {
-            Ok(HoldAsk::Chunk(_) | HoldAsk::Commit(_) | HoldAsk::GiveUp) => true,
+            Ok(
+                HoldAsk::Chunk(_)
+                | HoldAsk::Commit(_)
+                | HoldAsk::GiveUp
+                | HoldAsk::Copied(_)
+                | HoldAsk::Sum(_),
+            ) => true,
             // What is wrong with a chunk is for its append to hear.
             Err(_) => request <= last,
             Ok(_) => false,
@@ -102,6 +111,23 @@ impl Reader {
             return self.refuse(request, error).await;
         }
         let ask = self.store.see_term(asked.term).and(asked.ask);
+        if is_part && self.copies.has_import(request) {
+            match ask {
+                Ok(HoldAsk::Copied(chunk)) => {
+                    let room = self.room(chunk.data.len()).await;
+                    self.copies.take(&self.store, request, chunk, room);
+                }
+                Ok(HoldAsk::Sum(sum)) => self.copies.finish(&self.store, request, sum),
+                Ok(HoldAsk::GiveUp) => self.copies.give_up(&self.store, request),
+                Ok(_) => self.copies.fail(
+                    &self.store,
+                    request,
+                    Error::new(Reason::StreamOrder, "a frame of no copy"),
+                ),
+                Err(error) => self.copies.fail(&self.store, request, error),
+            }
+            return Ok(());
+        }
         if is_part && (request <= last || self.bulks.contains_key(&request)) {
             return match ask {
                 Ok(HoldAsk::Chunk(chunk)) => self.chunk(request, chunk).await,
@@ -128,9 +154,34 @@ impl Reader {
             Ok(HoldAsk::Change(change)) => self.change(request, change).await,
             Ok(HoldAsk::Fence(at)) => self.fence(request, at).await,
             Ok(HoldAsk::Release(at)) => self.release(request, at).await,
-            Ok(HoldAsk::Chunk(_) | HoldAsk::Commit(_) | HoldAsk::GiveUp) => {
-                self.refuse(request, refusal::expected_begin()).await
+            Ok(HoldAsk::Look(at)) => self.look(request, at).await,
+            Ok(HoldAsk::Export(export)) => {
+                let Ok(asked) = self.asked(request, false).await? else { return Ok(()) };
+                self.copies.export(&self.store, request, asked, export);
+                Ok(())
             }
+            Ok(HoldAsk::Read(read)) => {
+                let Ok(asked) = self.asked(request, false).await? else { return Ok(()) };
+                self.copies.read(&self.store, asked, read);
+                Ok(())
+            }
+            Ok(HoldAsk::End(export)) => {
+                let Ok(asked) = self.asked(request, false).await? else { return Ok(()) };
+                self.copies.end(asked, export);
+                Ok(())
+            }
+            Ok(HoldAsk::Import(import)) => {
+                let Ok(asked) = self.asked(request, true).await? else { return Ok(()) };
+                self.copies.import(&self.store, request, asked, *import);
+                Ok(())
+            }
+            Ok(
+                HoldAsk::Chunk(_)
+                | HoldAsk::Commit(_)
+                | HoldAsk::GiveUp
+                | HoldAsk::Copied(_)
+                | HoldAsk::Sum(_),
+            ) => self.refuse(request, refusal::expected_begin()).await,
             Err(error) => self.refuse(request, error).await,
         }
     }
@@ -276,6 +327,16 @@ impl Reader {
         self.submit(vec![(key_of(&at), Access::Changes)], asked, move |asked| {
             let resident = store.resident(key_of(&at));
             asked.state(resident.and_then(|resident| resident.change().fence(&store, at.epoch)));
+        });
+        Ok(())
+    }
+
+    async fn look(&mut self, request: u64, at: ShardAt) -> Result<(), Gone> {
+        let Ok(asked) = self.asked(request, false).await? else { return Ok(()) };
+        let store = self.store.clone();
+        self.submit(vec![(key_of(&at), Access::Reads)], asked, move |asked| {
+            let resident = store.resident(key_of(&at));
+            asked.state(resident.map(|resident| resident.look().state(&store, false)));
         });
         Ok(())
     }

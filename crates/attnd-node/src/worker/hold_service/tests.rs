@@ -23,6 +23,8 @@ use crate::shutdown::Calls;
 use crate::worker::store::Store;
 use crate::worker::store::tests::{MIB, Session, piece, spec, store};
 
+mod copies;
+
 const SOON: Duration = Duration::from_secs(10);
 
 /// A coordinator's stream.
@@ -86,7 +88,7 @@ impl Stream {
         match self.answer(request).await.remove(0).answer {
             HoldAnswer::State(state) => Ok(state),
             HoldAnswer::Failed(error) => Err(error.message()),
-            HoldAnswer::Results(results) => panic!("{results:?}"),
+            other => panic!("{other:?}"),
         }
     }
 
@@ -364,11 +366,8 @@ async fn a_node_that_drains_begins_to_hold_nothing_and_serves_what_it_holds() {
     let undo = ShardChange { at: session.at, op: append.op, kind: ShardChangeKind::Undo };
     assert_eq!(stream.ask(HoldAsk::Change(undo)).await.unwrap().tokens, [2, 0]);
     session.seq -= 1;
-    let cut = ShardChange {
-        at: session.at,
-        op: session.next_op(),
-        kind: ShardChangeKind::Truncate { len: 1 },
-    };
+    let cut =
+        ShardChange { at: session.at, op: session.next_op(), kind: ShardChangeKind::Truncate { len: 1 } };
     assert_eq!(stream.ask(HoldAsk::Change(cut)).await.unwrap().tokens, [1, 0]);
     let fence = ShardAt { epoch: 2, ..session.at };
     assert_eq!(stream.ask(HoldAsk::Fence(fence)).await.unwrap().epoch, 2);

@@ -5,7 +5,7 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use attnd_kernel::KvView;
 use attnd_plan::Piece;
-use attnd_plan::session::{Replica, ReplicaRefusal, SessionSpec, Undone, Verdict};
+use attnd_plan::session::{Replica, ReplicaRefusal, ReplicaSnapshot, SessionSpec, Undone, Verdict};
 use attnd_wire::hold::{ShardAppend, ShardAt, ShardChange, ShardChangeKind, ShardRows, ShardState};
 use attnd_wire::{Commit, Error, Reason, SliceChunk, refusal};
 
@@ -62,7 +62,8 @@ impl Resident {
         Ok(Self::of(key_of(at), Arc::new(spec), pieces, (replica, pages), Some(record)))
     }
 
-    fn of(
+    /// A shard with this replica and these pages.
+    pub(super) fn of(
         key: ShardKey,
         spec: Arc<SessionSpec>,
         pieces: Vec<Piece>,
@@ -317,6 +318,37 @@ impl Shard {
             return true;
         }
         false
+    }
+
+    /// What another worker needs beside the rows, and all rows as they are now.
+    ///
+    /// # Errors
+    /// [`Reason::Shard`] if it was released.
+    pub(super) fn snapshot(&self) -> Result<(ReplicaSnapshot, Vec<Vec<KvView>>), Error> {
+        let pages = self.pages.as_ref().ok_or_else(|| no_shard(self.key))?;
+        let views = pages.views(self.replica.tokens());
+        let short = || Error::new(Reason::Internal, "a layer has fewer tokens than its replica says");
+        Ok((self.replica.snapshot(), views.ok_or_else(short)?))
+    }
+
+    /// Whether the replica has all that one has had whose last op and chain these are, and has only got rows since.
+    pub(super) fn continues(&self, op_seq: u64, chain: u32) -> bool {
+        self.replica.continues(op_seq, chain)
+    }
+
+    /// The same rows, which share memory with these until either changes.
+    ///
+    /// # Errors
+    /// [`Reason::Shard`] if it was released.
+    pub(super) fn fork_pages(&self) -> Result<Pages, Error> {
+        self.pages.as_ref().map(Pages::fork).ok_or_else(|| no_shard(self.key))
+    }
+
+    /// Another replica takes the place of this one.
+    pub(super) fn replace(&mut self, replica: Replica, pages: Pages) {
+        self.abandon();
+        self.replica = replica;
+        self.pages = Some(pages);
     }
 
     /// Forgets what isn't part of the shard yet.

@@ -288,14 +288,6 @@ impl<E: Clone> Ledger<E> {
         shard.members.push(Member::new(holder, standing, None));
     }
 
-    pub(super) fn drain(&mut self, holder: &Holder) {
-        for shard in &mut self.shards {
-            if let Some(member) = shard.get_mut(holder) {
-                member.is_leaving = true;
-            }
-        }
-    }
-
     /// A holder is gone: for good, or until it comes back.
     pub(super) fn lose_holder(&mut self, holder: &Holder, may_return: bool) {
         for index in 0..self.shards.len() {
