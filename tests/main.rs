@@ -12,4 +12,5 @@ mod operator;
 mod real_layers;
 mod sessions;
 mod support;
+mod survival;
 mod tidy;
