@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use attnd_client::session::{OpenOptions, QueryOptions, Session, Sessions};
+use attnd_client::session::{OpenOptions, QueryOptions, Session, Sessions, ShardDescription};
 use attnd_client::{AttendOptions, Causal, ClientError, Dtype, Outcome};
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
@@ -62,12 +62,16 @@ impl Checks {
     }
 }
 
-/// Waits until all shards have as many replicas as they shall.
-async fn repaired(sessions: &Sessions, session: &Session, replicas: usize, what: &str) -> Duration {
-    let begun = Instant::now();
+/// Waits until all shards have as many replicas as they shall, on workers that run.
+async fn repaired(cluster: &Cluster, sessions: &Sessions, session: &Session, what: &str) -> Duration {
+    let (begun, names, replicas) = (Instant::now(), cluster.names(), session.spec().replicas);
     eventually(&format!("{what}: repaired"), REPAIR, async || {
         let description = sessions.describe(session.name().as_str()).await.ok()?;
-        description.shards.iter().all(|shard| shard.workers.len() == replicas).then_some(())
+        let is_whole = |shard: &ShardDescription| {
+            shard.workers.len() == replicas
+                && shard.workers.iter().all(|worker| names.contains(worker.as_str()))
+        };
+        description.shards.iter().all(is_whole).then_some(())
     })
     .await;
     begun.elapsed()
@@ -151,7 +155,7 @@ async fn killing_workers_in_the_middle_of_appends_loses_and_doubles_nothing() {
         if has_happened(&result, &sessions, &mut session, tokens.len(), n, &what).await {
             tokens.extend(added);
         }
-        slowest_repair = slowest_repair.max(repaired(&sessions, &session, 2, &what).await);
+        slowest_repair = slowest_repair.max(repaired(&cluster, &sessions, &session, &what).await);
         checks.look(&sessions, &session, &tokens, &what).await;
         if tokens.len() > MOST_TOKENS {
             tokens.truncate(rng.random_range(0..2000));
