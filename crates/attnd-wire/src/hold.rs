@@ -9,7 +9,7 @@ mod request;
 mod work;
 
 pub use self::partials::PartialRun;
-pub use self::reply::{HoldAnswer, HoldReply, ShardResult, ShardState};
+pub use self::reply::{HoldAnswer, HoldReply, ShardRecords, ShardResult, ShardState};
 pub use self::request::{
     HoldAsk, HoldAsked, HoldRequest, HoldShard, ShardAppend, ShardAt, ShardChange, ShardChangeKind, ShardOp,
     check_chunk,

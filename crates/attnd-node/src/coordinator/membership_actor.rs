@@ -22,7 +22,7 @@ use attnd_kernel::KERNEL_ID;
 use attnd_plan::membership::{MemberChange, MemberState};
 use attnd_plan::session::{Holder, Keeper};
 use attnd_plan::{Capacity, Facts, MemberAction, MemberEvent, Membership, Rules, WorkerId};
-use attnd_wire::join::WIRE_VERSIONS;
+use attnd_wire::join::{SESSIONS, WIRE_VERSIONS};
 use attnd_wire::{Error, Heartbeat, Hello, Reason, WorkerStatus};
 use kameo::actor::{Actor, ActorId, ActorRef, Spawn, WeakActorRef};
 use kameo::error::{ActorStopReason, Infallible};
@@ -50,7 +50,11 @@ pub(crate) struct MembershipActor {
     members: BTreeMap<WorkerId, Member>,
     epoch: Instant,
     ticks: Interval,
+    roll: watch::Sender<Arc<Roll>>,
 }
+
+/// Everybody who is a member at some moment and holds shards of sessions. One that isn't here any more never comes back.
+pub(crate) type Roll = BTreeMap<Holder, ActorRef<WorkerActor>>;
 
 /// A worker, and what runs for it.
 #[derive(Debug)]
@@ -180,10 +184,11 @@ pub(crate) struct Capacities {
 pub(crate) struct Roster;
 
 impl Actor for MembershipActor {
-    type Args = ();
+    /// Who is told of who is there.
+    type Args = watch::Sender<Arc<Roll>>;
     type Error = Infallible;
 
-    async fn on_start(_: (), _: ActorRef<Self>) -> Result<Self, Infallible> {
+    async fn on_start(roll: Self::Args, _: ActorRef<Self>) -> Result<Self, Infallible> {
         let rules = Rules { wire_versions: WIRE_VERSIONS, kernel_id: KERNEL_ID.to_owned() };
         let mut ticks = tokio::time::interval(TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -192,6 +197,7 @@ impl Actor for MembershipActor {
             members: BTreeMap::new(),
             epoch: Instant::now(),
             ticks,
+            roll,
         })
     }
 
@@ -243,6 +249,7 @@ impl MembershipActor {
 
     /// Ends what runs for workers that are gone. What changes else is looked up in [`Membership`] when it is needed.
     fn end_members(&mut self, actions: &[MemberAction]) {
+        let before = self.members.len();
         for MemberAction { id, incarnation, change } in actions {
             let is_dead = matches!(change, MemberChange::Dead(_));
             if (is_dead || *change == MemberChange::Drained)
@@ -254,6 +261,15 @@ impl MembershipActor {
                 }
             }
         }
+        if self.members.len() < before {
+            self.call_the_roll();
+        }
+    }
+
+    fn call_the_roll(&self) {
+        let holders = self.members.values().filter(|member| member.hello.wire_version >= SESSIONS);
+        let roll = holders.map(|member| (member.keeper().holder, member.actor.clone())).collect();
+        self.roll.send_replace(Arc::new(roll));
     }
 }
 
@@ -295,6 +311,7 @@ impl Message<Join> for MembershipActor {
             hello,
         };
         self.members.insert(member.hello.worker.clone(), member);
+        self.call_the_roll();
         Ok(actor)
     }
 }

@@ -152,6 +152,16 @@ impl Store {
         self.lines().shards.get(&key).cloned().ok_or_else(|| no_shard(key))
     }
 
+    /// All shards that are here, with their epochs; 0 for one that is being changed at this moment, for which nobody waits here.
+    pub(crate) fn list(&self) -> Vec<ShardAt> {
+        let residents: Vec<Arc<Resident>> = self.lines().shards.values().cloned().collect();
+        let at = |resident: &Arc<Resident>| {
+            let (session, shard) = resident.key;
+            ShardAt { session, shard, epoch: resident.epoch_now().unwrap_or(0) }
+        };
+        residents.iter().map(at).collect()
+    }
+
     /// Shards that are here.
     #[cfg(test)]
     pub(crate) fn len(&self) -> usize {

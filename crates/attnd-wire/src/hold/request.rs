@@ -53,6 +53,10 @@ pub enum HoldAsk<W = ShardWork> {
     Fence(ShardAt),
     /// The end of a shard.
     Release(ShardAt),
+    /// The ops that a replica remembers, whatever its epoch is.
+    Recall(ShardAt),
+    /// All shards that are there.
+    List,
 }
 
 /// Which shard of which session, and in which epoch the sender thinks it is.
@@ -195,6 +199,8 @@ fn decode_ask(ask: proto::hold_request::Ask) -> Result<HoldAsk<Result<ShardWork,
         Message::Change(change) => HoldAsk::Change(change.try_into()?),
         Message::Fence(proto::ShardFence { at }) => HoldAsk::Fence(at.try_into()?),
         Message::Release(proto::ShardRelease { at }) => HoldAsk::Release(at.try_into()?),
+        Message::Recall(proto::ShardRecall { at }) => HoldAsk::Recall(at.try_into()?),
+        Message::List(proto::ShardListing {}) => HoldAsk::List,
     })
 }
 
@@ -213,6 +219,8 @@ impl From<HoldRequest> for proto::HoldRequest {
             HoldAsk::Change(change) => Message::Change(change.into()),
             HoldAsk::Fence(at) => Message::Fence(proto::ShardFence { at: Some(at.into()) }),
             HoldAsk::Release(at) => Message::Release(proto::ShardRelease { at: Some(at.into()) }),
+            HoldAsk::Recall(at) => Message::Recall(proto::ShardRecall { at: Some(at.into()) }),
+            HoldAsk::List => Message::List(proto::ShardListing {}),
         };
         Self { request, term, ask: Some(ask) }
     }

@@ -138,6 +138,8 @@ impl Reader {
             Ok(HoldAsk::Change(change)) => self.change(request, change).await,
             Ok(HoldAsk::Fence(at)) => self.fence(request, at).await,
             Ok(HoldAsk::Release(at)) => self.release(request, at).await,
+            Ok(HoldAsk::Recall(at)) => self.recall(request, at).await,
+            Ok(HoldAsk::List) => self.list(request).await,
             Ok(HoldAsk::Chunk(_) | HoldAsk::Commit(_)) => {
                 self.refuse(request, refusal::expected_begin()).await
             }
@@ -286,6 +288,24 @@ impl Reader {
         self.submit(vec![(key_of(&at), Access::Changes)], asked, move |asked| {
             asked.state(store.release(&at));
         });
+        Ok(())
+    }
+
+    async fn recall(&mut self, request: u64, at: ShardAt) -> Result<(), Gone> {
+        let Ok(asked) = self.asked(request).await? else { return Ok(()) };
+        let store = self.store.clone();
+        self.submit(vec![(key_of(&at), Access::Reads)], asked, move |asked| {
+            let resident = store.resident(key_of(&at));
+            asked.records(resident.and_then(|resident| resident.look().records(&store)));
+        });
+        Ok(())
+    }
+
+    /// Shards that are being let go may be among them: whoever asks doesn't know them either.
+    async fn list(&mut self, request: u64) -> Result<(), Gone> {
+        if let Ok(asked) = self.asked(request).await? {
+            asked.shards(&self.store.list());
+        }
         Ok(())
     }
 
