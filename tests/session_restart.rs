@@ -159,7 +159,7 @@ async fn what_died_with_its_worker_while_nobody_looked_is_lost_and_said_so() {
     let [_, _, q] = sequence.rows(0..20);
     let lost = once.attend(0, q.clone(), &options).await.unwrap_err();
     assert_eq!(lost.reason, Reason::SessionLost, "{lost}");
-    assert_eq!(lost.message, "SESSION_LOST: prefix 20 of 20", "one of two shards is left");
+    assert_eq!(lost.message, "SESSION_LOST: prefix 0 of 20", "one of two shards is left");
     let attended = twice.attend(0, q, &options).await.unwrap();
     let answer = Answer { context: attended.context, lse: attended.lse };
     answer.assert_bits_of(&sequence.answer(0..20), "the other replica has it all");
