@@ -22,7 +22,8 @@ async fn ask(url: &str, ask: Ask) -> Result<Said, Error> {
     loop {
         let channel = limits::endpoint(url, Link::Client)?.connect().await.unwrap();
         let request = SessionRequest { request: 1, timeout: Duration::from_secs(20), ask: ask.clone() };
-        let requests = tokio_stream::iter([proto::SessionRequest::from(request)]).chain(tokio_stream::pending());
+        let requests =
+            tokio_stream::iter([proto::SessionRequest::from(request)]).chain(tokio_stream::pending());
         let mut replies = limits::sessions_client(channel).exchange(requests).await?.into_inner();
         let reply = replies.message().await?.expect("an answer");
         match SessionReply::try_from(reply)?.answer {
@@ -106,8 +107,12 @@ async fn a_coordinator_that_was_killed_goes_on_with_all_its_sessions() {
     assert!(sessions.close("ended").await.unwrap(), "it had been closed before");
     // What was applied before is known by its number.
     for op_seq in [1, 17, 30] {
-        assert_eq!(applied(ask(cluster.url(), append(&parent, &sequence, op_seq, false)).await), (true, op_seq));
-        let Ok(Said::Steps(results)) = ask(cluster.url(), append(&parent, &sequence, op_seq, true)).await else {
+        assert_eq!(
+            applied(ask(cluster.url(), append(&parent, &sequence, op_seq, false)).await),
+            (true, op_seq)
+        );
+        let Ok(Said::Steps(results)) = ask(cluster.url(), append(&parent, &sequence, op_seq, true)).await
+        else {
             panic!("no results")
         };
         let failure = results[0].failure.as_ref().unwrap();
@@ -117,7 +122,9 @@ async fn a_coordinator_that_was_killed_goes_on_with_all_its_sessions() {
         let kind = ChangeKind::Fork { child: child.map(|name| SessionName::new(name).unwrap()) };
         let mutation = Mutation { writer_epoch: 1, op_seq };
         let change = Change { session: parent.name().clone(), mutation, kind };
-        let Ok(Said::Applied(again)) = ask(cluster.url(), Ask::Change(change)).await else { panic!("no fork") };
+        let Ok(Said::Applied(again)) = ask(cluster.url(), Ask::Change(change)).await else {
+            panic!("no fork")
+        };
         let expected = if op_seq == 31 { child.unwrap() } else { nameless.name().as_str() };
         assert_eq!((again.replayed, again.child.unwrap().as_str()), (true, expected));
     }

@@ -59,7 +59,9 @@ impl Proxy {
     /// Resets the latest connection but `n`.
     pub(crate) fn reset_one(&self, n: usize) {
         let which = self.accepted().checked_sub(n + 1);
-        self.state.resets.send_modify(|(resets, of)| (*resets, *of) = (*resets + 1, which.or(Some(usize::MAX))));
+        self.state
+            .resets
+            .send_modify(|(resets, of)| (*resets, *of) = (*resets + 1, which.or(Some(usize::MAX))));
     }
 
     /// Whether new connections are reset at once.
@@ -95,9 +97,7 @@ async fn forward(mut near: TcpStream, number: usize, state: Arc<State>) {
     near.set_nodelay(true).expect("a socket");
     far.set_nodelay(true).expect("a socket");
     let is_meant = |(_, which): &(u64, Option<usize>)| which.is_none_or(|which| which == number);
-    let reset = async {
-        while resets.changed().await.is_ok() && !is_meant(&resets.borrow_and_update()) {}
-    };
+    let reset = async { while resets.changed().await.is_ok() && !is_meant(&resets.borrow_and_update()) {} };
     tokio::select! {
         _ended = copy_bidirectional(&mut near, &mut far) => {}
         () = reset => {

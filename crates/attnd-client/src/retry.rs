@@ -90,7 +90,8 @@ mod tests {
 
     #[test]
     fn what_can_be_repeated_is_sent_again_where_nobody_knows_what_became_of_it() {
-        let again = |attempts, error: &Error| pause_before_repeat(attempts, error, false, None, 0.5).is_some();
+        let again =
+            |attempts, error: &Error| pause_before_repeat(attempts, error, false, None, 0.5).is_some();
         let cut = Error::new(Reason::Transport, "connection lost");
         assert!(again(1, &cut) && again(7, &cut) && !again(8, &cut));
         assert!(again(1, &Error::new(Reason::Recovering, "")));
@@ -111,7 +112,8 @@ mod tests {
     #[test]
     fn a_coordinator_that_starts_again_is_waited_for_as_long_as_there_is_time() {
         let left = Some(Duration::from_secs(2));
-        let again = |error: &Error, is_known, left| pause_before_repeat(30, error, is_known, left, 1.0).is_some();
+        let again =
+            |error: &Error, is_known, left| pause_before_repeat(30, error, is_known, left, 1.0).is_some();
         for reason in [Reason::Transport, Reason::Recovering, Reason::Draining, Reason::Cancelled] {
             let error = Error::new(reason, "");
             assert!(again(&error, true, left), "{error}");

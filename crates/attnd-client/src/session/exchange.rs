@@ -110,7 +110,8 @@ impl Exchange {
             };
             let left = deadline.saturating_duration_since(Instant::now());
             let jitter = rand::rng().random();
-            let Some(pause) = pause_before_repeat(attempts, &error, self.is_known(), Some(left), jitter) else {
+            let Some(pause) = pause_before_repeat(attempts, &error, self.is_known(), Some(left), jitter)
+            else {
                 return Err(ClientError::after(attempts, &error));
             };
             tracing::info!(%error, attempts, pause_ms = pause.as_millis() as u64, "the request is sent again");

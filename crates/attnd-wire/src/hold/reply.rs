@@ -167,7 +167,10 @@ impl TryFrom<proto::ShardRecords> for ShardRecords {
         let records = records.into_iter().map(|record| {
             let proto::OpRecord { op_seq, digest, len, generation, child } = record;
             if next() != Some(op_seq) {
-                return Err(Error::new(Reason::ReplyInvalid, format!("a record of op {op_seq} out of place")));
+                return Err(Error::new(
+                    Reason::ReplyInvalid,
+                    format!("a record of op {op_seq} out of place"),
+                ));
             }
             let answer = Answer { len: tokens(len), generation, child: (child != 0).then_some(child) };
             Ok(Record { seq: op_seq, digest, answer })

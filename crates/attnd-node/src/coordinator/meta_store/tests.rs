@@ -171,8 +171,13 @@ fn shards_of_many_sessions_change_at_once_each_by_itself() {
             epoch,
             members: vec![holder("w5", 1)],
         };
-        let updates =
-            [update(a, 0, 1, 2), update(b, 1, 7, 8), update(a, 0, 2, 4), update(b, 0, 1, 3), update(b + 1, 0, 1, 2)];
+        let updates = [
+            update(a, 0, 1, 2),
+            update(b, 1, 7, 8),
+            update(a, 0, 2, 4),
+            update(b, 0, 1, 3),
+            update(b + 1, 0, 1, 2),
+        ];
         let done: Vec<bool> = store.update_shards(&updates).unwrap().iter().map(Result::is_ok).collect();
         assert_eq!(done, [true, false, true, true, false]);
         let all = store.all().unwrap();

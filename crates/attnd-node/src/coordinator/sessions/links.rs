@@ -72,7 +72,8 @@ impl View {
 
     fn may_return(&self, holder: &Holder) -> bool {
         let first = Holder { worker: holder.worker.clone(), incarnation: 0 };
-        let another = self.members.range(first..).next().is_some_and(|(other, _)| other.worker == holder.worker);
+        let another =
+            self.members.range(first..).next().is_some_and(|(other, _)| other.worker == holder.worker);
         !another && self.gone.as_ref().is_some_and(|gone| !gone.contains(holder))
     }
 
@@ -173,7 +174,9 @@ fn follow(sessions: &Arc<Sessions>, holder: Holder, member: &mut Kept, happened:
     match happened {
         Happened::Opened(link, shards) => {
             member.opened = Instant::now();
-            sessions.links.send_modify(|view| Arc::make_mut(view).set(holder.clone(), Some(Arc::clone(&link))));
+            sessions
+                .links
+                .send_modify(|view| Arc::make_mut(view).set(holder.clone(), Some(Arc::clone(&link))));
             sessions.reconcile();
             sessions.take_stock(&link, &shards);
             Box::pin(async move {
@@ -332,8 +335,12 @@ impl State {
         }
         self.seen = view.version;
         let shards = 0..self.ledger.shards();
-        let holders: BTreeSet<Holder> =
-            shards.clone().flat_map(|shard| self.ledger.holders(shard)).chain(self.links.keys()).cloned().collect();
+        let holders: BTreeSet<Holder> = shards
+            .clone()
+            .flat_map(|shard| self.ledger.holders(shard))
+            .chain(self.links.keys())
+            .cloned()
+            .collect();
         let mut actions = Vec::new();
         for holder in holders {
             match (view.standing(&holder), self.links.get(&holder)) {

@@ -37,6 +37,8 @@ mod saves;
 mod session;
 mod start;
 mod steps;
+#[cfg(test)]
+mod tests;
 mod turns;
 mod upkeep;
 mod works;

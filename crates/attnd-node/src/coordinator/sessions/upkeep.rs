@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use attnd_plan::session::{Closed, Holder, LedgerAction, LedgerEvent};
 use attnd_wire::hold::{
-    HoldAnswer, HoldAsk, HoldReply, HoldRequest, ShardAt, ShardChange, ShardChangeKind, ShardOp, ShardRecords,
-    ShardState,
+    HoldAnswer, HoldAsk, HoldReply, HoldRequest, ShardAt, ShardChange, ShardChangeKind, ShardOp,
+    ShardRecords, ShardState,
 };
 use attnd_wire::{Error, Reason, proto};
 use kameo::actor::ActorRef;
@@ -264,7 +264,8 @@ pub(crate) async fn watch(sessions: Arc<Sessions>) {
             session.reconcile(&sessions);
             let (is_expired, has_old_forks) = {
                 let state = session.lock();
-                let is_expired = state.ledger.is_expired(sessions.now()) && state.ledger.in_flight().is_none();
+                let is_expired =
+                    state.ledger.is_expired(sessions.now()) && state.ledger.in_flight().is_none();
                 (is_expired && !state.is_closed, state.has_old_forks)
             };
             if has_old_forks {

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
 
 use attnd_plan::call::STREAM_IDLE;
@@ -41,6 +41,8 @@ pub(crate) struct Reader {
     cancelled: Arc<AtomicBool>,
     /// Tells this stream from others.
     stream: u64,
+    /// What was heard last.
+    term: Arc<AtomicU64>,
     last_request: u64,
     bulks: BTreeMap<u64, Bulk>,
 }
@@ -54,10 +56,12 @@ impl Reader {
         calls: Calls,
         replies: mpsc::Sender<Answer>,
         cancelled: Arc<AtomicBool>,
+        term: Arc<AtomicU64>,
     ) -> Self {
         let stream = store.next_stream();
         let room = Arc::new(Semaphore::new(ROOM_KIB as usize));
-        Self { store, calls, replies, room, cancelled, stream, last_request: 0, bulks: BTreeMap::new() }
+        let (last_request, bulks) = (0, BTreeMap::new());
+        Self { store, calls, replies, room, cancelled, stream, term, last_request, bulks }
     }
 
     /// Reads until the stream ends.
@@ -115,7 +119,11 @@ impl Reader {
             let error = Error::new(Reason::StreamOrder, format!("request {request} after {last}"));
             return self.refuse(request, error).await;
         }
-        let ask = self.store.see_term(asked.term).and(asked.ask);
+        let seen = self.store.see_term(asked.term);
+        if seen.is_ok() {
+            self.term.store(asked.term, Ordering::Relaxed);
+        }
+        let ask = seen.and(asked.ask);
         if is_part && (request <= last || self.bulks.contains_key(&request)) {
             return match ask {
                 Ok(HoldAsk::Chunk(chunk)) => self.chunk(request, chunk).await,

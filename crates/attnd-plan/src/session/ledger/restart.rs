@@ -108,7 +108,8 @@ impl<E: Clone> Ledger<E> {
             let prefix = shard.heard().map(|state| longest(&state.tokens)).max().unwrap_or(0);
             if heard < shard.quorum || best(shard).is_none_or(|best| best + 1 < most) {
                 // Even if this shard is lost, others say how much there was.
-                let may_say = |shard: &Shard| !shard.absent.is_empty() && shard.heard().count() < shard.quorum;
+                let may_say =
+                    |shard: &Shard| !shard.absent.is_empty() && shard.heard().count() < shard.quorum;
                 if self.shards.iter().any(may_say) {
                     return false;
                 }
