@@ -10,6 +10,8 @@ mod loss;
 mod memory;
 mod operator;
 mod real_layers;
+mod session_links;
+mod session_restart;
 mod sessions;
 mod support;
 mod survival;

@@ -95,7 +95,8 @@ pub(super) async fn run(
                     Err(error) => in_all(error, &mut may_be_done[*at]),
                 };
                 let left = deadline.saturating_duration_since(Instant::now());
-                match pause_before_repeat(attempts, &error, Some(left), rand::rng().random()) {
+                let jitter = rand::rng().random();
+                match pause_before_repeat(attempts, &error, exchange.is_known(), Some(left), jitter) {
                     Some(wait) => {
                         pause = pause.max(wait);
                         again.push(*at);

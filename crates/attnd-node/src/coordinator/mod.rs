@@ -19,6 +19,7 @@ use attnd_plan::CostModel;
 use attnd_wire::{Link, limits, proto};
 use kameo::actor::{ActorRef, Spawn};
 use tokio::net::TcpListener;
+use tokio::sync::watch;
 
 use crate::NodeError;
 use crate::compute_pool::ComputePool;
@@ -96,7 +97,7 @@ async fn open_meta(directory: Option<PathBuf>) -> Result<(MetaThread, u64), Node
             Arc::new(InMemory::new())
         }
         Some(directory) => {
-            tracing::info!(directory = %directory.display(), "the term of this coordinator is kept");
+            tracing::info!(directory = %directory.display(), "sessions and the term of this coordinator are kept");
             // Nothing else runs yet, but whoever called may have other tasks on this thread.
             let opening = tokio::task::spawn_blocking(move || RedbStore::open(&directory));
             Arc::new(opening.await.map_err(|_panic| NodeError::ActorGone("store of sessions"))??)
@@ -120,19 +121,23 @@ pub async fn run(
 ) -> Result<(), NodeError> {
     let listen = listener.local_addr().map_err(NodeError::Listen)?;
     let kernels = Kernels::from_env()?;
-    let (_meta, term) = open_meta(config.state).await?;
+    let (meta, term) = open_meta(config.state).await?;
     // Each piece of work takes one thread.
     let pool = ComputePool::new(config.merge_threads, config.merge_threads)?;
-    let cluster = MembershipActor::spawn(());
+    let (roll, members) = watch::channel(Arc::default());
+    let cluster = MembershipActor::spawn(roll);
     let hub = Arc::new(Hub { cluster: cluster.clone(), pool, kernels, costs: config.costs });
     let (calls, tasks) = (Calls::new(), Tasks::default());
     tracing::info!(%listen, isa = %kernels.isa(), max_calls = config.max_calls, term, "coordinator starts");
 
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_serving::<AttentionServer>().await;
-    let sessions = Arc::new(Sessions::new(Arc::clone(&hub), tasks.clone(), term));
+    let sessions = Arc::new(Sessions::new(Arc::clone(&hub), tasks.clone(), term, meta));
+    sessions.recover().await?;
     let attention = AttentionService::new(hub, calls.clone(), config.max_calls, tasks.clone());
     let join = JoinService::new(cluster.clone(), tasks.clone());
+    tasks.spawn(sessions::write_members(Arc::clone(&sessions)));
+    tasks.spawn(sessions::keep_links(Arc::clone(&sessions), members));
     tasks.spawn(sessions::watch(Arc::clone(&sessions)));
     let exchange = SessionsService::new(sessions, calls.clone(), tasks.clone());
     // Clients may be far away. A worker that falls silent on the same port is noticed by its missing beats.

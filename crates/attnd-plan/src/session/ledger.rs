@@ -25,7 +25,7 @@ pub use self::message::{
 };
 use self::restart::Past;
 use self::shard::{Asked, Shard};
-use super::op::{Change, Holder, Op, longest};
+use super::op::{Change, Holder, Op, Record, longest};
 use super::spec::SessionSpec;
 use super::window::{Known, Window};
 
@@ -447,6 +447,18 @@ impl<E: Clone> Ledger<E> {
     /// Replicas that a shard is short of, beside those on their way.
     pub fn missing_replicas(&self, shard: usize) -> usize {
         self.shards.get(shard).map_or(0, |shard| shard.missing(self.replicas))
+    }
+
+    /// The last op, with what was said of it; `None` where there was none, and as long as it isn't known what it was, or whether it has
+    /// happened.
+    pub fn last_op(&self) -> Option<Record> {
+        let is_known = !self.is_restarting && self.unconfirmed.is_none();
+        self.window.records().last().filter(|_| is_known)
+    }
+
+    /// Whether nobody has all that was acknowledged: whatever is asked of it is answered so.
+    pub fn is_lost(&self) -> bool {
+        self.lost.is_some()
     }
 
     /// Whether it isn't known yet what the replicas have.

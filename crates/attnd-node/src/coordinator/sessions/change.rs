@@ -57,7 +57,14 @@ impl ChangeCall {
 async fn apply(sessions: &Arc<Sessions>, session: &Arc<Session>, change: Change) -> Result<Applied, Error> {
     let Change { mutation, kind, .. } = change;
     let seq = mutation.op_seq;
-    let is_new = seq == session.lock().ledger.next_seq();
+    let is_new = {
+        let state = session.lock();
+        seq == state.ledger.next_seq() && state.ledger.in_flight().is_none()
+    };
+    let named = match &kind {
+        ChangeKind::Fork { child } => child.clone(),
+        ChangeKind::Truncate { .. } | ChangeKind::Seal => None,
+    };
     let (ask, content, child) = match kind {
         ChangeKind::Truncate { len } => {
             (Ask::Truncate { len: usize::try_from(len).unwrap_or(usize::MAX) }, 0, None)
@@ -66,18 +73,20 @@ async fn apply(sessions: &Arc<Sessions>, session: &Arc<Session>, change: Change)
         ChangeKind::Fork { child: name } => {
             let content = digest::of_child(name.as_ref());
             // Of a fork that comes again the ledger knows the child.
-            let child = if is_new { Some(sessions.reserve(name)?) } else { None };
+            let child = if is_new { Some(sessions.conceive(session, name).await?) } else { None };
             (Ask::Fork { child: child.as_ref().map_or(1, |(_, number)| *number) }, content, child)
         }
     };
     let result = settle(sessions, session, mutation.writer_epoch, seq, ask, content, child.as_ref()).await;
-    match (&result, child) {
-        // A fork may be told of late, by the request that comes again: the child is there.
-        (Ok(_), Some((name, number))) => sessions.adopt(session, number, name),
-        (Err(_), Some((name, _))) => sessions.give_back(&name),
-        (_, None) => {}
+    if let (Err(_), Some((_, number))) = (&result, child) {
+        let is_in_flight = session.lock().ledger.in_flight().is_some_and(|op| op.seq == seq);
+        // Otherwise it comes about later, whoever waits.
+        if !is_in_flight {
+            sessions.forget(session, number).await;
+        }
     }
-    result
+    // The child of a fork that comes again may be gone by now, and its name forgotten.
+    result.map(|applied| Applied { child: applied.child.clone().or(named), ..applied })
 }
 
 async fn settle(
@@ -137,7 +146,7 @@ pub(super) fn tell(
             let event = LedgerEvent::Applied { shard: at.0, holder, seq: op.seq, state: state.into() };
             session.handle(sessions, event);
         }
-        Err(error) if error.reason == Reason::Transport => session.lost(sessions, link),
+        Err(error) if error.reason == Reason::Transport => session.disconnected(sessions, link),
         Err(error) => session.refused(sessions, at, &link.holder, op, &error),
     }
 }

@@ -181,7 +181,7 @@ impl Collector {
     /// A part will have no answer.
     fn lose(&mut self, link: &Arc<HoldLink>, sent: Sent, error: &Error) {
         let Some(step) = self.steps.get(&sent.step) else { return };
-        step.session.lost(&self.sessions, link);
+        step.session.disconnected(&self.sessions, link);
         if sent.computes {
             self.ask_another(link, sent, error);
         }
@@ -226,8 +226,16 @@ impl Collector {
                 let sent = Sent { epoch, appends: false, computes: true, again: 0, ..sent };
                 self.add(&link, sent, work);
             }
-            None => step.queries = QueriesState::Failed(error.clone()),
+            None => step.queries = QueriesState::Failed(without_replica(error)),
         }
+    }
+}
+
+/// Why there is nobody to compute queries. The worker may live on behind streams that broke, and be there again soon.
+fn without_replica(error: &Error) -> Error {
+    match error.reason {
+        Reason::Transport => Error::new(Reason::Recovering, "no replica can be reached"),
+        _other => error.clone(),
     }
 }
 

@@ -110,11 +110,11 @@ impl Sessions {
             }
             // The ledger chooses another source.
             (Err(Failed::Source(error)), Some(copy)) if error.reason == Reason::Transport => {
-                session.lost(self, &copy.source);
+                session.disconnected(self, &copy.source);
             }
             (Err(Failed::Target(error)), Some(copy)) if error.reason == Reason::Transport => {
                 fails(&error);
-                session.lost(self, &copy.target);
+                session.disconnected(self, &copy.target);
             }
             (Err(Failed::Source(error) | Failed::Target(error)), _) => {
                 fails(&error);

@@ -10,22 +10,24 @@ use attnd_wire::{Error, Reason};
 use futures::future::join_all;
 use tokio::sync::oneshot;
 
-use super::session::Session;
-use super::upkeep::{ask, link_to};
-use super::{MAX_SESSIONS, Sessions};
+use super::births::{record_of, since_1970};
+use super::session::{Session, SessionParts};
+use super::upkeep::ask;
+use super::{MAX_SESSIONS, Sessions, not_kept};
 use crate::coordinator::hold_link::HoldLink;
 use crate::coordinator::membership_actor::{Candidate, Capacities};
 use attnd_wire::join::SESSIONS;
 
-/// The name of a session that is being opened, until it is open or not.
+/// The name and the number of a session that is being opened, until it is open or not.
 struct Reserved<'a> {
     sessions: &'a Sessions,
     name: SessionName,
+    number: Option<u64>,
 }
 
 impl Drop for Reserved<'_> {
     fn drop(&mut self) {
-        self.sessions.give_back(&self.name);
+        self.sessions.give_back(&self.name, self.number);
     }
 }
 
@@ -50,11 +52,11 @@ impl Sessions {
                 if spec.is_some_and(|spec| spec != session.spec) {
                     return Err(Error::new(Reason::SessionExists, "parameters differ"));
                 }
+                session.describe(self, false)?;
                 if write {
-                    let actions = session.lock().take_writer();
-                    session.perform(self, actions);
+                    session.become_writer(self).await?;
                 }
-                Ok(session.describe(self, false))
+                session.describe(self, false)
             }
             (None, Some(spec)) => {
                 // Workers hold what was begun, whoever waits for it: it is opened to the end, and closed again for want of use.
@@ -64,17 +66,17 @@ impl Sessions {
                 });
                 let gone = |_| Err(Error::new(Reason::Internal, "the task of an open died"));
                 let session = created.await.unwrap_or_else(gone)?;
-                Ok(session.describe(self, true))
+                session.describe(self, true)
             }
             (None, None) => Err(Error::new(Reason::SessionId, "1..64 of [A-Za-z0-9._-]")),
         }
     }
 
-    /// Takes a name, that of a session which isn't there, or makes one; and a number. Both are given up by [`Self::give_back`].
+    /// Takes a name, that of a session which isn't there, or makes one. It is given up by [`Self::give_back`].
     ///
     /// # Errors
     /// [`Reason::SessionExists`], [`Reason::Overloaded`].
-    pub(super) fn reserve(&self, name: Option<SessionName>) -> Result<(SessionName, u64), Error> {
+    pub(super) fn reserve(&self, name: Option<SessionName>) -> Result<SessionName, Error> {
         let mut table = self.table();
         if table.open.len() + table.opening.len() >= MAX_SESSIONS {
             return Err(Error::new(Reason::Overloaded, format!("{MAX_SESSIONS} sessions")));
@@ -93,7 +95,7 @@ impl Sessions {
         if table.open.contains_key(&name) || !table.opening.insert(name.clone()) {
             return Err(Error::new(Reason::SessionExists, ""));
         }
-        Ok((name, new_number()))
+        Ok(name)
     }
 
     async fn create(
@@ -101,8 +103,10 @@ impl Sessions {
         name: Option<SessionName>,
         spec: &SessionSpec,
     ) -> Result<Arc<Session>, Error> {
-        let (name, number) = self.reserve(name)?;
-        let reserved = Reserved { sessions: self, name };
+        let mut reserved = Reserved { sessions: self, name: self.reserve(name)?, number: None };
+        let number = self.meta.run(|store| store.reserve_number()).await.map_err(|error| not_kept(&error))?;
+        self.table().reserved.insert(number);
+        reserved.number = Some(number);
         let candidates = self.keepers().await?;
         let keepers: Vec<Keeper> = candidates.iter().map(|candidate| candidate.keeper.clone()).collect();
         let placement = place(spec, &keepers).map_err(unplaced)?;
@@ -112,11 +116,7 @@ impl Sessions {
             if links.contains_key(holder) {
                 continue;
             }
-            let actor = candidates.iter().find(|candidate| candidate.keeper.holder == *holder);
-            let link = match actor {
-                Some(candidate) => link_to(&candidate.actor).await?,
-                None => return Err(Error::new(Reason::Internal, "placed on a worker that isn't there")),
-            };
+            let link = self.link_of(holder).await?;
             links.insert(holder.clone(), link);
         }
         let mut held = Vec::new();
@@ -130,22 +130,28 @@ impl Sessions {
         let asked: Vec<(ShardAt, Arc<HoldLink>)> =
             held.iter().map(|(at, link, _)| (*at, Arc::clone(link))).collect();
         let answers = join_all(held.into_iter().map(|(_, _, answer)| answer)).await;
-        if let Some(error) = answers.into_iter().find_map(Result::err) {
-            // What others hold by now is given back, whoever waits for it.
+        let shards = placement.shards.iter().map(|shard| shard.members.clone()).collect();
+        let ledger = Ledger::new(spec, shards, self.now());
+        let pieces = placement.shards.into_iter().map(|shard| shard.pieces.into()).collect();
+        let (name, spec) = (reserved.name.clone(), spec.clone());
+        let session = Session::new(SessionParts { number, name, spec, ledger, pieces, links, parent: None });
+        let kept = match answers.into_iter().find_map(Result::err) {
+            Some(error) => Err(error),
+            None => {
+                let record = record_of(&session.name, &session, &session.lock().ledger);
+                let kept = self.meta.run(move |store| store.create_as(number, &record)).await;
+                kept.map_err(|error| not_kept(&error))
+            }
+        };
+        if let Err(error) = kept {
+            // What workers hold by now is given back, whoever waits for it.
             for (at, link) in asked {
                 self.tasks.spawn(release(self.term, link, at));
             }
             return Err(error);
         }
-        let shards = placement.shards.iter().map(|shard| shard.members.clone()).collect();
-        let ledger = Ledger::new(spec, shards, self.now());
-        let pieces = placement.shards.into_iter().map(|shard| shard.pieces.into()).collect();
-        let session =
-            Arc::new(Session::new(number, reserved.name.clone(), spec.clone(), ledger, pieces, links));
-        let mut table = self.table();
-        table.closed.reopen(&session.name);
-        table.open.insert(session.name.clone(), Arc::clone(&session));
-        drop(table);
+        let session = Arc::new(session);
+        self.insert(&session);
         Ok(session)
     }
 
@@ -165,13 +171,23 @@ impl Sessions {
     /// # Errors
     /// [`Reason::Session`] if there never was one.
     pub(super) async fn close(self: &Arc<Self>, name: &SessionName) -> Result<bool, Error> {
-        let session = {
+        let found = {
             let table = self.table();
             match (table.open.get(name), table.closed.look(name, self.now())) {
-                (Some(session), _) => Arc::clone(session),
+                (Some(session), _) => Some(Arc::clone(session)),
                 (None, Some(_)) => return Ok(true),
-                (None, None) => return Err(Error::new(Reason::Session, "")),
+                (None, None) => None,
             }
+        };
+        let Some(session) = found else {
+            // The coordinator before may have closed it.
+            let name = name.clone();
+            let was_closed = self.meta.run(move |store| store.was_closed(name.as_str(), since_1970())).await;
+            return match was_closed {
+                Ok(true) => Ok(true),
+                Ok(false) => Err(Error::new(Reason::Session, "")),
+                Err(error) => Err(not_kept(&error)),
+            };
         };
         // Behind whatever changes it.
         let place = {
@@ -179,18 +195,30 @@ impl Sessions {
             session.turns.line_up()?
         };
         let _turn = place.turn().await;
-        self.end(&session, Closed::Released).await;
+        self.end(&session, Closed::Released).await?;
         Ok(false)
     }
 
     /// Forgets a session and has its shards released.
-    pub(super) async fn end(self: &Arc<Self>, session: &Arc<Session>, how: Closed) {
+    ///
+    /// # Errors
+    /// [`Reason::StateStore`]: it is as it was then.
+    pub(super) async fn end(self: &Arc<Self>, session: &Arc<Session>, how: Closed) -> Result<(), Error> {
         let mut releases = Vec::new();
+        if std::mem::replace(&mut session.lock().is_closed, true) {
+            return Ok(());
+        }
+        let (number, now) = (session.number, since_1970());
+        if let Err(error) = self.meta.run(move |store| store.remove(number, now)).await {
+            session.lock().is_closed = false;
+            return Err(not_kept(&error));
+        }
+        let forks: Vec<u64> = session.lock().forks.keys().copied().collect();
+        for child in forks {
+            self.forget(session, child).await;
+        }
         {
-            let mut state = session.lock();
-            if std::mem::replace(&mut state.is_closed, true) {
-                return;
-            }
+            let state = session.lock();
             for shard in 0..state.ledger.shards() {
                 let at = ShardAt {
                     session: session.number,
@@ -204,6 +232,7 @@ impl Sessions {
         {
             let mut table = self.table();
             table.open.remove(&session.name);
+            table.by_number.remove(&session.number);
             table.closed.close(session.name.clone(), how, self.now());
         }
         // In a task: whoever asked may go, the memory must come back.
@@ -214,31 +243,16 @@ impl Sessions {
             drop(done);
         });
         all.await.ok();
+        Ok(())
     }
 
-    /// The child of a session whose fork has been applied.
-    pub(super) fn adopt(&self, parent: &Session, number: u64, name: SessionName) {
-        let child = {
-            let state = parent.lock();
-            let ledger = state.ledger.fork(self.now());
-            Session::new(
-                number,
-                name.clone(),
-                parent.spec.clone(),
-                ledger,
-                parent.pieces.clone(),
-                state.links.clone(),
-            )
-        };
+    /// Gives a name and a number back, of a session that is open now or that there will not be.
+    pub(super) fn give_back(&self, name: &SessionName, number: Option<u64>) {
         let mut table = self.table();
-        table.closed.reopen(&name);
-        table.opening.remove(&name);
-        table.open.insert(name, Arc::new(child));
-    }
-
-    /// Gives a name back, of a session that is open now or that there will not be.
-    pub(super) fn give_back(&self, name: &SessionName) {
-        self.table().opening.remove(name);
+        table.opening.remove(name);
+        if let Some(number) = number {
+            table.reserved.remove(&number);
+        }
     }
 }
 
@@ -253,7 +267,7 @@ fn unplaced(error: PlacementError) -> Error {
     }
 }
 
-async fn release(term: u64, link: Arc<HoldLink>, at: ShardAt) {
+pub(super) async fn release(term: u64, link: Arc<HoldLink>, at: ShardAt) {
     if let Err(error) = ask(term, Arc::clone(&link), HoldAsk::Release(at)).await {
         tracing::debug!(worker = %link.holder.worker, ?at, %error, "a shard is not released");
     }
@@ -263,9 +277,4 @@ async fn release(term: u64, link: Arc<HoldLink>, at: ShardAt) {
 fn made_name(term: u64, number: u64) -> Result<SessionName, Error> {
     SessionName::new(format!("session-{term:x}-{number}"))
         .map_err(|error| Error::new(Reason::SessionId, error.to_string()))
-}
-
-/// A number that no other session has, not even one of an earlier coordinator that a worker still holds: 0 is none.
-fn new_number() -> u64 {
-    rand::random_range(1..=u64::MAX)
 }

@@ -16,7 +16,6 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::Sessions;
 use super::session::{Session, State};
-use super::upkeep::link_to;
 use crate::coordinator::membership_actor::{Everybody, Present};
 
 /// Copies at once that no shard waits for.
@@ -173,7 +172,7 @@ impl Sessions {
                     session.replacement(&state, shard, &usable, self.now())
                 };
                 let Some(holder) = chosen else { break };
-                if !self.link(session, &holder, present).await {
+                if !self.link(session, &holder).await {
                     session.lock().repair.fails(&holder, self.now());
                     continue;
                 }
@@ -193,14 +192,11 @@ impl Sessions {
     }
 
     /// Makes sure that a session has a link to a worker.
-    async fn link(&self, session: &Arc<Session>, holder: &Holder, present: &[Present]) -> bool {
+    async fn link(&self, session: &Arc<Session>, holder: &Holder) -> bool {
         if session.lock().links.contains_key(holder) {
             return true;
         }
-        let Some(worker) = present.iter().find(|present| present.keeper.holder == *holder) else {
-            return false;
-        };
-        match link_to(&worker.actor).await {
+        match self.link_of(holder).await {
             Ok(link) => {
                 session.lock().links.entry(holder.clone()).or_insert(link);
                 true
@@ -346,7 +342,7 @@ impl Sessions {
             rebalance(&session.spec, &shards, &keepers, joined, 1).pop()
         };
         let Some(chosen) = chosen else { return false };
-        if !self.link(session, joined, present).await {
+        if !self.link(session, joined).await {
             session.lock().repair.fails(joined, self.now());
             return false;
         }

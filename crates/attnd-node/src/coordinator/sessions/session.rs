@@ -17,9 +17,11 @@ use attnd_wire::{Error, Reason};
 use tokio::sync::oneshot;
 
 use super::Sessions;
+use super::births::Born;
 use super::repair::Repair;
 use super::turns::Turns;
 use crate::coordinator::hold_link::HoldLink;
+use crate::coordinator::meta_store::MetaError;
 
 /// A session.
 #[derive(Debug)]
@@ -30,21 +32,46 @@ pub(crate) struct Session {
     pub(super) spec: SessionSpec,
     /// What each shard is.
     pub(super) pieces: Vec<Arc<[Piece]>>,
+    /// The session that it was forked from.
+    pub(super) parent: Option<u64>,
     pub(super) turns: Arc<Turns>,
+    /// Whoever becomes the writer does so alone.
+    writers: tokio::sync::Mutex<()>,
     state: Mutex<State>,
+}
+
+/// What a session is made of.
+pub(super) struct SessionParts {
+    pub(super) number: u64,
+    pub(super) name: SessionName,
+    pub(super) spec: SessionSpec,
+    pub(super) ledger: Ledger<Error>,
+    pub(super) pieces: Vec<Arc<[Piece]>>,
+    pub(super) links: BTreeMap<Holder, Arc<HoldLink>>,
+    pub(super) parent: Option<u64>,
 }
 
 #[derive(Debug)]
 pub(super) struct State {
     pub(super) ledger: Ledger<Error>,
-    /// Of every holder that can be reached.
+    /// Of every holder that can be reached, as far as the ledger knows.
     pub(super) links: BTreeMap<Holder, Arc<HoldLink>>,
+    /// Of the view of all links that it knows; 0: it has to look again.
+    pub(super) seen: u64,
     /// Who waits for the op in flight.
-    waits: Option<oneshot::Sender<Result<Applied, Error>>>,
+    pub(super) waits: Option<oneshot::Sender<Result<Applied, Error>>>,
     /// Names of children, by number.
     pub(super) children: BTreeMap<u64, SessionName>,
     /// What is known about replicas that are missing, or to be elsewhere.
     pub(super) repair: Repair,
+    /// Those that are in the store, and no sessions yet.
+    pub(super) forks: BTreeMap<u64, SessionName>,
+    /// Some of them are of the coordinator before.
+    pub(super) has_old_forks: bool,
+    /// Those whose forks have been applied, and that become sessions now.
+    pub(super) born: Vec<Born>,
+    /// The epoch of each shard in the store.
+    pub(super) saved: Vec<u64>,
     /// It is being closed: nothing begins any more.
     pub(super) is_closed: bool,
 }
@@ -74,17 +101,25 @@ pub(super) struct ShardOf {
 }
 
 impl Session {
-    pub(super) fn new(
-        number: u64,
-        name: SessionName,
-        spec: SessionSpec,
-        ledger: Ledger<Error>,
-        pieces: Vec<Arc<[Piece]>>,
-        links: BTreeMap<Holder, Arc<HoldLink>>,
-    ) -> Self {
-        let (waits, children, repair, is_closed) = (None, BTreeMap::new(), Repair::default(), false);
-        let state = State { ledger, links, waits, children, repair, is_closed };
-        Self { number, name, spec, pieces, turns: Arc::default(), state: Mutex::new(state) }
+    /// A session whose shards have the epochs that are in the store.
+    pub(super) fn new(parts: SessionParts) -> Self {
+        let SessionParts { number, name, spec, ledger, pieces, links, parent } = parts;
+        let saved = (0..ledger.shards()).map(|shard| ledger.epoch(shard)).collect();
+        let state = State {
+            ledger,
+            links,
+            seen: 0,
+            waits: None,
+            children: BTreeMap::new(),
+            forks: BTreeMap::new(),
+            has_old_forks: false,
+            born: Vec::new(),
+            saved,
+            repair: Repair::default(),
+            is_closed: false,
+        };
+        let (turns, writers) = (Arc::default(), tokio::sync::Mutex::default());
+        Self { number, name, spec, pieces, parent, turns, writers, state: Mutex::new(state) }
     }
 
     /// No critical section can panic half-way but in the ledger, which then is as it was or broken; either way it is what there is.
@@ -114,6 +149,12 @@ impl Session {
             }
         }
         match state.ledger.begin(request).map_err(Error::from)? {
+            // Soon it is there.
+            LedgerBegun::Replayed(answer)
+                if answer.child.is_some_and(|child| state.forks.contains_key(&child)) =>
+            {
+                Err(Error::new(Reason::Recovering, ""))
+            }
             LedgerBegun::Replayed(answer) => {
                 let applied = state.applied(answer, true);
                 Ok(Begun::Replayed(applied))
@@ -211,18 +252,38 @@ impl Session {
         self.handle(sessions, LedgerEvent::Refused { shard, holder, epoch, seq, is_final, why });
     }
 
-    /// A worker that holds something is gone, or its stream is.
-    pub(super) fn lost(self: &Arc<Self>, sessions: &Arc<Sessions>, link: &Arc<HoldLink>) {
+    /// The streams to a worker that holds something broke.
+    pub(super) fn disconnected(self: &Arc<Self>, sessions: &Arc<Sessions>, link: &Arc<HoldLink>) {
         let actions = {
             let mut state = self.lock();
             match state.links.get(&link.holder) {
                 Some(known) if Arc::ptr_eq(known, link) => state.links.remove(&link.holder),
-                // Another stream has taken its place.
+                // Others have taken their place.
                 _ => return,
             };
-            state.handle(LedgerEvent::Lost(link.holder.clone()))
+            state.seen = 0;
+            state.handle(LedgerEvent::Disconnected(link.holder.clone()))
         };
         self.perform(sessions, actions);
+    }
+
+    /// Makes whoever asks the writer.
+    ///
+    /// # Errors
+    /// [`Reason::StateStore`]; then nothing has changed.
+    pub(super) async fn become_writer(self: &Arc<Self>, sessions: &Arc<Sessions>) -> Result<(), Error> {
+        let _alone = self.writers.lock().await;
+        let (number, next) = (self.number, self.lock().ledger.writer_epoch() + 1);
+        match sessions.meta.run(move |store| store.set_writer_epoch(number, next)).await {
+            Ok(()) => {}
+            // It was saved for somebody who went before being told.
+            Err(MetaError::Backwards { old, new }) if old == new => {}
+            Err(MetaError::Unknown { .. }) => return Err(Error::new(Reason::Session, "")),
+            Err(error) => return Err(super::not_kept(&error)),
+        }
+        let actions = self.lock().take_writer();
+        self.perform(sessions, actions);
+        Ok(())
     }
 
     /// Tells the ledger, and has done what it says.
@@ -233,15 +294,25 @@ impl Session {
 
     /// Has done what the ledger says.
     pub(super) fn perform(self: &Arc<Self>, sessions: &Arc<Sessions>, actions: Vec<LedgerAction<Error>>) {
+        let born = std::mem::take(&mut self.lock().born);
+        for child in born {
+            sessions.deliver(self, child);
+        }
         for action in actions {
             sessions.upkeep(self, action);
         }
     }
 
     /// What a client is told of it.
-    pub(super) fn describe(&self, sessions: &Sessions, created: bool) -> SessionDescription {
+    ///
+    /// # Errors
+    /// [`Reason::Recovering`] as long as nobody knows what it has.
+    pub(super) fn describe(&self, sessions: &Sessions, created: bool) -> Result<SessionDescription, Error> {
         let state = self.lock();
         let ledger = &state.ledger;
+        if ledger.is_restarting() && !ledger.is_lost() {
+            return Err(Error::new(Reason::Recovering, ""));
+        }
         let shard = |(shard, pieces): (usize, &Arc<[Piece]>)| ShardDescription {
             pieces: pieces.to_vec(),
             epoch: ledger.epoch(shard),
@@ -256,7 +327,7 @@ impl Session {
             bytes: self.bytes_of(ledger, shard),
         };
         let idle = sessions.now().saturating_sub(ledger.idle_since());
-        SessionDescription {
+        Ok(SessionDescription {
             name: self.name.clone(),
             spec: self.spec.clone(),
             created,
@@ -267,7 +338,7 @@ impl Session {
             tokens: ledger.tokens().iter().map(|tokens| *tokens as u64).collect(),
             shards: self.pieces.iter().enumerate().map(shard).collect(),
             ttl_left: self.spec.ttl.saturating_sub(idle),
-        }
+        })
     }
 }
 
@@ -291,7 +362,7 @@ pub(super) enum After {
 }
 
 impl State {
-    fn handle(&mut self, event: LedgerEvent<Error>) -> Vec<LedgerAction<Error>> {
+    pub(super) fn handle(&mut self, event: LedgerEvent<Error>) -> Vec<LedgerAction<Error>> {
         let actions = self.ledger.handle(event);
         self.answer(actions)
     }
@@ -309,6 +380,12 @@ impl State {
         for action in actions {
             match action {
                 LedgerAction::Answer { seq: _, result } => {
+                    if let Ok(answer) = &result {
+                        let applied = self.applied(*answer, false);
+                        if self.bear(answer, applied, true) {
+                            continue;
+                        }
+                    }
                     let result = result.map(|answer| self.applied(answer, false)).map_err(Error::from);
                     if let Some(waits) = self.waits.take() {
                         // Whoever asked may be gone.
@@ -321,7 +398,7 @@ impl State {
         others
     }
 
-    fn applied(&self, answer: attnd_plan::session::Answer, replayed: bool) -> Applied {
+    pub(super) fn applied(&self, answer: attnd_plan::session::Answer, replayed: bool) -> Applied {
         let child = answer.child.and_then(|child| self.children.get(&child).cloned());
         Applied { len: answer.len as u64, generation: answer.generation, replayed, child }
     }

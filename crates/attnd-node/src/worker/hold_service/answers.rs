@@ -2,7 +2,8 @@
 
 use std::collections::VecDeque;
 
-use attnd_wire::hold::{HoldAnswer, HoldReply, ShardState};
+use attnd_wire::hold::{HoldAnswer, HoldReply, ShardAt, ShardRecords, ShardState};
+use attnd_wire::limits::MAX_ENTRIES;
 use attnd_wire::proto::{self, hold_reply};
 use attnd_wire::{Error, Reason, floats};
 use tokio::sync::mpsc::OwnedPermit;
@@ -53,6 +54,31 @@ impl Asked {
         let answer = answer.unwrap_or_else(HoldAnswer::Failed);
         let reply = HoldReply { request: self.request, more: false, answer };
         self.send([reply.into()].into(), memory);
+    }
+
+    /// Answers with the ops that a shard remembers, or why there are none.
+    pub(crate) fn records(self, records: Result<ShardRecords, Error>) {
+        let answer = match records {
+            Ok(records) => hold_reply::Answer::Records(records.into()),
+            Err(error) => failed(error),
+        };
+        let frame = frame(self.request, answer);
+        self.send([frame].into(), None);
+    }
+
+    /// Answers with shards.
+    pub(crate) fn shards(self, shards: &[ShardAt]) {
+        let list = |shards: &[ShardAt]| {
+            let shards = shards.iter().map(|at| (*at).into()).collect();
+            frame(self.request, hold_reply::Answer::Shards(proto::ShardList { shards }))
+        };
+        let mut frames: VecDeque<proto::HoldReply> = shards.chunks(MAX_ENTRIES).map(list).collect();
+        if frames.is_empty() {
+            frames.push_back(list(&[]));
+        }
+        let last = frames.len() - 1;
+        frames.iter_mut().take(last).for_each(|frame| frame.more = true);
+        self.send(frames, None);
     }
 
     /// Answers with what became of works.

@@ -107,6 +107,12 @@ impl<E: Clone> Ledger<E> {
             let heard = shard.heard().count();
             let prefix = shard.heard().map(|state| longest(&state.tokens)).max().unwrap_or(0);
             if heard < shard.quorum || best(shard).is_none_or(|best| best + 1 < most) {
+                // Even if this shard is lost, others say how much there was.
+                let may_say =
+                    |shard: &Shard| !shard.absent.is_empty() && shard.heard().count() < shard.quorum;
+                if self.shards.iter().any(may_say) {
+                    return false;
+                }
                 // What is known of its length is what somebody still has.
                 self.tokens = vec![all_tokens.unwrap_or(0)];
                 return self.wait_or_lose(index, prefix);
