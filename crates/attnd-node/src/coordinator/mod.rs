@@ -131,7 +131,8 @@ pub async fn run(
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_serving::<AttentionServer>().await;
     let sessions = Arc::new(Sessions::new(Arc::clone(&hub), tasks.clone(), term));
-    let attention = AttentionService::new(hub, calls.clone(), config.max_calls, tasks.clone());
+    let attention =
+        AttentionService::new(hub, calls.clone(), config.max_calls, tasks.clone(), Arc::clone(&sessions));
     let join = JoinService::new(cluster.clone(), tasks.clone());
     tasks.spawn(sessions::watch(Arc::clone(&sessions)));
     let exchange = SessionsService::new(sessions, calls.clone(), tasks.clone());
