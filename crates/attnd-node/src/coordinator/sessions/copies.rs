@@ -70,6 +70,10 @@ impl Sessions {
         let expected = self.repairs.expect(&to, bytes);
         self.tasks.spawn(async move {
             let _turn = if is_awaited { None } else { sessions.repairs.turn().await };
+            if session.lock().is_closed {
+                // It was while it waited.
+                return;
+            }
             let copied = match &copy {
                 Some(copy) => copy.run().await,
                 None => Err(Failed::Target(Error::new(Reason::Transport, "no stream to one of both"))),

@@ -14,8 +14,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use attnd_plan::session::{Closed, ClosedSessions, SessionName};
-use attnd_wire::session::{Answer, SessionDescription};
-use attnd_wire::{Error, Reason};
+use attnd_wire::session::{Answer, SessionDescription, ShardHealth};
+use attnd_wire::{Error, Reason, SessionCounts};
 
 use tokio::sync::watch;
 
@@ -146,6 +146,22 @@ impl Sessions {
     /// As [`Self::find`], and [`Reason::Recovering`].
     fn describe(&self, name: &SessionName) -> Result<SessionDescription, Error> {
         self.find(name)?.describe(self, false)
+    }
+
+    /// How all of them are.
+    pub(crate) fn counts(&self) -> SessionCounts {
+        let open: Vec<Arc<Session>> = self.table().open.values().cloned().collect();
+        let mut counts = SessionCounts::default();
+        for session in open {
+            *match session.health() {
+                ShardHealth::Open => &mut counts.open,
+                ShardHealth::Repairing => &mut counts.repairing,
+                ShardHealth::Recovering => &mut counts.recovering,
+                ShardHealth::Degraded => &mut counts.degraded,
+                ShardHealth::Lost => &mut counts.lost,
+            } += 1;
+        }
+        counts
     }
 
     /// All names, in as many answers as they need.

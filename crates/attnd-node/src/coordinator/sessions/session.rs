@@ -303,6 +303,13 @@ impl Session {
         }
     }
 
+    /// How its worst shard is.
+    pub(super) fn health(&self) -> ShardHealth {
+        let state = self.lock();
+        let shards = (0..self.pieces.len()).map(|shard| health(&state.ledger, shard));
+        shards.max().unwrap_or(ShardHealth::Open)
+    }
+
     /// What a client is told of it.
     ///
     /// # Errors
@@ -316,13 +323,7 @@ impl Session {
         let shard = |(shard, pieces): (usize, &Arc<[Piece]>)| ShardDescription {
             pieces: pieces.to_vec(),
             epoch: ledger.epoch(shard),
-            health: match ledger.phase(shard) {
-                Phase::Open if ledger.is_short(shard) => ShardHealth::Repairing,
-                Phase::Open => ShardHealth::Open,
-                Phase::Recovering => ShardHealth::Recovering,
-                Phase::Degraded => ShardHealth::Degraded,
-                Phase::Lost => ShardHealth::Lost,
-            },
+            health: health(ledger, shard),
             workers: readers(ledger, shard).map(|holder| holder.worker.clone()).collect(),
             bytes: self.bytes_of(ledger, shard),
         };
@@ -339,6 +340,16 @@ impl Session {
             shards: self.pieces.iter().enumerate().map(shard).collect(),
             ttl_left: self.spec.ttl.saturating_sub(idle),
         })
+    }
+}
+
+fn health(ledger: &Ledger<Error>, shard: usize) -> ShardHealth {
+    match ledger.phase(shard) {
+        Phase::Open if ledger.is_short(shard) => ShardHealth::Repairing,
+        Phase::Open => ShardHealth::Open,
+        Phase::Recovering => ShardHealth::Recovering,
+        Phase::Degraded => ShardHealth::Degraded,
+        Phase::Lost => ShardHealth::Lost,
     }
 }
 
