@@ -31,7 +31,7 @@ use crate::shutdown::{Calls, DRAIN_DEADLINE, serve_until};
 mod assembly;
 pub(crate) mod budget;
 mod cells;
-mod hold_service;
+pub(crate) mod hold_service;
 mod intake;
 mod keys;
 mod membership;
@@ -41,7 +41,7 @@ mod service;
 mod shard;
 mod side;
 mod slices;
-mod store;
+pub(crate) mod store;
 mod supervisor;
 #[cfg(test)]
 mod tests;

@@ -436,7 +436,8 @@ impl<E: Clone> Ledger<E> {
     /// Whether nobody has asked for it for its whole time. Not while an op is on its way; one that waits for replicas, and that nobody
     /// has asked for since, keeps nothing.
     pub fn is_expired(&self, now: Duration) -> bool {
-        let is_on_its_way = self.flight.as_ref().is_some_and(|flight| matches!(flight.stage, Stage::Applying));
+        let is_on_its_way =
+            self.flight.as_ref().is_some_and(|flight| matches!(flight.stage, Stage::Applying));
         !is_on_its_way && now.saturating_sub(self.used) >= self.ttl
     }
 

@@ -51,8 +51,14 @@ impl Sessions {
                     return Err(Error::new(Reason::SessionExists, "parameters differ"));
                 }
                 if write {
-                    let actions = session.lock().take_writer();
-                    session.perform(self, actions);
+                    session.take_writer(self);
+                    // What the one before has under way has its end when this is answered, so nothing of that comes between.
+                    let place = {
+                        let _all_at_once = self.line_up();
+                        session.turns.line_up()?
+                    };
+                    let _turn = place.turn().await;
+                    return Ok(session.describe(self, false));
                 }
                 Ok(session.describe(self, false))
             }
@@ -119,24 +125,15 @@ impl Sessions {
             };
             links.insert(holder.clone(), link);
         }
-        let mut held = Vec::new();
+        let mut holds = Vec::new();
         for (shard, placed) in placement.shards.iter().enumerate() {
             for link in placed.members.iter().filter_map(|holder| links.get(holder)) {
                 let at = ShardAt { session: number, shard: shard as u32, epoch: 1 };
                 let hold = HoldShard { at, spec: spec.clone(), pieces: placed.pieces.clone() };
-                held.push((at, Arc::clone(link), ask(self.term, Arc::clone(link), HoldAsk::Hold(hold))));
+                holds.push((Arc::clone(link), hold));
             }
         }
-        let asked: Vec<(ShardAt, Arc<HoldLink>)> =
-            held.iter().map(|(at, link, _)| (*at, Arc::clone(link))).collect();
-        let answers = join_all(held.into_iter().map(|(_, _, answer)| answer)).await;
-        if let Some(error) = answers.into_iter().find_map(Result::err) {
-            // What others hold by now is given back, whoever waits for it.
-            for (at, link) in asked {
-                self.tasks.spawn(release(self.term, link, at));
-            }
-            return Err(error);
-        }
+        self.hold(holds, |_any| true).await?;
         let shards = placement.shards.iter().map(|shard| shard.members.clone()).collect();
         let ledger = Ledger::new(spec, shards, self.now());
         let pieces = placement.shards.into_iter().map(|shard| shard.pieces.into()).collect();
@@ -147,6 +144,32 @@ impl Sessions {
         table.open.insert(session.name.clone(), Arc::clone(&session));
         drop(table);
         Ok(session)
+    }
+
+    /// Has empty shards held, all of them or none.
+    ///
+    /// # Errors
+    /// What a worker refuses, if that `counts`.
+    pub(super) async fn hold(
+        &self,
+        holds: Vec<(Arc<HoldLink>, HoldShard)>,
+        counts: impl Fn(&Error) -> bool,
+    ) -> Result<(), Error> {
+        let asked: Vec<(ShardAt, Arc<HoldLink>)> =
+            holds.iter().map(|(link, hold)| (hold.at, Arc::clone(link))).collect();
+        let answers = holds.into_iter().map(|(link, hold)| ask(self.term, link, HoldAsk::Hold(hold)));
+        let refused = join_all(answers).await.into_iter().filter_map(Result::err);
+        let Some(error) = refused.into_iter().find(counts) else { return Ok(()) };
+        // What others hold by now is given back, whoever waits for it.
+        self.give_up(asked);
+        Err(error)
+    }
+
+    /// Has shards released that nobody uses.
+    pub(super) fn give_up(&self, shards: Vec<(ShardAt, Arc<HoldLink>)>) {
+        for (at, link) in shards {
+            self.tasks.spawn(release(self.term, link, at));
+        }
     }
 
     /// Workers that may get shards.
@@ -188,9 +211,12 @@ impl Sessions {
         let mut releases = Vec::new();
         {
             let mut state = session.lock();
-            if std::mem::replace(&mut state.is_closed, true) {
+            // Somebody may have asked for it in the meantime.
+            let is_used = how == Closed::Expired && !session.is_expired(&state, self.now());
+            if state.closed.is_some() || is_used {
                 return;
             }
+            state.closed = Some(how);
             for shard in 0..state.ledger.shards() {
                 let at = ShardAt {
                     session: session.number,
@@ -198,13 +224,20 @@ impl Sessions {
                     epoch: state.ledger.epoch(shard),
                 };
                 let links = state.ledger.holders(shard).filter_map(|holder| state.links.get(holder));
-                releases.extend(links.map(|link| (at, Arc::clone(link))));
+                for link in links {
+                    releases.push((at, Arc::clone(link)));
+                    // Children that will never be, too.
+                    let unborn = state.unborn.keys().map(|child| ShardAt { session: *child, epoch: 1, ..at });
+                    releases.extend(unborn.map(|at| (at, Arc::clone(link))));
+                }
             }
-        }
-        {
+            // Under the session's lock: whoever finds it closed finds here how.
             let mut table = self.table();
             table.open.remove(&session.name);
             table.closed.close(session.name.clone(), how, self.now());
+            state.unborn.values().for_each(|name| {
+                table.opening.remove(name);
+            });
         }
         // In a task: whoever asked may go, the memory must come back.
         let (done, all) = tokio::sync::oneshot::channel::<()>();
@@ -214,26 +247,6 @@ impl Sessions {
             drop(done);
         });
         all.await.ok();
-    }
-
-    /// The child of a session whose fork has been applied.
-    pub(super) fn adopt(&self, parent: &Session, number: u64, name: SessionName) {
-        let child = {
-            let state = parent.lock();
-            let ledger = state.ledger.fork(self.now());
-            Session::new(
-                number,
-                name.clone(),
-                parent.spec.clone(),
-                ledger,
-                parent.pieces.clone(),
-                state.links.clone(),
-            )
-        };
-        let mut table = self.table();
-        table.closed.reopen(&name);
-        table.opening.remove(&name);
-        table.open.insert(name, Arc::new(child));
     }
 
     /// Gives a name back, of a session that is open now or that there will not be.

@@ -5,19 +5,20 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use attnd_plan::Piece;
 use attnd_plan::session::{
-    Ask, Begun as LedgerBegun, Holder, Ledger, LedgerAction, LedgerEvent, Op, Phase, Read, ReadRequest,
-    Request, SessionName, SessionSpec,
+    Ask, Begun as LedgerBegun, Change, Closed, Holder, Ledger, LedgerAction, LedgerError, LedgerEvent, Op,
+    Phase, Read, ReadRequest, Request, SessionName, SessionSpec,
 };
 use attnd_wire::hold::{ShardAt, ShardState};
 use attnd_wire::session::{Applied, SessionDescription, ShardDescription, ShardHealth, StepQueries};
 use attnd_wire::{Error, Reason};
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 
-use super::Sessions;
 use super::turns::Turns;
+use super::{Sessions, not_open};
 use crate::coordinator::hold_link::HoldLink;
 
 /// A session.
@@ -30,6 +31,8 @@ pub(crate) struct Session {
     /// What each shard is.
     pub(super) pieces: Vec<Arc<[Piece]>>,
     pub(super) turns: Arc<Turns>,
+    /// The epoch of whoever writes, for those who take long over what they write.
+    pub(super) writer: watch::Sender<u64>,
     state: Mutex<State>,
 }
 
@@ -42,8 +45,21 @@ pub(super) struct State {
     waits: Option<oneshot::Sender<Result<Applied, Error>>>,
     /// Names of children, by number.
     pub(super) children: BTreeMap<u64, SessionName>,
-    /// It is being closed: nothing begins any more.
-    pub(super) is_closed: bool,
+    /// The same of those whose fork hasn't been applied yet. Their names are taken.
+    pub(super) unborn: BTreeMap<u64, SessionName>,
+    /// Where the append in flight is on its way in chunks.
+    pub(super) uploads: Vec<Uploading>,
+    /// It is closed: nothing begins any more.
+    pub(super) closed: Option<Closed>,
+}
+
+/// An append on its way in chunks to one replica.
+#[derive(Debug)]
+pub(super) struct Uploading {
+    pub(super) shard: usize,
+    pub(super) link: Arc<HoldLink>,
+    /// Its number on the link's lane for bulk.
+    pub(super) request: u64,
 }
 
 /// What becomes of a mutation.
@@ -79,13 +95,34 @@ impl Session {
         pieces: Vec<Arc<[Piece]>>,
         links: BTreeMap<Holder, Arc<HoldLink>>,
     ) -> Self {
-        let state = State { ledger, links, waits: None, children: BTreeMap::new(), is_closed: false };
-        Self { number, name, spec, pieces, turns: Arc::default(), state: Mutex::new(state) }
+        let writer = watch::Sender::new(ledger.writer_epoch());
+        let state = State {
+            ledger,
+            links,
+            waits: None,
+            children: BTreeMap::new(),
+            unborn: BTreeMap::new(),
+            uploads: Vec::new(),
+            closed: None,
+        };
+        Self { number, name, spec, pieces, turns: Arc::default(), writer, state: Mutex::new(state) }
     }
 
     /// No critical section can panic half-way but in the ledger, which then is as it was or broken; either way it is what there is.
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes note that somebody asks for it; false if it is closed.
+    pub(super) fn touch(&self, now: Duration) -> bool {
+        let mut state = self.lock();
+        state.ledger.touch(now);
+        state.closed.is_none()
+    }
+
+    /// Whether it may be closed for want of use. Not as long as somebody is changing it.
+    pub(super) fn is_expired(&self, state: &State, now: Duration) -> bool {
+        state.ledger.is_expired(now) && self.turns.is_free()
     }
 
     /// Begins a mutation. `check` says, for the tokens that a layer has after an append, whether what shall follow makes sense.
@@ -98,9 +135,7 @@ impl Session {
         check: impl FnOnce(usize) -> Result<(), Error>,
     ) -> Result<Begun, Error> {
         let mut state = self.lock();
-        if state.is_closed {
-            return Err(Error::new(Reason::Session, ""));
-        }
+        state.check_open()?;
         if let Ask::Append { layer, base_len, tokens } = request.ask {
             let have = state.ledger.tokens().get(layer).copied().unwrap_or(0);
             // A request that comes again may be for what the layer had then: the ledger knows.
@@ -128,19 +163,53 @@ impl Session {
     /// What the ledger refuses.
     pub(super) fn read(&self, layer: usize, queries: &StepQueries, after: After) -> Result<Read, Error> {
         let state = self.lock();
-        if state.is_closed {
-            return Err(Error::new(Reason::Session, ""));
-        }
+        state.check_open()?;
         let tokens = |n: u64| usize::try_from(n).unwrap_or(usize::MAX);
-        let (at_len, after) = match after {
-            After::Nothing => (queries.at_len.map(tokens), None),
-            After::Op(op) => (queries.at_len.map(tokens), Some(op)),
-            // A step that comes again looks at what it looked at then, unless it says otherwise.
-            After::Replayed(len) => (Some(tokens(queries.at_len.unwrap_or(len))), None),
+        let (at_len, generation, after) = match after {
+            After::Nothing => (queries.at_len.map(tokens), queries.generation, None),
+            After::Op(op) => (queries.at_len.map(tokens), queries.generation, Some(op)),
+            // A step that comes again looks at what it looked at then, unless it says otherwise: since a cut that isn't there any more.
+            After::Replayed { len, generation } => {
+                let (len, generation) =
+                    (queries.at_len.unwrap_or(len), queries.generation.unwrap_or(generation));
+                (Some(tokens(len)), Some(generation), None)
+            }
         };
-        let (generation, min_len) = (queries.generation, tokens(queries.min_len));
+        let min_len = tokens(queries.min_len);
         let request = ReadRequest { layer, at_len, generation, min_len, after };
         state.ledger.check_read(&request).map_err(Error::from)
+    }
+
+    /// What is said where no replica answers a read any more, the last of which failed so.
+    pub(super) fn unreadable(&self, last: &Error) -> Error {
+        let state = self.lock();
+        if let Err(closed) = state.check_open() {
+            return closed;
+        }
+        match state.ledger.check_read(&ReadRequest::default()) {
+            Err(error @ (LedgerError::SessionLost { .. } | LedgerError::Recovering { .. })) => error.into(),
+            // Others are found.
+            _ if last.reason == Reason::Transport => {
+                LedgerError::<Error>::Recovering { is_in_flight: false }.into()
+            }
+            _ => last.clone(),
+        }
+    }
+
+    /// Whether this replica of a shard has all that was acknowledged, as far as is known now.
+    pub(super) fn is_computing(&self, shard: usize, holder: &Holder) -> bool {
+        self.lock().ledger.computing(shard).any(|other| other == holder)
+    }
+
+    /// Makes whoever asks the writer. What the one before is about to append in chunks is taken back.
+    pub(super) fn take_writer(self: &Arc<Self>, sessions: &Arc<Sessions>) {
+        let actions = {
+            let mut state = self.lock();
+            let (epoch, actions) = state.ledger.take_writer();
+            self.writer.send_replace(epoch);
+            self.answer(sessions, &mut state, actions)
+        };
+        self.perform(sessions, actions);
     }
 
     /// Who holds the session now.
@@ -219,15 +288,61 @@ impl Session {
                 // Another stream has taken its place.
                 _ => return,
             };
-            state.handle(LedgerEvent::Lost(link.holder.clone()))
+            let actions = state.ledger.handle(LedgerEvent::Lost(link.holder.clone()));
+            self.answer(sessions, &mut state, actions)
         };
         self.perform(sessions, actions);
     }
 
     /// Tells the ledger, and has done what it says.
     pub(super) fn handle(self: &Arc<Self>, sessions: &Arc<Sessions>, event: LedgerEvent<Error>) {
-        let actions = self.lock().handle(event);
+        let actions = {
+            let mut state = self.lock();
+            let actions = state.ledger.handle(event);
+            self.answer(sessions, &mut state, actions)
+        };
         self.perform(sessions, actions);
+    }
+
+    /// Tells whoever waits for an answer, under the lock under which the ledger gave it, so that no other one can be in their place.
+    /// Returns what else is to be done.
+    fn answer(
+        &self,
+        sessions: &Sessions,
+        state: &mut State,
+        actions: Vec<LedgerAction<Error>>,
+    ) -> Vec<LedgerAction<Error>> {
+        let mut others = Vec::new();
+        for action in actions {
+            match action {
+                LedgerAction::Answer { seq: _, result } => {
+                    // Before anybody hears of it, and whether or not anybody does.
+                    if let Some(child) = result.as_ref().ok().and_then(|answer| answer.child) {
+                        self.adopt(sessions, state, child);
+                    }
+                    let result = result.map(|answer| state.applied(answer, false)).map_err(Error::from);
+                    if let Some(waits) = state.waits.take() {
+                        // Whoever asked may be gone.
+                        drop(waits.send(result));
+                    }
+                }
+                other => others.push(other),
+            }
+        }
+        others
+    }
+
+    /// The child of a fork that was just applied is open from now on.
+    fn adopt(&self, sessions: &Sessions, state: &mut State, child: u64) {
+        let Some(name) = state.unborn.remove(&child) else { return };
+        let ledger = state.ledger.fork(sessions.now());
+        let (spec, pieces, links) = (self.spec.clone(), self.pieces.clone(), state.links.clone());
+        let born = Self::new(child, name.clone(), spec, ledger, pieces, links);
+        state.children.insert(child, name.clone());
+        let mut table = sessions.table();
+        table.closed.reopen(&name);
+        table.opening.remove(&name);
+        table.open.insert(name, Arc::new(born));
     }
 
     /// Has done what the ledger says.
@@ -283,39 +398,32 @@ pub(super) enum After {
     Nothing,
     /// The append of the step, which is in flight.
     Op(Op),
-    /// The append of the step, which had been applied before, after which its layer had so many tokens.
-    Replayed(u64),
+    /// The append of the step, which had been applied before, after which its layer had so many tokens in this generation.
+    Replayed {
+        /// Tokens.
+        len: u64,
+        /// Of the session, then.
+        generation: u64,
+    },
 }
 
 impl State {
-    fn handle(&mut self, event: LedgerEvent<Error>) -> Vec<LedgerAction<Error>> {
-        let actions = self.ledger.handle(event);
-        self.answer(actions)
+    /// # Errors
+    /// [`Reason::Session`] and [`Reason::SessionExpired`] if it is closed.
+    pub(super) fn check_open(&self) -> Result<(), Error> {
+        self.closed.map_or(Ok(()), |closed| Err(not_open(Some(closed))))
     }
 
-    /// Makes whoever asks the writer.
-    pub(super) fn take_writer(&mut self) -> Vec<LedgerAction<Error>> {
-        let (_epoch, actions) = self.ledger.take_writer();
-        self.answer(actions)
+    /// Whether the fork that makes this child is in flight.
+    pub(super) fn is_forking(&self, child: u64) -> bool {
+        matches!(self.ledger.in_flight(), Some(Op { change: Change::Fork { child: number }, .. }) if *number == child)
     }
 
-    /// Tells whoever waits for an answer, under the lock under which the ledger gave it, so that no other one can be in their place.
-    /// Returns what else is to be done.
-    fn answer(&mut self, actions: Vec<LedgerAction<Error>>) -> Vec<LedgerAction<Error>> {
-        let mut others = Vec::new();
-        for action in actions {
-            match action {
-                LedgerAction::Answer { seq: _, result } => {
-                    let result = result.map(|answer| self.applied(answer, false)).map_err(Error::from);
-                    if let Some(waits) = self.waits.take() {
-                        // Whoever asked may be gone.
-                        drop(waits.send(result));
-                    }
-                }
-                other => others.push(other),
-            }
-        }
-        others
+    /// An append on its way in chunks to this replica.
+    pub(super) fn upload_to(&self, shard: usize, holder: &Holder) -> Option<(Arc<HoldLink>, u64)> {
+        let is_meant = |upload: &&Uploading| upload.shard == shard && upload.link.holder == *holder;
+        let upload = self.uploads.iter().find(is_meant)?;
+        Some((Arc::clone(&upload.link), upload.request))
     }
 
     fn applied(&self, answer: attnd_plan::session::Answer, replayed: bool) -> Applied {

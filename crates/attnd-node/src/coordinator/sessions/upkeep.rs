@@ -82,10 +82,18 @@ impl Sessions {
             LedgerAction::Undo { shard, holder, epoch, seq, digest } => {
                 let op = ShardOp { op_seq: seq, digest, generation: session.lock().ledger.generation() };
                 let change = ShardChange { at: at(shard, epoch), op, kind: ShardChangeKind::Undo };
-                self.tell(&session, &holder, HoldAsk::Change(change), move |holder, answer| match answer {
+                let (term, upload) = (self.term, session.lock().upload_to(shard, &holder));
+                // Its chunks take another way, on which they may still be: nothing of them may come behind.
+                let before = async move {
+                    if let Some((link, request)) = upload {
+                        link.bulk.give_up(request, term).await;
+                    }
+                };
+                let event = move |holder, answer: Result<ShardState, Error>| match answer {
                     Ok(state) => LedgerEvent::Undone { shard, holder, seq, state: state.into() },
                     Err(why) => LedgerEvent::Refused { shard, holder, epoch, seq, is_final: false, why },
-                });
+                };
+                self.tell_behind(before, &session, &holder, HoldAsk::Change(change), event);
             }
             LedgerAction::Fence { shard, holder, epoch } => {
                 self.tell(&session, &holder, HoldAsk::Fence(at(shard, epoch)), move |holder, answer| {
@@ -128,6 +136,18 @@ impl Sessions {
         what: HoldAsk,
         event: impl FnOnce(Holder, Result<ShardState, Error>) -> LedgerEvent<Error> + Send + 'static,
     ) {
+        self.tell_behind(async {}, session, holder, what, event);
+    }
+
+    /// The same as soon as something else has come about.
+    fn tell_behind(
+        self: &Arc<Self>,
+        before: impl Future<Output = ()> + Send + 'static,
+        session: &Arc<Session>,
+        holder: &Holder,
+        what: HoldAsk,
+        event: impl FnOnce(Holder, Result<ShardState, Error>) -> LedgerEvent<Error> + Send + 'static,
+    ) {
         let link = session.lock().links.get(holder).cloned();
         let (sessions, session, holder) = (Arc::clone(self), Arc::clone(session), holder.clone());
         let Some(link) = link else {
@@ -135,6 +155,7 @@ impl Sessions {
             return;
         };
         self.tasks.spawn(async move {
+            before.await;
             match ask(sessions.term, Arc::clone(&link), what).await {
                 Err(error) if error.reason == Reason::Transport => session.lost(&sessions, &link),
                 answer => session.handle(&sessions, event(holder, answer)),
@@ -166,7 +187,7 @@ pub(crate) async fn watch(sessions: Arc<Sessions>) {
                 let state = session.lock();
                 let lost: Vec<Arc<HoldLink>> =
                     state.links.values().filter(|link| link.is_lost()).cloned().collect();
-                (lost, state.ledger.is_expired(sessions.now()) && state.ledger.in_flight().is_none())
+                (lost, session.is_expired(&state, sessions.now()))
             };
             for link in lost {
                 session.lost(&sessions, &link);

@@ -364,11 +364,8 @@ async fn a_node_that_drains_begins_to_hold_nothing_and_serves_what_it_holds() {
     let undo = ShardChange { at: session.at, op: append.op, kind: ShardChangeKind::Undo };
     assert_eq!(stream.ask(HoldAsk::Change(undo)).await.unwrap().tokens, [2, 0]);
     session.seq -= 1;
-    let cut = ShardChange {
-        at: session.at,
-        op: session.next_op(),
-        kind: ShardChangeKind::Truncate { len: 1 },
-    };
+    let cut =
+        ShardChange { at: session.at, op: session.next_op(), kind: ShardChangeKind::Truncate { len: 1 } };
     assert_eq!(stream.ask(HoldAsk::Change(cut)).await.unwrap().tokens, [1, 0]);
     let fence = ShardAt { epoch: 2, ..session.at };
     assert_eq!(stream.ask(HoldAsk::Fence(fence)).await.unwrap().epoch, 2);
