@@ -213,6 +213,25 @@ impl LaneTask {
     }
 }
 
+/// Hands in what comes on a stream that a test runs by itself.
+#[cfg(test)]
+pub(crate) struct Replies(LosesAll);
+
+#[cfg(test)]
+impl LaneTask {
+    /// What leaves, and where what comes is handed in; the stream ends with that.
+    pub(crate) fn apart(self) -> (mpsc::Receiver<proto::HoldRequest>, Replies) {
+        (self.outgoing, Replies(self.waiting))
+    }
+}
+
+#[cfg(test)]
+impl Replies {
+    pub(crate) fn take(&self, reply: proto::HoldReply) {
+        self.0.0.take(reply).unwrap();
+    }
+}
+
 async fn exchange(
     channel: Channel,
     outgoing: mpsc::Receiver<proto::HoldRequest>,

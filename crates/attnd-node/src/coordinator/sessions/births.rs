@@ -31,12 +31,13 @@ pub(super) struct Born {
 impl State {
     /// Whether this is the answer to a fork that was begun here: then its child is what the session is at this moment, and whoever waits
     /// is told once it is kept.
-    pub(super) fn bear(&mut self, answer: &Answer, applied: Applied, is_awaited: bool) -> bool {
-        let Some((number, name)) = answer.child.and_then(|child| self.forks.get_key_value(&child)) else {
+    pub(super) fn bear(&mut self, answer: &Answer, is_awaited: bool) -> bool {
+        let Some((number, name)) = answer.child.and_then(|child| self.forks.remove_entry(&child)) else {
             return false;
         };
-        let (number, name, links) = (*number, name.clone(), self.links.clone());
-        let ledger = self.ledger.fork(self.ledger.idle_since());
+        self.children.insert(number, name.clone());
+        let applied = self.applied(*answer, !is_awaited);
+        let (ledger, links) = (self.ledger.fork(self.ledger.idle_since()), self.links.clone());
         let waits = if is_awaited { self.waits.take() } else { None };
         self.born.push(Born { number, name, ledger, links, waits, applied });
         true
@@ -95,7 +96,6 @@ impl Sessions {
                 parent: Some(parent.number),
             };
             let result = sessions.settle_child(number, child).await.map(|()| applied);
-            parent.lock().forks.remove(&number);
             sessions.give_back(&name, Some(number));
             if let Some(waits) = waits {
                 // Whoever asked may be gone.
@@ -152,8 +152,7 @@ impl Sessions {
                 && answer.child.is_some_and(|child| unborn.contains(&child))
             {
                 unborn.retain(|child| Some(*child) != answer.child);
-                let applied = state.applied(answer, true);
-                state.bear(&answer, applied, false);
+                state.bear(&answer, false);
             }
             unborn
         };

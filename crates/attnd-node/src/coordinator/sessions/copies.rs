@@ -70,7 +70,7 @@ impl Sessions {
         let expected = self.repairs.expect(&to, bytes);
         self.tasks.spawn(async move {
             let _turn = if is_awaited { None } else { sessions.repairs.turn().await };
-            if session.lock().is_closed {
+            if session.lock().closed.is_some() {
                 // It was while it waited.
                 return;
             }
@@ -102,7 +102,7 @@ impl Sessions {
                 let is_closed = {
                     let mut of_session = session.lock();
                     of_session.repair.succeeded(&to);
-                    of_session.is_closed
+                    of_session.closed.is_some()
                 };
                 session.handle(self, LedgerEvent::Copied { shard, holder: to, state: state.into() });
                 // Who closed the session may have looked before the replica was there.

@@ -81,7 +81,7 @@ impl View {
         self.members.get(holder).and_then(Option::as_ref).filter(|link| !link.is_lost()).cloned()
     }
 
-    fn remove(&mut self, holder: &Holder) {
+    pub(super) fn remove(&mut self, holder: &Holder) {
         self.version += 1;
         self.members.remove(holder);
         if let Some(gone) = &mut self.gone {
@@ -89,7 +89,7 @@ impl View {
         }
     }
 
-    fn set(&mut self, holder: Holder, link: Option<Arc<HoldLink>>) {
+    pub(super) fn set(&mut self, holder: Holder, link: Option<Arc<HoldLink>>) {
         self.version += 1;
         self.members.insert(holder, link);
     }
@@ -312,7 +312,7 @@ impl Session {
         let (actions, is_wanted) = {
             let mut state = self.lock();
             let knows = |state: &State| state.ledger.holders(shard).any(|holder| *holder == link.holder);
-            if state.is_closed || shard >= state.ledger.shards() || link.is_lost() {
+            if state.closed.is_some() || shard >= state.ledger.shards() || link.is_lost() {
                 return false;
             }
             if knows(&state) {

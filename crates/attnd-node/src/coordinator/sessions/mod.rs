@@ -1,7 +1,7 @@
 //! Sessions: keys and values that stay on the workers, so that queries travel to them.
 //!
 //! * `exchange.rs` serves the stream of a client. Its requests become an `open.rs`, `steps.rs`, `append.rs` or `change.rs`, each of which
-//!   lines up (`turns.rs`) where it changes a session.
+//!   lines up (`turns.rs`) where it changes a session. `feed.rs` is the way of an append's chunks, before its turn and since.
 //! * `session.rs` is a session: a shell around [`attnd_plan::session::Ledger`], which decides. `upkeep.rs` does what it wants done
 //!   beside answering, `copies.rs` has replicas copied, and `repair.rs` says where to.
 //! * `links.rs` keeps links to workers, and tells sessions of those that break and of workers that are gone.
@@ -33,6 +33,7 @@ mod change;
 mod collector;
 mod copies;
 mod exchange;
+mod feed;
 mod links;
 mod merge;
 mod open;
@@ -127,17 +128,12 @@ impl Sessions {
     /// # Errors
     /// [`Reason::Session`], or [`Reason::SessionExpired`] for one that was closed because nobody used it.
     fn find(&self, name: &SessionName) -> Result<Arc<Session>, Error> {
-        let table = self.table();
-        if let Some(session) = table.open.get(name) {
-            let session = Arc::clone(session);
-            drop(table);
-            session.lock().ledger.touch(self.now());
+        let open = self.table().open.get(name).cloned();
+        // It may be closed at this moment; if it isn't, it won't be for want of use.
+        if let Some(session) = open.filter(|session| session.touch(self.now())) {
             return Ok(session);
         }
-        match table.closed.look(name, self.now()) {
-            Some(Closed::Expired) => Err(Error::new(Reason::SessionExpired, "")),
-            Some(Closed::Released) | None => Err(Error::new(Reason::Session, "")),
-        }
+        Err(not_open(self.table().closed.look(name, self.now())))
     }
 
     /// What a session is and has.
@@ -186,4 +182,12 @@ fn not_kept(error: &MetaError) -> Error {
         other => other.to_string(),
     };
     Error::new(Reason::StateStore, detail)
+}
+
+/// The refusal of a session that isn't there, or not any more.
+fn not_open(closed: Option<Closed>) -> Error {
+    match closed {
+        Some(Closed::Expired) => Error::new(Reason::SessionExpired, ""),
+        Some(Closed::Released) | None => Error::new(Reason::Session, ""),
+    }
 }

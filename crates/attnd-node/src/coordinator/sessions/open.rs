@@ -55,8 +55,7 @@ impl Sessions {
                 session.describe(self, false)?;
                 if write {
                     session.become_writer(self).await?;
-                    // What the writer before has in flight comes to its end before the next one is told what there is: its number
-                    // may be taken.
+                    // What the one before has under way has its end when this is answered, so nothing of that comes between.
                     let place = {
                         let _all_at_once = self.line_up();
                         session.turns.line_up()?
@@ -126,40 +125,55 @@ impl Sessions {
             let link = self.link_of(holder).await?;
             links.insert(holder.clone(), link);
         }
-        let mut held = Vec::new();
+        let mut holds = Vec::new();
         for (shard, placed) in placement.shards.iter().enumerate() {
             for link in placed.members.iter().filter_map(|holder| links.get(holder)) {
                 let at = ShardAt { session: number, shard: shard as u32, epoch: 1 };
                 let hold = HoldShard { at, spec: spec.clone(), pieces: placed.pieces.clone() };
-                held.push((at, Arc::clone(link), ask(self.term, Arc::clone(link), HoldAsk::Hold(hold))));
+                holds.push((Arc::clone(link), hold));
             }
         }
-        let asked: Vec<(ShardAt, Arc<HoldLink>)> =
-            held.iter().map(|(at, link, _)| (*at, Arc::clone(link))).collect();
-        let answers = join_all(held.into_iter().map(|(_, _, answer)| answer)).await;
+        let held = holds.iter().map(|(link, hold)| (hold.at, Arc::clone(link))).collect();
+        self.hold(holds, |_any| true).await?;
         let shards = placement.shards.iter().map(|shard| shard.members.clone()).collect();
         let ledger = Ledger::new(spec, shards, self.now());
         let pieces = placement.shards.into_iter().map(|shard| shard.pieces.into()).collect();
         let (name, spec) = (reserved.name.clone(), spec.clone());
         let session = Session::new(SessionParts { number, name, spec, ledger, pieces, links, parent: None });
-        let kept = match answers.into_iter().find_map(Result::err) {
-            Some(error) => Err(error),
-            None => {
-                let record = record_of(&session.name, &session, &session.lock().ledger);
-                let kept = self.meta.run(move |store| store.create_as(number, &record)).await;
-                kept.map_err(|error| not_kept(&error))
-            }
-        };
-        if let Err(error) = kept {
-            // What workers hold by now is given back, whoever waits for it.
-            for (at, link) in asked {
-                self.tasks.spawn(release(self.term, link, at));
-            }
-            return Err(error);
+        let record = record_of(&session.name, &session, &session.lock().ledger);
+        if let Err(error) = self.meta.run(move |store| store.create_as(number, &record)).await {
+            self.give_up(held);
+            return Err(not_kept(&error));
         }
         let session = Arc::new(session);
         self.insert(&session);
         Ok(session)
+    }
+
+    /// Has empty shards held, all of them or none.
+    ///
+    /// # Errors
+    /// What a worker refuses, if that `counts`.
+    pub(super) async fn hold(
+        &self,
+        holds: Vec<(Arc<HoldLink>, HoldShard)>,
+        counts: impl Fn(&Error) -> bool,
+    ) -> Result<(), Error> {
+        let asked: Vec<(ShardAt, Arc<HoldLink>)> =
+            holds.iter().map(|(link, hold)| (hold.at, Arc::clone(link))).collect();
+        let answers = holds.into_iter().map(|(link, hold)| ask(self.term, link, HoldAsk::Hold(hold)));
+        let refused = join_all(answers).await.into_iter().filter_map(Result::err);
+        let Some(error) = refused.into_iter().find(counts) else { return Ok(()) };
+        // What others hold by now is given back, whoever waits for it.
+        self.give_up(asked);
+        Err(error)
+    }
+
+    /// Has shards released that nobody uses.
+    pub(super) fn give_up(&self, shards: Vec<(ShardAt, Arc<HoldLink>)>) {
+        for (at, link) in shards {
+            self.tasks.spawn(release(self.term, link, at));
+        }
     }
 
     /// Workers that may get shards.
@@ -206,25 +220,26 @@ impl Sessions {
         Ok(false)
     }
 
-    /// Forgets a session and has its shards released.
+    /// Forgets a session and has its shards released. One that expired stays if somebody has asked for it meanwhile.
     ///
     /// # Errors
     /// [`Reason::StateStore`]: it is as it was then.
     pub(super) async fn end(self: &Arc<Self>, session: &Arc<Session>, how: Closed) -> Result<(), Error> {
-        let mut releases = Vec::new();
-        if std::mem::replace(&mut session.lock().is_closed, true) {
-            return Ok(());
+        {
+            let mut state = session.lock();
+            let is_used = how == Closed::Expired && !session.is_expired(&state, self.now());
+            if state.closed.is_some() || is_used {
+                return Ok(());
+            }
+            state.closed = Some(how);
         }
         let (number, now) = (session.number, since_1970());
         if let Err(error) = self.meta.run(move |store| store.remove(number, now)).await {
-            session.lock().is_closed = false;
+            session.lock().closed = None;
             return Err(not_kept(&error));
         }
-        let forks: Vec<u64> = session.lock().forks.keys().copied().collect();
-        for child in forks {
-            self.forget(session, child).await;
-        }
-        {
+        let mut releases = Vec::new();
+        let forks: Vec<u64> = {
             let state = session.lock();
             for shard in 0..state.ledger.shards() {
                 let at = ShardAt {
@@ -233,14 +248,22 @@ impl Sessions {
                     epoch: state.ledger.epoch(shard),
                 };
                 let links = state.ledger.holders(shard).filter_map(|holder| state.links.get(holder));
-                releases.extend(links.map(|link| (at, Arc::clone(link))));
+                for link in links {
+                    releases.push((at, Arc::clone(link)));
+                    // Children that will never be, too.
+                    let unborn = state.forks.keys().map(|child| ShardAt { session: *child, epoch: 1, ..at });
+                    releases.extend(unborn.map(|at| (at, Arc::clone(link))));
+                }
             }
-        }
-        {
+            // Under the session's lock: whoever finds it closed finds here how.
             let mut table = self.table();
             table.open.remove(&session.name);
             table.by_number.remove(&session.number);
             table.closed.close(session.name.clone(), how, self.now());
+            state.forks.keys().copied().collect()
+        };
+        for child in forks {
+            self.forget(session, child).await;
         }
         // In a task: whoever asked may go, the memory must come back.
         let (done, all) = tokio::sync::oneshot::channel::<()>();

@@ -165,7 +165,7 @@ impl Sessions {
             for _ in 0..missing {
                 let chosen = {
                     let state = session.lock();
-                    if state.is_closed || state.ledger.missing_replicas(shard) == 0 {
+                    if state.closed.is_some() || state.ledger.missing_replicas(shard) == 0 {
                         break;
                     }
                     let usable: Vec<Keeper> = self.usable_or_member(present, &state, shard);
@@ -237,7 +237,7 @@ impl Sessions {
             moves += usize::from(self.look_after_move(session));
             let is_short = {
                 let state = session.lock();
-                !state.is_closed
+                state.closed.is_none()
                     && (0..session.pieces.len()).any(|shard| state.ledger.missing_replicas(shard) > 0)
             };
             if is_short {
@@ -325,7 +325,7 @@ impl Sessions {
         let chosen = {
             let state = session.lock();
             let State { ledger, repair, .. } = &*state;
-            let may_move = !state.is_closed && repair.moving.is_none() && ledger.is_settled();
+            let may_move = state.closed.is_none() && repair.moving.is_none() && ledger.is_settled();
             if !may_move || repair.is_left_alone(joined, self.now()) {
                 return false;
             }

@@ -5,21 +5,22 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use attnd_plan::Piece;
 use attnd_plan::session::{
-    Ask, Begun as LedgerBegun, Holder, Ledger, LedgerAction, LedgerEvent, Op, Phase, Read, ReadRequest,
-    Request, SessionName, SessionSpec,
+    Ask, Begun as LedgerBegun, Change, Closed, Holder, Ledger, LedgerAction, LedgerError, LedgerEvent, Op,
+    Phase, Read, ReadRequest, Request, SessionName, SessionSpec,
 };
 use attnd_wire::hold::{ShardAt, ShardState};
 use attnd_wire::session::{Applied, SessionDescription, ShardDescription, ShardHealth, StepQueries};
 use attnd_wire::{Error, Reason};
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 
-use super::Sessions;
 use super::births::Born;
 use super::repair::Repair;
 use super::turns::Turns;
+use super::{Sessions, not_open};
 use crate::coordinator::hold_link::HoldLink;
 use crate::coordinator::meta_store::MetaError;
 
@@ -37,6 +38,8 @@ pub(crate) struct Session {
     pub(super) turns: Arc<Turns>,
     /// Whoever becomes the writer does so alone.
     writers: tokio::sync::Mutex<()>,
+    /// The epoch of whoever writes, for those who take long over what they write.
+    pub(super) writer: watch::Sender<u64>,
     state: Mutex<State>,
 }
 
@@ -72,8 +75,19 @@ pub(super) struct State {
     pub(super) born: Vec<Born>,
     /// The epoch of each shard in the store.
     pub(super) saved: Vec<u64>,
-    /// It is being closed: nothing begins any more.
-    pub(super) is_closed: bool,
+    /// Where the append in flight is on its way in chunks.
+    pub(super) uploads: Vec<Uploading>,
+    /// It is closed: nothing begins any more.
+    pub(super) closed: Option<Closed>,
+}
+
+/// An append on its way in chunks to one replica.
+#[derive(Debug)]
+pub(super) struct Uploading {
+    pub(super) shard: usize,
+    pub(super) link: Arc<HoldLink>,
+    /// Its number on the link's lane for bulk.
+    pub(super) request: u64,
 }
 
 /// What becomes of a mutation.
@@ -104,6 +118,7 @@ impl Session {
     /// A session whose shards have the epochs that are in the store.
     pub(super) fn new(parts: SessionParts) -> Self {
         let SessionParts { number, name, spec, ledger, pieces, links, parent } = parts;
+        let writer = watch::Sender::new(ledger.writer_epoch());
         let saved = (0..ledger.shards()).map(|shard| ledger.epoch(shard)).collect();
         let state = State {
             ledger,
@@ -116,15 +131,28 @@ impl Session {
             born: Vec::new(),
             saved,
             repair: Repair::default(),
-            is_closed: false,
+            uploads: Vec::new(),
+            closed: None,
         };
         let (turns, writers) = (Arc::default(), tokio::sync::Mutex::default());
-        Self { number, name, spec, pieces, parent, turns, writers, state: Mutex::new(state) }
+        Self { number, name, spec, pieces, parent, turns, writers, writer, state: Mutex::new(state) }
     }
 
     /// No critical section can panic half-way but in the ledger, which then is as it was or broken; either way it is what there is.
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes note that somebody asks for it; false if it is closed.
+    pub(super) fn touch(&self, now: Duration) -> bool {
+        let mut state = self.lock();
+        state.ledger.touch(now);
+        state.closed.is_none()
+    }
+
+    /// Whether it may be closed for want of use. Not as long as somebody is changing it.
+    pub(super) fn is_expired(&self, state: &State, now: Duration) -> bool {
+        state.ledger.is_expired(now) && self.turns.is_free()
     }
 
     /// Begins a mutation. `check` says, for the tokens that a layer has after an append, whether what shall follow makes sense.
@@ -137,9 +165,7 @@ impl Session {
         check: impl FnOnce(usize) -> Result<(), Error>,
     ) -> Result<Begun, Error> {
         let mut state = self.lock();
-        if state.is_closed {
-            return Err(Error::new(Reason::Session, ""));
-        }
+        state.check_open()?;
         if let Ask::Append { layer, base_len, tokens } = request.ask {
             let have = state.ledger.tokens().get(layer).copied().unwrap_or(0);
             // A request that comes again may be for what the layer had then: the ledger knows.
@@ -173,19 +199,42 @@ impl Session {
     /// What the ledger refuses.
     pub(super) fn read(&self, layer: usize, queries: &StepQueries, after: After) -> Result<Read, Error> {
         let state = self.lock();
-        if state.is_closed {
-            return Err(Error::new(Reason::Session, ""));
-        }
+        state.check_open()?;
         let tokens = |n: u64| usize::try_from(n).unwrap_or(usize::MAX);
-        let (at_len, after) = match after {
-            After::Nothing => (queries.at_len.map(tokens), None),
-            After::Op(op) => (queries.at_len.map(tokens), Some(op)),
-            // A step that comes again looks at what it looked at then, unless it says otherwise.
-            After::Replayed(len) => (Some(tokens(queries.at_len.unwrap_or(len))), None),
+        let (at_len, generation, after) = match after {
+            After::Nothing => (queries.at_len.map(tokens), queries.generation, None),
+            After::Op(op) => (queries.at_len.map(tokens), queries.generation, Some(op)),
+            // A step that comes again looks at what it looked at then, unless it says otherwise: since a cut that isn't there any more.
+            After::Replayed { len, generation } => {
+                let (len, generation) =
+                    (queries.at_len.unwrap_or(len), queries.generation.unwrap_or(generation));
+                (Some(tokens(len)), Some(generation), None)
+            }
         };
-        let (generation, min_len) = (queries.generation, tokens(queries.min_len));
+        let min_len = tokens(queries.min_len);
         let request = ReadRequest { layer, at_len, generation, min_len, after };
         state.ledger.check_read(&request).map_err(Error::from)
+    }
+
+    /// What is said where no replica answers a read any more, the last of which failed so.
+    pub(super) fn unreadable(&self, last: &Error) -> Error {
+        let state = self.lock();
+        if let Err(closed) = state.check_open() {
+            return closed;
+        }
+        match state.ledger.check_read(&ReadRequest::default()) {
+            Err(error @ (LedgerError::SessionLost { .. } | LedgerError::Recovering { .. })) => error.into(),
+            // Others are found.
+            _ if last.reason == Reason::Transport => {
+                LedgerError::<Error>::Recovering { is_in_flight: false }.into()
+            }
+            _ => last.clone(),
+        }
+    }
+
+    /// Whether this replica of a shard has all that was acknowledged, as far as is known now.
+    pub(super) fn is_computing(&self, shard: usize, holder: &Holder) -> bool {
+        self.lock().ledger.computing(shard).any(|other| other == holder)
     }
 
     /// Who holds the session now.
@@ -281,14 +330,23 @@ impl Session {
             Err(MetaError::Unknown { .. }) => return Err(Error::new(Reason::Session, "")),
             Err(error) => return Err(super::not_kept(&error)),
         }
-        let actions = self.lock().take_writer();
+        let actions = {
+            let mut state = self.lock();
+            let (epoch, actions) = state.ledger.take_writer();
+            // What the one before is about to append in chunks is taken back.
+            self.writer.send_replace(epoch);
+            state.answer(actions)
+        };
         self.perform(sessions, actions);
         Ok(())
     }
 
     /// Tells the ledger, and has done what it says.
     pub(super) fn handle(self: &Arc<Self>, sessions: &Arc<Sessions>, event: LedgerEvent<Error>) {
-        let actions = self.lock().handle(event);
+        let actions = {
+            let mut state = self.lock();
+            state.handle(event)
+        };
         self.perform(sessions, actions);
     }
 
@@ -368,8 +426,13 @@ pub(super) enum After {
     Nothing,
     /// The append of the step, which is in flight.
     Op(Op),
-    /// The append of the step, which had been applied before, after which its layer had so many tokens.
-    Replayed(u64),
+    /// The append of the step, which had been applied before, after which its layer had so many tokens in this generation.
+    Replayed {
+        /// Tokens.
+        len: u64,
+        /// Of the session, then.
+        generation: u64,
+    },
 }
 
 impl State {
@@ -378,10 +441,22 @@ impl State {
         self.answer(actions)
     }
 
-    /// Makes whoever asks the writer.
-    pub(super) fn take_writer(&mut self) -> Vec<LedgerAction<Error>> {
-        let (_epoch, actions) = self.ledger.take_writer();
-        self.answer(actions)
+    /// # Errors
+    /// [`Reason::Session`] and [`Reason::SessionExpired`] if it is closed.
+    pub(super) fn check_open(&self) -> Result<(), Error> {
+        self.closed.map_or(Ok(()), |closed| Err(not_open(Some(closed))))
+    }
+
+    /// Whether the fork that makes this child is in flight.
+    pub(super) fn is_forking(&self, child: u64) -> bool {
+        matches!(self.ledger.in_flight(), Some(Op { change: Change::Fork { child: number }, .. }) if *number == child)
+    }
+
+    /// An append on its way in chunks to this replica.
+    pub(super) fn upload_to(&self, shard: usize, holder: &Holder) -> Option<(Arc<HoldLink>, u64)> {
+        let is_meant = |upload: &&Uploading| upload.shard == shard && upload.link.holder == *holder;
+        let upload = self.uploads.iter().find(is_meant)?;
+        Some((Arc::clone(&upload.link), upload.request))
     }
 
     /// Tells whoever waits for an answer, under the lock under which the ledger gave it, so that no other one can be in their place.
@@ -391,11 +466,10 @@ impl State {
         for action in actions {
             match action {
                 LedgerAction::Answer { seq: _, result } => {
-                    if let Ok(answer) = &result {
-                        let applied = self.applied(*answer, false);
-                        if self.bear(answer, applied, true) {
-                            continue;
-                        }
+                    if let Ok(answer) = &result
+                        && self.bear(answer, true)
+                    {
+                        continue;
                     }
                     let result = result.map(|answer| self.applied(answer, false)).map_err(Error::from);
                     if let Some(waits) = self.waits.take() {

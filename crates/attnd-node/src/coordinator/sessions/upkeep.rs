@@ -99,10 +99,18 @@ impl Sessions {
             LedgerAction::Undo { shard, holder, epoch, seq, digest } => {
                 let op = ShardOp { op_seq: seq, digest, generation: session.lock().ledger.generation() };
                 let change = ShardChange { at: at(shard, epoch), op, kind: ShardChangeKind::Undo };
-                self.tell(&session, &holder, HoldAsk::Change(change), move |holder, answer| match answer {
+                let (term, upload) = (self.term, session.lock().upload_to(shard, &holder));
+                // Its chunks take another way, on which they may still be: nothing of them may come behind.
+                let before = async move {
+                    if let Some((link, request)) = upload {
+                        link.bulk.give_up(request, term).await;
+                    }
+                };
+                let event = move |holder, answer: Result<ShardState, Error>| match answer {
                     Ok(state) => LedgerEvent::Undone { shard, holder, seq, state: state.into() },
                     Err(why) => LedgerEvent::Refused { shard, holder, epoch, seq, is_final: false, why },
-                });
+                };
+                self.tell_behind(before, &session, &holder, HoldAsk::Change(change), event);
             }
             LedgerAction::Fence { shard, holder, epoch } => {
                 self.fence(&session, shard, holder, epoch);
@@ -215,7 +223,7 @@ impl Sessions {
             Reason::Overloaded | Reason::Internal => {
                 tokio::time::sleep(REFUSED).await;
                 let state = session.lock();
-                return !state.is_closed && state.ledger.epoch(shard) == epoch;
+                return state.closed.is_none() && state.ledger.epoch(shard) == epoch;
             }
             _other => {
                 tracing::error!(session = %session.name, shard, worker = %link.holder.worker, %error, "a replica makes no sense");
@@ -233,9 +241,22 @@ impl Sessions {
         what: HoldAsk,
         event: impl FnOnce(Holder, Result<ShardState, Error>) -> LedgerEvent<Error> + Send + 'static,
     ) {
+        self.tell_behind(async {}, session, holder, what, event);
+    }
+
+    /// The same as soon as something else has come about.
+    fn tell_behind(
+        self: &Arc<Self>,
+        before: impl Future<Output = ()> + Send + 'static,
+        session: &Arc<Session>,
+        holder: &Holder,
+        what: HoldAsk,
+        event: impl FnOnce(Holder, Result<ShardState, Error>) -> LedgerEvent<Error> + Send + 'static,
+    ) {
         let Some(link) = self.link_in(session, holder) else { return };
         let (sessions, session, holder) = (Arc::clone(self), Arc::clone(session), holder.clone());
         self.tasks.spawn(async move {
+            before.await;
             match ask(sessions.term, Arc::clone(&link), what).await {
                 Err(error) if error.reason == Reason::Transport => session.disconnected(&sessions, &link),
                 answer => session.handle(&sessions, event(holder, answer)),
@@ -267,9 +288,7 @@ pub(crate) async fn watch(sessions: Arc<Sessions>) {
             session.reconcile(&sessions);
             let (is_expired, has_old_forks) = {
                 let state = session.lock();
-                let is_expired =
-                    state.ledger.is_expired(sessions.now()) && state.ledger.in_flight().is_none();
-                (is_expired && !state.is_closed, state.has_old_forks)
+                (session.is_expired(&state, sessions.now()) && state.closed.is_none(), state.has_old_forks)
             };
             if has_old_forks {
                 let (sessions, session) = (Arc::clone(&sessions), Arc::clone(&session));
