@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use attnd_client::{Client, ClusterStatus};
@@ -10,24 +11,29 @@ use attnd_kernel::Isa;
 use super::eventually;
 use super::process::{Alone, Process, alone};
 use super::proxy::Proxy;
+use super::tap::Tap;
 
 /// Time for a worker to join, or for a lost one to be missed.
 const SETTLE: Duration = Duration::from_secs(20);
 
 /// What a worker is started with.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub(crate) struct WorkerSpec {
     /// Its instruction set; the fastest of this machine if `None`.
     pub(crate) isa: Option<Isa>,
     /// Compute threads.
     pub(crate) threads: usize,
+    /// MiB that sessions may take; what the program makes of it if `None`.
+    pub(crate) session_mib: Option<u64>,
+    /// What the coordinator connects to in its place.
+    pub(crate) tap: Option<Arc<Tap>>,
     /// The coordinator reaches it through a proxy of its own.
     pub(crate) behind_proxy: bool,
 }
 
 impl Default for WorkerSpec {
     fn default() -> Self {
-        Self { isa: None, threads: 1, behind_proxy: false }
+        Self { isa: None, threads: 1, session_mib: None, tap: None, behind_proxy: false }
     }
 }
 
@@ -56,24 +62,36 @@ impl Worker {
     /// Starts it under a name that no earlier life had: a name that dies three times a minute is quarantined.
     fn start(&mut self, coordinator: &str) {
         self.lives += 1;
-        let name = if self.lives == 1 { self.id.clone() } else { format!("{}-{}", self.id, self.lives) };
+        let name = self.name();
         self.start_as(&name, coordinator);
     }
 
     fn start_as(&mut self, name: &str, coordinator: &str) {
         let threads = self.spec.threads.to_string();
         let args = ["worker", "--coordinator", coordinator, "--listen", "127.0.0.1:0"];
-        let mut args = [&args[..], &["--id", name, "--threads", &threads]].concat();
+        let memory = self.spec.session_mib.map(|mib| format!("{mib}MiB"));
+        let memory: Vec<&str> = memory.iter().flat_map(|bytes| ["--session-memory", bytes]).collect();
+        let mut args = [&args[..], &["--id", name, "--threads", &threads], &memory].concat();
+        args.extend(self.spec.tap.iter().flat_map(|tap| ["--advertise", tap.url()]));
         args.extend(self.proxy.iter().flat_map(|proxy| ["--advertise", proxy.url()]));
         let isa = self.spec.isa.map(Isa::name);
         let env: Vec<(&str, &str)> = isa.map(|isa| ("ATTND_ISA", isa)).into_iter().collect();
         let process = Process::start_bound(name, &args, &env);
         let mut url = process.url();
+        if let Some(tap) = &self.spec.tap {
+            tap.lead_to(&url);
+            url = tap.url().to_owned();
+        }
         if let Some(proxy) = &self.proxy {
             proxy.set_target(&url);
             url = proxy.url().to_owned();
         }
         self.running = Some((process, url));
+    }
+
+    /// Of this life.
+    fn name(&self) -> String {
+        if self.lives == 1 { self.id.clone() } else { format!("{}-{}", self.id, self.lives) }
     }
 
     fn process(&mut self) -> &mut Process {
@@ -160,6 +178,11 @@ impl Cluster {
         &mut self.coordinator
     }
 
+    /// Names of the workers that run.
+    pub(crate) fn names(&self) -> BTreeSet<String> {
+        self.workers.iter().filter(|worker| worker.running.is_some()).map(Worker::name).collect()
+    }
+
     /// A worker's process.
     pub(crate) fn worker(&mut self, i: usize) -> &mut Process {
         self.workers[i].process()
@@ -168,6 +191,14 @@ impl Cluster {
     /// Starts a worker that is not running; from its second life on it has a name of its own, such as `w0-2`.
     pub(crate) fn start_worker(&mut self, i: usize) {
         self.workers[i].start(&self.url);
+    }
+
+    /// Starts one worker more, the last of all.
+    pub(crate) fn add_worker(&mut self, spec: WorkerSpec) {
+        assert!(!spec.behind_proxy, "only those of the beginning have proxies");
+        let id = format!("w{}", self.workers.len());
+        self.workers.push(Worker { spec, id, proxy: None, lives: 0, running: None });
+        self.start_worker(self.workers.len() - 1);
     }
 
     /// Ends a worker with SIGKILL.

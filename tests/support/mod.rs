@@ -7,6 +7,8 @@ pub(crate) mod formula;
 pub(crate) mod process;
 pub(crate) mod proxy;
 pub(crate) mod raw_call;
+pub(crate) mod tap;
+pub(crate) mod tokens;
 
 use std::time::Duration;
 

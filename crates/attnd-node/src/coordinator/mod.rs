@@ -134,7 +134,8 @@ pub async fn run(
     health.set_serving::<AttentionServer>().await;
     let sessions = Arc::new(Sessions::new(Arc::clone(&hub), tasks.clone(), term, meta));
     sessions.recover().await?;
-    let attention = AttentionService::new(hub, calls.clone(), config.max_calls, tasks.clone());
+    let attention =
+        AttentionService::new(hub, calls.clone(), config.max_calls, tasks.clone(), Arc::clone(&sessions));
     let join = JoinService::new(cluster.clone(), tasks.clone());
     tasks.spawn(sessions::write_members(Arc::clone(&sessions)));
     tasks.spawn(sessions::keep_links(Arc::clone(&sessions), members));

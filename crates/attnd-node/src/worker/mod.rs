@@ -180,6 +180,7 @@ pub async fn run(
         health.set_not_serving::<WorkerServer>().await;
         health.set_service_status("", tonic_health::ServingStatus::NotServing).await;
         supervisor.tell(Leave).send().await.ok();
+        sessions.handed_over().await;
     };
     let served = serve_until(shutdown, &gauges.calls, DRAIN_DEADLINE, serve, on_drain);
 

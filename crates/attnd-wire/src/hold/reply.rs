@@ -4,6 +4,7 @@ use attnd_plan::session::{Answer, Change, Op, Record, ReplicaState};
 
 use crate::convert::{self, size, small};
 use crate::error::{Error, Reason};
+use crate::hold::copy::{CopyChunk, CopySum, ShardSnapshot};
 use crate::hold::partials::PartialRun;
 use crate::hold::request::{ShardAt, tokens};
 use crate::proto;
@@ -32,6 +33,12 @@ pub enum HoldAnswer {
     Shards(Vec<ShardAt>),
     /// It wasn't done.
     Failed(Error),
+    /// To an export.
+    Snapshot(Box<ShardSnapshot>),
+    /// To a read of one.
+    Chunk(CopyChunk),
+    /// To the end of one.
+    Sum(CopySum),
 }
 
 /// What became of one work, or of a part of its queries.
@@ -128,6 +135,9 @@ impl TryFrom<proto::HoldReply> for HoldReply {
                 HoldAnswer::Shards(shards.collect::<Result<_, Error>>()?)
             }
             Message::Failure(failure) => HoldAnswer::Failed(failure.into()),
+            Message::Snapshot(snapshot) => HoldAnswer::Snapshot(Box::new(snapshot.try_into()?)),
+            Message::Chunk(chunk) => HoldAnswer::Chunk(chunk.try_into()?),
+            Message::Sum(sum) => HoldAnswer::Sum(sum.into()),
         };
         Ok(Self { request: message.request, more: message.more, answer })
     }
@@ -146,6 +156,9 @@ impl From<HoldReply> for proto::HoldReply {
                 Message::Shards(proto::ShardList { shards: shards.into_iter().map(Into::into).collect() })
             }
             HoldAnswer::Failed(error) => Message::Failure(error.into()),
+            HoldAnswer::Snapshot(snapshot) => Message::Snapshot((*snapshot).into()),
+            HoldAnswer::Chunk(chunk) => Message::Chunk(chunk.into()),
+            HoldAnswer::Sum(sum) => Message::Sum(sum.into()),
         };
         Self { request: reply.request, more: reply.more, answer: Some(answer) }
     }

@@ -3,7 +3,8 @@
 //! * `exchange.rs` serves the stream of a client. Its requests become an `open.rs`, `steps.rs`, `append.rs` or `change.rs`, each of which
 //!   lines up (`turns.rs`) where it changes a session.
 //! * `session.rs` is a session: a shell around [`attnd_plan::session::Ledger`], which decides. `upkeep.rs` does what it wants done
-//!   beside answering. `links.rs` keeps links to workers, and tells sessions of those that break and of workers that are gone.
+//!   beside answering, `copies.rs` has replicas copied, and `repair.rs` says where to.
+//! * `links.rs` keeps links to workers, and tells sessions of those that break and of workers that are gone.
 //! * What outlives this process is in its store: `open.rs` and `births.rs` write sessions there before anybody is told of them,
 //!   `saves.rs` who holds them; `start.rs` reads it.
 //! * `works.rs` cuts a step into its shards' parts, `collector.rs` sends these and takes what comes back, `merge.rs` makes rows of it.
@@ -13,8 +14,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use attnd_plan::session::{Closed, ClosedSessions, SessionName};
-use attnd_wire::session::{Answer, SessionDescription};
-use attnd_wire::{Error, Reason};
+use attnd_wire::session::{Answer, SessionDescription, ShardHealth};
+use attnd_wire::{Error, Reason, SessionCounts};
 
 use tokio::sync::watch;
 
@@ -22,6 +23,7 @@ use super::Hub;
 use super::meta_store::{MetaError, MetaThread};
 use super::tasks::Tasks;
 use links::View;
+use repair::Repairs;
 use saves::Saves;
 use session::Session;
 
@@ -29,10 +31,12 @@ mod append;
 mod births;
 mod change;
 mod collector;
+mod copies;
 mod exchange;
 mod links;
 mod merge;
 mod open;
+mod repair;
 mod saves;
 mod session;
 mod start;
@@ -64,6 +68,7 @@ pub(crate) struct Sessions {
     started: Instant,
     table: Mutex<Table>,
     lines: Mutex<()>,
+    repairs: Repairs,
 }
 
 #[derive(Debug, Default)]
@@ -82,8 +87,8 @@ struct Table {
 impl Sessions {
     pub(crate) fn new(hub: Arc<Hub>, tasks: Tasks, term: u64, meta: MetaThread) -> Self {
         let (started, table, lines) = (Instant::now(), Mutex::default(), Mutex::default());
-        let (saves, links) = (Saves::default(), watch::Sender::default());
-        Self { hub, tasks, term, meta, saves, links, started, table, lines }
+        let (saves, links, repairs) = (Saves::default(), watch::Sender::default(), Repairs::new());
+        Self { hub, tasks, term, meta, saves, links, started, table, lines, repairs }
     }
 
     /// The clock of ledgers.
@@ -141,6 +146,22 @@ impl Sessions {
     /// As [`Self::find`], and [`Reason::Recovering`].
     fn describe(&self, name: &SessionName) -> Result<SessionDescription, Error> {
         self.find(name)?.describe(self, false)
+    }
+
+    /// How all of them are.
+    pub(crate) fn counts(&self) -> SessionCounts {
+        let open: Vec<Arc<Session>> = self.table().open.values().cloned().collect();
+        let mut counts = SessionCounts::default();
+        for session in open {
+            *match session.health() {
+                ShardHealth::Open => &mut counts.open,
+                ShardHealth::Repairing => &mut counts.repairing,
+                ShardHealth::Recovering => &mut counts.recovering,
+                ShardHealth::Degraded => &mut counts.degraded,
+                ShardHealth::Lost => &mut counts.lost,
+            } += 1;
+        }
+        counts
     }
 
     /// All names, in as many answers as they need.

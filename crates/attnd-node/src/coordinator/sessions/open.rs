@@ -55,6 +55,13 @@ impl Sessions {
                 session.describe(self, false)?;
                 if write {
                     session.become_writer(self).await?;
+                    // What the writer before has in flight comes to its end before the next one is told what there is: its number
+                    // may be taken.
+                    let place = {
+                        let _all_at_once = self.line_up();
+                        session.turns.line_up()?
+                    };
+                    drop(place.turn().await);
                 }
                 session.describe(self, false)
             }

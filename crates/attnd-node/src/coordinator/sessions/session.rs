@@ -18,6 +18,7 @@ use tokio::sync::oneshot;
 
 use super::Sessions;
 use super::births::Born;
+use super::repair::Repair;
 use super::turns::Turns;
 use crate::coordinator::hold_link::HoldLink;
 use crate::coordinator::meta_store::MetaError;
@@ -61,6 +62,8 @@ pub(super) struct State {
     pub(super) waits: Option<oneshot::Sender<Result<Applied, Error>>>,
     /// Names of children, by number.
     pub(super) children: BTreeMap<u64, SessionName>,
+    /// What is known about replicas that are missing, or to be elsewhere.
+    pub(super) repair: Repair,
     /// Those that are in the store, and no sessions yet.
     pub(super) forks: BTreeMap<u64, SessionName>,
     /// Some of them are of the coordinator before.
@@ -112,6 +115,7 @@ impl Session {
             has_old_forks: false,
             born: Vec::new(),
             saved,
+            repair: Repair::default(),
             is_closed: false,
         };
         let (turns, writers) = (Arc::default(), tokio::sync::Mutex::default());
@@ -190,11 +194,8 @@ impl Session {
         let mut shards: Vec<ShardOf> = Vec::with_capacity(self.pieces.len());
         for (shard, pieces) in self.pieces.iter().enumerate() {
             let ledger = &state.ledger;
-            let computing = ledger.computing(shard);
-            let others =
-                ledger.members(shard).filter(|member| !ledger.computing(shard).any(|other| other == *member));
             let links =
-                computing.chain(others).filter_map(|holder| state.links.get(holder)).cloned().collect();
+                readers(ledger, shard).filter_map(|holder| state.links.get(holder)).cloned().collect();
             shards.push(ShardOf {
                 at: ShardAt { session: self.number, shard: shard as u32, epoch: ledger.epoch(shard) },
                 pieces: Arc::clone(pieces),
@@ -302,6 +303,13 @@ impl Session {
         }
     }
 
+    /// How its worst shard is.
+    pub(super) fn health(&self) -> ShardHealth {
+        let state = self.lock();
+        let shards = (0..self.pieces.len()).map(|shard| health(&state.ledger, shard));
+        shards.max().unwrap_or(ShardHealth::Open)
+    }
+
     /// What a client is told of it.
     ///
     /// # Errors
@@ -315,21 +323,9 @@ impl Session {
         let shard = |(shard, pieces): (usize, &Arc<[Piece]>)| ShardDescription {
             pieces: pieces.to_vec(),
             epoch: ledger.epoch(shard),
-            health: match ledger.phase(shard) {
-                Phase::Open => ShardHealth::Open,
-                Phase::Recovering => ShardHealth::Recovering,
-                Phase::Degraded => ShardHealth::Degraded,
-                Phase::Lost => ShardHealth::Lost,
-            },
-            workers: ledger.members(shard).map(|holder| holder.worker.clone()).collect(),
-            bytes: ledger
-                .tokens()
-                .iter()
-                .map(|tokens| {
-                    attnd_plan::session::placement::shard_bytes(&self.spec, pieces, *tokens)
-                        / self.spec.layers as u64
-                })
-                .sum(),
+            health: health(ledger, shard),
+            workers: readers(ledger, shard).map(|holder| holder.worker.clone()).collect(),
+            bytes: self.bytes_of(ledger, shard),
         };
         let idle = sessions.now().saturating_sub(ledger.idle_since());
         Ok(SessionDescription {
@@ -345,6 +341,24 @@ impl Session {
             ttl_left: self.spec.ttl.saturating_sub(idle),
         })
     }
+}
+
+fn health(ledger: &Ledger<Error>, shard: usize) -> ShardHealth {
+    match ledger.phase(shard) {
+        Phase::Open if ledger.is_short(shard) => ShardHealth::Repairing,
+        Phase::Open => ShardHealth::Open,
+        Phase::Recovering => ShardHealth::Recovering,
+        Phase::Degraded => ShardHealth::Degraded,
+        Phase::Lost => ShardHealth::Lost,
+    }
+}
+
+/// Who has a shard: whoever has all that was acknowledged, who can be read from also while the shard changes its members, and then the
+/// other members.
+fn readers(ledger: &Ledger<Error>, shard: usize) -> impl Iterator<Item = &Holder> + '_ {
+    let is_computing = move |member: &&Holder| ledger.computing(shard).any(|other| other == *member);
+    let others = ledger.members(shard).filter(move |member| !is_computing(member));
+    ledger.computing(shard).chain(others)
 }
 
 /// What a read of a step comes behind.

@@ -121,11 +121,12 @@ impl Sessions {
                     });
                 }
             }
-            LedgerAction::Copy { shard, to, .. } => {
-                session.handle(&sessions, LedgerEvent::CopyFailed { shard, holder: to });
+            LedgerAction::Copy { shard, from, to, epoch } => {
+                self.begin_copy(&session, shard, (from, to), epoch);
             }
             LedgerAction::NeedReplica { shard, missing } => {
-                tracing::warn!(session = %session.name, shard, missing, "a shard has fewer replicas than it should");
+                tracing::info!(session = %session.name, shard, missing, "a shard has fewer replicas than it should");
+                self.begin_repair(&session);
             }
             LedgerAction::AskRecords { shard, holder, epoch } => {
                 self.ask_records(&session, shard, holder, epoch);
@@ -254,13 +255,15 @@ pub(super) fn kind_of(op: &attnd_plan::session::Op) -> Option<ShardChangeKind> {
     }
 }
 
-/// Looks through all sessions, for ever: what they missed of links and forks, and whether anybody uses them.
+/// Looks through all sessions, for ever: what they missed of links and forks, whether anybody uses them, and which replicas are to be made or
+/// moved.
 pub(crate) async fn watch(sessions: Arc<Sessions>) {
     let mut rounds = tokio::time::interval(ROUND);
     rounds.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         rounds.tick().await;
-        for session in sessions.open_sessions() {
+        let open = sessions.open_sessions();
+        for session in &open {
             session.reconcile(&sessions);
             let (is_expired, has_old_forks) = {
                 let state = session.lock();
@@ -274,7 +277,7 @@ pub(crate) async fn watch(sessions: Arc<Sessions>) {
             }
             if is_expired {
                 tracing::info!(session = %session.name, "nobody uses a session: it is closed");
-                let (sessions, session) = (Arc::clone(&sessions), Arc::clone(&session));
+                let (sessions, session) = (Arc::clone(&sessions), Arc::clone(session));
                 sessions.tasks.clone().spawn(async move {
                     if let Err(error) = sessions.end(&session, Closed::Expired).await {
                         tracing::error!(session = %session.name, %error, "a session can't be closed");
@@ -282,5 +285,6 @@ pub(crate) async fn watch(sessions: Arc<Sessions>) {
                 });
             }
         }
+        sessions.mend(&open).await;
     }
 }

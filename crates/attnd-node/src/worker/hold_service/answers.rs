@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use attnd_wire::hold::{ShardAt, ShardRecords, ShardState};
+use attnd_wire::hold::{HoldAnswer, HoldReply, ShardAt, ShardRecords, ShardState};
 use attnd_wire::limits::MAX_ENTRIES;
 use attnd_wire::proto::{self, hold_reply};
 use attnd_wire::{Error, Reason, floats};
@@ -47,6 +47,13 @@ impl Asked {
         };
         let frame = frame(self.request, answer);
         self.send([frame].into(), None);
+    }
+
+    /// Answers with something else, or why there is nothing; `memory` is that of its bytes.
+    pub(crate) fn answer(self, answer: Result<HoldAnswer, Error>, memory: Option<Reservation>) {
+        let answer = answer.unwrap_or_else(HoldAnswer::Failed);
+        let reply = HoldReply { request: self.request, more: false, answer };
+        self.send([reply.into()].into(), memory);
     }
 
     /// Answers with the ops that a shard remembers, or why there are none.
