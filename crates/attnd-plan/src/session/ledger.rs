@@ -57,7 +57,7 @@ pub struct Ledger<E = String> {
     /// What is known of the ops before that.
     past: Past,
     /// The last op before this coordinator, as long as it isn't on enough replicas: it has happened if no more of them are lost, so
-    /// nobody is told that it has, and nobody sees it.
+    /// nobody is told that it has, and nobody sees it before all that are left have it.
     unconfirmed: Option<Op>,
     /// Tokens that survive, and that there were, where that isn't all.
     lost: Option<(usize, usize)>,
@@ -270,7 +270,7 @@ impl<E: Clone> Ledger<E> {
             }
             _ => self.tokens_of(layer)?,
         };
-        let committed = match self.unconfirmed.map(|op| op.change) {
+        let committed = match self.unseen().map(|op| op.change) {
             Some(Change::Append { layer: grown, base_len, .. }) if grown == layer => base_len,
             Some(Change::Truncate { .. }) => return Err(LedgerError::Recovering { is_in_flight: false }),
             _ => committed,
@@ -278,7 +278,7 @@ impl<E: Clone> Ledger<E> {
         if let Some(request) = generation.filter(|generation| *generation != self.generation) {
             return Err(LedgerError::Generation { session: self.generation, request });
         }
-        // Tokens that are there, of which nobody may be told yet: soon.
+        // Tokens that are there, which nobody may see yet: soon.
         let unconfirmed = committed + 1..=self.tokens_of(layer)?;
         if unconfirmed.contains(&min_len) || at_len.is_some_and(|at_len| unconfirmed.contains(&at_len)) {
             return Err(LedgerError::Recovering { is_in_flight: false });

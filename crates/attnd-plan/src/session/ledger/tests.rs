@@ -530,7 +530,7 @@ fn what_a_restart_finds_is_confirmed_before_anybody_is_told() {
     cluster.append(2, 3).unwrap();
     // Only `a` has it, and it may die like `b`: whoever had been told would have been told wrong.
     cluster.restart(&[(1, "ab"), (1, "ab")]);
-    cluster.tell(Event::Lost(holder("b")));
+    cluster.tell(Event::Disconnected(holder("b")));
     assert_eq!(cluster.ledger.phase(0), Phase::Degraded);
     assert_eq!(cluster.append(2, 3), Err(Error::UnderReplicated { have: 1, need: 2, is_in_flight: true }));
     let read = |cluster: &Cluster| cluster.ledger.check_read(&ReadRequest::default()).unwrap().at_len;
@@ -539,6 +539,10 @@ fn what_a_restart_finds_is_confirmed_before_anybody_is_told() {
     for request in [ReadRequest { min_len: 7, ..all }, ReadRequest { at_len: Some(5), ..all }] {
         assert_eq!(cluster.ledger.check_read(&request), Err(Error::Recovering { is_in_flight: false }));
     }
+    // From now on it is there, or nothing is.
+    cluster.tell(Event::Lost(holder("b")));
+    assert_eq!(read(&cluster), 7);
+    assert_eq!(cluster.append(2, 3), Err(Error::UnderReplicated { have: 1, need: 2, is_in_flight: true }));
     for shard in 0..2 {
         cluster.tell(Event::Replacement { shard, holder: holder("c") });
     }
