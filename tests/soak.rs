@@ -14,7 +14,7 @@ use rand::{RngExt, SeedableRng};
 use crate::support::cases::Answer;
 use crate::support::cluster::{Cluster, WorkerSpec};
 use crate::support::tokens::TokenShape;
-use crate::support::{eventually, nightly};
+use crate::support::nightly;
 
 const SHAPE: TokenShape = TokenShape { heads: 4, kv_heads: 2, dim: 32 };
 const SCALE: f32 = 0.25;
@@ -283,19 +283,22 @@ async fn repaired(cluster: &Cluster, sessions: &Sessions, what: &str) {
     let is_whole = |shard: &ShardDescription| {
         shard.workers.len() == REPLICAS && shard.workers.iter().all(|worker| names.contains(worker.as_str()))
     };
-    eventually(&format!("all is repaired after {what}"), REPAIR, async || {
-        for name in sessions.list().await.ok()? {
+    let begun = Instant::now();
+    loop {
+        let mut missing = None;
+        for name in sessions.list().await.unwrap_or_default() {
             // One that is closed meanwhile has nothing to repair.
             if let Ok(description) = sessions.describe(name.as_str()).await
                 && !description.shards.iter().all(is_whole)
             {
-                tokio::time::sleep(Duration::from_millis(20)).await;
-                return None;
+                missing = Some(description);
+                break;
             }
         }
-        Some(())
-    })
-    .await;
+        let Some(missing) = missing else { return };
+        assert!(begun.elapsed() < REPAIR, "after {what} not repaired within {REPAIR:?}: {missing:?} on {names:?}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -57,6 +57,8 @@ pub(super) struct Repair {
     failed: BTreeMap<Holder, (u32, Duration)>,
     /// The replica that moves: of which shard, from whom, to whom.
     moving: Option<Move>,
+    /// Somebody looks for workers that can have what is missing.
+    is_running: bool,
 }
 
 impl Repair {
@@ -120,6 +122,15 @@ impl Drop for Expected {
     }
 }
 
+/// Workers are looked for that can have what a session lacks, until this is dropped.
+struct Running(Arc<Session>);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.0.lock().repair.is_running = false;
+    }
+}
+
 impl Session {
     /// What a replica of a shard takes, in bytes.
     pub(super) fn bytes_of(&self, ledger: &Ledger<Error>, shard: usize) -> u64 {
@@ -150,10 +161,14 @@ impl Sessions {
 
     /// Looks for workers that can have replicas of a session that are missing, now.
     pub(super) fn begin_repair(self: &Arc<Self>, session: &Arc<Session>) {
-        let (sessions, session) = (Arc::clone(self), Arc::clone(session));
+        // Whoever looks already may have looked past it: the next round comes soon.
+        if std::mem::replace(&mut session.lock().repair.is_running, true) {
+            return;
+        }
+        let (sessions, running) = (Arc::clone(self), Running(Arc::clone(session)));
         self.tasks.spawn(async move {
             if let Ok(present) = sessions.everybody().await {
-                sessions.repair(&session, &present).await;
+                sessions.repair(&running.0, &present).await;
             }
         });
     }
@@ -181,6 +196,17 @@ impl Sessions {
                 }
             }
         }
+    }
+
+    /// Whether replicas are missing for which there are workers.
+    fn can_repair(&self, session: &Session, present: &[Present]) -> bool {
+        let state = session.lock();
+        let can = |shard: usize| {
+            let usable = || self.usable_or_member(present, &state, shard);
+            state.ledger.missing_replicas(shard) > 0
+                && session.replacement(&state, shard, &usable(), self.now()).is_some()
+        };
+        state.closed.is_none() && (0..session.pieces.len()).any(can)
     }
 
     /// Workers that may get a replica, and those that have one, whatever else they are.
@@ -235,13 +261,9 @@ impl Sessions {
         for session in open {
             self.let_go(session, &draining);
             moves += usize::from(self.look_after_move(session));
-            let is_short = {
-                let state = session.lock();
-                state.closed.is_none()
-                    && (0..session.pieces.len()).any(|shard| state.ledger.missing_replicas(shard) > 0)
-            };
-            if is_short {
-                self.repair(session, &present).await;
+            if self.can_repair(session, &present) {
+                // In a task, as a stream to a worker may be a while in coming.
+                self.begin_repair(session);
             }
         }
         for holder in joined {
@@ -343,8 +365,9 @@ impl Sessions {
         };
         let Some(chosen) = chosen else { return false };
         if !self.link(session, joined).await {
+            // As if it had: it is tried again, by others first.
             session.lock().repair.fails(joined, self.now());
-            return false;
+            return true;
         }
         let Move { shard, from, to } = chosen.clone();
         tracing::info!(session = %session.name, shard, from = %from.worker, to = %to.worker, "a replica moves");
