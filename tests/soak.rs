@@ -13,8 +13,8 @@ use rand::{RngExt, SeedableRng};
 
 use crate::support::cases::Answer;
 use crate::support::cluster::{Cluster, WorkerSpec};
-use crate::support::tokens::TokenShape;
 use crate::support::nightly;
+use crate::support::tokens::TokenShape;
 
 const SHAPE: TokenShape = TokenShape { heads: 4, kv_heads: 2, dim: 32 };
 const SCALE: f32 = 0.25;
@@ -296,7 +296,10 @@ async fn repaired(cluster: &Cluster, sessions: &Sessions, what: &str) {
             }
         }
         let Some(missing) = missing else { return };
-        assert!(begun.elapsed() < REPAIR, "after {what} not repaired within {REPAIR:?}: {missing:?} on {names:?}");
+        assert!(
+            begun.elapsed() < REPAIR,
+            "after {what} not repaired within {REPAIR:?}: {missing:?} on {names:?}"
+        );
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
