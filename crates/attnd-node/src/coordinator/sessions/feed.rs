@@ -26,8 +26,8 @@ pub(super) fn ahead() -> Arc<Semaphore> {
 /// The stream's end.
 #[derive(Debug)]
 pub(super) struct Feeder {
-    /// Each frame has room, so there are never many. None once the append is refused.
-    frames: Option<mpsc::UnboundedSender<Fed>>,
+    /// None once the append is refused.
+    frames: Option<mpsc::Sender<Fed>>,
     has_turn: Arc<AtomicBool>,
     /// For frames that come before the turn.
     ahead: Arc<Semaphore>,
@@ -40,7 +40,7 @@ pub(super) struct Feeder {
 /// The append's end.
 #[derive(Debug)]
 pub(super) struct Frames {
-    frames: mpsc::UnboundedReceiver<Fed>,
+    frames: mpsc::Receiver<Fed>,
     has_turn: Arc<AtomicBool>,
     room: Arc<Semaphore>,
     /// None once nothing can come of it any more.
@@ -55,7 +55,8 @@ struct Fed {
 
 /// Both ends, of an append of a stream with this room.
 pub(super) fn feed(ahead: &Arc<Semaphore>) -> (Feeder, Frames) {
-    let (sender, receiver) = mpsc::unbounded_channel();
+    // Each frame has room elsewhere, so there always is some here.
+    let (sender, receiver) = mpsc::channel((AHEAD_BYTES >> 10) + FRAMES);
     let (refuse, refused) = oneshot::channel();
     let (has_turn, room) = (Arc::new(AtomicBool::new(false)), Arc::new(Semaphore::new(FRAMES)));
     let frames = Frames {
@@ -97,7 +98,7 @@ impl Feeder {
     pub(super) fn feed(&self, frame: Frame, room: OwnedSemaphorePermit) {
         // An append that is gone has no use for it.
         if let Some(frames) = &self.frames {
-            drop(frames.send(Fed { frame, _room: room }));
+            drop(frames.try_send(Fed { frame, _room: room }));
         }
     }
 }
