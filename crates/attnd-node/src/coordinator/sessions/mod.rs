@@ -113,6 +113,7 @@ impl Sessions {
 
     /// A session that is kept is there from now on.
     fn insert(self: &Arc<Self>, session: &Arc<Session>) {
+        tracing::trace!(session = session.number, name = %session.name, "a session is there");
         {
             let mut table = self.table();
             table.closed.reopen(&session.name);

@@ -56,6 +56,8 @@ pub(super) struct SessionParts {
 
 #[derive(Debug)]
 pub(super) struct State {
+    /// That of the session.
+    number: u64,
     pub(super) ledger: Ledger<Error>,
     /// Of every holder that can be reached, as far as the ledger knows.
     pub(super) links: BTreeMap<Holder, Arc<HoldLink>>,
@@ -121,6 +123,7 @@ impl Session {
         let writer = watch::Sender::new(ledger.writer_epoch());
         let saved = (0..ledger.shards()).map(|shard| ledger.epoch(shard)).collect();
         let state = State {
+            number,
             ledger,
             links,
             seen: 0,
@@ -437,7 +440,9 @@ pub(super) enum After {
 
 impl State {
     pub(super) fn handle(&mut self, event: LedgerEvent<Error>) -> Vec<LedgerAction<Error>> {
+        tracing::trace!(session = self.number, ?event, "a ledger is told");
         let actions = self.ledger.handle(event);
+        tracing::trace!(session = self.number, ?actions, "a ledger wants");
         self.answer(actions)
     }
 
