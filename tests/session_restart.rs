@@ -133,7 +133,10 @@ async fn a_coordinator_that_was_killed_goes_on_with_all_its_sessions() {
     let [k, v, _] = sequence.rows(200..201);
     let fenced = twice.append(0, k, v).await.unwrap_err();
     assert_eq!(fenced.reason, Reason::WriterFenced, "{fenced}");
-    cluster.kill_coordinator();
+    // In good order, with the streams of clients open.
+    cluster.coordinator().signal("TERM");
+    let ended = cluster.coordinator().wait_for_end(Duration::from_secs(10)).await;
+    assert_eq!(ended.code(), Some(0));
     cluster.start_coordinator();
     for token in 200..210 {
         step(&mut taken, &sequence, token, &options).await;

@@ -218,12 +218,15 @@ impl Sessions {
     }
 
     /// Makes sure that a session has a link to a worker.
-    async fn link(&self, session: &Arc<Session>, holder: &Holder) -> bool {
+    async fn link(self: &Arc<Self>, session: &Arc<Session>, holder: &Holder) -> bool {
         if session.lock().links.contains_key(holder) {
             return true;
         }
         match self.link_of(holder).await {
             Ok(link) => {
+                // It may be back, with other shards of the session, of which the ledger must hear too.
+                session.lock().seen = 0;
+                session.reconcile(self);
                 session.lock().links.entry(holder.clone()).or_insert(link);
                 true
             }
