@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use attnd_plan::session::{Answer, Change, Holder, Ledger, SessionName};
+use attnd_wire::hold::ShardAt;
 use attnd_wire::session::Applied;
 use attnd_wire::{Error, Reason};
 use tokio::sync::oneshot;
@@ -23,6 +24,8 @@ pub(super) struct Born {
     name: SessionName,
     ledger: Ledger<Error>,
     links: BTreeMap<Holder, Arc<HoldLink>>,
+    /// Where room was asked for its shards.
+    rooms: Vec<(ShardAt, Arc<HoldLink>)>,
     /// Who is told of it.
     waits: Option<oneshot::Sender<Result<Applied, Error>>>,
     applied: Applied,
@@ -38,8 +41,9 @@ impl State {
         self.children.insert(number, name.clone());
         let applied = self.applied(*answer, !is_awaited);
         let (ledger, links) = (self.ledger.fork(self.ledger.idle_since()), self.links.clone());
+        let rooms = self.rooms.remove(&number).unwrap_or_default();
         let waits = if is_awaited { self.waits.take() } else { None };
-        self.born.push(Born { number, name, ledger, links, waits, applied });
+        self.born.push(Born { number, name, ledger, links, rooms, waits, applied });
         true
     }
 }
@@ -73,7 +77,12 @@ impl Sessions {
 
     /// Forgets a child whose fork didn't come about.
     pub(super) async fn forget(&self, parent: &Session, number: u64) {
-        let Some(name) = parent.lock().forks.remove(&number) else { return };
+        let (name, rooms) = {
+            let mut state = parent.lock();
+            let Some(name) = state.forks.remove(&number) else { return };
+            (name, state.rooms.remove(&number).unwrap_or_default())
+        };
+        self.give_up(rooms);
         if let Err(error) = self.meta.run(move |store| store.forget(number)).await {
             // As it is pending, it will be forgotten with the next start.
             tracing::error!(%error, child = %name, "a fork that failed can't be forgotten");
@@ -85,7 +94,10 @@ impl Sessions {
     pub(super) fn deliver(self: &Arc<Self>, parent: &Arc<Session>, born: Born) {
         let (sessions, parent) = (Arc::clone(self), Arc::clone(parent));
         self.tasks.spawn(async move {
-            let Born { number, name, ledger, links, waits, applied } = born;
+            let Born { number, name, ledger, links, mut rooms, waits, applied } = born;
+            // Members may have changed since room was asked for.
+            let holders: Vec<Vec<Holder>> =
+                (0..ledger.shards()).map(|shard| ledger.holders(shard).cloned().collect()).collect();
             let child = SessionParts {
                 number,
                 name: name.clone(),
@@ -96,6 +108,13 @@ impl Sessions {
                 parent: Some(parent.number),
             };
             let result = sessions.settle_child(number, child).await.map(|()| applied);
+            if result.is_ok() {
+                let is_used = |at: &ShardAt, link: &HoldLink| {
+                    holders.get(at.shard as usize).is_some_and(|holders| holders.contains(&link.holder))
+                };
+                rooms.retain(|(at, link)| !is_used(at, link));
+            }
+            sessions.give_up(rooms);
             sessions.give_back(&name, Some(number));
             if let Some(waits) = waits {
                 // Whoever asked may be gone.

@@ -109,6 +109,7 @@ async fn fork(
         sessions.forget(session, number).await;
         return Err(error);
     }
+    session.lock().rooms.insert(number, held);
     let result = settle(sessions, session, request).await;
     if result.is_err() {
         let will_be = {
@@ -118,7 +119,6 @@ async fn fork(
         // An outcome that isn't known yet is known later: then the child is there, with its name.
         if !will_be {
             sessions.forget(session, number).await;
-            sessions.give_up(held);
         }
     }
     result

@@ -248,12 +248,7 @@ impl Sessions {
                     epoch: state.ledger.epoch(shard),
                 };
                 let links = state.ledger.holders(shard).filter_map(|holder| state.links.get(holder));
-                for link in links {
-                    releases.push((at, Arc::clone(link)));
-                    // Children that will never be, too.
-                    let unborn = state.forks.keys().map(|child| ShardAt { session: *child, epoch: 1, ..at });
-                    releases.extend(unborn.map(|at| (at, Arc::clone(link))));
-                }
+                releases.extend(links.map(|link| (at, Arc::clone(link))));
             }
             // Under the session's lock: whoever finds it closed finds here how.
             let mut table = self.table();

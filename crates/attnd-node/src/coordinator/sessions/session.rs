@@ -71,6 +71,8 @@ pub(super) struct State {
     pub(super) repair: Repair,
     /// Those that are in the store, and no sessions yet.
     pub(super) forks: BTreeMap<u64, SessionName>,
+    /// Where room was asked for their shards.
+    pub(super) rooms: BTreeMap<u64, Vec<(ShardAt, Arc<HoldLink>)>>,
     /// Some of them are of the coordinator before.
     pub(super) has_old_forks: bool,
     /// Those whose forks have been applied, and that become sessions now.
@@ -130,6 +132,7 @@ impl Session {
             waits: None,
             children: BTreeMap::new(),
             forks: BTreeMap::new(),
+            rooms: BTreeMap::new(),
             has_old_forks: false,
             born: Vec::new(),
             saved,
