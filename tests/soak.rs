@@ -84,8 +84,7 @@ impl Writer {
 
     /// Writes down how an operation failed: nothing may, but then its outcome must be true.
     fn failed(&mut self, what: &str, error: &ClientError) {
-        count(&mut self.counts, format!("{what} FAILED: {:?}, {:?}", error.reason, error.outcome));
-        eprintln!("client {}: {what}: {error} ({:?})", self.id, error.outcome);
+        count(&mut self.counts, format!("{what} of client {} FAILED: {error}, {:?}", self.id, error.outcome));
     }
 
     async fn open_one(&mut self) {

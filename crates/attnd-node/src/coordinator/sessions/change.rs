@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use attnd_plan::session::{Ask, LedgerEvent, Op, Request};
+use attnd_plan::session::{Ask, LedgerError, LedgerEvent, Op, Request};
 use attnd_wire::hold::{HoldAsk, HoldShard, ShardAt, ShardChange, ShardOp, ShardState};
 use attnd_wire::session::{Applied, Change, ChangeKind, digest};
 use attnd_wire::{Error, Reason};
@@ -66,6 +66,11 @@ async fn apply(sessions: &Arc<Sessions>, session: &Arc<Session>, change: Change)
         ChangeKind::Seal => settle(sessions, session, &request(Ask::Seal, 0)).await,
         ChangeKind::Fork { child } => {
             let (content, named) = (digest::of_child(child.as_ref()), child.clone());
+            // The same fork may be one of the coordinator before, whose child has the name until it is known what became of it.
+            sessions.settle_forks(session).await;
+            if session.lock().has_old_forks {
+                return Err(LedgerError::<Error>::Recovering { is_in_flight: false }.into());
+            }
             let is_new = {
                 let state = session.lock();
                 // Of a fork that comes again the ledger knows the child.

@@ -291,7 +291,7 @@ pub(crate) async fn watch(sessions: Arc<Sessions>) {
                 (session.is_expired(&state, sessions.now()) && state.closed.is_none(), state.has_old_forks)
             };
             if has_old_forks {
-                let (sessions, session) = (Arc::clone(&sessions), Arc::clone(&session));
+                let (sessions, session) = (Arc::clone(&sessions), Arc::clone(session));
                 sessions.tasks.clone().spawn(async move { sessions.settle_forks(&session).await });
             }
             if is_expired {
