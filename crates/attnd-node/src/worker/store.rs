@@ -290,7 +290,9 @@ impl Store {
                 return;
             }
             if shards < told {
-                tracing::info!(shards, "waits until others have its shards of sessions");
+                // One of them, so that whoever wonders finds its session.
+                let one = self.lines().shards.keys().next().copied();
+                tracing::info!(shards, ?one, "waits until others have its shards of sessions");
                 told = shards;
             }
             tokio::time::sleep(HANDED_OVER).await;

@@ -31,6 +31,8 @@ const RETURN: Duration = Duration::from_secs(10);
 const LINK_WAIT: Duration = Duration::from_secs(2);
 const FIRST_PAUSE: Duration = Duration::from_millis(20);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+/// Failures one after the other of which the log tells.
+const TOLD: u32 = 5;
 /// A link that lived as long was a good one.
 const GOOD_LINK: Duration = Duration::from_secs(1);
 
@@ -185,7 +187,8 @@ fn follow(sessions: &Arc<Sessions>, holder: Holder, member: &mut Kept, happened:
             })
         }
         Happened::Broke => {
-            tracing::warn!(worker = %holder.worker, "the streams to a worker that holds sessions broke; it is a member still");
+            // Most often the worker ends, and the membership hears of it next.
+            tracing::debug!(worker = %holder.worker, "the streams to a worker that holds sessions broke");
             if member.opened.elapsed() >= GOOD_LINK {
                 member.failures = 0;
             }
@@ -199,8 +202,10 @@ fn follow(sessions: &Arc<Sessions>, holder: Holder, member: &mut Kept, happened:
             if error.reason == Reason::Fenced && !std::mem::replace(&mut member.is_fenced, true) {
                 tracing::error!(worker = %holder.worker, %error, "another coordinator has taken over a worker's sessions");
             }
-            tracing::debug!(worker = %holder.worker, %error, "no streams to a worker that holds sessions");
             member.failures = member.failures.saturating_add(1);
+            if member.failures == TOLD {
+                tracing::warn!(worker = %holder.worker, %error, "a member can't be reached for sessions, and is tried again");
+            }
             open(sessions, holder, member)
         }
     }

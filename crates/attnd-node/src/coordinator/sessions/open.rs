@@ -260,6 +260,7 @@ impl Sessions {
         for child in forks {
             self.forget(session, child).await;
         }
+        tracing::trace!(session = number, ?how, releases = releases.len(), "a session is closed");
         // In a task: whoever asked may go, the memory must come back.
         let (done, all) = tokio::sync::oneshot::channel::<()>();
         let term = self.term;
