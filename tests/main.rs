@@ -11,5 +11,6 @@ mod memory;
 mod operator;
 mod real_layers;
 mod sessions;
+mod simulation;
 mod support;
 mod tidy;

@@ -8,8 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use attnd_wire::session::{Answer, Append, AppendChunk, Ask, SessionReply, SessionRequest};
-use attnd_wire::{Commit, Deadline, Error, Outcome, Reason, limits, proto};
-use rand::RngExt as _;
+use attnd_wire::{Commit, Deadline, Error, Outcome, Reason, Surroundings, limits, proto};
 use tokio::sync::{Semaphore, SemaphorePermit, mpsc, oneshot};
 use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
@@ -30,6 +29,7 @@ const MAX_PARTS: usize = 4096;
 #[derive(Debug)]
 pub(crate) struct Exchange {
     channel: Channel,
+    surroundings: Surroundings,
     live: Mutex<Option<Arc<Stream>>>,
     room: Semaphore,
 }
@@ -78,8 +78,18 @@ pub(crate) enum Request {
 }
 
 impl Exchange {
-    pub(crate) fn new(channel: Channel) -> Self {
-        Self { channel, live: Mutex::new(None), room: Semaphore::new(MAX_IN_FLIGHT) }
+    pub(crate) fn new(channel: Channel, surroundings: Surroundings) -> Self {
+        Self { channel, surroundings, live: Mutex::new(None), room: Semaphore::new(MAX_IN_FLIGHT) }
+    }
+
+    /// A name for a session that nobody has.
+    pub(crate) fn made_name(&self) -> String {
+        format!("s-{:016x}{:016x}", self.surroundings.random(), self.surroundings.random())
+    }
+
+    /// By how much a pause differs from those of others, 0 to 1.
+    pub(crate) fn jitter(&self) -> f64 {
+        self.surroundings.fraction()
     }
 
     /// Asks until there is an answer, it is no use, or the time is over. Only for requests that may come twice: those that change nothing,
@@ -100,7 +110,7 @@ impl Exchange {
                 Err(error) => in_all(error, &mut may_be_done),
             };
             let left = deadline.saturating_duration_since(Instant::now());
-            let Some(pause) = pause_before_repeat(attempts, &error, Some(left), rand::rng().random()) else {
+            let Some(pause) = pause_before_repeat(attempts, &error, Some(left), self.jitter()) else {
                 return Err(ClientError::after(attempts, &error));
             };
             tracing::info!(%error, attempts, pause_ms = pause.as_millis() as u64, "the request is sent again");

@@ -12,6 +12,7 @@ use std::time::Instant;
 use attnd_plan::WorkerId;
 use attnd_plan::session::Holder;
 use attnd_wire::deadline::{self, TIMEOUT_HEADER};
+use attnd_wire::surroundings::now;
 use attnd_wire::{
     CallShape, ComputeBegin, ComputeReply, ComputeRequest, Deadline, Error, Outcome, Reason, limits, proto,
 };
@@ -162,7 +163,7 @@ async fn run_share(
         tracing::debug!(%worker, %error, "a share failed");
         // Before the call knows, which may be sent again at once and must not come back here.
         if (error.reason, error.outcome) == (Reason::Transport, Outcome::NotExecuted) {
-            not_connected.send_replace(Some(Instant::now()));
+            not_connected.send_replace(Some(now()));
         }
         // A call that is gone needs no error.
         answers.send(Err(error)).await.ok();
@@ -177,7 +178,7 @@ async fn exchange(
 ) -> Result<(), Error> {
     let OpenShare { begin, memory, deadline } = share;
     let call = CallShape::from(&begin);
-    let left = deadline.for_next_hop().remaining(std::time::Instant::now())?;
+    let left = deadline.for_next_hop().remaining(now())?;
     let first = futures::stream::iter([ComputeRequest::Begin(begin).into()]);
     let mut request = Request::new(futures::StreamExt::chain(first, ReceiverStream::new(outgoing)));
     if let Ok(timeout) = MetadataValue::try_from(deadline::header_value(left).as_bytes()) {

@@ -16,6 +16,7 @@ use attnd_kernel::Kernels;
 use attnd_plan::Piece;
 use attnd_plan::session::{SessionSpec, Terms};
 use attnd_wire::hold::{ShardAt, ShardState};
+use attnd_wire::surroundings::now;
 use attnd_wire::{Error, Reason, refusal};
 
 use self::memory::SessionMemory;
@@ -103,7 +104,7 @@ impl Store {
             records: Budget::new(LEAST_RECORDS.saturating_add(session_memory / 16)),
             terms: Mutex::default(),
             lines: Mutex::new(Lines { shards: BTreeMap::new(), turns }),
-            presence: Mutex::new(Presence { streams: 0, last: Instant::now() }),
+            presence: Mutex::new(Presence { streams: 0, last: now() }),
             streams: AtomicU64::new(0),
         }))
     }
@@ -250,7 +251,7 @@ impl Store {
             return None;
         }
         presence.streams += 1;
-        presence.last = Instant::now();
+        presence.last = now();
         Some(Present(self.clone()))
     }
 
@@ -259,7 +260,7 @@ impl Store {
         loop {
             let (is_left, since) = {
                 let presence = self.presence();
-                (presence.streams == 0, presence.last.elapsed())
+                (presence.streams == 0, now().saturating_duration_since(presence.last))
             };
             if is_left && since >= keep {
                 self.forget_all();
@@ -326,7 +327,7 @@ impl Drop for Present {
     fn drop(&mut self) {
         let mut presence = self.0.presence();
         presence.streams -= 1;
-        presence.last = Instant::now();
+        presence.last = now();
     }
 }
 

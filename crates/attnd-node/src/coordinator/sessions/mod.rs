@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use attnd_plan::session::{Closed, ClosedSessions, SessionName};
 use attnd_wire::session::{Answer, SessionDescription};
+use attnd_wire::surroundings::now;
 use attnd_wire::{Error, Reason};
 
 use super::Hub;
@@ -60,13 +61,13 @@ struct Table {
 
 impl Sessions {
     pub(crate) fn new(hub: Arc<Hub>, tasks: Tasks, term: u64) -> Self {
-        let (started, table, lines) = (Instant::now(), Mutex::default(), Mutex::default());
+        let (started, table, lines) = (now(), Mutex::default(), Mutex::default());
         Self { hub, tasks, term, started, table, lines }
     }
 
     /// The clock of ledgers.
     fn now(&self) -> Duration {
-        self.started.elapsed()
+        now().saturating_duration_since(self.started)
     }
 
     /// Nobody else takes places in lines as long as this is held, so that all places of one call are next to each other.

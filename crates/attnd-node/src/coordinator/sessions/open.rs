@@ -6,7 +6,7 @@ use std::sync::Arc;
 use attnd_plan::session::{Closed, Holder, Keeper, Ledger, PlacementError, SessionName, SessionSpec, place};
 use attnd_wire::hold::{HoldAsk, HoldShard, ShardAt};
 use attnd_wire::session::{Open, SessionDescription};
-use attnd_wire::{Error, Reason};
+use attnd_wire::{Error, Reason, Surroundings};
 use futures::future::join_all;
 use tokio::sync::oneshot;
 
@@ -93,7 +93,7 @@ impl Sessions {
         if table.open.contains_key(&name) || !table.opening.insert(name.clone()) {
             return Err(Error::new(Reason::SessionExists, ""));
         }
-        Ok((name, new_number()))
+        Ok((name, new_number(&self.hub.surroundings)))
     }
 
     async fn create(
@@ -266,6 +266,6 @@ fn made_name(term: u64, number: u64) -> Result<SessionName, Error> {
 }
 
 /// A number that no other session has, not even one of an earlier coordinator that a worker still holds: 0 is none.
-fn new_number() -> u64 {
-    rand::random_range(1..=u64::MAX)
+fn new_number(surroundings: &Surroundings) -> u64 {
+    surroundings.random().max(1)
 }

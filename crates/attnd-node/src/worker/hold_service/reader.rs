@@ -6,13 +6,13 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
 
 use attnd_plan::call::STREAM_IDLE;
 use attnd_wire::hold::{
     HoldAsk, HoldRequest, HoldShard, ShardAppend, ShardAt, ShardChange, ShardChangeKind, ShardWork,
     check_chunk,
 };
+use attnd_wire::surroundings::now;
 use attnd_wire::{Commit, Error, Reason, SliceChunk, Status, proto, refusal};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tonic::Streaming;
@@ -89,7 +89,7 @@ impl Reader {
             {
                 return frame;
             }
-            let now = Instant::now();
+            let now = now();
             for bulk in self.bulks.values().filter(|bulk| bulk.owed.is_open()) {
                 if now.saturating_duration_since(bulk.last_frame) >= STREAM_IDLE {
                     bulk.fail(&self.store, refusal::stream_idle(STREAM_IDLE));
@@ -292,8 +292,7 @@ impl Reader {
     async fn append(&mut self, request: u64, append: ShardAppend) -> Result<(), Gone> {
         let Ok(asked) = self.asked(request).await? else { return Ok(()) };
         let id = (self.stream, request);
-        let mut bulk =
-            Bulk { id, owed: Owed::new(asked), to: None, last_frame: Instant::now(), chunks: 0, bytes: 0 };
+        let mut bulk = Bulk { id, owed: Owed::new(asked), to: None, last_frame: now(), chunks: 0, bytes: 0 };
         let to = self.store.resident(key_of(&append.at)).and_then(|resident| {
             let _bytes = append.bytes(&resident.spec, &resident.pieces)?;
             Ok(resident)
@@ -327,7 +326,7 @@ impl Reader {
 
     async fn chunk(&mut self, request: u64, chunk: SliceChunk) -> Result<(), Gone> {
         let Some(bulk) = self.bulks.get_mut(&request) else { return self.after_commit(request).await };
-        bulk.last_frame = Instant::now();
+        bulk.last_frame = now();
         bulk.chunks += 1;
         bulk.bytes += chunk.data.len() as u64;
         let Some((resident, append)) = bulk.to.as_ref().filter(|_| bulk.owed.is_open()) else {
