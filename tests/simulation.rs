@@ -1,49 +1,136 @@
 //! The real coordinator, workers and clients in a simulation: one thread, a network and a time of its own, and all chance out of one
-//! seed.
+//! seed. While links break and processes end, clients do what they please, and what they are told is held against a model of sessions.
+//!
+//! A run that fails says how it is run again: `cargo xtask sim --seed N`.
 
+use std::rc::Rc;
 use std::time::Duration;
 
-use attnd_client::session::{OpenOptions, QueryOptions};
-use attnd_client::{Causal, Client, Dtype};
-use bytes::Bytes;
+use rand::rngs::SmallRng;
+use rand::{RngExt, SeedableRng};
 
+mod client;
 mod cluster;
+mod history;
+mod model;
+mod nemesis;
 mod network;
+mod raw;
+mod rows;
 
+use client::{Scene, Writer};
+use history::{Counts, History};
+use nemesis::{Extent, Nemesis, client_name};
 use network::Chance;
 
-#[test]
-fn spike() {
-    let begun = std::time::Instant::now();
-    let chance = Chance::new(1);
+/// Seeds that a change must pass.
+const SEEDS: u64 = 100;
+/// What a run is broken for.
+const STORM: Duration = Duration::from_secs(8);
+/// What nodes need to find each other.
+const WARM_UP: Duration = Duration::from_millis(500);
+/// What is due after the storm: the last worker that was lost is missed, and replicas are made anew.
+const REST: Duration = Duration::from_secs(3);
+const LONGEST: Duration = Duration::from_secs(40);
+const TICK: Duration = Duration::from_millis(2);
+
+/// What came of a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Ran {
+    hash: u64,
+    counts: Counts,
+}
+
+/// Runs the world of one seed.
+fn run(seed: u64) -> Result<Ran, String> {
+    rows::compute_on_this_thread();
+    let (chance, history) = (Chance::new(seed), History::default());
+    let mut random = SmallRng::seed_from_u64(seed);
+    let (workers, clients) = (random.random_range(3..=4), random.random_range(1..=2));
     let mut sim = turmoil::Builder::new()
-        .rng_seed(1)
-        .simulation_duration(Duration::from_secs(30))
-        .tick_duration(Duration::from_millis(1))
+        .rng_seed(seed)
+        .simulation_duration(LONGEST)
+        .tick_duration(TICK)
         .min_message_latency(Duration::from_millis(1))
-        .max_message_latency(Duration::from_millis(3))
+        .max_message_latency(Duration::from_millis(6))
+        .tcp_capacity(4096)
         .build();
-    cluster::build(&mut sim, &chance, 3);
-    let surroundings = chance.surroundings();
-    sim.client("client", async move {
-        tokio::time::sleep(Duration::from_secs(1)).await;
-        let client = Client::connect_in(surroundings, cluster::COORDINATOR_URL)?;
-        println!("{:?}", client.status().await?.workers.len());
-        let sessions = client.sessions();
-        let mut open = OpenOptions::new(2, 4, 2, 4, Dtype::F32);
-        (open.spec.replicas, open.spec.acks) = (2, 2);
-        let mut session = sessions.open(open).await?;
-        let mut options = QueryOptions::default();
-        options.attend.causal = Causal::BottomRight;
-        for n in 0..100 {
-            let begun = tokio::time::Instant::now();
-            let row = |heads: usize| Bytes::from(vec![0; heads * 16]);
-            let stepped = session.step(0, row(2), row(2), row(4), &options).await?;
-            println!("{n}: {} {:?}", stepped.attended.at_len, begun.elapsed());
+    cluster::build(&mut sim, &chance, workers);
+    let scene = Scene::new(history.clone(), false);
+    for number in 0..clients {
+        let (scene, surroundings) = (Rc::clone(&scene), chance.surroundings());
+        sim.client(client_name(number), async move {
+            tokio::time::sleep(WARM_UP).await;
+            Writer::new(scene, surroundings, number, seed).run().await;
+            Ok(())
+        });
+    }
+    let (from, to) = (WARM_UP * 2, WARM_UP * 2 + STORM);
+    let mut nemesis = Nemesis::new(&mut random, Extent { workers, clients, from, to, victims: 1 });
+    loop {
+        let now = sim.elapsed();
+        history.tick(now);
+        let lost = nemesis.strike(&mut sim, now, &history, &|flips| chance.flip(flips));
+        if lost > 0 {
+            // One worker, however often.
+            scene.lost_workers.set(1);
         }
-        Ok(())
-    });
-    let ran = sim.run();
-    println!("{ran:?} {:?} in {:?}", sim.elapsed(), begun.elapsed());
-    ran.unwrap();
+        scene.is_calm.set(now >= to + REST);
+        match sim.step() {
+            Ok(true) => break,
+            Ok(false) => {}
+            Err(error) => {
+                history.violation("simulation", error);
+                break;
+            }
+        }
+    }
+    history.verdict().map_err(|error| format!("seed {seed}: cargo xtask sim --seed {seed}\n{error}"))?;
+    Ok(Ran { hash: history.hash(), counts: history.counts() })
+}
+
+/// The number that this variable of the environment has.
+fn number(variable: &str) -> Option<u64> {
+    std::env::var(variable).ok().map(|text| text.parse().unwrap_or_else(|_| panic!("{variable}={text}")))
+}
+
+#[test]
+fn whatever_breaks_sessions_are_what_their_model_is() {
+    let seeds = match (number("ATTND_SIM_SEED"), number("ATTND_SIM_SEEDS")) {
+        (Some(seed), _) => seed..seed + 1,
+        (None, seeds) => 0..seeds.unwrap_or(SEEDS),
+    };
+    let begun = std::time::Instant::now();
+    let mut all = Counts::default();
+    let n = seeds.end - seeds.start;
+    let mut failed = Vec::new();
+    for seed in seeds {
+        match run(seed) {
+            Ok(ran) => {
+                if n == 1 {
+                    println!("{ran:?}");
+                }
+                all.applied += ran.counts.applied;
+                all.attended += ran.counts.attended;
+                all.refused += ran.counts.refused;
+                all.unknown += ran.counts.unknown;
+                all.replayed += ran.counts.replayed;
+                all.again += ran.counts.again;
+                all.lost += ran.counts.lost;
+            }
+            Err(error) => {
+                println!("{error}\n");
+                failed.push(seed);
+            }
+        }
+    }
+    println!("{n} seeds in {:?}: {all:?}", begun.elapsed());
+    assert!(failed.is_empty(), "seeds {failed:?}: cargo xtask sim --seed {}", failed[0]);
+}
+
+#[test]
+fn a_seed_is_one_run() {
+    for seed in [1, 2, 3, 4, 5] {
+        assert_eq!(run(seed).map_err(|error| panic!("{error}")), run(seed), "seed {seed}");
+    }
 }
