@@ -15,6 +15,7 @@ use attnd_kernel::slot::{N_SLOTS, n_pages};
 use attnd_kernel::{Causal, Compute, Dims, Dtype, Isa, Kernels};
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
+use tokio::sync::mpsc;
 
 use crate::support::cases::{Answer, Case, Data};
 use crate::support::cluster::{Cluster, WorkerSpec};
@@ -229,12 +230,12 @@ struct Seen {
     elements: usize,
 }
 
-/// Computes one call in this process and on 1, 2, 3, 5 and 8 workers.
-async fn check(what: &str, client: &Client, case: &Case, seen: &mut Seen) {
+/// Computes one call in this process with every ISA, and some of its rows by themselves; returns what all of them are.
+fn compute(what: &str, case: &Case) -> Answer {
     let fast = Kernels::available()[0];
     let rows = case.sample_rows(1, 2);
     let wanted = case.compute(fast);
-    // The whole call with every ISA, and some rows by themselves; the portable kernels are too slow for most whole calls.
+    // The portable kernels are too slow for most whole calls.
     for kernels in Kernels::available() {
         let isa = kernels.isa();
         if isa != Isa::Portable || case.flops() <= PORTABLE_FLOPS {
@@ -248,6 +249,11 @@ async fn check(what: &str, client: &Client, case: &Case, seen: &mut Seen) {
     if case.data != Data::Poisoned {
         wanted.assert_within(case.shape(), &case.reference(&rows), what);
     }
+    wanted
+}
+
+/// Has one call computed on 1, 2, 3, 5 and 8 workers.
+async fn check(what: &str, client: &Client, case: &Case, wanted: &Answer, seen: &mut Seen) {
     for count in COUNTS {
         let options = case.options(WorkerChoice::Exactly(count));
         let attended = client.attend(&case.operands, &options, &mut |_| {}).await;
@@ -273,7 +279,7 @@ async fn check(what: &str, client: &Client, case: &Case, seen: &mut Seen) {
         seen.cut_by_slots += usize::from(pieces().any(|piece| piece.slots != (0..N_SLOTS)));
 
         seen.elements += wanted.context.len() + wanted.lse.len();
-        Answer::from(attended).assert_bits_of(&wanted, &format!("{what}, {count} workers and this process"));
+        Answer::from(attended).assert_bits_of(wanted, &format!("{what}, {count} workers and this process"));
     }
 }
 
@@ -282,10 +288,25 @@ async fn two_hundred_random_calls_have_the_same_bits_on_any_number_of_workers() 
     let cluster = Cluster::with(mixed_workers()).await;
     let client = cluster.client();
     let mut seen = Seen::default();
-    for (seed, data, causal, dims) in random_calls() {
-        let case = Case::new(seed, data, causal, Dtype::F32, dims);
-        check(&format!("call {seed}: {data:?} {causal:?} {dims:?}"), &client, &case, &mut seen).await;
+    // While the cluster computes a call, this process computes the next one.
+    let (computed, mut calls) = mpsc::channel(1);
+    let in_this_process = tokio::task::spawn_blocking(move || {
+        for (seed, data, causal, dims) in random_calls() {
+            let case = Case::new(seed, data, causal, Dtype::F32, dims);
+            let what = format!("call {seed}: {data:?} {causal:?} {dims:?}");
+            let wanted = compute(&what, &case);
+            if computed.blocking_send((what, case, wanted)).is_err() {
+                return;
+            }
+        }
+    });
+    let mut checked = 0;
+    while let Some((what, case, wanted)) = calls.recv().await {
+        check(&what, &client, &case, &wanted, &mut seen).await;
+        checked += 1;
     }
+    in_this_process.await.expect("what this process computes is right");
+    assert_eq!(checked, 200);
     assert_eq!(seen.workers.len(), WORKERS, "workers that took part: {:?}", seen.workers);
     assert!(seen.by_all >= 100, "only {} calls were shared by all workers", seen.by_all);
     assert!(seen.cut_by_slots >= 100, "only {} calls were cut by slots", seen.cut_by_slots);
@@ -432,7 +453,9 @@ async fn nightly_big_calls_have_the_same_bits_on_any_number_of_workers() {
     let mut seen = Seen::default();
     for (i, (causal, dims)) in calls.into_iter().enumerate() {
         let case = Case::new(90_000 + i as u64, Data::Normal, causal, Dtype::F32, dims);
-        check(&format!("big call {i}: {causal:?} {dims:?}"), &client, &case, &mut seen).await;
+        let what = format!("big call {i}: {causal:?} {dims:?}");
+        let wanted = compute(&what, &case);
+        check(&what, &client, &case, &wanted, &mut seen).await;
     }
     assert_eq!(seen.workers.len(), WORKERS, "workers that took part: {:?}", seen.workers);
 }

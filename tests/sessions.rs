@@ -1,15 +1,19 @@
 //! Sessions over real processes: the bits of a whole call, however the rows came and whoever holds them.
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use attnd_client::session::{BatchStep, OpenOptions, QueryOptions, Sessions};
-use attnd_client::{AttendOptions, Causal, Dims, Dtype, Outcome, Reason};
+use attnd_client::{AttendOptions, Causal, Client, Dims, Dtype, Outcome, Reason};
 use attnd_kernel::{Isa, Kernels};
 use bytes::Bytes;
 
 use crate::support::cases::{Answer, Case, Data};
 use crate::support::cluster::{Cluster, WorkerSpec};
+use crate::support::tap::Tap;
+
+mod repair;
 
 /// A sequence that attends to itself: token by token, or whole.
 struct Sequence {
@@ -244,4 +248,67 @@ async fn a_replica_takes_over_in_the_middle_of_a_session_with_the_same_bits() {
         description.shards.iter().all(|shard| shard.workers.iter().all(|worker| worker.as_str() != "w1"))
     );
     println!("the slowest step took {slowest:?}");
+}
+
+/// Whatever the number of heads, pages, layers' rows and sessions: one message to each worker and one back, one from the client and one
+/// to it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_step_is_one_message_to_each_worker_and_one_back() {
+    const SESSIONS: usize = 16;
+    let mut taps = Vec::new();
+    for _ in 0..3 {
+        taps.push(Arc::new(Tap::new().await));
+    }
+    let specs = taps.iter().map(|tap| WorkerSpec { tap: Some(Arc::clone(tap)), ..WorkerSpec::default() });
+    let cluster = Cluster::with(specs.collect()).await;
+    let at_client = Tap::new().await;
+    at_client.lead_to(cluster.url());
+    let sessions = Client::connect(at_client.url()).unwrap().sessions();
+    let all = || taps.iter().map(|tap| tap.messages()).chain([at_client.messages()]).collect::<Vec<_>>();
+    let since = |before: &[[u64; 2]]| -> Vec<[u64; 2]> {
+        all().iter().zip(before).map(|(now, before)| [now[0] - before[0], now[1] - before[1]]).collect()
+    };
+    let sequence = Sequence::new(13, Dtype::F32, dims(32, 8, 1500, 16, 16));
+    let options = sequence.options();
+    for (replicas, acks) in [(1, 1), (2, 2), (3, 3)] {
+        let mut open = Vec::new();
+        for _ in 0..SESSIONS {
+            let mut spec = sequence.open(2);
+            (spec.spec.replicas, spec.spec.acks, spec.spec.allow_same_host) = (replicas, acks, true);
+            let mut session = sessions.open(spec).await.unwrap();
+            assert_eq!(session.describe().await.unwrap().shards.len(), 3, "all workers have a part");
+            let [k, v, _] = sequence.rows(0..700);
+            session.append(0, k, v).await.unwrap();
+            open.push(session);
+        }
+        let before = all();
+        for token in 700..750 {
+            let [k, v, q] = sequence.rows(token..token + 1);
+            open[0].step(0, k, v, q, &options).await.unwrap();
+        }
+        assert_eq!(since(&before), [[50, 50]; 4], "50 steps of one token, {replicas} replicas");
+
+        let before = all();
+        let [k, v, q] = sequence.rows(750..1250);
+        open[0].step(0, k, v, q, &options).await.unwrap();
+        assert_eq!(since(&before), [[1, 1]; 4], "a step of 500 tokens, {replicas} replicas");
+
+        let before = all();
+        let mut batch: Vec<BatchStep<'_>> = open
+            .iter_mut()
+            .enumerate()
+            .map(|(at, session)| {
+                let token = if at == 0 { 1250 } else { 700 };
+                let [k, v, q] = sequence.rows(token..token + 1);
+                BatchStep { session, layer: 0, k, v, q, options: &options }
+            })
+            .collect();
+        for stepped in sessions.step_batch(&mut batch).await {
+            stepped.unwrap();
+        }
+        assert_eq!(since(&before), [[1, 1]; 4], "a batch of {SESSIONS} sessions, {replicas} replicas");
+        for session in open {
+            session.close().await.unwrap();
+        }
+    }
 }

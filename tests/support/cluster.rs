@@ -1,6 +1,7 @@
 //! Clusters of real processes on this machine: one coordinator and some workers.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use attnd_client::{Client, ClusterStatus};
@@ -8,22 +9,27 @@ use attnd_kernel::Isa;
 
 use super::eventually;
 use super::process::{Alone, Process, alone};
+use super::tap::Tap;
 
 /// Time for a worker to join, or for a lost one to be missed.
 const SETTLE: Duration = Duration::from_secs(20);
 
 /// What a worker is started with.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub(crate) struct WorkerSpec {
     /// Its instruction set; the fastest of this machine if `None`.
     pub(crate) isa: Option<Isa>,
     /// Compute threads.
     pub(crate) threads: usize,
+    /// MiB that sessions may take; what the program makes of it if `None`.
+    pub(crate) session_mib: Option<u64>,
+    /// What the coordinator connects to in its place.
+    pub(crate) tap: Option<Arc<Tap>>,
 }
 
 impl Default for WorkerSpec {
     fn default() -> Self {
-        Self { isa: None, threads: 1 }
+        Self { isa: None, threads: 1, session_mib: None, tap: None }
     }
 }
 
@@ -53,11 +59,23 @@ impl Worker {
         let name = if self.lives == 1 { self.id.clone() } else { format!("{}-{}", self.id, self.lives) };
         let threads = self.spec.threads.to_string();
         let args = ["worker", "--coordinator", coordinator, "--listen", "127.0.0.1:0"];
-        let args = [&args[..], &["--id", &name, "--threads", &threads]].concat();
+        let memory = self.spec.session_mib.map(|mib| format!("{mib}MiB"));
+        let memory: Vec<&str> = memory.iter().flat_map(|bytes| ["--session-memory", bytes]).collect();
+        let mut args = [&args[..], &["--id", &name, "--threads", &threads], &memory].concat();
+        if let Some(tap) = &self.spec.tap {
+            args.extend(["--advertise", tap.url()]);
+        }
         let isa = self.spec.isa.map(Isa::name);
         let env: Vec<(&str, &str)> = isa.map(|isa| ("ATTND_ISA", isa)).into_iter().collect();
         let process = Process::start_bound(&name, &args, &env);
-        let url = process.url();
+        let listens = process.url();
+        let url = match &self.spec.tap {
+            Some(tap) => {
+                tap.lead_to(&listens);
+                tap.url().to_owned()
+            }
+            None => listens,
+        };
         self.running = Some((process, url));
     }
 
@@ -114,6 +132,13 @@ impl Cluster {
     /// Starts a worker that is not running; from its second life on it has a name of its own, such as `w0-2`.
     pub(crate) fn start_worker(&mut self, i: usize) {
         self.workers[i].start(&self.url);
+    }
+
+    /// Starts one worker more, the last of all.
+    pub(crate) fn add_worker(&mut self, spec: WorkerSpec) {
+        let id = format!("w{}", self.workers.len());
+        self.workers.push(Worker { spec, id, lives: 0, running: None });
+        self.start_worker(self.workers.len() - 1);
     }
 
     /// Ends a worker with SIGKILL.

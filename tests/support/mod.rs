@@ -6,6 +6,7 @@ pub(crate) mod dense;
 pub(crate) mod formula;
 pub(crate) mod process;
 pub(crate) mod raw_call;
+pub(crate) mod tap;
 
 use std::time::Duration;
 

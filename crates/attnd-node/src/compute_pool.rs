@@ -143,14 +143,18 @@ impl ComputePool {
     /// much of it is there for its caller to see to. So it is without the two changes of threads and tasks that [`Self::run`] has around
     /// it. A panic ends it and nothing else.
     pub fn begin(&self, work: impl FnOnce() + Send + 'static) {
-        let busy = Arc::clone(&self.busy);
-        self.spawn(move || {
-            let _busy = busy.enter();
-            // What the closure owns doesn't outlive it after a panic; what it shares has to be whole at any moment.
-            if let Err(panic) = catch_unwind(AssertUnwindSafe(work)) {
-                tracing::error!(panic = text_of(&*panic), "work on the compute pool panicked");
-            }
-        });
+        let pool = self.clone();
+        self.spawn(move || pool.run_here(work));
+    }
+
+    /// Runs `work` on this thread, at once, as if it were the pool's: for what takes less time than to wake one of these. It must not
+    /// divide itself, see [`is_pool_thread`]. A panic ends it and nothing else.
+    pub fn run_here(&self, work: impl FnOnce()) {
+        let _busy = self.busy.enter();
+        // What the closure owns doesn't outlive it after a panic; what it shares has to be whole at any moment.
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(work)) {
+            tracing::error!(panic = text_of(&*panic), "work on the compute pool panicked");
+        }
     }
 
     /// Share of the last second or so in which the pool had work, 0 to 1.
@@ -158,6 +162,11 @@ impl ComputePool {
         let now = Instant::now();
         lock(&self.load).update(now, self.busy.total(now))
     }
+}
+
+/// Whether parallel iterators of rayon have their threads in a pool here. Elsewhere they would begin one for the whole process.
+pub(crate) fn is_pool_thread() -> bool {
+    rayon::current_thread_index().is_some()
 }
 
 pub(crate) fn text_of(panic: &(dyn std::any::Any + Send)) -> String {

@@ -48,6 +48,15 @@ impl Calls {
         entered.then(|| InFlight { state: Arc::clone(&self.state) })
     }
 
+    /// The same for what has to go on while the node drains, because it is about what only this node has; `None` once calls are cut.
+    pub fn enter_until_cut(&self) -> Option<InFlight> {
+        if self.cut.is_cancelled() {
+            return None;
+        }
+        self.state.send_modify(|state| state.in_flight += 1);
+        Some(InFlight { state: Arc::clone(&self.state) })
+    }
+
     /// Calls in flight now.
     pub fn in_flight(&self) -> usize {
         self.state.borrow().in_flight
@@ -118,9 +127,14 @@ where
     // Connections must be served while peers are told and calls end; a server alone can't end while a peer keeps an
     // idle connection, so the last flush is bounded too.
     let drained = async {
-        on_drain.await;
+        let drained = tokio::time::timeout(deadline, async {
+            on_drain.await;
+            stop.cancel();
+            calls.idle().await;
+        });
+        let drained = drained.await.is_ok();
         stop.cancel();
-        tokio::time::timeout(deadline, calls.idle()).await.is_ok()
+        drained
     };
     let drained = tokio::select! {
         ended = &mut server => {
@@ -157,9 +171,15 @@ mod tests {
         calls.drain();
         assert!(calls.enter().is_none());
         assert_eq!(calls.in_flight(), 1);
+        // What only this node can do goes on.
+        let needed = calls.enter_until_cut();
         drop(call);
+        assert!(futures::poll!(&mut idle).is_pending());
+        drop(needed);
         tokio::time::timeout(Duration::from_secs(5), idle).await.unwrap();
         assert_eq!(calls.in_flight(), 0);
+        calls.cut();
+        assert!(calls.enter_until_cut().is_none());
     }
 
     async fn never_ending_server(

@@ -7,7 +7,7 @@
 //! enough replicas of each shard, and what a shard has beyond the shortest one was acknowledged by nobody.
 //!
 //! * [`spec`] is what can't change as long as a session lives; [`op`] what changes it, and how ops are told apart.
-//! * [`rows`] says which rows of an append go to which shard, [`attempt`] who computes queries, and who does after a loss.
+//! * [`rows`] says which rows of an append go to which shard, [`pages`] which pages a copy of a replica has, [`attempt`] who computes queries, and who does after a loss.
 //! * [`placement`] cuts a session into shards and says who holds their replicas.
 //! * [`ledger`] is the coordinator's side of a session: which op is next, who has it, and what becomes of it when replicas are lost.
 //! * [`replica`] is one replica of a shard, as the worker that holds it sees it; [`window`] the ops that are remembered, [`closed`] the sessions.
@@ -16,6 +16,7 @@ pub mod attempt;
 pub mod closed;
 pub mod ledger;
 pub mod op;
+pub mod pages;
 pub mod placement;
 pub mod replica;
 pub mod rows;
@@ -34,6 +35,7 @@ pub use ledger::{
     SavedShard,
 };
 pub use op::{Answer, Change, Holder, Op, Record};
+pub use pages::{CopyPage, CopyPages};
 pub use placement::{
     Keeper, Move, Placement, PlacementError, ShardPlacement, place, rebalance, replacement, shard_bytes,
 };

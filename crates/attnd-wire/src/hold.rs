@@ -3,11 +3,15 @@
 //! Requests are decoded in two steps, as in [`crate::session`]: a frame by itself first, then what is in it against the spec and the
 //! pieces of the shard that it is about. Replies likewise: partials can be read only by whoever knows which cells were asked for.
 
+mod copy;
 mod partials;
 mod reply;
 mod request;
 mod work;
 
+pub use self::copy::{
+    CopyBase, CopyChunk, CopySum, ExportRead, ShardExport, ShardImport, ShardSnapshot, pages_of_chunk,
+};
 pub use self::partials::PartialRun;
 pub use self::reply::{HoldAnswer, HoldReply, ShardResult, ShardState};
 pub use self::request::{

@@ -1,7 +1,8 @@
-//! One cargo command after the other, announced and timed; the first failure ends the run.
+//! Cargo commands, announced and timed: one after the other, where the first failure ends the run, or two at a time.
 
+use std::io::{Read, Write};
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, ExitStatus};
 use std::time::Instant;
 
 /// The root of the workspace, where every step runs.
@@ -37,6 +38,29 @@ impl Step {
     }
 
     fn run(&self) -> Result<(), String> {
+        let status = self.command().status();
+        self.outcome(status.map_err(|error| format!("cargo could not be started: {error}"))?)
+    }
+
+    /// What became of it, and what it wrote to either stream, in the order in which it did.
+    fn run_quietly(&self) -> Result<(Result<(), String>, Vec<u8>), String> {
+        let failed = |error: std::io::Error| format!("cargo could not be started: {error}");
+        let (mut reader, writer) = std::io::pipe().map_err(failed)?;
+        let mut command = self.command();
+        command.stdout(writer.try_clone().map_err(failed)?).stderr(writer);
+        let mut child = command.spawn().map_err(failed)?;
+        // It holds the other end of the pipe.
+        drop(command);
+        let mut output = Vec::new();
+        reader.read_to_end(&mut output).map_err(failed)?;
+        Ok((self.outcome(child.wait().map_err(failed)?), output))
+    }
+
+    fn outcome(&self, status: ExitStatus) -> Result<(), String> {
+        if status.success() { Ok(()) } else { Err(format!("failed, {status}: {self}")) }
+    }
+
+    fn command(&self) -> Command {
         let mut command = match self.toolchain {
             None => Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into())),
             // `+name` is for rustup's own cargo, and what `CARGO` names is that of a toolchain.
@@ -46,13 +70,11 @@ impl Step {
                 rustup
             }
         };
-        let status = command
+        command
             .args(self.arguments.split(' '))
             .envs(self.environment.iter().map(|(key, value)| (key, value)))
-            .current_dir(root())
-            .status()
-            .map_err(|error| format!("cargo could not be started: {error}"))?;
-        if status.success() { Ok(()) } else { Err(format!("failed, {status}: {self}")) }
+            .current_dir(root());
+        command
     }
 }
 
@@ -74,19 +96,30 @@ impl std::fmt::Display for Step {
     }
 }
 
-/// Runs the steps in order. How long each took is printed before the last one starts, so that the output ends with
-/// the last step's own: for the suite, that of `cargo test`.
+/// Runs the steps in order, and prints how long each took.
 pub(crate) fn run_all(steps: &[Step]) -> Result<(), String> {
     let mut table = String::new();
     for (index, step) in steps.iter().enumerate() {
-        let number = index + 1;
-        if number == steps.len() && number > 1 {
-            println!("\n{table}");
-        }
-        println!("== {number}/{} {step}", steps.len());
+        println!("== {}/{} {step}", index + 1, steps.len());
         let start = Instant::now();
         step.run()?;
         table += &format!("{:8.1} s  {step}\n", start.elapsed().as_secs_f64());
     }
+    println!("\n{table}");
     Ok(())
+}
+
+/// Runs two steps at the same time, to the end of both. What `beside` writes comes when `first` has ended.
+pub(crate) fn run_beside(first: &Step, beside: &Step) -> Result<(), String> {
+    println!("== {first}\n== beside it: {beside}");
+    let start = Instant::now();
+    let (of_first, of_beside) = std::thread::scope(|scope| {
+        let beside = scope.spawn(|| beside.run_quietly());
+        (first.run(), beside.join())
+    });
+    let (outcome, output) = of_beside.map_err(|_panicked| format!("nobody waited for {beside}"))??;
+    println!("\n== {beside}");
+    std::io::stdout().write_all(&output).map_err(|error| format!("output: {error}"))?;
+    println!("\n{:8.1} s  both", start.elapsed().as_secs_f64());
+    of_first.and(outcome)
 }

@@ -1,6 +1,6 @@
 //! The test suite: `test`, which every change passes, and `nightly`, which takes its time.
 
-use crate::step::{Step, run_all};
+use crate::step::{Step, run_all, run_beside};
 
 // Clippy and rustdoc use the same profile: build scripts and procedural macros are then compiled once.
 const CLIPPY: &str = "clippy --workspace --all-targets --profile suite --locked -- -D warnings";
@@ -8,7 +8,11 @@ const CLIPPY: &str = "clippy --workspace --all-targets --profile suite --locked 
 const DOC: &str = "doc --workspace --no-deps --document-private-items --profile suite --locked";
 // Builds the program too, for the tests that start it: `attnd` has integration tests of its own, and all is built before anything
 // runs. To build it before by itself would compile the kernels twice, as its features are those of fewer packages.
-const TEST: &str = "test --workspace --profile suite --locked";
+const BUILD: &str = "test --workspace --profile suite --locked --no-run";
+// The tests of processes run one after the other, and mostly wait: all others run beside them. Both have the features of the
+// build before, so nothing is compiled again.
+const PROCESS_TESTS: &str = "test --workspace --profile suite --locked --test attnd";
+const OTHER_TESTS: &str = "test --workspace --exclude attnd-tests --profile suite --locked";
 // As it is shipped.
 const RELEASE_TEST: &str = "test --workspace --release --locked";
 // The free order, which only a measurement needs, is compiled nowhere else. It is written for x86-64. Its features are others, so
@@ -23,8 +27,9 @@ pub(crate) fn test() -> Result<(), String> {
         Step::cargo("fmt --all --check"),
         Step::cargo(CLIPPY),
         Step::cargo(DOC).env("RUSTDOCFLAGS", "-D warnings"),
-        Step::cargo(TEST),
-    ])
+        Step::cargo(BUILD),
+    ])?;
+    run_beside(&Step::cargo(PROCESS_TESTS), &Step::cargo(OTHER_TESTS))
 }
 
 /// All tests of a release with `ATTND_NIGHTLY=1`, on which tests extend their lists of cases, and the free order.

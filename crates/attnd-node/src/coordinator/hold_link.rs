@@ -58,6 +58,8 @@ struct State {
 struct Asked {
     parts: Parts,
     answer: oneshot::Sender<Result<Parts, Error>>,
+    /// Who waits for there to be an answer, whatever it is: they are dropped then.
+    others: Vec<oneshot::Sender<()>>,
 }
 
 /// The answer to come.
@@ -132,7 +134,7 @@ impl Lane {
         }
         state.last += 1;
         let request = state.last;
-        state.asked.insert(request, Asked { parts: Parts::new(), answer });
+        state.asked.insert(request, Asked { parts: Parts::new(), answer, others: Vec::new() });
         room.send(proto::HoldRequest { request, term, ask: Some(ask) });
         drop(state);
         Ok((Upload { lane: self, request, term }, Answer(answered)))
@@ -141,6 +143,19 @@ impl Lane {
     /// A request that was begun, to go on with.
     pub(crate) fn resume(&self, request: u64, term: u64) -> Upload<'_> {
         Upload { lane: self, request, term }
+    }
+
+    /// Gives a request up that goes on, behind all that was sent of it, and waits until it has its answer, whatever that is: from then on
+    /// nothing of it can come any more.
+    pub(crate) async fn give_up(&self, request: u64, term: u64) {
+        let (waits, is_over) = oneshot::channel();
+        match self.waiting.lock().asked.get_mut(&request) {
+            Some(asked) => asked.others.push(waits),
+            None => return,
+        }
+        // A stream that ended is an answer too.
+        self.resume(request, term).send(Ask::GiveUp(proto::ShardGiveUp {})).await.ok();
+        is_over.await.ok();
     }
 
     fn why_lost(&self) -> Error {
@@ -231,7 +246,7 @@ impl Waiting {
         }
         let asked = state.asked.remove(&number);
         drop(state);
-        if let Some(Asked { parts, answer }) = asked {
+        if let Some(Asked { parts, answer, others: _ }) = asked {
             // Whoever asked may be gone.
             drop(answer.send(Ok(parts)));
         }
@@ -287,6 +302,30 @@ mod tests {
         waiting.take(reply(2, false)).unwrap();
         let unknown = waiting.take(reply(3, false)).unwrap_err();
         assert_eq!(unknown.message(), "REPLY_INVALID: an answer to request 3, which isn't open");
+    }
+
+    #[tokio::test]
+    async fn what_is_given_up_is_over_once_it_is_answered() {
+        let (link, [control, mut task]) = link();
+        let (_upload, answer) = link.bulk.begin(3, release()).await.unwrap();
+        drop(answer);
+        let mut over = std::pin::pin!(link.bulk.give_up(1, 3));
+        assert!(futures::poll!(&mut over).is_pending());
+        let sent = [task.outgoing.recv().await.unwrap(), task.outgoing.recv().await.unwrap()];
+        assert!(sent.iter().all(|sent| sent.request == 1));
+        assert_eq!(sent[1].ask, Some(Ask::GiveUp(proto::ShardGiveUp {})));
+        task.waiting.0.take(reply(1, true)).unwrap();
+        assert!(futures::poll!(&mut over).is_pending());
+        task.waiting.0.take(reply(1, false)).unwrap();
+        over.await;
+        // And so it is where the stream ends.
+        link.bulk.give_up(1, 3).await;
+        let _upload = link.bulk.begin(3, release()).await.unwrap();
+        let mut over = std::pin::pin!(link.bulk.give_up(2, 3));
+        assert!(futures::poll!(&mut over).is_pending());
+        drop(task);
+        over.await;
+        drop(control);
     }
 
     #[tokio::test]

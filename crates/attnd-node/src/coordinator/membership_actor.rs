@@ -176,6 +176,24 @@ pub(crate) struct Capacities {
     pub(crate) least_version: u32,
 }
 
+/// Who is there, whether it may get new work or not?
+#[derive(Debug)]
+pub(crate) struct Everybody {
+    /// Of the protocol, that the work needs.
+    pub(crate) least_version: u32,
+}
+
+/// A worker that is there.
+#[derive(Clone, Debug)]
+pub(crate) struct Present {
+    pub(crate) keeper: Keeper,
+    pub(crate) actor: ActorRef<WorkerActor>,
+    /// It may get new work.
+    pub(crate) is_usable: bool,
+    /// It wants to leave.
+    pub(crate) is_draining: bool,
+}
+
 /// How is everybody, ascending by id?
 #[derive(Debug)]
 pub(crate) struct Roster;
@@ -349,6 +367,25 @@ impl Message<Capacities> for MembershipActor {
             unused.quarantined = quarantined.len();
         }
         Candidates { usable, unused }
+    }
+}
+
+impl Message<Everybody> for MembershipActor {
+    type Reply = Vec<Present>;
+
+    async fn handle(&mut self, ask: Everybody, _: &mut Context<Self, Vec<Present>>) -> Vec<Present> {
+        let now = self.now();
+        let able = self.members.iter().filter(|(_, member)| member.hello.wire_version >= ask.least_version);
+        let present = |(id, member): (&WorkerId, &Member)| {
+            let (state, _) = self.decisions.state(id, now)?;
+            Some(Present {
+                keeper: member.keeper(),
+                actor: member.actor.clone(),
+                is_usable: state == MemberState::Active && member.can_connect(),
+                is_draining: state == MemberState::Draining,
+            })
+        };
+        able.filter_map(present).collect()
     }
 }
 

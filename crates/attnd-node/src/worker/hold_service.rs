@@ -4,7 +4,7 @@
 //! * [`reader`] takes frames: which shard they are about, and whether they make sense there.
 //! * [`answers`] are what goes back: work that ends on the compute pool puts its answer straight into the stream's queue, where its place
 //!   was kept before it began.
-//! * [`bulk`] are appends in chunks, which are many frames and one answer.
+//! * [`bulk`] are appends in chunks, which are many frames and one answer; [`copies`] what replicas are copied by.
 //!
 //! A stream that is dropped takes with it what nobody waits for any more. Shards stay: the coordinator may come back, or another one.
 
@@ -28,6 +28,7 @@ use crate::shutdown::Calls;
 
 pub(crate) mod answers;
 mod bulk;
+mod copies;
 mod reader;
 
 /// Messages of a stream that wait or are computed, and answers that wait to be sent, together.

@@ -194,6 +194,7 @@ pub async fn run_on<L: Listener>(
         health.set_not_serving::<WorkerServer>().await;
         health.set_service_status("", tonic_health::ServingStatus::NotServing).await;
         supervisor.tell(Leave).send().await.ok();
+        sessions.handed_over().await;
     };
     let served = serve_until(shutdown, &gauges.calls, DRAIN_DEADLINE, serve, on_drain);
 

@@ -4,6 +4,7 @@
 //! * [`turns`] lets work run whose turn it is: in order where it touches the same shard, else side by side. Work runs on the compute pool,
 //!   from what it appends to its encoded answer, without a change of threads in between.
 //! * [`works`] are the steps of a message: rows first, then all that is asked over them ([`attention`]).
+//! * [`export`] and [`import`] are the two halves of a copy of a replica to another worker.
 //! * [`memory`] is what all of it may take.
 
 use std::collections::BTreeMap;
@@ -26,6 +27,8 @@ use crate::compute_pool::ComputePool;
 use crate::worker::budget::{Budget, OverBudget, Reservation};
 
 pub(crate) mod attention;
+pub(crate) mod export;
+pub(crate) mod import;
 pub(crate) mod memory;
 pub(crate) mod pages;
 pub(crate) mod shard;
@@ -33,6 +36,8 @@ pub(crate) mod staged;
 pub(crate) mod turns;
 pub(crate) mod works;
 
+/// How often a worker that leaves looks whether it still has shards.
+const HANDED_OVER: Duration = Duration::from_millis(50);
 /// Shards at most; each takes some memory of its own, however empty it is.
 const MAX_SHARDS: usize = 65_536;
 /// Bytes that the account of an empty shard takes, with the ops that it remembers.
@@ -154,7 +159,6 @@ impl Store {
     }
 
     /// Shards that are here.
-    #[cfg(test)]
     pub(crate) fn len(&self) -> usize {
         self.lines().shards.len()
     }
@@ -214,6 +218,15 @@ impl Store {
         }
     }
 
+    /// The same for a short job, which runs on this thread if it is its turn now.
+    pub(crate) fn submit_short(&self, touches: Vec<(ShardKey, Access)>, job: Job) {
+        let runs = self.lines().turns.enter(job, touches);
+        if let Some((ticket, job)) = runs {
+            let _turn = Turn { store: self.clone(), ticket };
+            self.0.pool.run_here(job);
+        }
+    }
+
     fn run(&self, ticket: Ticket, job: Job) {
         let turn = Turn { store: self.clone(), ticket };
         self.0.pool.begin(move || {
@@ -253,6 +266,22 @@ impl Store {
         presence.streams += 1;
         presence.last = now();
         Some(Present(self.clone()))
+    }
+
+    /// Completes once there are no shards here, or nobody who could take them away.
+    pub(crate) async fn handed_over(&self) {
+        let mut told = usize::MAX;
+        loop {
+            let (shards, streams) = (self.len(), self.presence().streams);
+            if shards == 0 || streams == 0 {
+                return;
+            }
+            if shards < told {
+                tracing::info!(shards, "waits until others have its shards of sessions");
+                told = shards;
+            }
+            tokio::time::sleep(HANDED_OVER).await;
+        }
     }
 
     /// Completes never; gives all shards up whenever no coordinator has been there for so long.

@@ -55,8 +55,17 @@ fn walk(setting: Setting, seed: u64, steps: usize, seen: &mut HashSet<u64>) -> R
 }
 
 fn setting(replicas: usize, acks: usize, workers: usize) -> Setting {
-    let budget =
-        Budget { ops: 6, retries: 2, refusals: 2, crashes: 2, breaks: 2, restarts: 2, writers: 1, drains: 1 };
+    let budget = Budget {
+        ops: 6,
+        retries: 2,
+        refusals: 2,
+        crashes: 2,
+        breaks: 2,
+        restarts: 2,
+        writers: 1,
+        drains: 1,
+        moves: 2,
+    };
     Setting { replicas, acks, workers, budget, omission: None }
 }
 

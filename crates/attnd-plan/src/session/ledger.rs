@@ -32,6 +32,7 @@ use super::window::{Known, Window};
 mod error;
 mod flight;
 mod message;
+mod moves;
 mod restart;
 mod round;
 mod shard;
@@ -337,6 +338,8 @@ impl<E: Clone> Ledger<E> {
             LedgerEvent::Joined { shard, holder } => self.admit(shard, holder, true),
             LedgerEvent::Replacement { shard, holder } => self.admit(shard, holder, false),
             LedgerEvent::Draining(holder) => self.drain(&holder),
+            LedgerEvent::Move { shard, from, to } => self.move_replica(shard, &from, to),
+            LedgerEvent::Stays { shard, holder } => self.keep(shard, &holder),
             LedgerEvent::Saved { shard, epoch } => self.open(shard, epoch),
             LedgerEvent::Records(records) => self.take_records(records),
         }
@@ -433,9 +436,12 @@ impl<E: Clone> Ledger<E> {
         self.used
     }
 
-    /// Whether nobody has asked for it for its whole time. Not while an op is in flight.
+    /// Whether nobody has asked for it for its whole time. Not while an op is on its way; one that waits for replicas, and that nobody
+    /// has asked for since, keeps nothing.
     pub fn is_expired(&self, now: Duration) -> bool {
-        self.flight.is_none() && now.saturating_sub(self.used) >= self.ttl
+        let is_on_its_way =
+            self.flight.as_ref().is_some_and(|flight| matches!(flight.stage, Stage::Applying));
+        !is_on_its_way && now.saturating_sub(self.used) >= self.ttl
     }
 
     /// Replicas that a shard is short of, beside those on their way.

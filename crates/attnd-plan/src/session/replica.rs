@@ -120,6 +120,11 @@ impl Replica {
         }
     }
 
+    /// Whether nothing was ever applied to it.
+    pub fn is_untouched(&self) -> bool {
+        self.window.last() == 0 && self.chain == 0 && self.tokens.iter().all(|tokens| *tokens == 0)
+    }
+
     /// Tokens of each layer.
     pub fn tokens(&self) -> &[usize] {
         &self.tokens

@@ -4,6 +4,7 @@ use attnd_plan::session::{Change, Op, ReplicaState};
 
 use crate::convert::{self, size, small};
 use crate::error::{Error, Reason};
+use crate::hold::copy::{CopyChunk, CopySum, ShardSnapshot};
 use crate::hold::partials::PartialRun;
 use crate::hold::request::tokens;
 use crate::proto;
@@ -28,6 +29,12 @@ pub enum HoldAnswer {
     State(ShardState),
     /// It wasn't done.
     Failed(Error),
+    /// To an export.
+    Snapshot(Box<ShardSnapshot>),
+    /// To a read of one.
+    Chunk(CopyChunk),
+    /// To the end of one.
+    Sum(CopySum),
 }
 
 /// What became of one work, or of a part of its queries.
@@ -109,6 +116,9 @@ impl TryFrom<proto::HoldReply> for HoldReply {
             }
             Message::State(state) => HoldAnswer::State(state.try_into()?),
             Message::Failure(failure) => HoldAnswer::Failed(failure.into()),
+            Message::Snapshot(snapshot) => HoldAnswer::Snapshot(Box::new(snapshot.try_into()?)),
+            Message::Chunk(chunk) => HoldAnswer::Chunk(chunk.try_into()?),
+            Message::Sum(sum) => HoldAnswer::Sum(sum.into()),
         };
         Ok(Self { request: message.request, more: message.more, answer })
     }
@@ -123,6 +133,9 @@ impl From<HoldReply> for proto::HoldReply {
             }),
             HoldAnswer::State(state) => Message::State(state.into()),
             HoldAnswer::Failed(error) => Message::Failure(error.into()),
+            HoldAnswer::Snapshot(snapshot) => Message::Snapshot((*snapshot).into()),
+            HoldAnswer::Chunk(chunk) => Message::Chunk(chunk.into()),
+            HoldAnswer::Sum(sum) => Message::Sum(sum.into()),
         };
         Self { request: reply.request, more: reply.more, answer: Some(answer) }
     }

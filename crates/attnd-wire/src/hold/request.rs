@@ -8,6 +8,7 @@ use crate::attend::Commit;
 use crate::compute::SliceChunk;
 use crate::convert::{self, size, small};
 use crate::error::{Error, Reason};
+use crate::hold::copy::{CopyChunk, CopySum, ExportRead, ShardExport, ShardImport};
 use crate::hold::work::ShardWork;
 use crate::session::{check_layer, decode_spec};
 use crate::{proto, refusal};
@@ -15,7 +16,7 @@ use crate::{proto, refusal};
 /// One frame to a worker.
 #[derive(Clone, Debug, PartialEq)]
 pub struct HoldRequest {
-    /// Ascending on a stream, from 1. Chunks and a Commit have the number of their append.
+    /// Ascending on a stream, from 1. Chunks, a Commit and what gives an append up have the number of their append.
     pub request: u64,
     /// Of the coordinator.
     pub term: u64,
@@ -47,12 +48,28 @@ pub enum HoldAsk<W = ShardWork> {
     Chunk(SliceChunk),
     /// The end of an append.
     Commit(Commit),
+    /// No more of an append comes, and no Commit.
+    GiveUp,
     /// Another op.
     Change(ShardChange),
     /// A new epoch, which is `epoch` of this.
     Fence(ShardAt),
     /// The end of a shard.
     Release(ShardAt),
+    /// What a replica has; its epoch isn't looked at.
+    Look(ShardAt),
+    /// The beginning of a copy, where it comes from.
+    Export(ShardExport),
+    /// A chunk of it.
+    Read(ExportRead),
+    /// The end of the export that this request began.
+    End(u64),
+    /// The beginning of a copy, where it goes to.
+    Import(Box<ShardImport>),
+    /// A chunk of it.
+    Copied(CopyChunk),
+    /// The end of an import.
+    Sum(CopySum),
 }
 
 /// Which shard of which session, and in which epoch the sender thinks it is.
@@ -192,9 +209,17 @@ fn decode_ask(ask: proto::hold_request::Ask) -> Result<HoldAsk<Result<ShardWork,
         Message::Append(append) => HoldAsk::Append(append.try_into()?),
         Message::Chunk(chunk) => HoldAsk::Chunk(decode_chunk(chunk)?),
         Message::Commit(commit) => HoldAsk::Commit(commit.into()),
+        Message::GiveUp(proto::ShardGiveUp {}) => HoldAsk::GiveUp,
         Message::Change(change) => HoldAsk::Change(change.try_into()?),
         Message::Fence(proto::ShardFence { at }) => HoldAsk::Fence(at.try_into()?),
         Message::Release(proto::ShardRelease { at }) => HoldAsk::Release(at.try_into()?),
+        Message::Look(proto::ShardLook { at }) => HoldAsk::Look(at.try_into()?),
+        Message::Export(export) => HoldAsk::Export(export.try_into()?),
+        Message::Read(proto::ExportRead { export, index }) => HoldAsk::Read(ExportRead { export, index }),
+        Message::End(proto::ExportEnd { export }) => HoldAsk::End(export),
+        Message::Import(import) => HoldAsk::Import(Box::new(import.try_into()?)),
+        Message::Copied(chunk) => HoldAsk::Copied(chunk.try_into()?),
+        Message::Sum(sum) => HoldAsk::Sum(sum.into()),
     })
 }
 
@@ -210,9 +235,17 @@ impl From<HoldRequest> for proto::HoldRequest {
             HoldAsk::Append(append) => Message::Append(append.into()),
             HoldAsk::Chunk(chunk) => Message::Chunk(chunk.into()),
             HoldAsk::Commit(commit) => Message::Commit(commit.into()),
+            HoldAsk::GiveUp => Message::GiveUp(proto::ShardGiveUp {}),
             HoldAsk::Change(change) => Message::Change(change.into()),
             HoldAsk::Fence(at) => Message::Fence(proto::ShardFence { at: Some(at.into()) }),
             HoldAsk::Release(at) => Message::Release(proto::ShardRelease { at: Some(at.into()) }),
+            HoldAsk::Look(at) => Message::Look(proto::ShardLook { at: Some(at.into()) }),
+            HoldAsk::Export(export) => Message::Export(export.into()),
+            HoldAsk::Read(ExportRead { export, index }) => Message::Read(proto::ExportRead { export, index }),
+            HoldAsk::End(export) => Message::End(proto::ExportEnd { export }),
+            HoldAsk::Import(import) => Message::Import((*import).into()),
+            HoldAsk::Copied(chunk) => Message::Copied(chunk.into()),
+            HoldAsk::Sum(sum) => Message::Sum(sum.into()),
         };
         Self { request, term, ask: Some(ask) }
     }

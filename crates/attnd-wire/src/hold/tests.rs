@@ -2,7 +2,7 @@
 
 use attnd_kernel::slot::keys_in_slots;
 use attnd_kernel::{Causal, Dtype, Operator, PartialRows};
-use attnd_plan::session::{Change, Op, SessionSpec};
+use attnd_plan::session::{Answer, Change, Op, Record, SessionSpec};
 use attnd_plan::{CellId, Piece, Tensor, cells};
 use bytes::Bytes;
 use proptest::prelude::*;
@@ -57,6 +57,22 @@ fn chunk() -> SliceChunk {
     SliceChunk { index: 0, tensor: Tensor::V.into(), head: 1, offset: 8, data: vec![0; 16].into() }
 }
 
+fn base() -> CopyBase {
+    CopyBase { op_seq: 1, chain: 3, generation: 2, tokens: vec![0, 256, 0] }
+}
+
+/// Two ops after three that are forgotten.
+fn snapshot() -> ShardSnapshot {
+    let state = ShardState { op_seq: 5, tokens: vec![0, 556, 9], chain: 8, ..ShardState::default() };
+    let record = |seq, child| Record { seq, digest: 9, answer: Answer { len: 7, generation: 1, child } };
+    let records = vec![record(4, Some(6)), record(5, None)];
+    ShardSnapshot { state, records, chains: vec![7, 8], base: Some(base()) }
+}
+
+fn import() -> ShardImport {
+    ShardImport { at: AT, spec: spec(), pieces: pieces(), snapshot: snapshot() }
+}
+
 fn sent<M: prost::Message + Default>(message: M) -> M {
     M::decode(&message.encode_to_vec()[..]).unwrap()
 }
@@ -86,6 +102,15 @@ fn every_request_returns() {
         change(ShardChangeKind::Undo),
         HoldAsk::Fence(AT),
         HoldAsk::Release(AT),
+        HoldAsk::GiveUp,
+        HoldAsk::Look(AT),
+        HoldAsk::Export(ShardExport { at: AT, base: Some(base()) }),
+        HoldAsk::Export(ShardExport { at: AT, base: None }),
+        HoldAsk::Read(ExportRead { export: 9, index: 3 }),
+        HoldAsk::End(9),
+        HoldAsk::Import(Box::new(import())),
+        HoldAsk::Copied(CopyChunk::new(1, Bytes::from_static(b"abcd"))),
+        HoldAsk::Sum(CopySum { chunks: 1, bytes: 4, crc32c: 5 }),
     ] {
         let request = HoldRequest { request: 2, term: 6, ask };
         let again = HoldRequest::decode(sent(request.clone().into()));
@@ -99,6 +124,14 @@ fn every_request_returns() {
             HoldAsk::Change(change) => HoldAsk::Change(change),
             HoldAsk::Fence(at) => HoldAsk::Fence(at),
             HoldAsk::Release(at) => HoldAsk::Release(at),
+            HoldAsk::GiveUp => HoldAsk::GiveUp,
+            HoldAsk::Look(at) => HoldAsk::Look(at),
+            HoldAsk::Export(export) => HoldAsk::Export(export),
+            HoldAsk::Read(read) => HoldAsk::Read(read),
+            HoldAsk::End(export) => HoldAsk::End(export),
+            HoldAsk::Import(import) => HoldAsk::Import(import),
+            HoldAsk::Copied(chunk) => HoldAsk::Copied(chunk),
+            HoldAsk::Sum(sum) => HoldAsk::Sum(sum),
         };
         assert_eq!(ask, request.ask);
     }
@@ -350,4 +383,48 @@ proptest! {
             let _either = PartialRun::try_from(message).map(|run| run.decode(&cells, &call));
         }
     }
+}
+
+#[test]
+fn copies_return_and_are_checked() {
+    let snapshot = snapshot();
+    for answer in [
+        HoldAnswer::Snapshot(Box::new(snapshot.clone())),
+        HoldAnswer::Chunk(CopyChunk::new(0, Bytes::from_static(b"12345678"))),
+        HoldAnswer::Sum(CopySum { chunks: 2, bytes: 12, crc32c: 1 }),
+    ] {
+        let reply = HoldReply { request: 3, more: false, answer };
+        assert_eq!(HoldReply::try_from(sent(proto::HoldReply::from(reply.clone()))), Ok(reply));
+    }
+    let refused = |change: &dyn Fn(&mut ShardSnapshot)| {
+        let mut import = import();
+        change(&mut import.snapshot);
+        ShardImport::try_from(proto::ShardImport::from(import)).unwrap_err().message()
+    };
+    assert_eq!(refused(&|copy| copy.state.op_seq = 1), "SNAPSHOT: 2 records don't end in op 1");
+    assert_eq!(refused(&|copy| copy.state.tokens.push(1)), "SNAPSHOT: tokens of 4 layers, the session has 3");
+    assert_eq!(refused(&|copy| copy.state.tokens[1] = 255), "SNAPSHOT: layer 1 has 255 tokens, its base 256");
+    assert_eq!(
+        refused(&|copy| copy.base.as_mut().unwrap().tokens = vec![1]),
+        "SNAPSHOT: a base of 1 layers for 3"
+    );
+    let most = spec().max_tokens as u64;
+    let too_many = refused(&|copy| copy.state.tokens[0] = most + 1);
+    assert_eq!(too_many, format!("SESSION_FULL: {} tokens, the session has at most {most}", most + 1));
+    let broken = proto::CopyChunk { index: 4, crc32c: 1, data: Bytes::from_static(b"1234") };
+    assert_eq!(CopyChunk::try_from(broken).unwrap_err().message(), "CHECKSUM: chunk 4, nothing applied");
+}
+
+#[test]
+fn a_sum_is_of_all_chunks_in_order() {
+    let chunks = [&b"1234"[..], b"5678", b"90ab"].map(Bytes::from_static);
+    let sum_of = |order: [usize; 3]| {
+        let mut sum = CopySum::default();
+        let in_order = order.iter().enumerate();
+        in_order.for_each(|(i, at)| sum.add(&CopyChunk::new(i as u32, chunks[*at].clone())));
+        sum
+    };
+    let sum = sum_of([0, 1, 2]);
+    assert_eq!(sum, CopySum { chunks: 3, bytes: 12, crc32c: crc32c::crc32c(b"1234567890ab") });
+    assert_ne!(sum_of([1, 0, 2]), sum);
 }

@@ -128,6 +128,8 @@ pub struct ShardDescription {
 pub enum ShardHealth {
     /// Takes everything.
     Open,
+    /// Takes everything, and has fewer replicas than it should.
+    Repairing,
     /// Finds out what its replicas have.
     Recovering,
     /// Takes no appends for want of replicas.
@@ -138,12 +140,13 @@ pub enum ShardHealth {
 
 impl ShardHealth {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::Open, Self::Recovering, Self::Degraded, Self::Lost];
+    pub const ALL: [Self; 5] = [Self::Open, Self::Repairing, Self::Recovering, Self::Degraded, Self::Lost];
 
     /// The stable name, as on the wire.
     pub fn name(self) -> &'static str {
         match self {
             Self::Open => "open",
+            Self::Repairing => "repairing",
             Self::Recovering => "recovering",
             Self::Degraded => "degraded",
             Self::Lost => "lost",

@@ -280,9 +280,7 @@ fn results_of(parts: Parts, n: usize) -> Result<Vec<Vec<ShardResult>>, Error> {
                     results.push(ShardResult { work, failure, ..ShardResult::default() });
                 }
             }
-            HoldAnswer::State(_) => {
-                return Err(Error::new(Reason::ReplyInvalid, "a state in the place of results"));
-            }
+            _other => return Err(Error::new(Reason::ReplyInvalid, "something else in the place of results")),
         }
     }
     Ok(results)

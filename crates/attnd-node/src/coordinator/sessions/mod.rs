@@ -3,7 +3,7 @@
 //! * `exchange.rs` serves the stream of a client. Its requests become an `open.rs`, `steps.rs`, `append.rs` or `change.rs`, each of which
 //!   lines up (`turns.rs`) where it changes a session.
 //! * `session.rs` is a session: a shell around [`attnd_plan::session::Ledger`], which decides. `upkeep.rs` does what it wants done
-//!   beside answering.
+//!   beside answering, `copies.rs` has replicas copied, and `repair.rs` says where to.
 //! * `works.rs` cuts a step into its shards' parts, `collector.rs` sends these and takes what comes back, `merge.rs` makes rows of it.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -17,14 +17,17 @@ use attnd_wire::{Error, Reason};
 
 use super::Hub;
 use super::tasks::Tasks;
+use repair::Repairs;
 use session::Session;
 
 mod append;
 mod change;
 mod collector;
+mod copies;
 mod exchange;
 mod merge;
 mod open;
+mod repair;
 mod session;
 mod steps;
 mod turns;
@@ -47,6 +50,7 @@ pub(crate) struct Sessions {
     started: Instant,
     table: Mutex<Table>,
     lines: Mutex<()>,
+    repairs: Repairs,
 }
 
 #[derive(Debug, Default)]
@@ -62,7 +66,7 @@ struct Table {
 impl Sessions {
     pub(crate) fn new(hub: Arc<Hub>, tasks: Tasks, term: u64) -> Self {
         let (started, table, lines) = (now(), Mutex::default(), Mutex::default());
-        Self { hub, tasks, term, started, table, lines }
+        Self { hub, tasks, term, started, table, lines, repairs: Repairs::new() }
     }
 
     /// The clock of ledgers.

@@ -17,6 +17,7 @@ use attnd_wire::{Error, Reason};
 use tokio::sync::oneshot;
 
 use super::Sessions;
+use super::repair::Repair;
 use super::turns::Turns;
 use crate::coordinator::hold_link::HoldLink;
 
@@ -42,6 +43,8 @@ pub(super) struct State {
     waits: Option<oneshot::Sender<Result<Applied, Error>>>,
     /// Names of children, by number.
     pub(super) children: BTreeMap<u64, SessionName>,
+    /// What is known about replicas that are missing, or to be elsewhere.
+    pub(super) repair: Repair,
     /// It is being closed: nothing begins any more.
     pub(super) is_closed: bool,
 }
@@ -79,7 +82,8 @@ impl Session {
         pieces: Vec<Arc<[Piece]>>,
         links: BTreeMap<Holder, Arc<HoldLink>>,
     ) -> Self {
-        let state = State { ledger, links, waits: None, children: BTreeMap::new(), is_closed: false };
+        let (waits, children, repair, is_closed) = (None, BTreeMap::new(), Repair::default(), false);
+        let state = State { ledger, links, waits, children, repair, is_closed };
         Self { number, name, spec, pieces, turns: Arc::default(), state: Mutex::new(state) }
     }
 
@@ -149,11 +153,8 @@ impl Session {
         let mut shards: Vec<ShardOf> = Vec::with_capacity(self.pieces.len());
         for (shard, pieces) in self.pieces.iter().enumerate() {
             let ledger = &state.ledger;
-            let computing = ledger.computing(shard);
-            let others =
-                ledger.members(shard).filter(|member| !ledger.computing(shard).any(|other| other == *member));
             let links =
-                computing.chain(others).filter_map(|holder| state.links.get(holder)).cloned().collect();
+                readers(ledger, shard).filter_map(|holder| state.links.get(holder)).cloned().collect();
             shards.push(ShardOf {
                 at: ShardAt { session: self.number, shard: shard as u32, epoch: ledger.epoch(shard) },
                 pieces: Arc::clone(pieces),
@@ -245,20 +246,14 @@ impl Session {
             pieces: pieces.to_vec(),
             epoch: ledger.epoch(shard),
             health: match ledger.phase(shard) {
+                Phase::Open if ledger.is_short(shard) => ShardHealth::Repairing,
                 Phase::Open => ShardHealth::Open,
                 Phase::Recovering => ShardHealth::Recovering,
                 Phase::Degraded => ShardHealth::Degraded,
                 Phase::Lost => ShardHealth::Lost,
             },
-            workers: ledger.members(shard).map(|holder| holder.worker.clone()).collect(),
-            bytes: ledger
-                .tokens()
-                .iter()
-                .map(|tokens| {
-                    attnd_plan::session::placement::shard_bytes(&self.spec, pieces, *tokens)
-                        / self.spec.layers as u64
-                })
-                .sum(),
+            workers: readers(ledger, shard).map(|holder| holder.worker.clone()).collect(),
+            bytes: self.bytes_of(ledger, shard),
         };
         let idle = sessions.now().saturating_sub(ledger.idle_since());
         SessionDescription {
@@ -274,6 +269,14 @@ impl Session {
             ttl_left: self.spec.ttl.saturating_sub(idle),
         }
     }
+}
+
+/// Who has a shard: whoever has all that was acknowledged, who can be read from also while the shard changes its members, and then the
+/// other members.
+fn readers(ledger: &Ledger<Error>, shard: usize) -> impl Iterator<Item = &Holder> + '_ {
+    let is_computing = move |member: &&Holder| ledger.computing(shard).any(|other| other == *member);
+    let others = ledger.members(shard).filter(move |member| !is_computing(member));
+    ledger.computing(shard).chain(others)
 }
 
 /// What a read of a step comes behind.

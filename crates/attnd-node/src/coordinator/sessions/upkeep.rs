@@ -51,7 +51,7 @@ pub(super) fn state_of(parts: Parts) -> Result<ShardState, Error> {
     match last.map(|reply| reply.answer) {
         Some(HoldAnswer::State(state)) => Ok(state),
         Some(HoldAnswer::Failed(error)) => Err(error),
-        Some(HoldAnswer::Results(_)) | None => Err(Error::new(Reason::ReplyInvalid, "no state of a replica")),
+        _other => Err(Error::new(Reason::ReplyInvalid, "no state of a replica")),
     }
 }
 
@@ -110,11 +110,12 @@ impl Sessions {
                     });
                 }
             }
-            LedgerAction::Copy { shard, to, .. } => {
-                session.handle(&sessions, LedgerEvent::CopyFailed { shard, holder: to });
+            LedgerAction::Copy { shard, from, to, epoch } => {
+                self.begin_copy(&session, shard, (from, to), epoch);
             }
             LedgerAction::NeedReplica { shard, missing } => {
-                tracing::warn!(session = %session.name, shard, missing, "a shard has fewer replicas than it should");
+                tracing::info!(session = %session.name, shard, missing, "a shard has fewer replicas than it should");
+                self.begin_repair(&session);
             }
             LedgerAction::AskRecords { .. } => {}
         }
@@ -154,14 +155,15 @@ pub(super) fn kind_of(op: &attnd_plan::session::Op) -> Option<ShardChangeKind> {
     }
 }
 
-/// Looks through all sessions, for ever: tells ledgers of streams that ended, and closes sessions that nobody uses.
+/// Looks through all sessions, for ever: tells ledgers of streams that ended, closes sessions that nobody uses, and has replicas made and
+/// moved.
 pub(crate) async fn watch(sessions: Arc<Sessions>) {
     let mut rounds = tokio::time::interval(ROUND);
     rounds.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         rounds.tick().await;
         let open: Vec<Arc<Session>> = sessions.table().open.values().cloned().collect();
-        for session in open {
+        for session in &open {
             let (lost, is_expired) = {
                 let state = session.lock();
                 let lost: Vec<Arc<HoldLink>> =
@@ -173,9 +175,10 @@ pub(crate) async fn watch(sessions: Arc<Sessions>) {
             }
             if is_expired {
                 tracing::info!(session = %session.name, "nobody uses a session: it is closed");
-                let (sessions, session) = (Arc::clone(&sessions), Arc::clone(&session));
+                let (sessions, session) = (Arc::clone(&sessions), Arc::clone(session));
                 sessions.tasks.clone().spawn(async move { sessions.end(&session, Closed::Expired).await });
             }
         }
+        sessions.mend(&open).await;
     }
 }

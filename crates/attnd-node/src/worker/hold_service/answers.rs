@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use attnd_wire::hold::ShardState;
+use attnd_wire::hold::{HoldAnswer, HoldReply, ShardState};
 use attnd_wire::proto::{self, hold_reply};
 use attnd_wire::{Error, Reason, floats};
 use tokio::sync::mpsc::OwnedPermit;
@@ -46,6 +46,13 @@ impl Asked {
         };
         let frame = frame(self.request, answer);
         self.send([frame].into(), None);
+    }
+
+    /// Answers with something else, or why there is nothing; `memory` is that of its bytes.
+    pub(crate) fn answer(self, answer: Result<HoldAnswer, Error>, memory: Option<Reservation>) {
+        let answer = answer.unwrap_or_else(HoldAnswer::Failed);
+        let reply = HoldReply { request: self.request, more: false, answer };
+        self.send([reply.into()].into(), memory);
     }
 
     /// Answers with what became of works.

@@ -1,7 +1,6 @@
 //! Appends in chunks: many frames, which all run in turn, and one answer.
 
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
 
 use attnd_wire::hold::{ShardAppend, ShardState};
 use attnd_wire::{Error, refusal};
@@ -19,7 +18,6 @@ pub(crate) struct Bulk {
     pub(crate) owed: Owed,
     /// None where the append was refused before it was known what it is about.
     pub(crate) to: Option<(Arc<Resident>, ShardAppend)>,
-    pub(crate) last_frame: Instant,
     pub(crate) chunks: u64,
     pub(crate) bytes: u64,
 }

@@ -2,23 +2,26 @@
 //!
 //! Before a frame is handed on, its answer has a place in the queue and its bytes have room, so a stream whose work isn't done yet is
 //! not read further.
+//!
+//! How long an append may take is not for this side to say: its client may be slow, and send all of what goes elsewhere first. The
+//! coordinator watches the client, and gives the append up.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
-use attnd_plan::call::STREAM_IDLE;
 use attnd_wire::hold::{
     HoldAsk, HoldRequest, HoldShard, ShardAppend, ShardAt, ShardChange, ShardChangeKind, ShardWork,
     check_chunk,
 };
-use attnd_wire::surroundings::now;
-use attnd_wire::{Commit, Error, Reason, SliceChunk, Status, proto, refusal};
+use attnd_wire::{Commit, Error, Reason, SliceChunk, proto, refusal};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tonic::Streaming;
 
 use super::answers::{Answer, Asked};
 use super::bulk::{Bulk, Owed};
+use super::copies::Copies;
 use crate::shutdown::Calls;
 use crate::worker::store::Store;
 use crate::worker::store::shard::{self, Resident, ShardKey, key_of};
@@ -27,6 +30,11 @@ use crate::worker::store::works::{self, Work};
 
 /// Bytes of rows and queries of one stream that wait or are written, in KiB; a message may be as large.
 const ROOM_KIB: u32 = 8 << 10;
+/// Works of a message that take so long run on the thread that read it, where the pool has one thread: to wake that one and to be woken
+/// by it takes 0.1 ms and more.
+const SHORT: Duration = Duration::from_millis(1);
+/// The same where the pool has several threads, which share what is longer.
+const SHORT_OF_MANY: Duration = Duration::from_micros(100);
 /// Appends in chunks that one stream has at once.
 const MAX_BULKS: usize = 64;
 
@@ -43,6 +51,7 @@ pub(crate) struct Reader {
     stream: u64,
     last_request: u64,
     bulks: BTreeMap<u64, Bulk>,
+    copies: Copies,
 }
 
 /// The peer has gone.
@@ -57,13 +66,14 @@ impl Reader {
     ) -> Self {
         let stream = store.next_stream();
         let room = Arc::new(Semaphore::new(ROOM_KIB as usize));
-        Self { store, calls, replies, room, cancelled, stream, last_request: 0, bulks: BTreeMap::new() }
+        let (last_request, bulks, copies) = (0, BTreeMap::new(), Copies::default());
+        Self { store, calls, replies, room, cancelled, stream, last_request, bulks, copies }
     }
 
     /// Reads until the stream ends.
     pub(crate) async fn serve(mut self, mut inbound: Streaming<proto::HoldRequest>) {
         loop {
-            let frame = match self.next(&mut inbound).await {
+            let frame = match inbound.message().await {
                 Ok(Some(frame)) => frame,
                 Ok(None) => break,
                 Err(status) => {
@@ -77,27 +87,6 @@ impl Reader {
         }
     }
 
-    /// The next frame. Appends that nothing comes of meanwhile are given up.
-    async fn next(
-        &mut self,
-        inbound: &mut Streaming<proto::HoldRequest>,
-    ) -> Result<Option<proto::HoldRequest>, Status> {
-        loop {
-            let open = self.bulks.values().filter(|bulk| bulk.owed.is_open());
-            let Some(since) = open.map(|bulk| bulk.last_frame).min() else { return inbound.message().await };
-            if let Ok(frame) = tokio::time::timeout_at((since + STREAM_IDLE).into(), inbound.message()).await
-            {
-                return frame;
-            }
-            let now = now();
-            for bulk in self.bulks.values().filter(|bulk| bulk.owed.is_open()) {
-                if now.saturating_duration_since(bulk.last_frame) >= STREAM_IDLE {
-                    bulk.fail(&self.store, refusal::stream_idle(STREAM_IDLE));
-                }
-            }
-        }
-    }
-
     /// Takes the next frame.
     ///
     /// # Errors
@@ -106,7 +95,13 @@ impl Reader {
         let asked = HoldRequest::decode(frame);
         let (request, last) = (asked.request, self.last_request);
         let is_part = match &asked.ask {
-            Ok(HoldAsk::Chunk(_) | HoldAsk::Commit(_)) => true,
+            Ok(
+                HoldAsk::Chunk(_)
+                | HoldAsk::Commit(_)
+                | HoldAsk::GiveUp
+                | HoldAsk::Copied(_)
+                | HoldAsk::Sum(_),
+            ) => true,
             // What is wrong with a chunk is for its append to hear.
             Err(_) => request <= last,
             Ok(_) => false,
@@ -116,10 +111,31 @@ impl Reader {
             return self.refuse(request, error).await;
         }
         let ask = self.store.see_term(asked.term).and(asked.ask);
+        if is_part && self.copies.has_import(request) {
+            match ask {
+                Ok(HoldAsk::Copied(chunk)) => {
+                    let room = self.room(chunk.data.len()).await;
+                    self.copies.take(&self.store, request, chunk, room);
+                }
+                Ok(HoldAsk::Sum(sum)) => self.copies.finish(&self.store, request, sum),
+                Ok(HoldAsk::GiveUp) => self.copies.give_up(&self.store, request),
+                Ok(_) => self.copies.fail(
+                    &self.store,
+                    request,
+                    Error::new(Reason::StreamOrder, "a frame of no copy"),
+                ),
+                Err(error) => self.copies.fail(&self.store, request, error),
+            }
+            return Ok(());
+        }
         if is_part && (request <= last || self.bulks.contains_key(&request)) {
             return match ask {
                 Ok(HoldAsk::Chunk(chunk)) => self.chunk(request, chunk).await,
                 Ok(HoldAsk::Commit(commit)) => self.commit(request, commit).await,
+                Ok(HoldAsk::GiveUp) => {
+                    self.give_up(request);
+                    Ok(())
+                }
                 Ok(_) => Ok(()),
                 Err(error) => {
                     if let Some(bulk) = self.bulks.get(&request) {
@@ -138,20 +154,46 @@ impl Reader {
             Ok(HoldAsk::Change(change)) => self.change(request, change).await,
             Ok(HoldAsk::Fence(at)) => self.fence(request, at).await,
             Ok(HoldAsk::Release(at)) => self.release(request, at).await,
-            Ok(HoldAsk::Chunk(_) | HoldAsk::Commit(_)) => {
-                self.refuse(request, refusal::expected_begin()).await
+            Ok(HoldAsk::Look(at)) => self.look(request, at).await,
+            Ok(HoldAsk::Export(export)) => {
+                let Ok(asked) = self.asked(request, false).await? else { return Ok(()) };
+                self.copies.export(&self.store, request, asked, export);
+                Ok(())
             }
+            Ok(HoldAsk::Read(read)) => {
+                let Ok(asked) = self.asked(request, false).await? else { return Ok(()) };
+                self.copies.read(&self.store, asked, read);
+                Ok(())
+            }
+            Ok(HoldAsk::End(export)) => {
+                let Ok(asked) = self.asked(request, false).await? else { return Ok(()) };
+                self.copies.end(asked, export);
+                Ok(())
+            }
+            Ok(HoldAsk::Import(import)) => {
+                let Ok(asked) = self.asked(request, true).await? else { return Ok(()) };
+                self.copies.import(&self.store, request, asked, *import);
+                Ok(())
+            }
+            Ok(
+                HoldAsk::Chunk(_)
+                | HoldAsk::Commit(_)
+                | HoldAsk::GiveUp
+                | HoldAsk::Copied(_)
+                | HoldAsk::Sum(_),
+            ) => self.refuse(request, refusal::expected_begin()).await,
             Err(error) => self.refuse(request, error).await,
         }
     }
 
-    /// A place for the answer to a request that is worked on.
+    /// A place for the answer to a request that is worked on. A node that drains begins to hold nothing, but what it holds may be needed
+    /// until it is gone.
     ///
     /// # Errors
     /// The peer has gone.
-    async fn asked(&mut self, request: u64) -> Result<Result<Asked, Error>, Gone> {
+    async fn asked(&mut self, request: u64, is_new: bool) -> Result<Result<Asked, Error>, Gone> {
         let place = self.replies.clone().reserve_owned().await.map_err(|_closed| Gone)?;
-        match self.calls.enter() {
+        match if is_new { self.calls.enter() } else { self.calls.enter_until_cut() } {
             Some(in_flight) => Ok(Ok(Asked::new(request, place, Some(in_flight)))),
             None => {
                 let error = Error::new(Reason::Draining, "");
@@ -193,7 +235,7 @@ impl Reader {
         let store = self.store.clone();
         let works: Vec<Result<Work, Error>> =
             works.into_iter().map(|work| work.and_then(|work| Work::new(&store, work))).collect();
-        let Ok(asked) = self.asked(request).await? else { return Ok(()) };
+        let Ok(asked) = self.asked(request, false).await? else { return Ok(()) };
         let good = || works.iter().filter_map(|work| work.as_ref().ok());
         let room = self.room(good().map(Work::payload_bytes).sum()).await;
         let need = good().map(|work| work.bytes(store.threads())).fold(0, u64::saturating_add);
@@ -208,18 +250,27 @@ impl Reader {
         // Of one shard the strongest alone.
         touches.sort_unstable_by(|a, b| b.cmp(a));
         touches.dedup_by_key(|(key, _)| *key);
-        let cancelled = Arc::clone(&self.cancelled);
-        self.submit(touches, asked, move |asked| {
+        let is_short = good().map(Work::time).sum::<Duration>()
+            <= if store.threads() == 1 { SHORT } else { SHORT_OF_MANY };
+        let (runs, cancelled) = (self.store.clone(), Arc::clone(&self.cancelled));
+        let job = Box::new(move || {
             let _room = room;
             let wanted = || !cancelled.load(Ordering::Relaxed);
-            let done = works::run_all(&store, works, wanted);
-            asked.works(done, Some(memory));
+            if wanted() {
+                let done = works::run_all(&store, works, wanted);
+                asked.works(done, Some(memory));
+            }
         });
+        if is_short {
+            runs.submit_short(touches, job)
+        } else {
+            runs.submit(touches, job)
+        }
         Ok(())
     }
 
     async fn hold(&mut self, request: u64, hold: HoldShard) -> Result<(), Gone> {
-        let Ok(asked) = self.asked(request).await? else { return Ok(()) };
+        let Ok(asked) = self.asked(request, true).await? else { return Ok(()) };
         let HoldShard { at, spec, pieces } = hold;
         let taken = Resident::new(&self.store, &at, spec.clone(), pieces.clone())
             .and_then(|resident| self.store.insert(resident));
@@ -242,7 +293,7 @@ impl Reader {
     }
 
     async fn change(&mut self, request: u64, change: ShardChange) -> Result<(), Gone> {
-        let Ok(asked) = self.asked(request).await? else { return Ok(()) };
+        let Ok(asked) = self.asked(request, false).await? else { return Ok(()) };
         let resident = match self.store.resident(key_of(&change.at)) {
             Ok(resident) => resident,
             Err(error) => {
@@ -271,7 +322,7 @@ impl Reader {
     }
 
     async fn fence(&mut self, request: u64, at: ShardAt) -> Result<(), Gone> {
-        let Ok(asked) = self.asked(request).await? else { return Ok(()) };
+        let Ok(asked) = self.asked(request, false).await? else { return Ok(()) };
         let store = self.store.clone();
         self.submit(vec![(key_of(&at), Access::Changes)], asked, move |asked| {
             let resident = store.resident(key_of(&at));
@@ -280,8 +331,18 @@ impl Reader {
         Ok(())
     }
 
+    async fn look(&mut self, request: u64, at: ShardAt) -> Result<(), Gone> {
+        let Ok(asked) = self.asked(request, false).await? else { return Ok(()) };
+        let store = self.store.clone();
+        self.submit(vec![(key_of(&at), Access::Reads)], asked, move |asked| {
+            let resident = store.resident(key_of(&at));
+            asked.state(resident.map(|resident| resident.look().state(&store, false)));
+        });
+        Ok(())
+    }
+
     async fn release(&mut self, request: u64, at: ShardAt) -> Result<(), Gone> {
-        let Ok(asked) = self.asked(request).await? else { return Ok(()) };
+        let Ok(asked) = self.asked(request, false).await? else { return Ok(()) };
         let store = self.store.clone();
         self.submit(vec![(key_of(&at), Access::Changes)], asked, move |asked| {
             asked.state(store.release(&at));
@@ -290,9 +351,9 @@ impl Reader {
     }
 
     async fn append(&mut self, request: u64, append: ShardAppend) -> Result<(), Gone> {
-        let Ok(asked) = self.asked(request).await? else { return Ok(()) };
+        let Ok(asked) = self.asked(request, false).await? else { return Ok(()) };
         let id = (self.stream, request);
-        let mut bulk = Bulk { id, owed: Owed::new(asked), to: None, last_frame: now(), chunks: 0, bytes: 0 };
+        let mut bulk = Bulk { id, owed: Owed::new(asked), to: None, chunks: 0, bytes: 0 };
         let to = self.store.resident(key_of(&append.at)).and_then(|resident| {
             let _bytes = append.bytes(&resident.spec, &resident.pieces)?;
             Ok(resident)
@@ -326,7 +387,6 @@ impl Reader {
 
     async fn chunk(&mut self, request: u64, chunk: SliceChunk) -> Result<(), Gone> {
         let Some(bulk) = self.bulks.get_mut(&request) else { return self.after_commit(request).await };
-        bulk.last_frame = now();
         bulk.chunks += 1;
         bulk.bytes += chunk.data.len() as u64;
         let Some((resident, append)) = bulk.to.as_ref().filter(|_| bulk.owed.is_open()) else {
@@ -364,6 +424,19 @@ impl Reader {
         };
         self.store.submit(touches, Box::new(commit));
         Ok(())
+    }
+
+    /// Nothing more comes of an append, which is answered once nothing of it is here any more.
+    fn give_up(&mut self, request: u64) {
+        // One that has its Commit is answered by that.
+        let Some(bulk) = self.bulks.remove(&request) else { return };
+        let Some((resident, _)) = bulk.to.filter(|_| bulk.owed.is_open()) else { return };
+        let (id, owed, touches) = (bulk.id, bulk.owed, vec![(resident.key, Access::Changes)]);
+        let give_up = move || {
+            resident.change().abandon_bulk(id);
+            owed.answer(Err(Error::new(Reason::StreamTruncated, "the append was given up, nothing applied")));
+        };
+        self.store.submit(touches, Box::new(give_up));
     }
 
     async fn after_commit(&mut self, request: u64) -> Result<(), Gone> {

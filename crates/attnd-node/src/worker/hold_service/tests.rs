@@ -23,6 +23,8 @@ use crate::shutdown::Calls;
 use crate::worker::store::Store;
 use crate::worker::store::tests::{MIB, Session, piece, spec, store};
 
+mod copies;
+
 const SOON: Duration = Duration::from_secs(10);
 
 /// A coordinator's stream.
@@ -86,7 +88,7 @@ impl Stream {
         match self.answer(request).await.remove(0).answer {
             HoldAnswer::State(state) => Ok(state),
             HoldAnswer::Failed(error) => Err(error.message()),
-            HoldAnswer::Results(results) => panic!("{results:?}"),
+            other => panic!("{other:?}"),
         }
     }
 
@@ -330,10 +332,105 @@ async fn frames_that_make_no_sense_cost_the_others_nothing() {
     drop(held);
     let request = stream.send(works.clone()).await;
     assert!(stream.results(request, 0).await.2.is_empty());
-    // A node that ends takes nothing new.
-    calls.drain();
-    assert_eq!(stream.ask(works).await.unwrap_err().split(':').next(), Some(Reason::Draining.name()));
     let _same: Arc<_> = store.resident((1, 0)).unwrap();
+    drop((stream, calls));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_drains_begins_to_hold_nothing_and_serves_what_it_holds() {
+    let store = store(64 * MIB);
+    let (url, calls) = serve(&store).await;
+    let mut stream = Stream::open(&url, 1).await;
+    let mut session = unopened(1);
+    stream.ask(hold(&session)).await.unwrap();
+    calls.drain();
+    let refused = stream.ask(hold(&unopened(2))).await.unwrap_err();
+    assert_eq!(refused.split(':').next(), Some(Reason::Draining.name()));
+    // Rows and queries.
+    let rows = session.rows(0, &[1, 2]);
+    session.layers[0].extend([1, 2]);
+    let queries = session.queries(1, 2, Causal::None);
+    let expected = session.expected(0, &queries);
+    let works = vec![session.shard_work(0, Some(rows), Some(queries))];
+    let request = stream.send(HoldAsk::Works(works)).await;
+    let (applied, runs, failed) = stream.results(request, 0).await;
+    assert!(applied.is_some() && data(runs) == bits(&expected), "{failed}");
+    // An append in chunks, and its end.
+    let (append, chunks, commit) = bulk(&mut session, 400);
+    let request = stream.send(HoldAsk::Append(append)).await;
+    for chunk in &chunks {
+        stream.send_as(request, HoldAsk::Chunk(chunk.clone())).await;
+    }
+    stream.send_as(request, HoldAsk::Commit(commit)).await;
+    assert_eq!(stream.state(request).await.unwrap().tokens, [402, 0]);
+    let undo = ShardChange { at: session.at, op: append.op, kind: ShardChangeKind::Undo };
+    assert_eq!(stream.ask(HoldAsk::Change(undo)).await.unwrap().tokens, [2, 0]);
+    session.seq -= 1;
+    let cut =
+        ShardChange { at: session.at, op: session.next_op(), kind: ShardChangeKind::Truncate { len: 1 } };
+    assert_eq!(stream.ask(HoldAsk::Change(cut)).await.unwrap().tokens, [1, 0]);
+    let fence = ShardAt { epoch: 2, ..session.at };
+    assert_eq!(stream.ask(HoldAsk::Fence(fence)).await.unwrap().epoch, 2);
+    assert!(!stream.ask(HoldAsk::Release(fence)).await.unwrap().replayed);
+    // All of it counts: the node isn't idle before it is answered.
+    drop(stream);
+    tokio::time::timeout(SOON, calls.idle()).await.unwrap();
+}
+
+#[tokio::test]
+async fn an_append_may_wait_for_its_client_as_long_as_its_coordinator_does() {
+    let store = store(64 * MIB);
+    let (url, _calls) = serve(&store).await;
+    let mut stream = Stream::open(&url, 1).await;
+    let mut session = unopened(1);
+    stream.ask(hold(&session)).await.unwrap();
+    let (append, chunks, commit) = bulk(&mut session, 400);
+    let request = stream.send(HoldAsk::Append(append)).await;
+    stream.send_as(request, HoldAsk::Chunk(chunks[0].clone())).await;
+    // What has come since says that the chunk is here.
+    let later = ShardAt { session: 9, ..session.at };
+    stream.ask(HoldAsk::Fence(later)).await.unwrap_err();
+    // All that goes to another shard comes before the rest.
+    tokio::time::pause();
+    tokio::time::advance(3 * attnd_plan::call::STREAM_IDLE).await;
+    tokio::time::resume();
+    for chunk in &chunks[1..] {
+        stream.send_as(request, HoldAsk::Chunk(chunk.clone())).await;
+    }
+    stream.send_as(request, HoldAsk::Commit(commit)).await;
+    assert_eq!(stream.state(request).await.unwrap().tokens, [400, 0]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_append_that_is_given_up_is_answered_once_nothing_of_it_is_there() {
+    let store = store(64 * MIB);
+    let (url, calls) = serve(&store).await;
+    let [mut control, mut stream] = [Stream::open(&url, 1).await, Stream::open(&url, 1).await];
+    let mut session = unopened(1);
+    control.ask(hold(&session)).await.unwrap();
+    let (append, chunks, commit) = bulk(&mut session, 400);
+    let request = stream.send(HoldAsk::Append(append)).await;
+    for chunk in &chunks {
+        stream.send_as(request, HoldAsk::Chunk(chunk.clone())).await;
+    }
+    stream.send_as(request, HoldAsk::GiveUp).await;
+    let answer = stream.state(request).await.unwrap_err();
+    assert_eq!(answer, "STREAM_TRUNCATED: the append was given up, nothing applied");
+    // Behind the answer it may be undone over the other stream, and the same op may come anew.
+    let undo = ShardChange { at: session.at, op: append.op, kind: ShardChangeKind::Undo };
+    assert_eq!(control.ask(HoldAsk::Change(undo)).await.unwrap().op_seq, 0);
+    let request = stream.send(HoldAsk::Append(append)).await;
+    for chunk in &chunks {
+        stream.send_as(request, HoldAsk::Chunk(chunk.clone())).await;
+    }
+    stream.send_as(request, HoldAsk::Commit(commit)).await;
+    // What has its Commit is answered by that.
+    stream.send_as(request, HoldAsk::GiveUp).await;
+    assert_eq!(stream.state(request).await.unwrap().tokens, [400, 0]);
+    let early = stream.send(HoldAsk::GiveUp).await;
+    assert_eq!(stream.state(early).await.unwrap_err(), "STREAM_ORDER: expected Begin");
+    drop((stream, control));
+    tokio::time::timeout(SOON, calls.idle()).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

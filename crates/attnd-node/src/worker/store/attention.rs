@@ -13,6 +13,7 @@ use attnd_plan::filled_nodes;
 use attnd_wire::{Error, Reason, refusal};
 use rayon::prelude::*;
 
+use crate::compute_pool::is_pool_thread;
 use crate::worker::slices::Slicer;
 
 /// Bytes of partials in one buffer, unless a single cell has more.
@@ -200,11 +201,12 @@ pub(crate) fn attend(
         };
         (work, computed)
     };
-    let computed: Vec<(usize, Result<(), Error>)> = if cells.len() == 1 || rayon::current_num_threads() == 1 {
-        cells.into_iter().map(compute).collect()
-    } else {
-        cells.into_par_iter().map(compute).collect()
-    };
+    let computed: Vec<(usize, Result<(), Error>)> =
+        if cells.len() == 1 || !is_pool_thread() || rayon::current_num_threads() == 1 {
+            cells.into_iter().map(compute).collect()
+        } else {
+            cells.into_par_iter().map(compute).collect()
+        };
     let mut results: Vec<Result<Vec<Run>, Error>> = runs.into_iter().map(Ok).collect();
     // What is wrong with the first cell is said.
     for (work, computed) in computed {

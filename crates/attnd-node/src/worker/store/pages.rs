@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use attnd_kernel::slot::{N_SLOTS, PAGE_KEYS, n_pages, slot_of_page};
 use attnd_kernel::{AppendError, Dtype, KvCache, KvView, NonFinite, PageLayout};
-use attnd_plan::session::SessionSpec;
+use attnd_plan::session::{CopyPage, SessionSpec};
 use attnd_plan::{Piece, Tensor};
 use rayon::prelude::*;
 
@@ -251,6 +251,27 @@ impl Pages {
     /// The first `at_len` tokens of one head of a layer; `None` if there are fewer, or no such head.
     pub(crate) fn view(&self, layer: usize, head: usize, at_len: usize) -> Option<KvView> {
         self.layers.get(layer)?.get(head)?.view(at_len)
+    }
+
+    /// The first tokens of all heads of all layers, as they are now: of each layer `tokens`. `None` if there are fewer.
+    pub(crate) fn views(&self, tokens: &[usize]) -> Option<Vec<Vec<KvView>>> {
+        let of_layer = |(layer, tokens): (usize, &usize)| {
+            let heads = 0..if *tokens > 0 { self.heads.len() } else { 0 };
+            heads.map(|head| self.view(layer, head, *tokens)).collect()
+        };
+        tokens.iter().enumerate().map(of_layer).collect()
+    }
+
+    /// Writes a page of a copy as it is stored, in the place of what is there of it. It is part of its sequence with [`Self::commit`].
+    ///
+    /// # Errors
+    /// [`PagesError::Full`]; nothing of the head that isn't committed is there then.
+    ///
+    /// # Panics
+    /// If there is no such layer or head, if it isn't the next page of that, or these aren't the bytes of a page.
+    pub(crate) fn put(&mut self, page: &CopyPage, bytes: &[u8]) -> Result<(), PagesError> {
+        let (caches, _) = self.caches(page.layer);
+        caches[page.head].put_page(page.page, page.end, bytes).map_err(|_refused| PagesError::Full)
     }
 
     /// The sequences of a layer, which are made if it has none.

@@ -5,7 +5,7 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use attnd_kernel::KvView;
 use attnd_plan::Piece;
-use attnd_plan::session::{Replica, ReplicaRefusal, SessionSpec, Undone, Verdict};
+use attnd_plan::session::{Replica, ReplicaRefusal, ReplicaSnapshot, SessionSpec, Undone, Verdict};
 use attnd_wire::hold::{ShardAppend, ShardAt, ShardChange, ShardChangeKind, ShardRows, ShardState};
 use attnd_wire::{Commit, Error, Reason, SliceChunk, refusal};
 
@@ -62,7 +62,8 @@ impl Resident {
         Ok(Self::of(key_of(at), Arc::new(spec), pieces, (replica, pages), Some(record)))
     }
 
-    fn of(
+    /// A shard with this replica and these pages.
+    pub(super) fn of(
         key: ShardKey,
         spec: Arc<SessionSpec>,
         pieces: Vec<Piece>,
@@ -309,6 +310,47 @@ impl Shard {
         views.ok_or_else(|| Error::new(Reason::Internal, "a layer has fewer tokens than its replica says"))
     }
 
+    /// Takes the tokens of a parent, if nothing has ever been here.
+    fn become_child(&mut self, replica: Replica, pages: Pages) -> bool {
+        let is_untouched = self.pages.is_some() && self.staged.is_none() && self.replica.is_untouched();
+        if is_untouched && self.replica.epoch() == replica.epoch() {
+            (self.replica, self.pages) = (replica, Some(pages));
+            return true;
+        }
+        false
+    }
+
+    /// What another worker needs beside the rows, and all rows as they are now.
+    ///
+    /// # Errors
+    /// [`Reason::Shard`] if it was released.
+    pub(super) fn snapshot(&self) -> Result<(ReplicaSnapshot, Vec<Vec<KvView>>), Error> {
+        let pages = self.pages.as_ref().ok_or_else(|| no_shard(self.key))?;
+        let views = pages.views(self.replica.tokens());
+        let short = || Error::new(Reason::Internal, "a layer has fewer tokens than its replica says");
+        Ok((self.replica.snapshot(), views.ok_or_else(short)?))
+    }
+
+    /// Whether the replica has all that one has had whose last op and chain these are, and has only got rows since.
+    pub(super) fn continues(&self, op_seq: u64, chain: u32) -> bool {
+        self.replica.continues(op_seq, chain)
+    }
+
+    /// The same rows, which share memory with these until either changes.
+    ///
+    /// # Errors
+    /// [`Reason::Shard`] if it was released.
+    pub(super) fn fork_pages(&self) -> Result<Pages, Error> {
+        self.pages.as_ref().map(Pages::fork).ok_or_else(|| no_shard(self.key))
+    }
+
+    /// Another replica takes the place of this one.
+    pub(super) fn replace(&mut self, replica: Replica, pages: Pages) {
+        self.abandon();
+        self.replica = replica;
+        self.pages = Some(pages);
+    }
+
     /// Forgets what isn't part of the shard yet.
     pub(crate) fn abandon(&mut self) {
         if let (Some(staged), Some(pages)) = (self.staged.take(), &mut self.pages) {
@@ -327,8 +369,8 @@ impl Shard {
 /// Makes a child of a shard, with the same tokens, which share memory until either changes.
 ///
 /// # Errors
-/// What the replica refuses, and [`Reason::SessionExists`] if the child is here already. For memory nothing is refused: a fork is applied
-/// by all replicas or by none.
+/// What the replica refuses, and [`Reason::SessionExists`] if the child is here already, unless it is held and empty. For memory nothing is
+/// refused, as a fork is applied by all replicas or by none: whoever asks has the child held before.
 pub(crate) fn fork(
     store: &Store,
     parent: &Resident,
@@ -350,10 +392,22 @@ pub(crate) fn fork(
     let mut applied = shard.replica.clone();
     applied.apply(&op, 0);
     let (spec, pieces) = (Arc::clone(&parent.spec), parent.pieces.clone());
-    let record = store.record_or_none(&spec, &pieces);
-    let resident = Resident::of(child_key, spec, pieces, (applied.fork(), pages), record);
-    if !store.insert_fork(resident) {
-        return Err(Error::new(Reason::SessionExists, format!("session {child:016x}")));
+    let exists = || Error::new(Reason::SessionExists, format!("session {child:016x}"));
+    match store.resident(child_key) {
+        // Somebody has asked for room for it, and got it.
+        Ok(held) => {
+            let is_alike = held.spec == spec && held.pieces == pieces;
+            if !is_alike || !held.change().become_child(applied.fork(), pages) {
+                return Err(exists());
+            }
+        }
+        Err(_nobody) => {
+            let record = store.record_or_none(&spec, &pieces);
+            let resident = Resident::of(child_key, spec, pieces, (applied.fork(), pages), record);
+            if !store.insert_fork(resident) {
+                return Err(exists());
+            }
+        }
     }
     shard.abandon();
     shard.replica = applied;

@@ -22,6 +22,7 @@ use super::*;
 
 mod bits;
 mod bulk;
+mod copies;
 mod memory;
 mod ops;
 

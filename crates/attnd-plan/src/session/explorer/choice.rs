@@ -34,6 +34,7 @@ pub(super) struct Budget {
     pub(super) restarts: usize,
     pub(super) writers: usize,
     pub(super) drains: usize,
+    pub(super) moves: usize,
 }
 
 /// What can happen next.
@@ -80,6 +81,15 @@ pub(super) enum Choice {
     Drain {
         worker: usize,
     },
+    Move {
+        shard: usize,
+        from: usize,
+        to: usize,
+    },
+    Stay {
+        shard: usize,
+        worker: usize,
+    },
     /// The coordinator dies, and another begins; `landed`: what it was saving was saved.
     Restart {
         landed: bool,
@@ -95,6 +105,8 @@ impl Choice {
             | Self::Restart { .. }
             | Self::TakeWriter
             | Self::Drain { .. }
+            | Self::Move { .. }
+            | Self::Stay { .. }
             | Self::Abandon
             | Self::Deliver { refuses: true, .. }
             | Self::Request { again: true } => true,
@@ -178,10 +190,32 @@ impl World {
             }
         }
         choices.extend(self.replacements());
+        choices.extend(self.moves());
         if self.left.restarts > 0 {
             choices.push(Choice::Restart { landed: false });
             if !self.saves.is_empty() {
                 choices.push(Choice::Restart { landed: true });
+            }
+        }
+        choices
+    }
+
+    /// Replicas that could be elsewhere, and those that don't go after all.
+    fn moves(&self) -> Vec<Choice> {
+        let mut choices = Vec::new();
+        for shard in 0..SHARDS {
+            for (from, worker) in self.workers.iter().enumerate() {
+                let holder = &worker.holder;
+                let stays = self.ledger.staying(shard).any(|other| other == holder);
+                if !self.ledger.members(shard).any(|member| member == holder) {
+                    continue;
+                }
+                if !stays {
+                    choices.push(Choice::Stay { shard, worker: from });
+                } else if self.left.moves > 0 {
+                    let others = (0..self.workers.len()).filter(|to| self.workers[*to].is_connected);
+                    choices.extend(others.map(|to| Choice::Move { shard, from, to }));
+                }
             }
         }
         choices

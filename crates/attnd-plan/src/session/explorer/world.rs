@@ -236,6 +236,15 @@ impl World {
                 self.left.drains -= 1;
                 self.tell(LedgerEvent::Draining(self.workers[worker].holder.clone()))?;
             }
+            Choice::Move { shard, from, to } => {
+                self.left.moves -= 1;
+                let [from, to] = [from, to].map(|worker| self.workers[worker].holder.clone());
+                self.tell(LedgerEvent::Move { shard, from, to })?;
+            }
+            Choice::Stay { shard, worker } => {
+                let holder = self.workers[worker].holder.clone();
+                self.tell(LedgerEvent::Stays { shard, holder })?;
+            }
             Choice::Restart { landed } => self.restart(landed)?,
         }
         self.forget_empty_links();

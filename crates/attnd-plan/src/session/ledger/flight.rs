@@ -1,6 +1,6 @@
 //! The one op in flight: it is done once enough replicas of every shard have it, or taken back wherever it may be.
 
-use super::shard::{Asked, Shard, Step};
+use super::shard::{Asked, Shard, Standing, Step};
 use super::{Ledger, LedgerAction, LedgerError, Phase};
 use crate::session::op::{Change, Holder, Op};
 use crate::session::replica::ReplicaState;
@@ -120,10 +120,17 @@ impl<E: Clone> Ledger<E> {
         is_final: bool,
         why: E,
     ) {
-        let Some(shard) = self.shards.get(index) else { return };
-        if epoch != shard.epoch || !shard.members().any(|member| member.holder == *holder) {
+        let last = self.window.last();
+        let Some(shard) = self.shards.get(index).filter(|shard| shard.epoch == epoch) else { return };
+        let Some(member) = shard.members.iter().find(|member| member.holder == *holder) else { return };
+        if !member.is_member() {
+            // What can't be taken back there keeps it out of the round.
+            if member.standing == Standing::TakingBack {
+                self.drop_member(index, holder);
+            }
             return;
         }
+        let is_behind = member.applied < Some(seq.min(last));
         match &mut self.flight {
             Some(flight) if flight.op.seq == seq && is_final && flight.op.change.is_undoable() => {
                 if !matches!(flight.stage, Stage::Undoing(_)) {
@@ -131,7 +138,10 @@ impl<E: Clone> Ledger<E> {
                 }
             }
             // Others have it, or it can't be refused.
-            _ => self.drop_member(index, holder),
+            Some(flight) if flight.op.seq == seq => self.drop_member(index, holder),
+            // Late, of an op before: whoever lacks that can't have what came since.
+            _ if is_behind => self.drop_member(index, holder),
+            _ => {}
         }
     }
 

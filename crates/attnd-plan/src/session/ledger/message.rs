@@ -223,6 +223,22 @@ pub enum LedgerEvent<E = String> {
     },
     /// A worker wants to leave: its replicas are needed until there are others.
     Draining(Holder),
+    /// A replica is to be elsewhere: `to` gets one, and takes the place of `from` then.
+    Move {
+        /// Of which shard.
+        shard: usize,
+        /// Who leaves.
+        from: Holder,
+        /// Who comes.
+        to: Holder,
+    },
+    /// A replica doesn't move after all; said before [`LedgerEvent::CopyFailed`], so that nobody else is looked for.
+    Stays {
+        /// Of which shard.
+        shard: usize,
+        /// Where.
+        holder: Holder,
+    },
     /// The set of a shard's members is in the durable store.
     Saved {
         /// Of which shard.

@@ -231,6 +231,10 @@ impl<E: Clone> Ledger<E> {
             member.standing = Standing::Member;
         }
         shard.phase = if shard.member_count() < self.acks { Phase::Degraded } else { Phase::Open };
+        if shard.member_count() == 0 {
+            // They may be all that is left.
+            return;
+        }
         for holder in std::mem::take(&mut shard.leavers) {
             self.actions.push(LedgerAction::Release { shard: index, holder, epoch });
         }
@@ -284,14 +288,6 @@ impl<E: Clone> Ledger<E> {
         shard.members.push(Member::new(holder, standing, None));
     }
 
-    pub(super) fn drain(&mut self, holder: &Holder) {
-        for shard in &mut self.shards {
-            if let Some(member) = shard.get_mut(holder) {
-                member.is_leaving = true;
-            }
-        }
-    }
-
     /// A holder is gone: for good, or until it comes back.
     pub(super) fn lose_holder(&mut self, holder: &Holder, may_return: bool) {
         for index in 0..self.shards.len() {
@@ -317,7 +313,8 @@ impl<E: Clone> Ledger<E> {
         }
     }
 
-    /// Nobody is known to have what was acknowledged: asks those who were to get it, who may have it by now, before it is lost.
+    /// Nobody is known to have what was acknowledged: asks those who were to get it, or were left out, who may have it by now, before it is
+    /// lost.
     pub(super) fn wait_or_lose(&mut self, index: usize, prefix: usize) -> bool {
         let Some(shard) = self.shards.get_mut(index) else { return false };
         let mut may_have = false;
@@ -328,6 +325,11 @@ impl<E: Clone> Ledger<E> {
                 member.standing = Standing::Warm;
                 may_have = true;
             }
+        }
+        // Who was left out may have got since what it lacked, and keeps it until a set without it is saved.
+        for holder in if self.is_restarting { Vec::new() } else { std::mem::take(&mut shard.leavers) } {
+            shard.members.push(Member::new(holder, Standing::Warm, None));
+            may_have = true;
         }
         if may_have {
             return self.start_round(index);

@@ -150,7 +150,7 @@ impl Cluster {
                 self.replicas.insert((shard, holder.clone()), held);
                 self.tell(Event::Fenced { shard, holder, state });
             }
-            Action::Copy { shard, from, to, .. } => {
+            Action::Copy { shard, from, to, .. } if !self.silent.contains(&to) => {
                 let held = replica(&mut self.replicas, shard, &from);
                 let state = held.state();
                 self.replicas.insert((shard, to.clone()), held);
@@ -187,6 +187,9 @@ impl Cluster {
 }
 
 const TRUNCATE: Ask = Ask::Truncate { len: 10 };
+
+mod late;
+mod moves;
 
 #[test]
 fn rows_51_to_58_ops_that_can_not_be() {

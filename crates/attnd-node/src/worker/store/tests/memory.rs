@@ -136,3 +136,17 @@ async fn sessions_stay_while_a_coordinator_is_there_and_for_a_while_without() {
         waited = tokio::time::timeout(Duration::from_secs(10), gone) => waited.unwrap(),
     }
 }
+
+#[tokio::test(start_paused = true)]
+async fn who_leaves_waits_for_its_shards_as_long_as_somebody_could_take_them() {
+    let store = store(2 * MIB);
+    let session = Session::open(&store, 1, spec(Dtype::F32, Storage::F32), vec![piece(0..2, 0..64)]);
+    // Nobody could.
+    store.handed_over().await;
+    let stream = store.present(1).unwrap();
+    let mut waits = Box::pin(store.handed_over());
+    assert!(tokio::time::timeout(Duration::from_secs(60), &mut waits).await.is_err());
+    store.release(&session.at).unwrap();
+    waits.await;
+    drop(stream);
+}

@@ -111,6 +111,38 @@ fn a_fork_that_comes_again_and_a_number_that_is_taken() {
 }
 
 #[test]
+fn a_fork_fills_the_child_that_room_was_asked_for() {
+    let store = store(64 * MIB);
+    let mut parent = opened(&store);
+    parent.append(&store, 0, &names(0..300));
+    // Somebody else's sessions, in all the room that there is but for one.
+    let child = Session::open(&store, 8, parent.spec.clone(), parent.pieces.clone());
+    let records = store.record(&parent.spec, &parent.pieces).unwrap();
+    let (spec, pieces) = (parent.spec.clone(), parent.pieces.clone());
+    let free = || std::iter::from_fn(|| store.record(&spec, &pieces).ok()).collect::<Vec<_>>();
+    let all = free();
+    parent.change(&store, ShardChangeKind::Fork { child: 8 }).unwrap();
+    assert_eq!(store.len(), 2);
+    let child = Session { layers: parent.layers.clone(), ..child };
+    child.check(&store, 0, 300);
+    // It gives back what it was counted for.
+    drop((all, records));
+    let before = free().len();
+    store.release(&child.at).unwrap();
+    assert_eq!(free().len(), before + 1);
+    // One that has been used, or is cut otherwise, is none that waits for tokens.
+    let mut used = Session::open(&store, 9, parent.spec.clone(), parent.pieces.clone());
+    used.append(&store, 0, &[1]);
+    Session::open(&store, 10, parent.spec.clone(), vec![piece(0..1, 0..64)]);
+    for taken in [9, 10] {
+        let refused = parent.change(&store, ShardChangeKind::Fork { child: taken }).unwrap_err();
+        assert_eq!(refused.reason, Reason::SessionExists);
+        parent.seq -= 1;
+    }
+    used.check(&store, 0, 1);
+}
+
+#[test]
 fn what_was_cut_off_grows_again_with_other_rows() {
     let store = store(64 * MIB);
     let mut session = opened(&store);
@@ -157,4 +189,31 @@ fn an_append_that_is_taken_back_was_never_there() {
     session.seq -= 1;
     session.append(&store, 0, &names(400..500));
     session.check(&store, 0, 400);
+}
+
+#[test]
+fn short_work_runs_where_it_comes_unless_it_has_to_wait() {
+    let store = store(MIB);
+    let here = std::thread::current().id();
+    let (ran, order) = std::sync::mpsc::channel();
+    let key = (1, 0);
+    let report = |what: &'static str| -> Job {
+        let ran = ran.clone();
+        Box::new(move || ran.send((what, std::thread::current().id())).unwrap())
+    };
+    store.submit_short(vec![(key, Access::Changes)], report("at once"));
+    assert_eq!(order.try_recv(), Ok(("at once", here)));
+    let (go, gate) = std::sync::mpsc::channel::<()>();
+    store.submit(vec![(key, Access::Changes)], Box::new(move || assert!(gate.recv().is_err())));
+    store.submit_short(vec![(key, Access::Reads)], report("behind"));
+    store.submit_short(vec![((2, 0), Access::Reads)], report("beside"));
+    assert_eq!(order.recv(), Ok(("beside", here)));
+    drop(go);
+    let (what, thread) = order.recv().unwrap();
+    assert_eq!(what, "behind");
+    assert_ne!(thread, here, "nobody waits for a turn on the thread of a stream");
+    // A panic costs nobody else a turn.
+    store.submit_short(vec![(key, Access::Changes)], Box::new(|| panic!("a short job")));
+    store.submit_short(vec![(key, Access::Changes)], report("after"));
+    assert_eq!(order.recv().unwrap().0, "after");
 }
