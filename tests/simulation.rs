@@ -26,11 +26,11 @@ use network::Chance;
 /// Seeds that a change must pass.
 const SEEDS: u64 = 100;
 /// What a run is broken for.
-const STORM: Duration = Duration::from_secs(8);
+const STORM: Duration = Duration::from_secs(10);
 /// What nodes need to find each other.
 const WARM_UP: Duration = Duration::from_millis(500);
-/// What is due after the storm: the last worker that was lost is missed, and replicas are made anew.
-const REST: Duration = Duration::from_secs(3);
+/// What it takes until a worker that was lost is missed, and replicas are made anew.
+const REPAIR: Duration = Duration::from_secs(3);
 const LONGEST: Duration = Duration::from_secs(40);
 const TICK: Duration = Duration::from_millis(2);
 
@@ -56,7 +56,7 @@ fn run(seed: u64) -> Result<Ran, String> {
         .tcp_capacity(4096)
         .build();
     cluster::build(&mut sim, &chance, workers);
-    let scene = Scene::new(history.clone(), false);
+    let scene = Scene::new(history.clone(), true);
     for number in 0..clients {
         let (scene, surroundings) = (Rc::clone(&scene), chance.surroundings());
         sim.client(client_name(number), async move {
@@ -66,16 +66,16 @@ fn run(seed: u64) -> Result<Ran, String> {
         });
     }
     let (from, to) = (WARM_UP * 2, WARM_UP * 2 + STORM);
-    let mut nemesis = Nemesis::new(&mut random, Extent { workers, clients, from, to, victims: 1 });
+    let mut nemesis = Nemesis::new(&mut random, Extent { workers, clients, from, to, repair: REPAIR });
     loop {
         let now = sim.elapsed();
         history.tick(now);
         let lost = nemesis.strike(&mut sim, now, &history, &|flips| chance.flip(flips));
         if lost > 0 {
-            // One worker, however often.
+            // One at a time, and however often: it is restored before the next one is lost.
             scene.lost_workers.set(1);
         }
-        scene.is_calm.set(now >= to + REST);
+        scene.is_calm.set(now >= to + REPAIR);
         match sim.step() {
             Ok(true) => break,
             Ok(false) => {}

@@ -32,7 +32,7 @@ pub(super) struct Scene {
     pub(super) is_calm: Cell<bool>,
     /// Replicas are restored, so sessions take everything again.
     pub(super) repairs: bool,
-    /// Workers whose memory is gone, or that were given up.
+    /// Workers that lost what they had, or were given up, until that was repaired.
     pub(super) lost_workers: Cell<usize>,
     /// Whose sessions are whose.
     pub(super) open: RefCell<Vec<(String, Rc<RefCell<Model>>)>>,
@@ -57,7 +57,8 @@ pub(super) struct Held {
     pub(super) name: String,
     pub(super) session: Session,
     pub(super) model: Rc<RefCell<Model>>,
-    pub(super) replicas: usize,
+    /// Replicas that have what was acknowledged.
+    pub(super) acks: usize,
     /// What the coordinator has is what the model has.
     pub(super) is_settled: bool,
     /// It is gone, and may be.
@@ -148,8 +149,8 @@ impl Writer {
         }
         if error.reason == Reason::SessionLost {
             held.is_lost = true;
-            if !self.scene.repairs && self.scene.lost_workers.get() < held.replicas {
-                self.scene.history.violation(&self.name, format!("{who}: lost, of {}", held.replicas));
+            if self.scene.lost_workers.get() < held.acks {
+                self.scene.history.violation(&self.name, format!("{who}, {} acks", held.acks));
             }
             self.scene.history.count(|counts| counts.lost += 1);
             return;
@@ -258,16 +259,16 @@ impl Writer {
                 self.scene
                     .history
                     .tell(&self.name, format!("{name} is open, {replicas} replicas, {acks} acks"));
-                self.keep(name, session, shape, State::empty(shape.layers), replicas);
+                self.keep(name, session, shape, State::empty(shape.layers), acks);
             }
             Err(error) => self.judge(None, &format!("open {name}"), &error),
         }
     }
 
-    fn keep(&mut self, name: String, session: Session, shape: RowShape, state: State, replicas: usize) {
+    fn keep(&mut self, name: String, session: Session, shape: RowShape, state: State, acks: usize) {
         let model = Rc::new(RefCell::new(Model::new(shape, state)));
         self.scene.open.borrow_mut().push((name.clone(), Rc::clone(&model)));
-        self.held.push(Held { name, session, model, replicas, is_settled: true, is_lost: false });
+        self.held.push(Held { name, session, model, acks, is_settled: true, is_lost: false });
     }
 
     /// A layer, and tokens for it; none where it takes no more.
@@ -352,7 +353,7 @@ impl Writer {
             Ok(child) => {
                 self.ended(held, &format!("fork {name}"), Ok(None));
                 let state = held.model.borrow().now().forked();
-                self.keep(name, child, held.shape(), state, held.replicas);
+                self.keep(name, child, held.shape(), state, held.acks);
             }
             Err(error) => {
                 // Of the child nothing is known, and its parent is as it was.

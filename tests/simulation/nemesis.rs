@@ -9,8 +9,10 @@ use turmoil::Sim;
 use super::cluster::{COORDINATOR, worker_name};
 use super::history::History;
 
-/// Silence after which a worker is given up, with something to spare on the near side.
-const NOT_YET_LOST: Duration = Duration::from_millis(1200);
+/// Time in which one worker may lose what it has.
+const HUNT: Duration = Duration::from_millis(2500);
+/// Silence that no worker is given up for.
+const SHORT: u64 = 600;
 
 /// Something that breaks, and is mended later.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -50,8 +52,8 @@ pub(super) struct Extent {
     pub(super) clients: usize,
     pub(super) from: Duration,
     pub(super) to: Duration,
-    /// Workers that may lose what they have.
-    pub(super) victims: usize,
+    /// Time until what one worker lost is on others; then the next one may lose what it has.
+    pub(super) repair: Duration,
 }
 
 pub(super) fn client_name(n: usize) -> String {
@@ -61,10 +63,17 @@ pub(super) fn client_name(n: usize) -> String {
 impl Nemesis {
     /// Seeded faults, no two of the same link at once.
     pub(super) fn new(random: &mut SmallRng, extent: Extent) -> Self {
-        let Extent { workers, clients, from, to, victims } = extent;
+        let Extent { workers, clients, from, to, repair } = extent;
         let mut planned = Vec::new();
-        let first_victim = random.random_range(0..workers);
-        let is_victim = |worker: usize| (worker + workers - first_victim) % workers < victims;
+        let mut hunts = Vec::new();
+        let mut begins = from;
+        while begins < to {
+            hunts.push((begins..begins + HUNT, random.random_range(0..workers)));
+            begins += HUNT + repair;
+        }
+        let is_victim = |worker: usize, at: Duration, end: Duration| {
+            hunts.iter().any(|(hunt, victim)| *victim == worker && hunt.start <= at && end <= hunt.end)
+        };
         let span = |random: &mut SmallRng, least: u64, most: u64| {
             Duration::from_millis(random.random_range(least..=most))
         };
@@ -72,19 +81,19 @@ impl Nemesis {
             let mut at = from + span(random, 0, 1500);
             while at < to {
                 let (coordinator, name) = (COORDINATOR.to_owned(), worker_name(worker));
-                let (fault, lasts) = match random.random_range(0..8_u32) {
-                    0 | 1 if is_victim(worker) => (Fault::Crash(name), span(random, 50, 2500)),
-                    2 if is_victim(worker) => (Fault::Cut(coordinator, name), span(random, 100, 4000)),
-                    3 if is_victim(worker) => (Fault::CutOneWay(coordinator, name), span(random, 100, 4000)),
-                    4 if is_victim(worker) => (Fault::CutOneWay(name, coordinator), span(random, 100, 4000)),
-                    5 => (Fault::Slow(coordinator, name, span(random, 10, 60)), span(random, 200, 2000)),
-                    _ => {
-                        let most = if is_victim(worker) { 3000 } else { 600 };
-                        (Fault::Hold(coordinator, name), span(random, 20, most))
-                    }
+                let hard = span(random, 50, 2500);
+                let is_victim = is_victim(worker, at, at + hard);
+                let (fault, lasts) = match random.random_range(0..10_u32) {
+                    0..3 if is_victim => (Fault::Crash(name), hard),
+                    3 if is_victim => (Fault::Cut(coordinator, name), hard),
+                    4 if is_victim => (Fault::CutOneWay(coordinator, name), hard),
+                    5 if is_victim => (Fault::CutOneWay(name, coordinator), hard),
+                    6 if is_victim => (Fault::Hold(coordinator, name), hard),
+                    7 => (Fault::Slow(coordinator, name, span(random, 10, 60)), span(random, 200, 2000)),
+                    _ => (Fault::Hold(coordinator, name), span(random, 20, SHORT)),
                 };
                 planned.push(Planned { from: at, to: (at + lasts).min(to), fault });
-                at += lasts + span(random, 300, 2500);
+                at += lasts + span(random, 200, 1500);
             }
         }
         for client in 0..clients {
@@ -156,8 +165,9 @@ impl Planned {
     /// Whether a worker may lose what it has.
     fn loses(&self) -> bool {
         match &self.fault {
-            Fault::Crash(_) => true,
-            Fault::Cut(..) | Fault::CutOneWay(..) | Fault::Hold(..) => self.to - self.from > NOT_YET_LOST,
+            // What is lost on a link ends its connections.
+            Fault::Crash(_) | Fault::Cut(..) | Fault::CutOneWay(..) => true,
+            Fault::Hold(..) => self.to - self.from > Duration::from_millis(SHORT),
             Fault::Slow(..) | Fault::Flips => false,
         }
     }

@@ -174,6 +174,11 @@ impl Collector {
                 self.ask_again(link, sent)
             }
             Err(error) if is_of_the_replica(&error) => self.ask_another(link, sent, &error),
+            // The ledger knew of no cut, so one is under way that isn't acknowledged yet.
+            Err(error) if error.reason == Reason::Generation => {
+                let error = Error::new(Reason::Recovering, "the session is being cut");
+                step.queries = QueriesState::Failed(error);
+            }
             Err(error) => step.queries = QueriesState::Failed(error),
         }
     }
