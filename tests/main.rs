@@ -13,4 +13,5 @@ mod real_layers;
 mod sessions;
 mod simulation;
 mod support;
+mod survival;
 mod tidy;

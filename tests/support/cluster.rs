@@ -56,7 +56,7 @@ impl Worker {
     /// Starts it under a name that no earlier life had: a name that dies three times a minute is quarantined.
     fn start(&mut self, coordinator: &str) {
         self.lives += 1;
-        let name = if self.lives == 1 { self.id.clone() } else { format!("{}-{}", self.id, self.lives) };
+        let name = self.name();
         let threads = self.spec.threads.to_string();
         let args = ["worker", "--coordinator", coordinator, "--listen", "127.0.0.1:0"];
         let memory = self.spec.session_mib.map(|mib| format!("{mib}MiB"));
@@ -77,6 +77,11 @@ impl Worker {
             None => listens,
         };
         self.running = Some((process, url));
+    }
+
+    /// Of this life.
+    fn name(&self) -> String {
+        if self.lives == 1 { self.id.clone() } else { format!("{}-{}", self.id, self.lives) }
     }
 
     fn process(&mut self) -> &mut Process {
@@ -122,6 +127,11 @@ impl Cluster {
     /// The coordinator's process.
     pub(crate) fn coordinator(&mut self) -> &mut Process {
         &mut self.coordinator
+    }
+
+    /// Names of the workers that run.
+    pub(crate) fn names(&self) -> BTreeSet<String> {
+        self.workers.iter().filter(|worker| worker.running.is_some()).map(Worker::name).collect()
     }
 
     /// A worker's process.

@@ -7,6 +7,7 @@ pub(crate) mod formula;
 pub(crate) mod process;
 pub(crate) mod raw_call;
 pub(crate) mod tap;
+pub(crate) mod tokens;
 
 use std::time::Duration;
 
