@@ -30,6 +30,8 @@ pub(super) struct Scene {
     pub(super) history: History,
     /// Nothing is broken from now on.
     pub(super) is_calm: Cell<bool>,
+    /// Workers say some things twice.
+    pub(super) repeats: bool,
     /// Replicas are restored, so sessions take everything again.
     pub(super) repairs: bool,
     /// Workers that lost what they had, or were given up, until that was repaired.
@@ -40,9 +42,9 @@ pub(super) struct Scene {
 }
 
 impl Scene {
-    pub(super) fn new(history: History, repairs: bool) -> Rc<Self> {
+    pub(super) fn new(history: History, repairs: bool, repeats: bool) -> Rc<Self> {
         let (is_calm, lost_workers, open) = (Cell::new(false), Cell::new(0), RefCell::new(Vec::new()));
-        Rc::new(Self { history, is_calm, repairs, lost_workers, open, tokens: Cell::new(1) })
+        Rc::new(Self { history, is_calm, repeats, repairs, lost_workers, open, tokens: Cell::new(1) })
     }
 
     /// Tokens that nobody had before.
@@ -174,6 +176,8 @@ impl Writer {
             | Reason::Epoch
             | Reason::Draining
             | Reason::Overloaded => true,
+            // Of the last replica that could be asked.
+            Reason::Coverage => self.scene.repeats,
             Reason::Session | Reason::SessionLost => may_be_gone,
             _ => false,
         };
@@ -452,6 +456,11 @@ impl Writer {
                 return;
             }
             let Ok(session) = sessions.read(&name).await else { return };
+            if let Ok(description) = sessions.describe(&name).await
+                && let Err(error) = model.borrow().described(&description)
+            {
+                scene.history.violation(&who, format!("looks at {name}: {error}"));
+            }
             let tokens = scene.new_tokens(1);
             let q = shape.queries(layer, &tokens);
             if let Ok(answer) = session.attend(layer, q, &query_options(None)).await {

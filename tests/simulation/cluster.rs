@@ -21,6 +21,11 @@ pub(super) fn worker_name(n: usize) -> String {
     format!("w{n}")
 }
 
+/// Where a worker is.
+pub(super) fn worker_url(n: usize) -> String {
+    format!("http://{}:{WORKER_PORT}", worker_name(n))
+}
+
 /// Adds a coordinator and its workers.
 pub(super) fn build(sim: &mut Sim<'_>, chance: &Arc<Chance>, workers: usize) {
     let meta: Arc<dyn MetaStore> = Arc::new(InMemory::new());
@@ -43,7 +48,7 @@ pub(super) fn build(sim: &mut Sim<'_>, chance: &Arc<Chance>, workers: usize) {
                 let name = worker_name(n);
                 let config = WorkerConfig {
                     coordinator: COORDINATOR_URL.to_owned(),
-                    advertise: Some(format!("http://{name}:{WORKER_PORT}")),
+                    advertise: Some(worker_url(n)),
                     id: Some(WorkerId::new(&*name)?),
                     threads: 1,
                     memory_budget: 64 << 20,

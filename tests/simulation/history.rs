@@ -4,6 +4,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::fmt;
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::ops::AddAssign;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -33,6 +34,18 @@ pub(super) struct Counts {
     pub(super) replayed: u64,
     pub(super) again: u64,
     pub(super) lost: u64,
+}
+
+impl AddAssign for Counts {
+    fn add_assign(&mut self, other: Self) {
+        self.applied += other.applied;
+        self.attended += other.attended;
+        self.refused += other.refused;
+        self.unknown += other.unknown;
+        self.replayed += other.replayed;
+        self.again += other.again;
+        self.lost += other.lost;
+    }
 }
 
 impl History {

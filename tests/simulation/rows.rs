@@ -79,11 +79,6 @@ impl RowShape {
         self.rows(What::Query, layer, tokens)
     }
 
-    /// Bytes of K and V of a token, and of its queries.
-    pub(super) fn token_bytes(&self) -> usize {
-        4 * (self.kv_heads * (self.head_dim + self.value_dim) + self.heads * self.head_dim)
-    }
-
     /// What queries of these tokens see of a layer whose tokens those are.
     pub(super) fn answer(&self, layer: usize, keys: &[Token], queries: &[Token]) -> Answer {
         let dims = Dims {

@@ -13,6 +13,8 @@ pub mod error;
 pub mod listen;
 pub mod platform;
 pub mod shutdown;
+#[cfg(feature = "simulation")]
+pub mod simulation;
 pub mod worker;
 
 pub use error::NodeError;

@@ -118,6 +118,7 @@ impl<L: Listener> Door<L> {
     async fn next(&mut self) -> Option<Connection<L::Stream>> {
         loop {
             tokio::select! {
+                biased;
                 Some(greeted) = self.greetings.next() => if greeted.is_some() {
                     return greeted;
                 },

@@ -173,6 +173,7 @@ impl Exchange {
             let is_last = matches!(ask, Ask::Commit(_));
             let frame = SessionRequest { request: ticket.request, timeout, ask };
             tokio::select! {
+                biased;
                 answer = &mut ticket.answer => return answer.unwrap_or_else(|_dropped| Err(stream.why_ended())),
                 sent = stream.frames.send(frame.into()) => if sent.is_err() {
                     return Err(stream.why_ended());

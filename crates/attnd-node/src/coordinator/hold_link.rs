@@ -135,7 +135,10 @@ impl Lane {
         state.last += 1;
         let request = state.last;
         state.asked.insert(request, Asked { parts: Parts::new(), answer, others: Vec::new() });
-        room.send(proto::HoldRequest { request, term, ask: Some(ask) });
+        let message = proto::HoldRequest { request, term, ask: Some(ask) };
+        #[cfg(feature = "simulation")]
+        crate::simulation::sent(&message);
+        room.send(message);
         drop(state);
         Ok((Upload { lane: self, request, term }, Answer(answered)))
     }

@@ -87,6 +87,7 @@ impl JoinService {
             Ok(())
         };
         let ended = tokio::select! {
+            biased;
             ended = beats => ended,
             () = replies.closed() => Ok(()),
             () = actor.wait_for_shutdown() => return Err(Error::new(Reason::IncarnationDead, "declared dead")),

@@ -221,11 +221,13 @@ impl Actor for MembershipActor {
     ) -> Result<Option<Signal<Self>>, Infallible> {
         loop {
             tokio::select! {
-                signal = mailbox.recv() => return Ok(signal),
+                biased;
+                // However much is said, silence is looked for.
                 _ = self.ticks.tick() => {
                     let actions = self.decide(MemberEvent::Tick);
                     self.end_members(&actions);
                 }
+                signal = mailbox.recv() => return Ok(signal),
             }
         }
     }

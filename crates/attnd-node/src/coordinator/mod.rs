@@ -173,6 +173,7 @@ pub async fn run_on<L: Listener>(
     let served = serve_until(shutdown, &calls, config.drain_deadline, serve, on_drain);
 
     let ended = tokio::select! {
+        biased;
         ended = served => ended,
         () = cluster.wait_for_shutdown() => Err(NodeError::ActorGone("membership")),
     };

@@ -98,6 +98,7 @@ impl Actor for WorkerActor {
     ) -> Result<Option<Signal<Self>>, Infallible> {
         loop {
             tokio::select! {
+                biased;
                 signal = mailbox.recv() => return Ok(signal),
                 Some(ended) = self.shares.join_next() => tasks::report(ended),
                 Some(ended) = self.lanes.join_next() => tasks::report(ended),
@@ -156,6 +157,7 @@ async fn run_share(
 ) {
     let WorkerActorArgs { id: worker, channel, not_connected, .. } = args;
     let ended = tokio::select! {
+        biased;
         ended = exchange(channel, share, outgoing, &answers) => ended,
         () = answers.closed() => return,
     };

@@ -199,6 +199,7 @@ pub async fn run_on<L: Listener>(
     let served = serve_until(shutdown, &gauges.calls, DRAIN_DEADLINE, serve, on_drain);
 
     let ended = tokio::select! {
+        biased;
         ended = served => ended,
         Ok(refused) = refusal.wait_for(Option::is_some) => {
             Err(NodeError::Refused(refused.as_ref().map_or_else(String::new, ToString::to_string)))

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use attnd_plan::call::STREAM_IDLE;
+use attnd_plan::omission::{Omission, omits};
 use attnd_plan::route::Router;
 use attnd_plan::session::{Ask, LedgerEvent, Op, Request, SessionSpec};
 use attnd_plan::{AnyTensor, Tensor};
@@ -136,6 +137,7 @@ impl Bulk {
             let frame = tokio::time::timeout(STREAM_IDLE, frames.recv()).await;
             let frame = frame.map_err(|_elapsed| refusal::stream_idle(STREAM_IDLE))?;
             match frame {
+                None if omits(Omission::Commit) => break,
                 None => {
                     return Err(refusal::stream_truncated(
                         stream.chunks.into(),

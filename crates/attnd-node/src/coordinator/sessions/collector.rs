@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use attnd_kernel::PartialRows;
 use attnd_plan::CellId;
+use attnd_plan::omission::{Omission, omits};
 use attnd_wire::hold::{HoldAnswer, HoldAsk, HoldReply, HoldRequest, ShardResult, ShardWork};
 use attnd_wire::limits::MAX_ENTRIES;
 use attnd_wire::{Error, Reason};
@@ -302,7 +303,7 @@ fn complete(
     if !in_order {
         partials.sort_by_key(|(cell, _)| place(cell));
     }
-    if partials.iter().map(|(cell, _)| cell).eq(cells) {
+    if partials.iter().map(|(cell, _)| cell).eq(cells) || omits(Omission::CoverageCheck) {
         return Ok(partials);
     }
     Err(Error::new(Reason::Coverage, format!("{} cells, the shard has {}", partials.len(), cells.len())))

@@ -63,6 +63,7 @@ impl sessions_server::Sessions for SessionsService {
         self.tasks.spawn(async move {
             let mut exchange = Exchange::new(sessions, calls, answer.queue().clone());
             let ended = tokio::select! {
+                biased;
                 ended = exchange.run(&mut frames) => ended,
                 () = answer.queue().closed() => Err(Error::new(Reason::Cancelled, "the client is gone")),
             };
