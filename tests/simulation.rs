@@ -29,13 +29,13 @@ use network::Chance;
 /// Seeds that a change must pass.
 const SEEDS: u64 = 100;
 /// What a run is broken for.
-const STORM: Duration = Duration::from_secs(8);
+const STORM: Duration = Duration::from_millis(4500);
 /// What nodes need to find each other.
 const WARM_UP: Duration = Duration::from_millis(500);
 /// What it takes until a worker that was lost is missed, and replicas are made anew.
-const REPAIR: Duration = Duration::from_secs(3);
+const REPAIR: Duration = Duration::from_millis(2500);
 const LONGEST: Duration = Duration::from_secs(40);
-const TICK: Duration = Duration::from_millis(3);
+const TICK: Duration = Duration::from_millis(4);
 
 /// What came of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -138,7 +138,7 @@ fn whatever_breaks_sessions_are_what_their_model_is() {
     }
     println!("{n} seeds in {:?}: {all:?}", begun.elapsed());
     assert!(failed.is_empty(), "seeds {failed:?}: cargo xtask sim --seed {}", failed[0]);
-    let much = all.applied > 30 * n && all.attended > 30 * n;
+    let much = all.applied > 20 * n && all.attended > 20 * n;
     assert!(n == 1 || (much && all.replayed > 0 && all.refused > 0), "hardly anything happens: {all:?}");
 }
 

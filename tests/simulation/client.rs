@@ -108,7 +108,7 @@ impl Writer {
     }
 
     async fn act(&mut self) {
-        let pause = self.random.random_range(0..60);
+        let pause = self.random.random_range(0..80);
         tokio::time::sleep(Duration::from_millis(pause)).await;
         if self.held.is_empty() || (self.held.len() < MOST_SESSIONS && self.chance(8)) {
             return self.open().await;

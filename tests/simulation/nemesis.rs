@@ -10,7 +10,7 @@ use super::cluster::{COORDINATOR, worker_name};
 use super::history::History;
 
 /// Time in which one worker may lose what it has.
-const HUNT: Duration = Duration::from_millis(2500);
+const HUNT: Duration = Duration::from_millis(1800);
 /// Silence that no worker is given up for.
 const SHORT: u64 = 600;
 
@@ -78,10 +78,10 @@ impl Nemesis {
             Duration::from_millis(random.random_range(least..=most))
         };
         for worker in 0..workers {
-            let mut at = from + span(random, 0, 1500);
+            let mut at = from + span(random, 0, 1000);
             while at < to {
                 let (coordinator, name) = (COORDINATOR.to_owned(), worker_name(worker));
-                let hard = span(random, 50, 2500);
+                let hard = span(random, 50, 1500);
                 let is_victim = is_victim(worker, at, at + hard);
                 let (fault, lasts) = match random.random_range(0..10_u32) {
                     0..3 if is_victim => (Fault::Crash(name), hard),
