@@ -16,13 +16,13 @@ use crate::support::tap::Tap;
 mod repair;
 
 /// A sequence that attends to itself: token by token, or whole.
-struct Sequence {
+pub(crate) struct Sequence {
     case: Case,
     whole: Answer,
 }
 
 impl Sequence {
-    fn new(seed: u64, dtype: Dtype, dims: Dims) -> Self {
+    pub(crate) fn new(seed: u64, dtype: Dtype, dims: Dims) -> Self {
         assert!(dims.batch == 1 && dims.queries == dims.keys);
         let case = Case::new(seed, Data::Normal, Causal::BottomRight, dtype, dims);
         let whole = case.compute(Kernels::from_env().unwrap());
@@ -34,7 +34,7 @@ impl Sequence {
     }
 
     /// K, V and Q of some tokens.
-    fn rows(&self, tokens: Range<usize>) -> [Bytes; 3] {
+    pub(crate) fn rows(&self, tokens: Range<usize>) -> [Bytes; 3] {
         let (shape, operands) = (self.case.shape(), &self.case.operands);
         let cut = |bytes: &Bytes, heads: usize| {
             let head = bytes.len() / heads;
@@ -47,7 +47,7 @@ impl Sequence {
     }
 
     /// What the whole call says of some tokens.
-    fn answer(&self, tokens: Range<usize>) -> Answer {
+    pub(crate) fn answer(&self, tokens: Range<usize>) -> Answer {
         let (shape, n) = (self.case.shape(), self.tokens());
         let of = |all: &[f32], dim: usize| -> Vec<f32> {
             let of_head = |h: usize| &all[(h * n + tokens.start) * dim..(h * n + tokens.end) * dim];
@@ -56,7 +56,7 @@ impl Sequence {
         Answer { context: of(&self.whole.context, shape.value_dim()), lse: of(&self.whole.lse, 1) }
     }
 
-    fn options(&self) -> QueryOptions {
+    pub(crate) fn options(&self) -> QueryOptions {
         let attend = AttendOptions {
             causal: Causal::BottomRight,
             scale: Some(self.case.scale),
@@ -65,7 +65,7 @@ impl Sequence {
         QueryOptions { attend, ..QueryOptions::default() }
     }
 
-    fn open(&self, layers: usize) -> OpenOptions {
+    pub(crate) fn open(&self, layers: usize) -> OpenOptions {
         let shape = self.case.shape();
         let (heads, kv_heads) = (shape.n_heads(), shape.n_kv_heads());
         let mut open = OpenOptions::new(layers, heads, kv_heads, shape.head_dim(), self.case.operands.dtype);
@@ -74,7 +74,7 @@ impl Sequence {
     }
 }
 
-fn dims(heads: u64, kv_heads: u64, tokens: u64, head_dim: u64, value_dim: u64) -> Dims {
+pub(crate) fn dims(heads: u64, kv_heads: u64, tokens: u64, head_dim: u64, value_dim: u64) -> Dims {
     Dims { batch: 1, heads, kv_heads, queries: tokens, keys: tokens, head_dim, value_dim }
 }
 

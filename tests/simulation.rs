@@ -138,7 +138,7 @@ fn whatever_breaks_sessions_are_what_their_model_is() {
     }
     println!("{n} seeds in {:?}: {all:?}", begun.elapsed());
     assert!(failed.is_empty(), "seeds {failed:?}: cargo xtask sim --seed {}", failed[0]);
-    let much = all.applied > 20 * n && all.attended > 20 * n;
+    let much = all.applied > 10 * n && all.attended > 10 * n;
     assert!(n == 1 || (much && all.replayed > 0 && all.refused > 0), "hardly anything happens: {all:?}");
 }
 

@@ -1,6 +1,8 @@
-//! Sessions that survive: workers killed at random moments of appends.
+//! Sessions that survive: workers killed at random moments, all processes restarted; and what is left of those that are closed.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use attnd_client::session::{OpenOptions, QueryOptions, Session, Sessions, ShardDescription};
@@ -9,7 +11,7 @@ use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 
 use crate::support::cases::Answer;
-use crate::support::cluster::Cluster;
+use crate::support::cluster::{Cluster, WorkerSpec};
 use crate::support::tokens::TokenShape;
 use crate::support::{eventually, nightly};
 
@@ -170,4 +172,170 @@ async fn killing_workers_in_the_middle_of_appends_loses_and_doubles_nothing() {
         "{kills} kills, {hit} before the append was answered: {lost} tokens lost, {doubled} doubled, {wrong} of {looked} answers wrong; \
          appends that failed: {failed:?}; slowest repair {slowest_repair:?}"
     );
+}
+
+/// Steps of one token, one after the other, each compared with what it must be.
+struct Stepping {
+    session: Session,
+    tokens: Vec<u64>,
+    times: Vec<Duration>,
+}
+
+impl Stepping {
+    async fn open(sessions: &Sessions, name: &str, first: u64) -> Self {
+        let mut session = sessions.open(open(name, 2, 2)).await.unwrap();
+        let tokens: Vec<u64> = (first..first + 500).collect();
+        let [k, v] = SHAPE.rows(&tokens);
+        session.append(0, k, v).await.unwrap();
+        Self { session, tokens, times: Vec::new() }
+    }
+
+    async fn step(&mut self) {
+        let token = self.tokens[self.tokens.len() - 1] + 1;
+        self.tokens.push(token);
+        let ([k, v], q) = (SHAPE.rows(&[token]), SHAPE.queries(&[token]));
+        let begun = Instant::now();
+        let stepped = self.session.step(0, k, v, q, &options()).await;
+        self.times.push(begun.elapsed());
+        let stepped = stepped.unwrap_or_else(|error| panic!("token {token}: {error} ({:?})", error.outcome));
+        assert_eq!(stepped.appended.len, self.tokens.len() as u64, "token {token}");
+        let answer = Answer { context: stepped.attended.context, lse: stepped.attended.lse };
+        answer.assert_bits_of(&SHAPE.answer(&self.tokens, &[token], SCALE), &format!("token {token}"));
+    }
+
+    /// Median and longest time since this was last asked.
+    fn took(&mut self) -> (Duration, Duration) {
+        let mut times = std::mem::take(&mut self.times);
+        times.sort();
+        (times[times.len() / 2], times[times.len() - 1])
+    }
+}
+
+/// Every worker is restarted, then the coordinator, and all the time two clients go on: none of their steps fails, and each has its bits.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_rolling_restart_of_everything_fails_no_step() {
+    let state = tempfile::tempdir().unwrap();
+    let mut cluster = Cluster::keeping(vec![WorkerSpec::default(); 3], Some(state.path())).await;
+    let ends = Arc::new(AtomicBool::new(false));
+    let mut clients = Vec::new();
+    for id in 0..2 {
+        let (client, ends) = (cluster.client(), Arc::clone(&ends));
+        clients.push(tokio::spawn(async move {
+            let mut stepping = Stepping::open(&client.sessions(), &format!("rolling-{id}"), id << 32).await;
+            while !ends.load(Ordering::Relaxed) {
+                stepping.step().await;
+            }
+            stepping
+        }));
+    }
+    let sessions = cluster.client().sessions();
+    let both = eventually("two sessions", REPAIR, async || {
+        let names = sessions.list().await.ok()?;
+        (names.len() == 2).then_some(names)
+    })
+    .await;
+    for worker in 0..3 {
+        cluster.worker(worker).signal("TERM");
+        let status = cluster.worker(worker).wait_for_end(Duration::from_secs(40)).await;
+        assert_eq!(status.code(), Some(0), "w{worker} left with {status}");
+        cluster.start_worker(worker);
+        for name in &both {
+            let description = sessions.describe(name.as_str()).await;
+            let spec = description.unwrap_or_else(|error| panic!("{name} is there: {error}")).spec;
+            assert_eq!(spec, open(name.as_str(), 2, 2).spec);
+        }
+    }
+    cluster.coordinator().signal("TERM");
+    let status = cluster.coordinator().wait_for_end(Duration::from_secs(40)).await;
+    assert_eq!(status.code(), Some(0), "the coordinator left with {status}");
+    cluster.start_coordinator();
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    ends.store(true, Ordering::Relaxed);
+    for client in clients {
+        let mut stepping = client.await.expect("no step fails");
+        let (steps, (median, longest)) = (stepping.times.len(), stepping.took());
+        println!(
+            "{steps} steps while all was restarted: 0 failed, 0 wrong, median {median:?}, longest {longest:?}"
+        );
+        assert!(steps > 50, "only {steps} steps");
+        stepping.step().await;
+    }
+}
+
+/// A worker is killed, and another one stops to run, while a client steps: it sees a slower answer.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn steps_go_on_while_a_worker_is_killed_or_stands_still() {
+    let mut cluster = Cluster::start(3).await;
+    let sessions = cluster.client().sessions();
+    let mut stepping = Stepping::open(&sessions, "goes-on", 0).await;
+    for what in ["killed", "paused"] {
+        for _ in 0..50 {
+            stepping.step().await;
+        }
+        let (usual, _) = stepping.took();
+        // Whoever computes is among all of them.
+        for victim in 0..3 {
+            let strike = async {
+                tokio::time::sleep(usual / 2).await;
+                match what {
+                    "killed" => cluster.kill_worker(victim),
+                    _ => cluster.pause(victim),
+                }
+            };
+            tokio::join!(stepping.step(), strike);
+            for _ in 0..20 {
+                stepping.step().await;
+            }
+            match what {
+                "killed" => cluster.start_worker(victim),
+                _ => cluster.resume(victim),
+            }
+            repaired(&cluster, &sessions, &stepping.session, what).await;
+            let (median, longest) = stepping.took();
+            println!(
+                "w{victim} {what}: 0 steps failed, 0 wrong; usual {usual:?}, then median {median:?}, longest {longest:?}"
+            );
+        }
+    }
+}
+
+/// Bytes that a process has in memory.
+fn resident(process: u32) -> u64 {
+    let statm = std::fs::read_to_string(format!("/proc/{process}/statm")).expect("it runs");
+    let pages: u64 = statm.split(' ').nth(1).and_then(|pages| pages.parse().ok()).expect("a number of pages");
+    pages * 4096
+}
+
+/// Memory of sessions that were closed comes back.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn sessions_that_come_and_go_leave_nothing_behind() {
+    let rounds =
+        if nightly("10,000 sessions that come and go, of which 300 are tested") { 10_000 } else { 300 };
+    let mut cluster = Cluster::start(2).await;
+    let sessions = cluster.client().sessions();
+    let tokens: Vec<u64> = (0..600).collect();
+    let [k, v] = SHAPE.rows(&tokens);
+    let round = async |n: u32| {
+        let mut session = sessions.open(open(&format!("passing-{n}"), 1 + n as usize % 2, 1)).await.unwrap();
+        session.append(0, k.clone(), v.clone()).await.unwrap();
+        assert!(!session.close().await.unwrap(), "it was open");
+    };
+    for n in 0..50 {
+        round(n).await;
+    }
+    let processes = [cluster.coordinator().id(), cluster.worker(0).id(), cluster.worker(1).id()];
+    let before = processes.map(resident);
+    for n in 0..rounds {
+        round(n).await;
+    }
+    // One spare chunk of pages on each worker.
+    eventually("memory of sessions is back", Duration::from_secs(5), async || {
+        let used: u64 = cluster.status().await.workers.iter().map(|worker| worker.session_used_bytes).sum();
+        (used <= 2 * (2 << 20)).then_some(())
+    })
+    .await;
+    let grown: i64 = processes.map(resident).iter().sum::<u64>() as i64 - before.iter().sum::<u64>() as i64;
+    println!("{rounds} sessions came and went: memory of all processes grew by {} KiB", grown / 1024);
+    assert!(grown < 64 << 20, "memory grew by {grown} bytes over {rounds} sessions");
+    assert!(sessions.list().await.unwrap().is_empty());
 }

@@ -8,7 +8,7 @@ use attnd_client::{Dtype, SessionDescription, Storage};
 use super::{Sequence, dims};
 use crate::support::cases::Answer;
 use crate::support::cluster::{Cluster, WorkerSpec};
-use crate::support::eventually;
+use crate::support::{eventually, nightly};
 
 const SOON: Duration = Duration::from_secs(10);
 
@@ -228,4 +228,46 @@ async fn a_worker_that_comes_gets_replicas_of_others_while_steps_go_on() {
     let lost = other.as_str().to_owned();
     stepped.step_until("lost", SOON, |description| is_whole_without(description, 2, &lost)).await;
     stepped.check_all("lost").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_large_replica_is_there_again_in_a_second_for_each_100_mib() {
+    if !nightly("how long a replica of 256 MiB takes to be made again") {
+        return;
+    }
+    let mut cluster = Cluster::start(3).await;
+    let sessions = cluster.client().sessions();
+    // 2 kv heads of 2048 tokens of 256 f32 are 4 MiB of a layer.
+    let sequence = Sequence::new(61, Dtype::F32, dims(2, 2, 2048, 128, 128));
+    let mut open = sequence.open(64);
+    (open.spec.replicas, open.spec.acks, open.spec.allow_same_host) = (2, 2, true);
+    let mut session = sessions.open(open).await.unwrap();
+    let [k, v, _] = sequence.rows(0..2000);
+    for layer in 0..64 {
+        session.append(layer, k.clone(), v.clone()).await.unwrap();
+    }
+    let bytes: u64 = session.describe().await.unwrap().shards.iter().map(|shard| shard.bytes).sum();
+    cluster.kill_worker(0);
+    let killed = Instant::now();
+    let (mut slowest, mut at) = (Duration::ZERO, 2000);
+    // Steps go on, each of them over one layer.
+    let took = loop {
+        let begun = Instant::now();
+        let [k, v, q] = sequence.rows(at..at + 1);
+        let stepped = session.step(0, k, v, q, &sequence.options()).await.unwrap();
+        slowest = slowest.max(begun.elapsed());
+        let answer = Answer { context: stepped.attended.context, lse: stepped.attended.lse };
+        answer.assert_bits_of(&sequence.answer(at..at + 1), "while a replica is made");
+        at = if at + 1 < 2048 { at + 1 } else { break killed.elapsed() };
+        let description = session.describe().await.unwrap();
+        if is_whole_without(&description, 2, "w0") {
+            break killed.elapsed();
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    };
+    let description = session.describe().await.unwrap();
+    println!("{} MiB in both shards: whole after {took:?}, the slowest step took {slowest:?}", bytes >> 20);
+    assert!(is_whole_without(&description, 2, "w0"), "not after {took:?}");
+    let limit = Duration::from_secs(2) + Duration::from_secs(1) * u32::try_from(bytes / (100 << 20)).unwrap();
+    assert!(took < limit, "{took:?} for {bytes} bytes, at most {limit:?}");
 }

@@ -76,7 +76,11 @@ pub(super) async fn run(scene: Rc<Scene>, surroundings: Surroundings, workers: u
             continue;
         };
         for state in results.into_iter().filter_map(|result| result.applied) {
-            let what = format!("{at:?} to w{worker}, which has epoch {}", state.epoch);
+            // Without its number, which is another one in each run.
+            let what = format!(
+                "shard {} of epoch {} to w{worker}, which has epoch {}",
+                at.shard, at.epoch, state.epoch
+            );
             scene.history.tell("zombie", &what);
             if state.epoch != at.epoch {
                 scene.history.violation("zombie", format!("{what}, and takes it"));

@@ -1,6 +1,7 @@
 //! Clusters of real processes on this machine: one coordinator and some workers.
 
 use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -9,6 +10,7 @@ use attnd_kernel::Isa;
 
 use super::eventually;
 use super::process::{Alone, Process, alone};
+use super::proxy::Proxy;
 use super::tap::Tap;
 
 /// Time for a worker to join, or for a lost one to be missed.
@@ -25,11 +27,13 @@ pub(crate) struct WorkerSpec {
     pub(crate) session_mib: Option<u64>,
     /// What the coordinator connects to in its place.
     pub(crate) tap: Option<Arc<Tap>>,
+    /// The coordinator reaches it through a proxy of its own.
+    pub(crate) behind_proxy: bool,
 }
 
 impl Default for WorkerSpec {
     fn default() -> Self {
-        Self { isa: None, threads: 1, session_mib: None, tap: None }
+        Self { isa: None, threads: 1, session_mib: None, tap: None, behind_proxy: false }
     }
 }
 
@@ -38,6 +42,7 @@ pub(crate) struct Cluster {
     // Fields are dropped in this order: workers first, and the machine is given to the next test last.
     workers: Vec<Worker>,
     coordinator: Process,
+    state: Option<PathBuf>,
     url: String,
     client: Client,
     _alone: Alone,
@@ -46,6 +51,7 @@ pub(crate) struct Cluster {
 struct Worker {
     spec: WorkerSpec,
     id: String,
+    proxy: Option<Proxy>,
     /// How often it was started.
     lives: u32,
     /// The process and the URL of its own service; `None` once it is killed.
@@ -57,25 +63,29 @@ impl Worker {
     fn start(&mut self, coordinator: &str) {
         self.lives += 1;
         let name = self.name();
+        self.start_as(&name, coordinator);
+    }
+
+    fn start_as(&mut self, name: &str, coordinator: &str) {
         let threads = self.spec.threads.to_string();
         let args = ["worker", "--coordinator", coordinator, "--listen", "127.0.0.1:0"];
         let memory = self.spec.session_mib.map(|mib| format!("{mib}MiB"));
         let memory: Vec<&str> = memory.iter().flat_map(|bytes| ["--session-memory", bytes]).collect();
-        let mut args = [&args[..], &["--id", &name, "--threads", &threads], &memory].concat();
-        if let Some(tap) = &self.spec.tap {
-            args.extend(["--advertise", tap.url()]);
-        }
+        let mut args = [&args[..], &["--id", name, "--threads", &threads], &memory].concat();
+        args.extend(self.spec.tap.iter().flat_map(|tap| ["--advertise", tap.url()]));
+        args.extend(self.proxy.iter().flat_map(|proxy| ["--advertise", proxy.url()]));
         let isa = self.spec.isa.map(Isa::name);
         let env: Vec<(&str, &str)> = isa.map(|isa| ("ATTND_ISA", isa)).into_iter().collect();
-        let process = Process::start_bound(&name, &args, &env);
-        let listens = process.url();
-        let url = match &self.spec.tap {
-            Some(tap) => {
-                tap.lead_to(&listens);
-                tap.url().to_owned()
-            }
-            None => listens,
-        };
+        let process = Process::start_bound(name, &args, &env);
+        let mut url = process.url();
+        if let Some(tap) = &self.spec.tap {
+            tap.lead_to(&url);
+            url = tap.url().to_owned();
+        }
+        if let Some(proxy) = &self.proxy {
+            proxy.set_target(&url);
+            url = proxy.url().to_owned();
+        }
         self.running = Some((process, url));
     }
 
@@ -98,20 +108,59 @@ impl Cluster {
 
     /// A cluster with these workers, `w0`, `w1` and so on, all of them joined.
     pub(crate) async fn with(specs: Vec<WorkerSpec>) -> Self {
+        Self::keeping(specs, None).await
+    }
+
+    /// The same, whose coordinator keeps its state in this directory.
+    pub(crate) async fn keeping(specs: Vec<WorkerSpec>, state: Option<&Path>) -> Self {
         let alone = alone();
-        let coordinator =
-            Process::start_bound("coordinator", &["coordinator", "--listen", "127.0.0.1:0"], &[]);
+        let coordinator = start_coordinator("127.0.0.1:0", state);
         let url = coordinator.url();
         let client = Client::connect(&url).expect("the coordinator prints a URL");
-        let workers = specs.into_iter().enumerate();
-        let workers =
-            workers.map(|(i, spec)| Worker { spec, id: format!("w{i}"), lives: 0, running: None }).collect();
-        let mut cluster = Self { workers, coordinator, url, client, _alone: alone };
+        let mut workers = Vec::new();
+        for (i, spec) in specs.into_iter().enumerate() {
+            let proxy = if spec.behind_proxy { Some(Proxy::start().await) } else { None };
+            workers.push(Worker { spec, id: format!("w{i}"), proxy, lives: 0, running: None });
+        }
+        let state = state.map(Path::to_owned);
+        let mut cluster = Self { workers, coordinator, state, url, client, _alone: alone };
         for i in 0..cluster.workers.len() {
             cluster.start_worker(i);
         }
         cluster.wait_until_settled().await;
         cluster
+    }
+
+    /// Ends the coordinator with SIGKILL.
+    pub(crate) fn kill_coordinator(&mut self) {
+        self.coordinator.kill();
+    }
+
+    /// Starts it again, where it was and with the state that it had.
+    pub(crate) fn start_coordinator(&mut self) {
+        self.coordinator = start_coordinator(self.url.trim_start_matches("http://"), self.state.as_deref());
+        assert_eq!(self.coordinator.url(), self.url);
+    }
+
+    /// The proxy before a worker.
+    pub(crate) fn proxy(&self, i: usize) -> &Proxy {
+        self.workers[i].proxy.as_ref().expect("a worker behind a proxy")
+    }
+
+    /// Starts a worker that is not running under the name that it had in its first life.
+    pub(crate) fn start_worker_again(&mut self, i: usize) {
+        let name = self.workers[i].id.clone();
+        self.workers[i].start_as(&name, &self.url);
+    }
+
+    /// Waits until no worker holds more of sessions than one spare chunk.
+    pub(crate) async fn wait_until_sessions_are_gone(&self) {
+        eventually("the memory of sessions comes back", SETTLE, async || {
+            let status = self.status().await;
+            let is_empty = status.workers.iter().all(|worker| worker.session_used_bytes <= 2 << 20);
+            is_empty.then_some(())
+        })
+        .await;
     }
 
     /// A client of its own.
@@ -146,8 +195,9 @@ impl Cluster {
 
     /// Starts one worker more, the last of all.
     pub(crate) fn add_worker(&mut self, spec: WorkerSpec) {
+        assert!(!spec.behind_proxy, "only those of the beginning have proxies");
         let id = format!("w{}", self.workers.len());
-        self.workers.push(Worker { spec, id, lives: 0, running: None });
+        self.workers.push(Worker { spec, id, proxy: None, lives: 0, running: None });
         self.start_worker(self.workers.len() - 1);
     }
 
@@ -202,4 +252,10 @@ impl Cluster {
         })
         .await;
     }
+}
+
+fn start_coordinator(listen: &str, state: Option<&Path>) -> Process {
+    let mut args = vec!["coordinator", "--listen", listen];
+    args.extend(state.iter().flat_map(|state| ["--state", state.to_str().expect("a path that is text")]));
+    Process::start_bound("coordinator", &args, &[])
 }

@@ -5,6 +5,7 @@ pub(crate) mod cluster;
 pub(crate) mod dense;
 pub(crate) mod formula;
 pub(crate) mod process;
+pub(crate) mod proxy;
 pub(crate) mod raw_call;
 pub(crate) mod tap;
 pub(crate) mod tokens;

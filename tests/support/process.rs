@@ -12,6 +12,9 @@ use tempfile::NamedTempFile;
 /// Time for a process to start and say where it listens, on a machine that is busy with other tests.
 const START: Duration = Duration::from_secs(20);
 
+/// What processes log, instead of what they log by default. All of it is shown then.
+const TEST_LOG: &str = "ATTND_TEST_LOG";
+
 /// The program under test.
 ///
 /// # Panics
@@ -67,6 +70,9 @@ impl Process {
                 command.env_remove(key);
             }
         }
+        if let Some(filter) = std::env::var_os(TEST_LOG) {
+            command.env("ATTND_LOG", filter);
+        }
         let log = NamedTempFile::new().expect("a temporary file");
         let mut child = command
             .envs(env.iter().copied())
@@ -107,11 +113,11 @@ impl Process {
 
     /// What it wrote to stderr so far, the end of it.
     pub(crate) fn log(&self) -> String {
-        const END: u64 = 4000;
+        let most = if std::env::var_os(TEST_LOG).is_some() { u64::MAX } else { 4000 };
         let mut text = Vec::new();
         let read = self.log.reopen().and_then(|mut log| {
             let len = log.metadata()?.len();
-            log.seek(SeekFrom::Start(len.saturating_sub(END)))?;
+            log.seek(SeekFrom::Start(len.saturating_sub(most)))?;
             log.read_to_end(&mut text)
         });
         match read {

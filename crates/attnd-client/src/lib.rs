@@ -39,7 +39,9 @@ pub use attnd_plan::{Element, Projected, Projection, WorkerChoice};
 pub use attnd_wire::deadline::MAX_TIMEOUT;
 pub use attnd_wire::join::SESSIONS;
 pub use attnd_wire::session::SessionDescription;
-pub use attnd_wire::{ClusterStatus, Outcome, PlanSummary, Reason, ShareSummary, Timings, WorkerStatus};
+pub use attnd_wire::{
+    ClusterStatus, Outcome, PlanSummary, Reason, SessionCounts, ShareSummary, Timings, WorkerStatus,
+};
 pub use client::{Attended, Client, Progress};
 pub use error::ClientError;
 pub use inspected::Inspected;

@@ -8,7 +8,8 @@ use tonic::Code;
 /// How often a call is sent, the first time included.
 pub const MAX_ATTEMPTS: u32 = 3;
 /// How often a request about a session is sent, the first time included: long enough for a lost worker to be noticed and replaced, which
-/// takes seconds, as no other worker can step in for the one that holds the keys.
+/// takes seconds, as no other worker can step in for the one that holds the keys. Where a coordinator starts again, or finds out what
+/// its workers have, it is sent until its time is over.
 pub const MAX_SESSION_ATTEMPTS: u32 = 8;
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
@@ -30,18 +31,25 @@ pub(crate) fn pause_before_next(
 }
 
 /// The same for a request about a session, which may also be sent again where nobody knows what became of it: one that changes nothing,
-/// or a mutation that has its number, under which it is applied once.
+/// or a mutation that has its number, under which it is applied once. `is_known`: the coordinator has answered before.
 pub(crate) fn pause_before_repeat(
     attempts: u32,
     error: &Error,
+    is_known: bool,
     left: Option<Duration>,
     jitter: f64,
 ) -> Option<Duration> {
     let may_pass = error.outcome != Outcome::Applied && (error.is_retryable() || is_of_the_way(error));
-    if attempts >= MAX_SESSION_ATTEMPTS || !may_pass {
+    let is_patient = is_known && left.is_some() && is_of_a_start(error);
+    if !may_pass || (attempts >= MAX_SESSION_ATTEMPTS && !is_patient) {
         return None;
     }
     pause(attempts, error, left, jitter)
+}
+
+/// Whether a coordinator goes, or comes: what it knew of sessions outlives it.
+fn is_of_a_start(error: &Error) -> bool {
+    matches!(error.reason, Reason::Recovering | Reason::Transport | Reason::Cancelled | Reason::Draining)
 }
 
 /// Whether a request failed on its way, rather than for what it says.
@@ -82,7 +90,8 @@ mod tests {
 
     #[test]
     fn what_can_be_repeated_is_sent_again_where_nobody_knows_what_became_of_it() {
-        let again = |attempts, error: &Error| pause_before_repeat(attempts, error, None, 0.5).is_some();
+        let again =
+            |attempts, error: &Error| pause_before_repeat(attempts, error, false, None, 0.5).is_some();
         let cut = Error::new(Reason::Transport, "connection lost");
         assert!(again(1, &cut) && again(7, &cut) && !again(8, &cut));
         assert!(again(1, &Error::new(Reason::Recovering, "")));
@@ -96,8 +105,25 @@ mod tests {
             assert!(!again(1, &error), "{error}");
         }
         // All attempts together last longer than it takes to replace a worker.
-        let total: Duration = (1..8).filter_map(|n| pause_before_repeat(n, &cut, None, 0.0)).sum();
+        let total: Duration = (1..8).filter_map(|n| pause_before_repeat(n, &cut, false, None, 0.0)).sum();
         assert!(total > Duration::from_millis(2500) && total < Duration::from_secs(6), "{total:?}");
+    }
+
+    #[test]
+    fn a_coordinator_that_starts_again_is_waited_for_as_long_as_there_is_time() {
+        let left = Some(Duration::from_secs(2));
+        let again =
+            |error: &Error, is_known, left| pause_before_repeat(30, error, is_known, left, 1.0).is_some();
+        for reason in [Reason::Transport, Reason::Recovering, Reason::Draining, Reason::Cancelled] {
+            let error = Error::new(reason, "");
+            assert!(again(&error, true, left), "{error}");
+            // Nobody is there, it seems, or there is no end.
+            assert!(!again(&error, false, left) && !again(&error, true, None), "{error}");
+            assert!(!again(&error, true, Some(Duration::from_millis(1200))), "{error}");
+        }
+        for reason in [Reason::NoWorkers, Reason::WorkerLost, Reason::UnderReplicated, Reason::Checksum] {
+            assert!(!again(&Error::new(reason, ""), true, left), "{reason}");
+        }
     }
 
     #[test]

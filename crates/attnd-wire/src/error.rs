@@ -150,6 +150,7 @@ reasons! {
     ForkLimit "FORK_LIMIT" ResourceExhausted "Too many forks, or forks of forks.";
     Recovering "RECOVERING" Unavailable "A shard of the session finds out what its replicas have.";
     UnderReplicated "UNDER_REPLICATED" Unavailable "Fewer replicas are there than shall acknowledge.";
+    StateStore "STATE_STORE" Unavailable "What a coordinator must know after a restart can't be written.";
     Shard "SHARD" NotFound "This worker holds no such shard.";
     Undo "UNDO" FailedPrecondition "An op that can't be taken back: not the last one, or no append.";
     Snapshot "SNAPSHOT" FailedPrecondition "A history of ops that isn't whole.";

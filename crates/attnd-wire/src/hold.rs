@@ -13,7 +13,7 @@ pub use self::copy::{
     CopyBase, CopyChunk, CopySum, ExportRead, ShardExport, ShardImport, ShardSnapshot, pages_of_chunk,
 };
 pub use self::partials::PartialRun;
-pub use self::reply::{HoldAnswer, HoldReply, ShardResult, ShardState};
+pub use self::reply::{HoldAnswer, HoldReply, ShardRecords, ShardResult, ShardState};
 pub use self::request::{
     HoldAsk, HoldAsked, HoldRequest, HoldShard, ShardAppend, ShardAt, ShardChange, ShardChangeKind, ShardOp,
     check_chunk,

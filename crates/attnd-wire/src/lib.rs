@@ -62,6 +62,6 @@ pub use normalise::normalise;
 pub use outputs::elements::Elements;
 pub use outputs::report::{HeatChunk, ReportChunk};
 pub use outputs::share::{MergedSums, ShareReport};
-pub use status::{ClusterStatus, WorkerStatus};
+pub use status::{ClusterStatus, SessionCounts, WorkerStatus};
 pub use surroundings::Surroundings;
 pub use tonic::Status;

@@ -27,6 +27,9 @@ pub const COMPUTE_REQUEST_BYTES: usize = OPERATOR_BYTES + (2 << 20);
 pub const OPERATOR_BYTES: usize = 5 << 20;
 /// Largest message of the control channel, in bytes.
 pub const CONTROL_MESSAGE_BYTES: usize = 64 << 10;
+/// Largest message to a worker about shards of sessions, in bytes: whatever a client's message has of one step fits, with what a worker is
+/// told besides.
+pub const HOLD_REQUEST_BYTES: usize = MESSAGE_BYTES + (64 << 10);
 /// Tensor bytes that a sender puts into one message.
 pub const CHUNK_BYTES: usize = 1 << 20;
 /// HTTP/2 frames of this size carry 2 to 4 times the bytes per second of the default 16 KiB.
@@ -151,7 +154,7 @@ pub fn sessions_server<T: Sessions>(service: T) -> SessionsServer<T> {
 
 /// The service of a worker about shards of sessions.
 pub fn shards_server<T: Shards>(service: T) -> ShardsServer<T> {
-    ShardsServer::new(service).max_decoding_message_size(MESSAGE_BYTES)
+    ShardsServer::new(service).max_decoding_message_size(HOLD_REQUEST_BYTES)
 }
 
 /// The control service of the coordinator.
@@ -162,6 +165,11 @@ pub fn cluster_server<T: Cluster>(service: T) -> ClusterServer<T> {
 /// The bulk service of a worker.
 pub fn worker_server<T: Worker>(service: T) -> WorkerServer<T> {
     WorkerServer::new(service).max_decoding_message_size(COMPUTE_REQUEST_BYTES)
+}
+
+/// Bytes that an entry of a repeated field takes in its message, with its tag and its length.
+pub fn entry_bytes(entry: &impl prost::Message) -> usize {
+    1 + prost::length_delimiter_len(entry.encoded_len()) + entry.encoded_len()
 }
 
 /// A stub of the public service.

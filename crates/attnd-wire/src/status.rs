@@ -24,6 +24,23 @@ pub struct ClusterStatus {
     pub calls_finished: u64,
     /// Calls that ended with an error.
     pub calls_failed: u64,
+    /// Sessions that are open; none from an old coordinator.
+    pub sessions: SessionCounts,
+}
+
+/// Sessions by their worst shard, see [`crate::session::ShardHealth`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SessionCounts {
+    /// All is well.
+    pub open: u64,
+    /// Replicas are missing.
+    pub repairing: u64,
+    /// What replicas have is being found out.
+    pub recovering: u64,
+    /// Too few replicas are left for appends.
+    pub degraded: u64,
+    /// Tokens are on no worker any more.
+    pub lost: u64,
 }
 
 /// One worker now.
@@ -92,6 +109,7 @@ impl TryFrom<proto::StatusReply> for ClusterStatus {
             calls_in_flight: message.calls_in_flight,
             calls_finished: message.calls_finished,
             calls_failed: message.calls_failed,
+            sessions: message.sessions.map(SessionCounts::from).unwrap_or_default(),
         })
     }
 }
@@ -105,7 +123,22 @@ impl From<ClusterStatus> for proto::StatusReply {
             calls_in_flight: status.calls_in_flight,
             calls_finished: status.calls_finished,
             calls_failed: status.calls_failed,
+            sessions: Some(status.sessions.into()),
         }
+    }
+}
+
+impl From<proto::SessionCounts> for SessionCounts {
+    fn from(message: proto::SessionCounts) -> Self {
+        let proto::SessionCounts { open, repairing, recovering, degraded, lost } = message;
+        Self { open, repairing, recovering, degraded, lost }
+    }
+}
+
+impl From<SessionCounts> for proto::SessionCounts {
+    fn from(counts: SessionCounts) -> Self {
+        let SessionCounts { open, repairing, recovering, degraded, lost } = counts;
+        Self { open, repairing, recovering, degraded, lost }
     }
 }
 
@@ -195,12 +228,15 @@ mod tests {
             calls_in_flight: 1,
             calls_finished: 2,
             calls_failed: 3,
+            sessions: SessionCounts { open: 4, repairing: 3, recovering: 2, degraded: 1, lost: 5 },
         }
     }
 
     #[test]
     fn a_status_returns() {
         assert_eq!(ClusterStatus::try_from(proto::StatusReply::from(status())), Ok(status()));
+        let old = proto::StatusReply { sessions: None, ..status().into() };
+        assert_eq!(ClusterStatus::try_from(old).map(|status| status.sessions), Ok(SessionCounts::default()));
     }
 
     #[test]

@@ -228,8 +228,9 @@ pub struct CoordinatorArgs {
     /// Address to serve clients and workers on; port 0 takes a free one
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:7400", env = "ATTND_LISTEN")]
     pub listen: SocketAddr,
-    /// Directory of this coordinator's term, which grows with each start and by which workers refuse older coordinators; made if
-    /// missing, and used by one coordinator at a time. Sessions end with the process in any case [default: none]
+    /// Directory for what outlives this process: which sessions there are and which workers hold them, and the coordinator's term, which
+    /// grows with each start and by which workers refuse older coordinators. Made if missing, and used by one coordinator at a time.
+    /// Without one sessions end with the process [default: none]
     #[arg(long, value_name = "DIR", env = "ATTND_STATE")]
     pub state: Option<PathBuf>,
     /// End when stdin ends, as it does when the parent process dies

@@ -4,6 +4,7 @@
 //! ends takes all requests on it with it: whether they are sent again is for [`crate::retry`] to say.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -32,6 +33,8 @@ pub(crate) struct Exchange {
     surroundings: Surroundings,
     live: Mutex<Option<Arc<Stream>>>,
     room: Semaphore,
+    /// The coordinator has answered, on whichever stream.
+    is_known: Arc<AtomicBool>,
 }
 
 /// One stream, from its opening to its end.
@@ -79,7 +82,8 @@ pub(crate) enum Request {
 
 impl Exchange {
     pub(crate) fn new(channel: Channel, surroundings: Surroundings) -> Self {
-        Self { channel, surroundings, live: Mutex::new(None), room: Semaphore::new(MAX_IN_FLIGHT) }
+        let (live, room) = (Mutex::new(None), Semaphore::new(MAX_IN_FLIGHT));
+        Self { channel, surroundings, live, room, is_known: Arc::default() }
     }
 
     /// A name for a session that nobody has.
@@ -90,6 +94,11 @@ impl Exchange {
     /// By how much a pause differs from those of others, 0 to 1.
     pub(crate) fn jitter(&self) -> f64 {
         self.surroundings.fraction()
+    }
+
+    /// Whether the coordinator has ever answered.
+    pub(super) fn is_known(&self) -> bool {
+        self.is_known.load(Ordering::Relaxed)
     }
 
     /// Asks until there is an answer, it is no use, or the time is over. Only for requests that may come twice: those that change nothing,
@@ -110,7 +119,8 @@ impl Exchange {
                 Err(error) => in_all(error, &mut may_be_done),
             };
             let left = deadline.saturating_duration_since(Instant::now());
-            let Some(pause) = pause_before_repeat(attempts, &error, Some(left), self.jitter()) else {
+            let (is_known, jitter) = (self.is_known(), self.jitter());
+            let Some(pause) = pause_before_repeat(attempts, &error, is_known, Some(left), jitter) else {
                 return Err(ClientError::after(attempts, &error));
             };
             tracing::info!(%error, attempts, pause_ms = pause.as_millis() as u64, "the request is sent again");
@@ -193,7 +203,7 @@ impl Exchange {
         }
         let (frames, outgoing) = mpsc::channel(MAX_QUEUED);
         let routes = Arc::new(Mutex::new(Routes::default()));
-        tokio::spawn(run(self.channel.clone(), outgoing, Arc::clone(&routes)));
+        tokio::spawn(run(self.channel.clone(), outgoing, Arc::clone(&routes), Arc::clone(&self.is_known)));
         let stream = Arc::new(Stream { frames, routes });
         *live = Some(Arc::clone(&stream));
         stream
@@ -201,11 +211,17 @@ impl Exchange {
 }
 
 /// Opens the stream and reads from it until its end, which whoever still waits hears of. It ends when the last sender of frames is gone.
-async fn run(channel: Channel, outgoing: mpsc::Receiver<proto::SessionRequest>, routes: Arc<Mutex<Routes>>) {
+async fn run(
+    channel: Channel,
+    outgoing: mpsc::Receiver<proto::SessionRequest>,
+    routes: Arc<Mutex<Routes>>,
+    is_known: Arc<AtomicBool>,
+) {
     let read = async {
         let mut stub = limits::sessions_client(channel);
         let mut replies = stub.exchange(ReceiverStream::new(outgoing)).await?.into_inner();
         while let Some(reply) = replies.message().await? {
+            is_known.store(true, Ordering::Relaxed);
             lock(&routes).take(SessionReply::try_from(reply)?)?;
         }
         Ok(())

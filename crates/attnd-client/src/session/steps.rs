@@ -94,7 +94,8 @@ pub(super) async fn run(
                     Err(error) => in_all(error, &mut may_be_done[*at]),
                 };
                 let left = deadline.saturating_duration_since(Instant::now());
-                match pause_before_repeat(attempts, &error, Some(left), exchange.jitter()) {
+                let (is_known, jitter) = (exchange.is_known(), exchange.jitter());
+                match pause_before_repeat(attempts, &error, is_known, Some(left), jitter) {
                     Some(wait) => {
                         pause = pause.max(wait);
                         again.push(*at);

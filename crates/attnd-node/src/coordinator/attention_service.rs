@@ -16,6 +16,7 @@ use super::Hub;
 use super::attend_call::attend;
 use super::membership_actor::Roster;
 use super::reply_stream::{ReplyStream, reply_stream};
+use super::sessions::Sessions;
 use super::tasks::Tasks;
 use crate::shutdown::{Calls, InFlight};
 
@@ -29,6 +30,7 @@ pub(crate) struct AttentionService {
     started: Instant,
     next_call: AtomicU64,
     tally: Arc<Tally>,
+    sessions: Arc<Sessions>,
 }
 
 /// One for each call that may run; a call beyond them is refused.
@@ -60,7 +62,13 @@ struct Tally {
 }
 
 impl AttentionService {
-    pub(crate) fn new(hub: Arc<Hub>, calls: Calls, max_calls: usize, tasks: Tasks) -> Self {
+    pub(crate) fn new(
+        hub: Arc<Hub>,
+        calls: Calls,
+        max_calls: usize,
+        tasks: Tasks,
+        sessions: Arc<Sessions>,
+    ) -> Self {
         // Names calls in the logs of several nodes, so it doesn't start over with each life of this one.
         let next_call = AtomicU64::new(hub.surroundings.random());
         Self {
@@ -71,6 +79,7 @@ impl AttentionService {
             started: now(),
             next_call,
             tally: Arc::default(),
+            sessions,
         }
     }
 }
@@ -130,6 +139,7 @@ impl attention_server::Attention for AttentionService {
             calls_in_flight: self.calls.in_flight() as u64,
             calls_finished: self.tally.finished.load(Ordering::Relaxed),
             calls_failed: self.tally.failed.load(Ordering::Relaxed),
+            sessions: self.sessions.counts(),
         };
         Ok(Response::new(status.into()))
     }

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use attnd_plan::session::Holder;
 use attnd_wire::{Error, Reason, limits, proto};
 use proto::hold_request::Ask;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
 
@@ -52,6 +52,8 @@ struct State {
     asked: BTreeMap<u64, Asked>,
     /// Why the stream ended.
     lost: Option<Error>,
+    /// Dropped when it ends, for whoever waits for that.
+    lives: Option<watch::Sender<()>>,
 }
 
 #[derive(Debug)]
@@ -102,6 +104,14 @@ impl HoldLink {
     /// Whether one of the streams ended: then this is of no use any more.
     pub(crate) fn is_lost(&self) -> bool {
         [&self.control, &self.bulk].into_iter().any(|lane| lane.waiting.lock().lost.is_some())
+    }
+
+    /// Waits until it [is lost](Self::is_lost).
+    pub(crate) async fn ended(&self) {
+        tokio::select! {
+            () = self.control.waiting.ended() => {}
+            () = self.bulk.waiting.ended() => {}
+        }
     }
 }
 
@@ -206,6 +216,25 @@ impl LaneTask {
     }
 }
 
+/// Hands in what comes on a stream that a test runs by itself.
+#[cfg(test)]
+pub(crate) struct Replies(LosesAll);
+
+#[cfg(test)]
+impl LaneTask {
+    /// What leaves, and where what comes is handed in; the stream ends with that.
+    pub(crate) fn apart(self) -> (mpsc::Receiver<proto::HoldRequest>, Replies) {
+        (self.outgoing, Replies(self.waiting))
+    }
+}
+
+#[cfg(test)]
+impl Replies {
+    pub(crate) fn take(&self, reply: proto::HoldReply) {
+        self.0.0.take(reply).unwrap();
+    }
+}
+
 async fn exchange(
     channel: Channel,
     outgoing: mpsc::Receiver<proto::HoldRequest>,
@@ -256,10 +285,23 @@ impl Waiting {
         Ok(())
     }
 
+    async fn ended(&self) {
+        let mut ends = {
+            let mut state = self.lock();
+            if state.lost.is_some() {
+                return;
+            }
+            state.lives.get_or_insert_with(|| watch::Sender::new(())).subscribe()
+        };
+        // Nothing is ever said but that.
+        while ends.changed().await.is_ok() {}
+    }
+
     /// Nobody will be answered any more. The first reason stays.
     fn lose(&self, why: &Error) {
         let mut state = self.lock();
         state.lost.get_or_insert_with(|| why.clone());
+        state.lives = None;
         let asked = std::mem::take(&mut state.asked);
         drop(state);
         for Asked { answer, .. } in asked.into_values() {
@@ -271,6 +313,7 @@ impl Waiting {
 #[cfg(test)]
 mod tests {
     use attnd_plan::WorkerId;
+    use futures::FutureExt as _;
 
     use super::*;
 
@@ -335,9 +378,9 @@ mod tests {
     async fn whoever_waits_for_a_stream_that_ended_is_told_and_whoever_comes_later() {
         let (link, [task, _bulk]) = link();
         let waits = link.control.ask(1, release()).await.unwrap();
-        assert!(!link.is_lost());
+        assert!(!link.is_lost() && link.ended().now_or_never().is_none());
         task.waiting.0.lose(&Error::new(Reason::Transport, "reset"));
-        assert!(link.is_lost());
+        assert!(link.is_lost() && link.ended().now_or_never().is_some());
         assert_eq!(waits.parts().await.unwrap_err().message(), "TRANSPORT: reset");
         assert_eq!(link.control.ask(1, release()).await.unwrap_err().message(), "TRANSPORT: reset");
         drop(task);
@@ -348,7 +391,11 @@ mod tests {
     async fn a_task_that_is_killed_loses_its_stream() {
         let (link, [control, bulk]) = link();
         let waits = link.bulk.ask(1, release()).await.unwrap();
+        let ended = link.ended();
+        tokio::pin!(ended);
+        assert!(ended.as_mut().now_or_never().is_none());
         drop(bulk);
+        assert!(ended.now_or_never().is_some());
         assert_eq!(waits.parts().await.unwrap_err().message(), "TRANSPORT: the worker is gone");
         assert!(link.is_lost());
         drop(control);

@@ -22,7 +22,7 @@ use attnd_kernel::KERNEL_ID;
 use attnd_plan::membership::{MemberChange, MemberState};
 use attnd_plan::session::{Holder, Keeper};
 use attnd_plan::{Capacity, Facts, MemberAction, MemberEvent, Membership, Rules, WorkerId};
-use attnd_wire::join::WIRE_VERSIONS;
+use attnd_wire::join::{SESSIONS, WIRE_VERSIONS};
 use attnd_wire::surroundings::now;
 use attnd_wire::{Error, Heartbeat, Hello, Reason, WorkerStatus};
 use kameo::actor::{Actor, ActorId, ActorRef, Spawn, WeakActorRef};
@@ -51,7 +51,11 @@ pub(crate) struct MembershipActor {
     members: BTreeMap<WorkerId, Member>,
     epoch: Instant,
     ticks: Interval,
+    roll: watch::Sender<Arc<Roll>>,
 }
+
+/// Everybody who is a member at some moment and holds shards of sessions. One that isn't here any more never comes back.
+pub(crate) type Roll = BTreeMap<Holder, ActorRef<WorkerActor>>;
 
 /// A worker, and what runs for it.
 #[derive(Debug)]
@@ -187,7 +191,6 @@ pub(crate) struct Everybody {
 #[derive(Clone, Debug)]
 pub(crate) struct Present {
     pub(crate) keeper: Keeper,
-    pub(crate) actor: ActorRef<WorkerActor>,
     /// It may get new work.
     pub(crate) is_usable: bool,
     /// It wants to leave.
@@ -199,10 +202,11 @@ pub(crate) struct Present {
 pub(crate) struct Roster;
 
 impl Actor for MembershipActor {
-    type Args = ();
+    /// Who is told of who is there.
+    type Args = watch::Sender<Arc<Roll>>;
     type Error = Infallible;
 
-    async fn on_start(_: (), _: ActorRef<Self>) -> Result<Self, Infallible> {
+    async fn on_start(roll: Self::Args, _: ActorRef<Self>) -> Result<Self, Infallible> {
         let rules = Rules { wire_versions: WIRE_VERSIONS, kernel_id: KERNEL_ID.to_owned() };
         let mut ticks = tokio::time::interval(TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -211,6 +215,7 @@ impl Actor for MembershipActor {
             members: BTreeMap::new(),
             epoch: now(),
             ticks,
+            roll,
         })
     }
 
@@ -264,6 +269,7 @@ impl MembershipActor {
 
     /// Ends what runs for workers that are gone. What changes else is looked up in [`Membership`] when it is needed.
     fn end_members(&mut self, actions: &[MemberAction]) {
+        let before = self.members.len();
         for MemberAction { id, incarnation, change } in actions {
             let is_dead = matches!(change, MemberChange::Dead(_));
             if (is_dead || *change == MemberChange::Drained)
@@ -275,6 +281,15 @@ impl MembershipActor {
                 }
             }
         }
+        if self.members.len() < before {
+            self.call_the_roll();
+        }
+    }
+
+    fn call_the_roll(&self) {
+        let holders = self.members.values().filter(|member| member.hello.wire_version >= SESSIONS);
+        let roll = holders.map(|member| (member.keeper().holder, member.actor.clone())).collect();
+        self.roll.send_replace(Arc::new(roll));
     }
 }
 
@@ -316,6 +331,7 @@ impl Message<Join> for MembershipActor {
             hello,
         };
         self.members.insert(member.hello.worker.clone(), member);
+        self.call_the_roll();
         Ok(actor)
     }
 }
@@ -382,7 +398,6 @@ impl Message<Everybody> for MembershipActor {
             let (state, _) = self.decisions.state(id, now)?;
             Some(Present {
                 keeper: member.keeper(),
-                actor: member.actor.clone(),
                 is_usable: state == MemberState::Active && member.can_connect(),
                 is_draining: state == MemberState::Draining,
             })

@@ -26,6 +26,21 @@ pub use self::record::{SessionRecord, ShardRecord};
 pub use self::redb::RedbStore;
 pub use self::thread::MetaThread;
 
+/// Other members for a shard; see [`MetaStore::update_shard`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ShardUpdate {
+    /// Of which session.
+    pub session: u64,
+    /// Which shard of it.
+    pub shard: usize,
+    /// The epoch that is to be replaced.
+    pub expected: u64,
+    /// Of the new members.
+    pub epoch: u64,
+    /// All of them.
+    pub members: Vec<Holder>,
+}
+
 /// How long the name of a session that was closed is remembered, unless another one gets it.
 pub const REMEMBER_CLOSED: Duration = Duration::from_secs(600);
 
@@ -121,7 +136,8 @@ pub trait MetaStore: fmt::Debug + Send + Sync + 'static {
     /// If it can't be kept.
     fn bump_term(&self) -> Result<u64, MetaError>;
 
-    /// A number that no session ever had, nor will have unless [`MetaStore::create_as`] says so.
+    /// A number that no session ever had, of this store or, but for one chance in 2^40 or so, of another one whose shards workers may
+    /// still hold; nor will one have it unless [`MetaStore::create_as`] says so.
     ///
     /// # Errors
     /// If it can't be kept.
@@ -153,6 +169,30 @@ pub trait MetaStore: fmt::Debug + Send + Sync + 'static {
         members: &[Holder],
     ) -> Result<(), MetaError>;
 
+    /// The same for many shards, in one transaction. One that is refused changes nothing, and says nothing of the others.
+    ///
+    /// # Errors
+    /// If they can't be kept; then none of them is.
+    fn update_shards(&self, updates: &[ShardUpdate]) -> Result<Vec<Result<(), MetaError>>, MetaError> {
+        let update = |update: &ShardUpdate| {
+            let ShardUpdate { session, shard, expected, epoch, members } = update;
+            self.update_shard(*session, *shard, *expected, *epoch, members)
+        };
+        Ok(updates.iter().map(update).collect())
+    }
+
+    /// Writes a session's record anew, under the same name: of one that was pending, as long as nobody has been told of it.
+    ///
+    /// # Errors
+    /// [`MetaError::Unknown`] if there is no pending session of this number and name, or if it can't be kept.
+    fn settle(&self, session: u64, record: &SessionRecord) -> Result<(), MetaError>;
+
+    /// Removes a session that never came about; false if there is none. Its name doesn't count as closed.
+    ///
+    /// # Errors
+    /// If it can't be kept.
+    fn forget(&self, session: u64) -> Result<bool, MetaError>;
+
     /// Raises the epoch of a session's writer.
     ///
     /// # Errors
@@ -183,6 +223,11 @@ pub trait MetaStore: fmt::Debug + Send + Sync + 'static {
     /// # Errors
     /// If one can't be read.
     fn all(&self) -> Result<BTreeMap<u64, SessionRecord>, MetaError>;
+}
+
+/// What a new store counts session numbers from: there may be workers that hold sessions of another store.
+fn first_number() -> u64 {
+    rand::random_range(1..=1 << 62)
 }
 
 /// Whether a closing is still remembered. One that is in the future, because a clock was set back, is.

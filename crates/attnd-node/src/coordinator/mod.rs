@@ -19,6 +19,7 @@ use attnd_plan::CostModel;
 use attnd_wire::{Link, Surroundings, limits, proto};
 use kameo::actor::{ActorRef, Spawn};
 use tokio::net::TcpListener;
+use tokio::sync::watch;
 
 use crate::compute_pool::ComputePool;
 use crate::listen::{self, Listener, MAX_CONNECTIONS};
@@ -104,7 +105,7 @@ async fn open_meta(
             Arc::new(InMemory::new())
         }
         Some(directory) => {
-            tracing::info!(directory = %directory.display(), "the term of this coordinator is kept");
+            tracing::info!(directory = %directory.display(), "sessions and the term of this coordinator are kept");
             // Nothing else runs yet, but whoever called may have other tasks on this thread.
             let opening = tokio::task::spawn_blocking(move || RedbStore::open(&directory));
             Arc::new(opening.await.map_err(|_panic| NodeError::ActorGone("store of sessions"))??)
@@ -141,10 +142,11 @@ pub async fn run_on<L: Listener>(
 ) -> Result<(), NodeError> {
     let listen = listener.local_addr().map_err(NodeError::Listen)?;
     let kernels = Kernels::from_env()?;
-    let (_meta, term) = open_meta(config.state, platform.meta.clone()).await?;
+    let (meta, term) = open_meta(config.state, platform.meta.clone()).await?;
     // Each piece of work takes one thread.
     let pool = platform.pool(config.merge_threads, config.merge_threads)?;
-    let cluster = MembershipActor::spawn(());
+    let (roll, members) = watch::channel(Arc::default());
+    let cluster = MembershipActor::spawn(roll);
     let surroundings = platform.surroundings;
     let (costs, around) = (config.costs, surroundings.clone());
     let hub = Arc::new(Hub { cluster: cluster.clone(), pool, kernels, costs, surroundings: around });
@@ -153,9 +155,13 @@ pub async fn run_on<L: Listener>(
 
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_serving::<AttentionServer>().await;
-    let sessions = Arc::new(Sessions::new(Arc::clone(&hub), tasks.clone(), term));
-    let attention = AttentionService::new(hub, calls.clone(), config.max_calls, tasks.clone());
+    let sessions = Arc::new(Sessions::new(Arc::clone(&hub), tasks.clone(), term, meta));
+    sessions.recover().await?;
+    let attention =
+        AttentionService::new(hub, calls.clone(), config.max_calls, tasks.clone(), Arc::clone(&sessions));
     let join = JoinService::new(cluster.clone(), surroundings, tasks.clone());
+    tasks.spawn(sessions::write_members(Arc::clone(&sessions)));
+    tasks.spawn(sessions::keep_links(Arc::clone(&sessions), members));
     tasks.spawn(sessions::watch(Arc::clone(&sessions)));
     let exchange = SessionsService::new(sessions, calls.clone(), tasks.clone());
     // Clients may be far away. A worker that falls silent on the same port is noticed by its missing beats.

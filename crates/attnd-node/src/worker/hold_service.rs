@@ -56,7 +56,8 @@ impl shards_server::Shards for HoldService {
             present.ok_or_else(|| Error::new(Reason::Overloaded, format!("{MAX_HOLDS} streams")))?;
         let (replies, queue) = mpsc::channel(QUEUE);
         let cancelled = Arc::new(AtomicBool::new(false));
-        let reader = Reader::new(self.store.clone(), self.calls.clone(), replies, Arc::clone(&cancelled));
+        let (store, calls) = (self.store.clone(), self.calls.clone());
+        let reader = Reader::new(store, calls, replies, Arc::clone(&cancelled), present.term());
         let reader = tokio::task::spawn(reader.serve(request.into_inner()));
         let _reader = AbortOnDropHandle::new(reader);
         let answer = HoldReplies {

@@ -30,7 +30,7 @@ use crate::{NodeError, Platform};
 mod assembly;
 pub(crate) mod budget;
 mod cells;
-mod hold_service;
+pub(crate) mod hold_service;
 mod intake;
 mod keys;
 mod membership;
@@ -40,7 +40,7 @@ mod service;
 mod shard;
 mod side;
 mod slices;
-mod store;
+pub(crate) mod store;
 mod supervisor;
 #[cfg(test)]
 mod tests;

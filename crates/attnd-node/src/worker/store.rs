@@ -74,16 +74,20 @@ struct Lines {
 /// Work on shards.
 pub(crate) type Job = Box<dyn FnOnce() + Send>;
 
-/// Streams that coordinators keep open, and when the last of them was heard of.
+/// Streams that coordinators keep open, with the terms that were heard on them, and when one of the highest was last there.
 #[derive(Debug)]
 struct Presence {
-    streams: usize,
+    streams: BTreeMap<u64, Arc<AtomicU64>>,
     last: Instant,
 }
 
 /// A coordinator's stream, for as long as it lives.
 #[derive(Debug)]
-pub(crate) struct Present(Store);
+pub(crate) struct Present {
+    store: Store,
+    stream: u64,
+    term: Arc<AtomicU64>,
+}
 
 /// Work that has its turn, until it is dropped.
 struct Turn {
@@ -109,7 +113,7 @@ impl Store {
             records: Budget::new(LEAST_RECORDS.saturating_add(session_memory / 16)),
             terms: Mutex::default(),
             lines: Mutex::new(Lines { shards: BTreeMap::new(), turns }),
-            presence: Mutex::new(Presence { streams: 0, last: now() }),
+            presence: Mutex::new(Presence { streams: BTreeMap::new(), last: now() }),
             streams: AtomicU64::new(0),
         }))
     }
@@ -156,6 +160,16 @@ impl Store {
     /// [`Reason::Shard`] if it isn't.
     pub(crate) fn resident(&self, key: ShardKey) -> Result<Arc<Resident>, Error> {
         self.lines().shards.get(&key).cloned().ok_or_else(|| no_shard(key))
+    }
+
+    /// All shards that are here, with their epochs; 0 for one that is being changed at this moment, for which nobody waits here.
+    pub(crate) fn list(&self) -> Vec<ShardAt> {
+        let residents: Vec<Arc<Resident>> = self.lines().shards.values().cloned().collect();
+        let at = |resident: &Arc<Resident>| {
+            let (session, shard) = resident.key;
+            ShardAt { session, shard, epoch: resident.epoch_now().unwrap_or(0) }
+        };
+        residents.iter().map(at).collect()
     }
 
     /// Shards that are here.
@@ -259,20 +273,20 @@ impl Store {
 
     /// Counts a stream of a coordinator as open, unless `most` are.
     pub(crate) fn present(&self, most: usize) -> Option<Present> {
+        let (stream, term) = (self.next_stream(), Arc::default());
         let mut presence = self.presence();
-        if presence.streams >= most {
+        if presence.streams.len() >= most {
             return None;
         }
-        presence.streams += 1;
-        presence.last = now();
-        Some(Present(self.clone()))
+        presence.streams.insert(stream, Arc::clone(&term));
+        Some(Present { store: self.clone(), stream, term })
     }
 
     /// Completes once there are no shards here, or nobody who could take them away.
     pub(crate) async fn handed_over(&self) {
         let mut told = usize::MAX;
         loop {
-            let (shards, streams) = (self.len(), self.presence().streams);
+            let (shards, streams) = (self.len(), self.presence().streams.len());
             if shards == 0 || streams == 0 {
                 return;
             }
@@ -284,18 +298,25 @@ impl Store {
         }
     }
 
-    /// Completes never; gives all shards up whenever no coordinator has been there for so long.
+    /// Completes never; gives all shards up whenever no coordinator has been there for so long. One that was replaced is none. If it is
+    /// there still when the one that replaced it has been gone for so long, it is heard again: there is nothing any more that it could
+    /// do wrong.
     pub(crate) async fn forget_when_left(&self, keep: Duration) {
         loop {
-            let (is_left, since) = {
-                let presence = self.presence();
-                (presence.streams == 0, now().saturating_duration_since(presence.last))
+            let since = {
+                let highest = lock(&self.0.terms).highest();
+                let mut presence = self.presence();
+                if presence.streams.values().any(|term| term.load(Ordering::Relaxed) == highest) {
+                    presence.last = now();
+                }
+                now().saturating_duration_since(presence.last)
             };
-            if is_left && since >= keep {
+            if since >= keep {
                 self.forget_all();
+                *lock(&self.0.terms) = Terms::default();
+                self.presence().last = now();
             }
-            let left = if is_left && since < keep { keep - since } else { keep };
-            tokio::time::sleep(left).await;
+            tokio::time::sleep(keep.saturating_sub(since).max(keep / 10)).await;
         }
     }
 
@@ -352,11 +373,21 @@ impl Drop for Turn {
     }
 }
 
+impl Present {
+    /// The term that was heard last on the stream, 0 before any; to be set.
+    pub(crate) fn term(&self) -> Arc<AtomicU64> {
+        Arc::clone(&self.term)
+    }
+}
+
 impl Drop for Present {
     fn drop(&mut self) {
-        let mut presence = self.0.presence();
-        presence.streams -= 1;
-        presence.last = now();
+        let highest = lock(&self.store.0.terms).highest();
+        let mut presence = self.store.presence();
+        presence.streams.remove(&self.stream);
+        if self.term.load(Ordering::Relaxed) == highest {
+            presence.last = now();
+        }
     }
 }
 

@@ -25,7 +25,7 @@ pub use self::message::{
 };
 use self::restart::Past;
 use self::shard::{Asked, Shard};
-use super::op::{Change, Holder, Op, longest};
+use super::op::{Change, Holder, Op, Record, longest};
 use super::spec::SessionSpec;
 use super::window::{Known, Window};
 use crate::omission::{Omission, omits};
@@ -58,7 +58,7 @@ pub struct Ledger<E = String> {
     /// What is known of the ops before that.
     past: Past,
     /// The last op before this coordinator, as long as it isn't on enough replicas: it has happened if no more of them are lost, so
-    /// nobody is told that it has, and nobody sees it.
+    /// nobody is told that it has, and nobody sees it before all that are left have it.
     unconfirmed: Option<Op>,
     /// Tokens that survive, and that there were, where that isn't all.
     lost: Option<(usize, usize)>,
@@ -272,7 +272,7 @@ impl<E: Clone> Ledger<E> {
             }
             _ => self.tokens_of(layer)?,
         };
-        let committed = match self.unconfirmed.map(|op| op.change) {
+        let committed = match self.unseen().map(|op| op.change) {
             Some(Change::Append { layer: grown, base_len, .. }) if grown == layer => base_len,
             Some(Change::Truncate { .. }) => return Err(LedgerError::Recovering { is_in_flight: false }),
             _ => committed,
@@ -280,7 +280,7 @@ impl<E: Clone> Ledger<E> {
         if let Some(request) = generation.filter(|generation| *generation != self.generation) {
             return Err(LedgerError::Generation { session: self.generation, request });
         }
-        // Tokens that are there, of which nobody may be told yet: soon.
+        // Tokens that are there, which nobody may see yet: soon.
         let unconfirmed = committed + 1..=self.tokens_of(layer)?;
         if unconfirmed.contains(&min_len) || at_len.is_some_and(|at_len| unconfirmed.contains(&at_len)) {
             return Err(LedgerError::Recovering { is_in_flight: false });
@@ -449,6 +449,18 @@ impl<E: Clone> Ledger<E> {
     /// Replicas that a shard is short of, beside those on their way.
     pub fn missing_replicas(&self, shard: usize) -> usize {
         self.shards.get(shard).map_or(0, |shard| shard.missing(self.replicas))
+    }
+
+    /// The last op, with what was said of it; `None` where there was none, and as long as it isn't known what it was, or whether it has
+    /// happened.
+    pub fn last_op(&self) -> Option<Record> {
+        let is_known = !self.is_restarting && self.unconfirmed.is_none();
+        self.window.records().last().filter(|_| is_known)
+    }
+
+    /// Whether nobody has all that was acknowledged: whatever is asked of it is answered so.
+    pub fn is_lost(&self) -> bool {
+        self.lost.is_some()
     }
 
     /// Whether it isn't known yet what the replicas have.

@@ -1,12 +1,12 @@
 //! What a worker answers.
 
-use attnd_plan::session::{Change, Op, ReplicaState};
+use attnd_plan::session::{Answer, Change, Op, Record, ReplicaState};
 
 use crate::convert::{self, size, small};
 use crate::error::{Error, Reason};
 use crate::hold::copy::{CopyChunk, CopySum, ShardSnapshot};
 use crate::hold::partials::PartialRun;
-use crate::hold::request::tokens;
+use crate::hold::request::{ShardAt, tokens};
 use crate::proto;
 
 /// One frame from a worker.
@@ -27,6 +27,10 @@ pub enum HoldAnswer {
     Results(Vec<ShardResult>),
     /// To all else.
     State(ShardState),
+    /// To [`HoldAsk::Recall`](super::HoldAsk::Recall).
+    Records(ShardRecords),
+    /// To [`HoldAsk::List`](super::HoldAsk::List): some of them, with their epochs.
+    Shards(Vec<ShardAt>),
     /// It wasn't done.
     Failed(Error),
     /// To an export.
@@ -75,6 +79,15 @@ pub struct ShardState {
     pub sealed: bool,
 }
 
+/// What a replica has, and the ops that it remembers.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ShardRecords {
+    /// What it has.
+    pub state: ShardState,
+    /// At most 1,024, oldest first, without a gap; the last one is that of its state.
+    pub records: Vec<Record>,
+}
+
 impl From<ReplicaState> for ShardState {
     fn from(state: ReplicaState) -> Self {
         let ReplicaState { epoch, generation, op_seq, chain, chain_before, last, tokens, sealed } = state;
@@ -115,6 +128,12 @@ impl TryFrom<proto::HoldReply> for HoldReply {
                 HoldAnswer::Results(results.into_iter().map(TryInto::try_into).collect::<Result<_, Error>>()?)
             }
             Message::State(state) => HoldAnswer::State(state.try_into()?),
+            Message::Records(records) => HoldAnswer::Records(records.try_into()?),
+            Message::Shards(proto::ShardList { shards }) => {
+                convert::count("shards", shards.len())?;
+                let shards = shards.into_iter().map(|at| Some(at).try_into());
+                HoldAnswer::Shards(shards.collect::<Result<_, Error>>()?)
+            }
             Message::Failure(failure) => HoldAnswer::Failed(failure.into()),
             Message::Snapshot(snapshot) => HoldAnswer::Snapshot(Box::new(snapshot.try_into()?)),
             Message::Chunk(chunk) => HoldAnswer::Chunk(chunk.try_into()?),
@@ -132,12 +151,56 @@ impl From<HoldReply> for proto::HoldReply {
                 results: results.into_iter().map(Into::into).collect(),
             }),
             HoldAnswer::State(state) => Message::State(state.into()),
+            HoldAnswer::Records(records) => Message::Records(records.into()),
+            HoldAnswer::Shards(shards) => {
+                Message::Shards(proto::ShardList { shards: shards.into_iter().map(Into::into).collect() })
+            }
             HoldAnswer::Failed(error) => Message::Failure(error.into()),
             HoldAnswer::Snapshot(snapshot) => Message::Snapshot((*snapshot).into()),
             HoldAnswer::Chunk(chunk) => Message::Chunk(chunk.into()),
             HoldAnswer::Sum(sum) => Message::Sum(sum.into()),
         };
         Self { request: reply.request, more: reply.more, answer: Some(answer) }
+    }
+}
+
+impl TryFrom<proto::ShardRecords> for ShardRecords {
+    type Error = Error;
+
+    /// Errors are [`Reason::Count`], and [`Reason::ReplyInvalid`] for ops that don't follow each other up to the last one.
+    fn try_from(message: proto::ShardRecords) -> Result<Self, Error> {
+        let proto::ShardRecords { state, records } = message;
+        convert::count("records", records.len())?;
+        let state: ShardState = state.unwrap_or_default().try_into()?;
+        let mut seq = state.op_seq.checked_sub(records.len() as u64);
+        let mut next = || {
+            seq = seq?.checked_add(1);
+            seq
+        };
+        let records = records.into_iter().map(|record| {
+            let proto::OpRecord { op_seq, digest, len, generation, child } = record;
+            if next() != Some(op_seq) {
+                return Err(Error::new(
+                    Reason::ReplyInvalid,
+                    format!("a record of op {op_seq} out of place"),
+                ));
+            }
+            let answer = Answer { len: tokens(len), generation, child: (child != 0).then_some(child) };
+            Ok(Record { seq: op_seq, digest, answer })
+        });
+        let records = records.collect::<Result<_, Error>>()?;
+        Ok(Self { state, records })
+    }
+}
+
+impl From<ShardRecords> for proto::ShardRecords {
+    fn from(records: ShardRecords) -> Self {
+        let ShardRecords { state, records } = records;
+        let record = |Record { seq: op_seq, digest, answer }| {
+            let Answer { len, generation, child } = answer;
+            proto::OpRecord { op_seq, digest, len: len as u64, generation, child: child.unwrap_or(0) }
+        };
+        Self { state: Some(state.into()), records: records.into_iter().map(record).collect() }
     }
 }
 

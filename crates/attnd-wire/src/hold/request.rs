@@ -70,6 +70,10 @@ pub enum HoldAsk<W = ShardWork> {
     Copied(CopyChunk),
     /// The end of an import.
     Sum(CopySum),
+    /// The ops that a replica remembers, whatever its epoch is.
+    Recall(ShardAt),
+    /// All shards that are there.
+    List,
 }
 
 /// Which shard of which session, and in which epoch the sender thinks it is.
@@ -220,6 +224,8 @@ fn decode_ask(ask: proto::hold_request::Ask) -> Result<HoldAsk<Result<ShardWork,
         Message::Import(import) => HoldAsk::Import(Box::new(import.try_into()?)),
         Message::Copied(chunk) => HoldAsk::Copied(chunk.try_into()?),
         Message::Sum(sum) => HoldAsk::Sum(sum.into()),
+        Message::Recall(proto::ShardRecall { at }) => HoldAsk::Recall(at.try_into()?),
+        Message::List(proto::ShardListing {}) => HoldAsk::List,
     })
 }
 
@@ -246,6 +252,8 @@ impl From<HoldRequest> for proto::HoldRequest {
             HoldAsk::Import(import) => Message::Import((*import).into()),
             HoldAsk::Copied(chunk) => Message::Copied(chunk.into()),
             HoldAsk::Sum(sum) => Message::Sum(sum.into()),
+            HoldAsk::Recall(at) => Message::Recall(proto::ShardRecall { at: Some(at.into()) }),
+            HoldAsk::List => Message::List(proto::ShardListing {}),
         };
         Self { request, term, ask: Some(ask) }
     }

@@ -111,6 +111,8 @@ fn every_request_returns() {
         HoldAsk::Import(Box::new(import())),
         HoldAsk::Copied(CopyChunk::new(1, Bytes::from_static(b"abcd"))),
         HoldAsk::Sum(CopySum { chunks: 1, bytes: 4, crc32c: 5 }),
+        HoldAsk::Recall(AT),
+        HoldAsk::List,
     ] {
         let request = HoldRequest { request: 2, term: 6, ask };
         let again = HoldRequest::decode(sent(request.clone().into()));
@@ -132,6 +134,8 @@ fn every_request_returns() {
             HoldAsk::Import(import) => HoldAsk::Import(import),
             HoldAsk::Copied(chunk) => HoldAsk::Copied(chunk),
             HoldAsk::Sum(sum) => HoldAsk::Sum(sum),
+            HoldAsk::Recall(at) => HoldAsk::Recall(at),
+            HoldAsk::List => HoldAsk::List,
         };
         assert_eq!(ask, request.ask);
     }
@@ -352,9 +356,25 @@ fn every_reply_returns() {
         },
         ShardResult { work: 0, failure: Some(failure.clone()), ..ShardResult::default() },
     ];
-    for answer in [HoldAnswer::Results(results), HoldAnswer::State(state), HoldAnswer::Failed(failure)] {
+    let record = |seq, child| Record { seq, digest: 9, answer: Answer { len: 7, generation: 1, child } };
+    let state_of = |op_seq| ShardState { op_seq, ..state.clone() };
+    let records = ShardRecords { state: state_of(12), records: vec![record(11, None), record(12, Some(8))] };
+    for answer in [
+        HoldAnswer::Results(results),
+        HoldAnswer::State(state.clone()),
+        HoldAnswer::Records(records.clone()),
+        HoldAnswer::Records(ShardRecords { records: Vec::new(), ..records.clone() }),
+        HoldAnswer::Shards(vec![AT, ShardAt { shard: 0, ..AT }]),
+        HoldAnswer::Failed(failure),
+    ] {
         let reply = HoldReply { request: 3, more: true, answer };
         assert_eq!(HoldReply::try_from(sent(proto::HoldReply::from(reply.clone()))), Ok(reply));
+    }
+    for (op_seq, seqs) in [(12, [10, 11]), (12, [11, 13]), (1, [0, 1]), (12, [12, 12])] {
+        let records = seqs.map(|seq| record(seq, None)).to_vec();
+        let broken = proto::ShardRecords::from(ShardRecords { state: state_of(op_seq), records });
+        let error = ShardRecords::try_from(broken).unwrap_err().message();
+        assert!(error.starts_with("REPLY_INVALID: a record of op "), "{seqs:?}: {error}");
     }
     let many = proto::ShardState { tokens: vec![0; 1025], ..Default::default() };
     assert_eq!(ShardState::try_from(many).unwrap_err().message(), "COUNT: tokens 1025 > 1024");

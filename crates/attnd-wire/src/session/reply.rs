@@ -123,8 +123,8 @@ pub struct ShardDescription {
     pub bytes: u64,
 }
 
-/// How a shard is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+/// How a shard is, from good to bad.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum ShardHealth {
     /// Takes everything.
     Open,

@@ -1,7 +1,7 @@
 //! `attnd status`: the workers of a cluster as its coordinator sees them now.
 
 use anyhow::Context as _;
-use attnd_client::ClusterStatus;
+use attnd_client::{ClusterStatus, SessionCounts};
 use serde::Serialize;
 
 use crate::args::{ENDPOINT_ENV, StatusArgs, endpoint_or_env};
@@ -30,7 +30,18 @@ struct StatusReport {
     calls_in_flight: u64,
     calls_finished: u64,
     calls_failed: u64,
+    sessions: SessionsReport,
     workers: Vec<WorkerReport>,
+}
+
+/// Sessions by their worst shard.
+#[derive(Debug, Serialize)]
+struct SessionsReport {
+    open: u64,
+    repairing: u64,
+    recovering: u64,
+    degraded: u64,
+    lost: u64,
 }
 
 #[derive(Debug, Serialize)]
@@ -73,12 +84,14 @@ impl From<&ClusterStatus> for StatusReport {
             seconds_since_heartbeat: worker.since_heartbeat.as_secs_f64(),
             version: worker.version.clone(),
         });
+        let SessionCounts { open, repairing, recovering, degraded, lost } = status.sessions;
         Self {
             version: status.version.clone(),
             uptime_seconds: status.uptime.as_secs_f64(),
             calls_in_flight: status.calls_in_flight,
             calls_finished: status.calls_finished,
             calls_failed: status.calls_failed,
+            sessions: SessionsReport { open, repairing, recovering, degraded, lost },
             workers: workers.collect(),
         }
     }
@@ -93,6 +106,12 @@ fn print(report: &StatusReport) -> anyhow::Result<()> {
         report.calls_finished,
         report.calls_failed
     ))?;
+    let SessionsReport { open, repairing, recovering, degraded, lost } = report.sessions;
+    if open + repairing + recovering + degraded + lost > 0 {
+        output::line(&format!(
+            "sessions: {open} open, {repairing} repairing, {recovering} recovering, {degraded} degraded, {lost} lost"
+        ))?;
+    }
     if report.workers.is_empty() {
         return output::line("no worker has joined; start one with: attnd worker --coordinator URL");
     }

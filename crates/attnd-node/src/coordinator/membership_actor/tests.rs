@@ -59,7 +59,7 @@ async fn candidates(cluster: &ActorRef<MembershipActor>) -> Candidates {
 
 #[tokio::test]
 async fn a_candidate_says_where_it_is_and_what_sessions_leave_free() {
-    let cluster = MembershipActor::spawn(());
+    let cluster = MembershipActor::spawn(watch::Sender::default());
     cluster.ask(join(5)).send().await.unwrap();
     let free = async || candidates(&cluster).await.usable.remove(0).keeper;
     let keeper = free().await;
@@ -91,7 +91,7 @@ async fn bury(cluster: &ActorRef<MembershipActor>, actor: &ActorRef<WorkerActor>
 
 #[tokio::test]
 async fn a_worker_whose_actor_dies_is_dead_and_may_come_back_as_another() {
-    let cluster = MembershipActor::spawn(());
+    let cluster = MembershipActor::spawn(watch::Sender::default());
     let actor = cluster.ask(join(1)).send().await.unwrap();
     assert_eq!(candidates(&cluster).await.usable.len(), 1);
     bury(&cluster, &actor).await;
@@ -105,7 +105,7 @@ async fn a_worker_whose_actor_dies_is_dead_and_may_come_back_as_another() {
 
 #[tokio::test]
 async fn reserved_memory_is_not_offered_again() {
-    let cluster = MembershipActor::spawn(());
+    let cluster = MembershipActor::spawn(watch::Sender::default());
     cluster.ask(join(1)).send().await.unwrap();
     let free = async || candidates(&cluster).await.usable[0].capacity.free_bytes;
     let usable = candidates(&cluster).await.usable;
@@ -118,7 +118,7 @@ async fn reserved_memory_is_not_offered_again() {
 
 #[tokio::test]
 async fn a_quarantined_worker_is_used_where_there_is_no_other() {
-    let cluster = MembershipActor::spawn(());
+    let cluster = MembershipActor::spawn(watch::Sender::default());
     for life in 0..=MAX_FLAPS as u64 {
         let actor = cluster.ask(join(life)).send().await.unwrap();
         if life < MAX_FLAPS as u64 {
@@ -136,7 +136,7 @@ async fn a_quarantined_worker_is_used_where_there_is_no_other() {
 
 #[tokio::test]
 async fn a_worker_that_a_share_cannot_connect_to_gets_nothing_for_a_while() {
-    let cluster = MembershipActor::spawn(());
+    let cluster = MembershipActor::spawn(watch::Sender::default());
     cluster.ask(join(1)).send().await.unwrap();
     let candidate = candidates(&cluster).await.usable.remove(0);
     // Port 1 of this machine: nobody listens.
@@ -157,7 +157,7 @@ async fn share_of_one_who_leaves(draining: bool) -> Option<Result<ComputeReply, 
     // Accepts connections and says nothing.
     let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = format!("http://{}", silent.local_addr().unwrap());
-    let cluster = MembershipActor::spawn(());
+    let cluster = MembershipActor::spawn(watch::Sender::default());
     let channel = limits::endpoint(&address, Link::Cluster).unwrap().connect_lazy();
     let of = Join { hello: Hello { address, ..hello(1) }, bulk: channel.clone(), channel };
     let id = of.hello.worker.clone();
@@ -194,7 +194,7 @@ async fn what_a_drained_worker_said_last_is_still_read() {
 
 #[tokio::test]
 async fn a_worker_of_an_older_version_gets_no_call_that_it_cannot_compute() {
-    let cluster = MembershipActor::spawn(());
+    let cluster = MembershipActor::spawn(watch::Sender::default());
     let old = join(1);
     let old = Join { hello: Hello { wire_version: 1, ..old.hello }, ..old };
     cluster.ask(old).send().await.unwrap();
@@ -219,7 +219,7 @@ async fn a_worker_of_an_older_version_gets_no_call_that_it_cannot_compute() {
 
 #[tokio::test]
 async fn there_is_an_end_to_joining() {
-    let cluster = MembershipActor::spawn(());
+    let cluster = MembershipActor::spawn(watch::Sender::default());
     for n in 0..MAX_MEMBERS {
         cluster.ask(join_as(&format!("w{n}"), 1)).send().await.unwrap();
     }

@@ -6,15 +6,15 @@ use std::time::Duration;
 
 use attnd_plan::session::Holder;
 
-use super::{MetaError, MetaStore, SessionRecord, is_remembered};
+use super::{MetaError, MetaStore, SessionRecord, first_number, is_remembered};
 
 /// Sessions of one life of a coordinator.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct InMemory {
     state: Mutex<State>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct State {
     term: u64,
     /// The last number that was given.
@@ -27,12 +27,19 @@ struct State {
 impl InMemory {
     /// A store without sessions.
     pub fn new() -> Self {
-        Self::default()
+        let (sessions, closed) = (BTreeMap::new(), BTreeMap::new());
+        Self { state: Mutex::new(State { term: 0, number: first_number(), sessions, closed }) }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
         // A transaction checks everything before it changes anything, so a panic leaves no half of one.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Default for InMemory {
+    fn default() -> Self {
+        Self::new()
     }
 }
 
@@ -96,6 +103,18 @@ impl MetaStore for InMemory {
         members: &[Holder],
     ) -> Result<(), MetaError> {
         self.state().session(session)?.replace_members(session, shard, expected, epoch, members)
+    }
+
+    fn settle(&self, session: u64, record: &SessionRecord) -> Result<(), MetaError> {
+        let mut state = self.state();
+        let there = state.session(session)?;
+        there.check_settles(session, record)?;
+        *there = record.clone();
+        Ok(())
+    }
+
+    fn forget(&self, session: u64) -> Result<bool, MetaError> {
+        Ok(self.state().sessions.remove(&session).is_some())
     }
 
     fn set_writer_epoch(&self, session: u64, writer_epoch: u64) -> Result<(), MetaError> {

@@ -25,6 +25,8 @@ pub struct SessionRecord {
     pub shards: Vec<ShardRecord>,
     /// The session that it was forked from.
     pub parent: Option<u64>,
+    /// A fork that makes it has begun, and nobody has been told that it was done.
+    pub pending: bool,
     /// When it was made, as the time since 1970: for people.
     pub created: Duration,
 }
@@ -75,6 +77,14 @@ impl SessionRecord {
         Ok(())
     }
 
+    /// See [`super::MetaStore::settle`].
+    pub(super) fn check_settles(&self, session: u64, record: &Self) -> Result<(), MetaError> {
+        if self.pending && self.name == record.name {
+            return Ok(());
+        }
+        Err(MetaError::Unknown { session, shard: None })
+    }
+
     /// See [`super::MetaStore::set_writer_epoch`].
     pub(super) fn raise_writer_epoch(&mut self, writer_epoch: u64) -> Result<(), MetaError> {
         if writer_epoch <= self.writer_epoch {
@@ -113,6 +123,7 @@ struct Written {
     writer_epoch: u64,
     shards: Vec<WrittenShard>,
     parent: Option<u64>,
+    pending: bool,
     created_unix_seconds: u64,
 }
 
@@ -184,6 +195,7 @@ impl From<&SessionRecord> for Written {
             writer_epoch: record.writer_epoch,
             shards: shards.collect(),
             parent: record.parent,
+            pending: record.pending,
             created_unix_seconds: record.created.as_secs(),
         }
     }
@@ -200,6 +212,7 @@ impl Written {
             writer_epoch: self.writer_epoch,
             shards,
             parent: self.parent,
+            pending: self.pending,
             created: Duration::from_secs(self.created_unix_seconds),
         })
     }

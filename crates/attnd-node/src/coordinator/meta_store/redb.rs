@@ -16,7 +16,7 @@ use attnd_plan::session::Holder;
 use redb::{Database, ReadableDatabase, ReadableTable, Table, TableDefinition, WriteTransaction};
 
 use super::record::{Unreadable, VERSION};
-use super::{MetaError, MetaStore, SessionRecord, is_remembered};
+use super::{MetaError, MetaStore, SessionRecord, ShardUpdate, first_number, is_remembered};
 
 /// The file in the state directory.
 const FILE: &str = "sessions.redb";
@@ -195,7 +195,10 @@ impl<'a> Tables<'a> {
     }
 
     fn count(&mut self, name: &str) -> Result<u64, Fault> {
-        let next = self.counter(name)?.checked_add(1);
+        let next = match self.counter(name)? {
+            0 if name == NUMBER => Some(first_number()),
+            last => last.checked_add(1),
+        };
         let next = next.ok_or_else(|| Fault::Damaged(format!("counter {name} is at its end")))?;
         self.counters.insert(name, next)?;
         Ok(next)
@@ -234,11 +237,18 @@ impl<'a> Tables<'a> {
 
     fn remove(&mut self, session: u64, now: Duration) -> Result<bool, Fault> {
         self.closed.retain(|_, closed| is_remembered(closed, now))?;
-        let removed = self.sessions.remove(session)?.map(|bytes| decoded(session, bytes.value()));
-        let Some(record) = removed.transpose()? else { return Ok(false) };
-        self.names.remove(record.name.as_str())?;
+        let Some(record) = self.forget(session)? else { return Ok(false) };
         self.closed.insert(record.name.as_str(), now.as_secs())?;
         Ok(true)
+    }
+
+    fn forget(&mut self, session: u64) -> Result<Option<SessionRecord>, Fault> {
+        let removed = self.sessions.remove(session)?.map(|bytes| decoded(session, bytes.value()));
+        let record = removed.transpose()?;
+        if let Some(record) = &record {
+            self.names.remove(record.name.as_str())?;
+        }
+        Ok(record)
     }
 }
 
@@ -277,6 +287,37 @@ impl MetaStore for RedbStore {
         self.write(|tables| {
             tables.change(session, |record| record.replace_members(session, shard, expected, epoch, members))
         })
+    }
+
+    fn update_shards(&self, updates: &[ShardUpdate]) -> Result<Vec<Result<(), MetaError>>, MetaError> {
+        self.write(|tables| {
+            let update = |update: &ShardUpdate| {
+                let ShardUpdate { session, shard, expected, epoch, members } = update;
+                let changed = tables.change(*session, |record| {
+                    record.replace_members(*session, *shard, *expected, *epoch, members)
+                });
+                match changed {
+                    Ok(()) => Ok(Ok(())),
+                    Err(Fault::Refused(error)) => Ok(Err(error)),
+                    Err(fault) => Err(fault),
+                }
+            };
+            updates.iter().map(update).collect()
+        })
+    }
+
+    fn settle(&self, session: u64, record: &SessionRecord) -> Result<(), MetaError> {
+        self.write(|tables| {
+            tables.change(session, |there| {
+                there.check_settles(session, record)?;
+                *there = record.clone();
+                Ok(())
+            })
+        })
+    }
+
+    fn forget(&self, session: u64) -> Result<bool, MetaError> {
+        self.write(|tables| Ok(tables.forget(session)?.is_some()))
     }
 
     fn set_writer_epoch(&self, session: u64, writer_epoch: u64) -> Result<(), MetaError> {

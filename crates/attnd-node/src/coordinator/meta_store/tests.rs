@@ -48,6 +48,7 @@ fn record(name: &str) -> SessionRecord {
         writer_epoch: 1,
         shards: vec![shard(0), shard(2)],
         parent: Some(3),
+        pending: false,
         created: Duration::from_secs(1_800_000_000),
     }
 }
@@ -133,6 +134,55 @@ fn members_change_only_from_the_epoch_that_was_seen() {
         let kept = store.all().unwrap().remove(&session).unwrap();
         assert_eq!((kept.writer_epoch, kept.shards[1].epoch, &kept.shards[1].members[..]), (2, 2, &two[..]));
         assert_eq!(kept.shards[0], record("a").shards[0]);
+    });
+}
+
+#[test]
+fn what_is_pending_is_settled_or_never_was() {
+    on_both(|store| {
+        let pending = SessionRecord { pending: true, ..record("child") };
+        let session = store.create(&pending).unwrap();
+        let mut settled = record("child");
+        settled.shards[1].members = vec![holder("w3", 5)];
+        let renamed = SessionRecord { name: SessionName::new("other").unwrap(), ..settled.clone() };
+        for (number, record) in [(session + 1, &settled), (session, &renamed)] {
+            let error = store.settle(number, record).unwrap_err();
+            assert!(matches!(error, MetaError::Unknown { shard: None, .. }), "{error}");
+        }
+        store.settle(session, &settled).unwrap();
+        assert_eq!(store.all().unwrap(), BTreeMap::from([(session, settled.clone())]));
+        let twice = store.settle(session, &settled).unwrap_err();
+        assert!(matches!(twice, MetaError::Unknown { shard: None, .. }), "{twice}");
+        assert!(store.forget(session).unwrap() && !store.forget(session).unwrap());
+        assert!(!store.was_closed("child", NOON).unwrap(), "it never was");
+        assert_eq!(store.number_of("child").unwrap(), None);
+        assert!(store.create(&pending).unwrap() > session);
+    });
+}
+
+#[test]
+fn shards_of_many_sessions_change_at_once_each_by_itself() {
+    on_both(|store| {
+        let (a, b) = (store.create(&record("a")).unwrap(), store.create(&record("b")).unwrap());
+        let update = |session, shard, expected, epoch| ShardUpdate {
+            session,
+            shard,
+            expected,
+            epoch,
+            members: vec![holder("w5", 1)],
+        };
+        let updates = [
+            update(a, 0, 1, 2),
+            update(b, 1, 7, 8),
+            update(a, 0, 2, 4),
+            update(b, 0, 1, 3),
+            update(b + 1, 0, 1, 2),
+        ];
+        let done: Vec<bool> = store.update_shards(&updates).unwrap().iter().map(Result::is_ok).collect();
+        assert_eq!(done, [true, false, true, true, false]);
+        let all = store.all().unwrap();
+        let epochs = |session| all[&session].shards.iter().map(|shard| shard.epoch).collect::<Vec<_>>();
+        assert_eq!((epochs(a), epochs(b)), (vec![4, 1], vec![3, 1]));
     });
 }
 
@@ -251,6 +301,7 @@ fn records_return_and_other_versions_are_named() {
         ("\"worker\":\"w1\"", "\"worker\":\"\""),
         ("\"epoch\":1", "\"epoch\":-1"),
         ("\"parent\":3", "\"parents\":3"),
+        ("\"pending\":false", "\"pending\":0"),
     ] {
         assert!(matches!(read(from, to), Unreadable::Corrupt(_)), "{to}");
     }
@@ -270,7 +321,7 @@ async fn transactions_run_in_order_and_a_panic_is_no_answer() {
     }
     terms.sort_unstable();
     assert_eq!(terms, [1, 2, 3]);
-    assert_eq!(store.run(|store| store.create(&record("a"))).await.unwrap(), 1);
+    assert!(store.run(|store| store.create(&record("a"))).await.unwrap() > 0);
     let panicked = store.run(|_| -> Result<(), MetaError> { panic!("of the test") }).await;
     assert!(matches!(panicked, Err(MetaError::Gone)));
     let after = store.run(|store| store.bump_term()).await;

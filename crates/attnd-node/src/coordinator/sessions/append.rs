@@ -6,18 +6,19 @@ use std::sync::Arc;
 use attnd_plan::call::STREAM_IDLE;
 use attnd_plan::omission::{Omission, omits};
 use attnd_plan::route::Router;
-use attnd_plan::session::{Ask, LedgerEvent, Op, Request, SessionSpec};
+use attnd_plan::session::{Ask, LedgerError, LedgerEvent, Op, Request, SessionSpec};
 use attnd_plan::{AnyTensor, Tensor};
 use attnd_wire::hold::{HoldAsk, ShardAppend, ShardOp};
 use attnd_wire::session::digest::RowsChecksum;
 use attnd_wire::session::{Append, AppendChunk, Applied};
 use attnd_wire::{Commit, Error, Reason, SliceChunk, limits, refusal};
-use futures::future::join_all;
-use tokio::sync::{mpsc, oneshot};
+use futures::stream::{FuturesUnordered, StreamExt};
+use tokio::sync::{oneshot, watch};
 
 use super::Sessions;
 use super::change::tell;
-use super::session::{Begun, Session, ShardView};
+use super::feed::Frames;
+use super::session::{Begun, Session, ShardView, Uploading};
 use super::turns::{Place, Turn};
 use super::upkeep::{encode, state_of};
 use crate::coordinator::hold_link::{Answer, HoldLink, Upload};
@@ -39,7 +40,7 @@ pub(super) struct AppendCall {
     append: Append,
     bytes: (u64, u64),
     place: Place,
-    frames: mpsc::Receiver<Frame>,
+    frames: Frames,
 }
 
 impl AppendCall {
@@ -47,11 +48,7 @@ impl AppendCall {
     ///
     /// # Errors
     /// [`Reason::Session`] and the like, what is wrong with the shape; [`Reason::Overloaded`] if too many wait.
-    pub(super) fn line_up(
-        sessions: &Sessions,
-        append: Append,
-        frames: mpsc::Receiver<Frame>,
-    ) -> Result<Self, Error> {
+    pub(super) fn line_up(sessions: &Sessions, append: Append, frames: Frames) -> Result<Self, Error> {
         let session = sessions.find(&append.session)?;
         let bytes = append.bytes(&session.spec)?;
         let _all_at_once = sessions.line_up();
@@ -62,10 +59,16 @@ impl AppendCall {
     /// Takes all chunks and applies them.
     ///
     /// # Errors
-    /// What the ledger or a worker refuses, and what is wrong with the chunks; then nothing is applied.
+    /// What the ledger or a worker refuses, and what is wrong with the chunks; then nothing is applied. [`Reason::Overloaded`] if too much
+    /// came before its turn.
     pub(super) async fn run(self, sessions: &Arc<Sessions>) -> Result<Applied, Error> {
-        let Self { session, append, bytes, place, frames } = self;
-        let turn = place.turn().await;
+        let Self { session, append, bytes, place, mut frames } = self;
+        let turn = tokio::select! {
+            biased;
+            error = frames.refused() => return Err(error),
+            turn = place.turn() => turn,
+        };
+        frames.take_turn();
         let size = |n: u64| usize::try_from(n).unwrap_or(usize::MAX);
         let (layer, tokens) = (append.layer, size(append.tokens));
         let ask = Ask::Append { layer, base_len: append.base_len.map(size), tokens };
@@ -76,10 +79,10 @@ impl AppendCall {
             Begun::Replayed(applied) => return Ok(applied),
             Begun::Started(op, answer) => (op, answer),
         };
-        let mut begun =
-            Bulk { sessions: Arc::clone(sessions), session, op, turn: Some(turn), is_sent: false };
-        begun.take(&append, bytes, frames).await?;
-        answer.await.unwrap_or_else(|_gone| Err(Error::new(Reason::Internal, "a ledger that says nothing")))
+        let sessions = Arc::clone(sessions);
+        let mut begun = Bulk { sessions, session, op, held: Some((turn, answer)) };
+        let sinks = begun.take(&append, bytes, frames).await?;
+        begun.commit(sinks).await
     }
 }
 
@@ -88,41 +91,36 @@ struct Bulk {
     sessions: Arc<Sessions>,
     session: Arc<Session>,
     op: Op,
-    turn: Option<Turn>,
-    /// Commit is on its way, and somebody hears the answers.
-    is_sent: bool,
+    /// Who has the turn, and hears how it ends. Nobody, once Commit is on its way: that is somebody else's then.
+    held: Option<(Turn, Ended)>,
 }
 
+/// How an op ends.
+type Ended = oneshot::Receiver<Result<Applied, Error>>;
+
 /// A replica that gets bytes.
-struct Sink<'a> {
+struct Sink {
     shard: usize,
     epoch: u64,
     link: Arc<HoldLink>,
-    upload: Upload<'a>,
+    /// Of the upload on its link.
+    request: u64,
     answer: Answer,
     sent: Commit,
 }
 
 impl Bulk {
-    /// Takes chunks until the Commit, and hands what comes then to a task.
+    /// Takes chunks until the Commit.
     async fn take(
         &mut self,
         append: &Append,
         bytes: (u64, u64),
-        mut frames: mpsc::Receiver<Frame>,
-    ) -> Result<(), Error> {
-        let view = self.session.view();
-        let links: Vec<(usize, Arc<HoldLink>)> = view
-            .shards
-            .iter()
-            .enumerate()
-            .flat_map(|(shard, of_shard)| of_shard.links.iter().map(move |link| (shard, Arc::clone(link))))
-            .collect();
+        mut frames: Frames,
+    ) -> Result<Vec<Sink>, Error> {
+        let writer_epoch = append.mutation.writer_epoch;
+        let mut writer = self.session.writer.subscribe();
+        let mut sinks = self.open_all(append).await?;
         let spec = self.session.spec.clone();
-        let mut sinks = Vec::with_capacity(links.len());
-        for (shard, link) in &links {
-            sinks.push(self.open(append, &view, *shard, link).await?);
-        }
         let base_len = match self.op.change {
             attnd_plan::session::Change::Append { base_len, .. } => base_len,
             _ => 0,
@@ -131,12 +129,18 @@ impl Bulk {
         let shape = spec.shape(1, tokens)?;
         let pieces = self.session.pieces.iter().map(|pieces| &pieces[..]);
         let router = Router::of_append(pieces, &shape, spec.dtype.size(), base_len);
+        let term = self.sessions.term;
         let mut stream =
             Chunks { need: bytes, next: [0, 0], chunks: 0, bytes: 0, sum: RowsChecksum::default() };
         loop {
-            let frame = tokio::time::timeout(STREAM_IDLE, frames.recv()).await;
-            let frame = frame.map_err(|_elapsed| refusal::stream_idle(STREAM_IDLE))?;
-            match frame {
+            let frame = tokio::select! {
+                biased;
+                current = fenced(&mut writer, writer_epoch) => {
+                    return Err(LedgerError::<Error>::WriterFenced { got: writer_epoch, current }.into());
+                }
+                frame = tokio::time::timeout(STREAM_IDLE, frames.next()) => frame,
+            };
+            match frame.map_err(|_elapsed| refusal::stream_idle(STREAM_IDLE))?? {
                 None if omits(Omission::Commit) => break,
                 None => {
                     return Err(refusal::stream_truncated(
@@ -152,53 +156,83 @@ impl Bulk {
                         for sink in sinks.iter_mut().filter(|sink| sink.shard == run.share) {
                             let data = chunk.data.slice(run.bytes.clone());
                             // A replica that is lost says so in its answer; the others go on.
-                            sink.send(chunk.tensor, run.head, run.head_offset, data).await.ok();
+                            sink.send(term, chunk.tensor, run.head, run.head_offset, data).await.ok();
                         }
                     }
                 }
                 Some(Frame::Commit(commit)) => {
                     stream.finish(&commit, append.crc32c)?;
-                    break;
+                    return Ok(sinks);
                 }
             }
         }
-        // From here it is applied whoever waits for it.
-        self.is_sent = true;
-        let committed = sinks.into_iter().map(|sink| {
-            let (request, sent) = (sink.upload.request(), sink.sent);
-            (sink.shard, sink.epoch, sink.link, sink.answer, request, sent)
-        });
-        let committed: Vec<_> = committed.collect();
-        let (sessions, session, op, turn) =
-            (Arc::clone(&self.sessions), Arc::clone(&self.session), self.op, self.turn.take());
-        let (done, all) = oneshot::channel::<()>();
+    }
+
+    /// Begins uploads to all replicas of all shards. One that is lost meanwhile gets nothing.
+    async fn open_all(&self, append: &Append) -> Result<Vec<Sink>, Error> {
+        let view = self.session.view();
+        self.session.lock().uploads.clear();
+        let mut sinks = Vec::new();
+        for (shard, of_shard) in view.shards.iter().enumerate() {
+            for link in &of_shard.links {
+                match self.open(append, &view, shard, link).await {
+                    Ok(sink) => sinks.push(sink),
+                    Err(error) if error.reason == Reason::Transport => {
+                        self.session.disconnected(&self.sessions, link)
+                    }
+                    Err(error) => return Err(error),
+                }
+            }
+        }
+        Ok(sinks)
+    }
+
+    /// Sends the Commit. From here the op goes on whoever waits for it: a task hears all answers, and keeps the turn as long, as chunks
+    /// take another way than what comes next; who waits hears as soon as enough have it.
+    async fn commit(mut self, sinks: Vec<Sink>) -> Result<Applied, Error> {
+        let silent = || Err(Error::new(Reason::Internal, "a ledger that says nothing"));
+        let Some((turn, ended)) = self.held.take() else { return silent() };
+        let (sessions, session, op) = (Arc::clone(&self.sessions), Arc::clone(&self.session), self.op);
+        let (done, applied) = oneshot::channel();
         self.sessions.tasks.spawn(async move {
             let term = sessions.term;
-            let answers =
-                committed.into_iter().map(|(shard, epoch, link, answer, request, sent)| async move {
+            let mut answers: FuturesUnordered<_> = sinks
+                .into_iter()
+                .map(|Sink { shard, epoch, link, request, answer, sent }| async move {
                     if let Ok(commit) = encode(HoldAsk::Commit(sent)) {
                         // A stream that ended says so in the answer.
                         link.bulk.resume(request, term).send(commit).await.ok();
                     }
                     let answered = answer.parts().await.and_then(state_of);
                     (shard, epoch, link, answered)
-                });
-            for (shard, epoch, link, answer) in join_all(answers).await {
-                tell(&sessions, &session, (shard, epoch), &link, &op, answer);
-            }
-            drop((turn, done));
+                })
+                .collect();
+            let tell_all = async {
+                while let Some((shard, epoch, link, answer)) = answers.next().await {
+                    tell(&sessions, &session, (shard, epoch), &link, &op, answer);
+                }
+            };
+            let pass_on = async {
+                // Whoever asked may be gone.
+                drop(done.send(ended.await));
+            };
+            futures::future::join(tell_all, pass_on).await;
+            session.lock().uploads.clear();
+            drop(turn);
         });
-        all.await.ok();
-        Ok(())
+        match applied.await {
+            Ok(Ok(applied)) => applied,
+            _ => silent(),
+        }
     }
 
-    async fn open<'a>(
+    async fn open(
         &self,
         append: &Append,
         view: &ShardView,
         shard: usize,
-        link: &'a Arc<HoldLink>,
-    ) -> Result<Sink<'a>, Error> {
+        link: &Arc<HoldLink>,
+    ) -> Result<Sink, Error> {
         let Some(of_shard) = view.shards.get(shard) else {
             return Err(Error::new(Reason::Internal, "a shard that isn't there"));
         };
@@ -215,31 +249,49 @@ impl Bulk {
             allow_non_finite: append.allow_non_finite,
         };
         let (upload, answer) = link.bulk.begin(self.sessions.term, encode(HoldAsk::Append(begin))?).await?;
-        let sent = Commit { chunks: 0, bytes: 0 };
-        Ok(Sink { shard, epoch: of_shard.at.epoch, link: Arc::clone(link), upload, answer, sent })
+        let (request, epoch, link) = (upload.request(), of_shard.at.epoch, Arc::clone(link));
+        // Before anything else is awaited: whoever takes the op back has to know.
+        self.session.lock().uploads.push(Uploading { shard, link: Arc::clone(&link), request });
+        Ok(Sink { shard, epoch, link, request, answer, sent: Commit { chunks: 0, bytes: 0 } })
     }
 }
 
 impl Drop for Bulk {
-    /// What will have no Commit is taken back everywhere.
+    /// What will have no Commit is taken back everywhere, before anybody else has the turn.
     fn drop(&mut self) {
-        if self.is_sent {
-            return;
-        }
+        let Some((turn, ended)) = self.held.take() else { return };
         let why = Error::new(Reason::StreamTruncated, "the append was given up, nothing applied");
         let event = LedgerEvent::Abandoned { seq: self.op.seq, why };
         self.session.handle(&self.sessions, event);
+        let session = Arc::clone(&self.session);
+        self.sessions.tasks.spawn(async move {
+            ended.await.ok();
+            session.lock().uploads.clear();
+            drop(turn);
+        });
     }
 }
 
-impl Sink<'_> {
+/// Completes once somebody else writes, with their epoch.
+async fn fenced(writer: &mut watch::Receiver<u64>, epoch: u64) -> u64 {
+    let current = writer.wait_for(|current| *current > epoch).await.map(|current| *current);
+    match current {
+        Ok(current) => current,
+        // The session is held as long as this runs.
+        Err(_gone) => std::future::pending().await,
+    }
+}
+
+impl Sink {
     async fn send(
         &mut self,
+        term: u64,
         tensor: Tensor,
         head: usize,
         offset: u64,
         data: bytes::Bytes,
     ) -> Result<(), Error> {
+        let upload: Upload<'_> = self.link.bulk.resume(self.request, term);
         let mut at = 0;
         while at < data.len() {
             let end = data.len().min(at + limits::CHUNK_BYTES);
@@ -247,7 +299,7 @@ impl Sink<'_> {
             self.sent = Commit { chunks: index + 1, bytes: self.sent.bytes + slice.len() as u64 };
             let tensor = AnyTensor::Operand(tensor);
             let chunk = SliceChunk { index, tensor, head, offset: offset + at as u64, data: slice };
-            self.upload.send(encode(HoldAsk::Chunk(chunk))?).await?;
+            upload.send(encode(HoldAsk::Chunk(chunk))?).await?;
             at = end;
         }
         Ok(())

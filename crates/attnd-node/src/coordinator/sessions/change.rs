@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
-use attnd_plan::session::{Ask, LedgerEvent, Op, Request, SessionName};
-use attnd_wire::hold::{HoldAsk, ShardChange, ShardOp, ShardState};
+use attnd_plan::session::{Ask, LedgerError, LedgerEvent, Op, Request};
+use attnd_wire::hold::{HoldAsk, HoldShard, ShardAt, ShardChange, ShardOp, ShardState};
 use attnd_wire::session::{Applied, Change, ChangeKind, digest};
 use attnd_wire::{Error, Reason};
-use futures::future::join_all;
+use futures::stream::{FuturesUnordered, StreamExt};
 use tokio::sync::oneshot;
 
 use super::Sessions;
@@ -56,26 +56,75 @@ impl ChangeCall {
 
 async fn apply(sessions: &Arc<Sessions>, session: &Arc<Session>, change: Change) -> Result<Applied, Error> {
     let Change { mutation, kind, .. } = change;
-    let seq = mutation.op_seq;
-    let is_new = seq == session.lock().ledger.next_seq();
-    let (ask, content, child) = match kind {
+    let (writer_epoch, seq) = (mutation.writer_epoch, mutation.op_seq);
+    let request = |ask: Ask, content| Request { writer_epoch, seq, digest: ask.digest(content), ask };
+    match kind {
         ChangeKind::Truncate { len } => {
-            (Ask::Truncate { len: usize::try_from(len).unwrap_or(usize::MAX) }, 0, None)
+            let ask = Ask::Truncate { len: usize::try_from(len).unwrap_or(usize::MAX) };
+            settle(sessions, session, &request(ask, 0)).await
         }
-        ChangeKind::Seal => (Ask::Seal, 0, None),
-        ChangeKind::Fork { child: name } => {
-            let content = digest::of_child(name.as_ref());
-            // Of a fork that comes again the ledger knows the child.
-            let child = if is_new { Some(sessions.reserve(name)?) } else { None };
-            (Ask::Fork { child: child.as_ref().map_or(1, |(_, number)| *number) }, content, child)
+        ChangeKind::Seal => settle(sessions, session, &request(Ask::Seal, 0)).await,
+        ChangeKind::Fork { child } => {
+            let (content, named) = (digest::of_child(child.as_ref()), child.clone());
+            // The same fork may be one of the coordinator before, whose child has the name until it is known what became of it.
+            sessions.settle_forks(session).await;
+            if session.lock().has_old_forks {
+                return Err(LedgerError::<Error>::Recovering { is_in_flight: false }.into());
+            }
+            let is_new = {
+                let state = session.lock();
+                // Of a fork that comes again the ledger knows the child.
+                let is_new = state.ledger.next_seq() == seq && state.ledger.in_flight().is_none();
+                if is_new {
+                    state.ledger.check(writer_epoch, seq, &Ask::Fork { child: 1 }).map_err(Error::from)?;
+                }
+                is_new
+            };
+            let result = if is_new {
+                let (_name, number) = sessions.conceive(session, child).await?;
+                fork(sessions, session, &request(Ask::Fork { child: number }, content), number).await
+            } else {
+                settle(sessions, session, &request(Ask::Fork { child: 1 }, content)).await
+            };
+            // The child of a fork that comes again may be gone by now, and its name forgotten.
+            result.map(|applied| Applied { child: applied.child.clone().or(named), ..applied })
         }
-    };
-    let result = settle(sessions, session, mutation.writer_epoch, seq, ask, content, child.as_ref()).await;
-    match (&result, child) {
-        // A fork may be told of late, by the request that comes again: the child is there.
-        (Ok(_), Some((name, number))) => sessions.adopt(session, number, name),
-        (Err(_), Some((name, _))) => sessions.give_back(&name),
-        (_, None) => {}
+    }
+}
+
+/// Forks for the first time: the child's name is taken, until it is known that there will be none.
+async fn fork(
+    sessions: &Arc<Sessions>,
+    session: &Arc<Session>,
+    request: &Request,
+    number: u64,
+) -> Result<Applied, Error> {
+    let mut holds = Vec::new();
+    for (shard, of_shard) in session.view().shards.into_iter().enumerate() {
+        for link in of_shard.links {
+            let at = ShardAt { session: number, shard: shard as u32, epoch: 1 };
+            holds
+                .push((link, HoldShard { at, spec: session.spec.clone(), pieces: of_shard.pieces.to_vec() }));
+        }
+    }
+    let held = holds.iter().map(|(link, hold)| (hold.at, Arc::clone(link))).collect();
+    // No replica may refuse a fork once it has begun, so room is asked for before; whoever is about to leave needs none.
+    let counts = |error: &Error| !matches!(error.reason, Reason::Transport | Reason::Draining);
+    if let Err(error) = sessions.hold(holds, counts).await {
+        sessions.forget(session, number).await;
+        return Err(error);
+    }
+    session.lock().rooms.insert(number, held);
+    let result = settle(sessions, session, request).await;
+    if result.is_err() {
+        let will_be = {
+            let state = session.lock();
+            (state.is_forking(number) && state.closed.is_none()) || !state.forks.contains_key(&number)
+        };
+        // An outcome that isn't known yet is known later: then the child is there, with its name.
+        if !will_be {
+            sessions.forget(session, number).await;
+        }
     }
     result
 }
@@ -83,42 +132,46 @@ async fn apply(sessions: &Arc<Sessions>, session: &Arc<Session>, change: Change)
 async fn settle(
     sessions: &Arc<Sessions>,
     session: &Arc<Session>,
-    writer_epoch: u64,
-    seq: u64,
-    ask: Ask,
-    content: u32,
-    child: Option<&(SessionName, u64)>,
+    request: &Request,
 ) -> Result<Applied, Error> {
-    let request = Request { writer_epoch, seq, digest: ask.digest(content), ask };
-    if let Some((name, number)) = child {
-        session.lock().children.insert(*number, name.clone());
-    }
-    match session.begin(&request, |_len| Ok(()))? {
+    match session.begin(request, |_len| Ok(()))? {
         Begun::Replayed(applied) => Ok(applied),
-        Begun::Started(op, answer) => {
-            send(sessions, session, &op).await;
-            let gone = |_| Err(Error::new(Reason::Internal, "a ledger that says nothing"));
-            answer.await.unwrap_or_else(gone)
+        Begun::Started(op, mut answer) => {
+            let mut sent = Box::pin(send(Arc::clone(sessions), Arc::clone(session), op));
+            let settled = tokio::select! {
+                biased;
+                () = &mut sent => None,
+                settled = &mut answer => Some(settled),
+            };
+            let settled = match settled {
+                // The others are heard all the same.
+                Some(settled) => {
+                    sessions.tasks.spawn(sent);
+                    settled
+                }
+                None => answer.await,
+            };
+            settled.unwrap_or_else(|_gone| Err(Error::new(Reason::Internal, "a ledger that says nothing")))
         }
     }
 }
 
-/// Sends an op without bytes to everybody who lacks it.
-async fn send(sessions: &Arc<Sessions>, session: &Arc<Session>, op: &Op) {
-    let Some(kind) = kind_of(op) else { return };
+/// Sends an op without bytes to everybody who lacks it, and tells the ledger what each says.
+async fn send(sessions: Arc<Sessions>, session: Arc<Session>, op: Op) {
+    let Some(kind) = kind_of(&op) else { return };
     let view = session.view();
     let op_at = ShardOp { op_seq: op.seq, digest: op.digest, generation: view.generation };
-    let mut asked = Vec::new();
+    let mut asked = FuturesUnordered::new();
     for (shard, of_shard) in view.shards.iter().enumerate() {
         for link in of_shard.links.iter().filter(|link| of_shard.lack.contains(&link.holder)) {
             let change = ShardChange { at: of_shard.at, op: op_at, kind };
             let answer = ask(sessions.term, Arc::clone(link), HoldAsk::Change(change));
-            let link = Arc::clone(link);
-            asked.push(async move { (shard, of_shard.at.epoch, link, answer.await) });
+            let (link, epoch) = (Arc::clone(link), of_shard.at.epoch);
+            asked.push(async move { (shard, epoch, link, answer.await) });
         }
     }
-    for (shard, epoch, link, answer) in join_all(asked).await {
-        tell(sessions, session, (shard, epoch), &link, op, answer);
+    while let Some((shard, epoch, link, answer)) = asked.next().await {
+        tell(&sessions, &session, (shard, epoch), &link, &op, answer);
     }
 }
 
@@ -137,7 +190,7 @@ pub(super) fn tell(
             let event = LedgerEvent::Applied { shard: at.0, holder, seq: op.seq, state: state.into() };
             session.handle(sessions, event);
         }
-        Err(error) if error.reason == Reason::Transport => session.lost(sessions, link),
+        Err(error) if error.reason == Reason::Transport => session.disconnected(sessions, link),
         Err(error) => session.refused(sessions, at, &link.holder, op, &error),
     }
 }

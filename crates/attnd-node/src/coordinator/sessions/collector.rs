@@ -1,4 +1,5 @@
-//! Sends the parts of steps to workers and takes what comes back, until every step has all that it waits for.
+//! Sends the parts of steps to workers and takes what comes back, until every step has all that it waits for: the partials of each shard,
+//! and the ledger's word on its rows. A replica that others don't wait for may answer later; it is heard all the same.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -6,19 +7,24 @@ use std::sync::Arc;
 use attnd_kernel::PartialRows;
 use attnd_plan::CellId;
 use attnd_plan::omission::{Omission, omits};
-use attnd_wire::hold::{HoldAnswer, HoldAsk, HoldReply, HoldRequest, ShardResult, ShardWork};
-use attnd_wire::limits::MAX_ENTRIES;
+use attnd_plan::session::Op;
+use attnd_wire::hold::{HoldAnswer, HoldReply, ShardResult};
+use attnd_wire::limits::{HOLD_REQUEST_BYTES, MAX_ENTRIES, entry_bytes};
+use attnd_wire::proto::{self, hold_request::Ask};
+use attnd_wire::session::Applied;
 use attnd_wire::{Error, Reason};
 use futures::future::BoxFuture;
 use futures::stream::{FuturesUnordered, StreamExt};
 
 use super::Sessions;
-use super::steps::{QueriesState, RowsState, Running};
-use super::works::{self, bytes_of};
+use super::session::Session;
+use super::steps::{Ended, QueriesState, RowsState, Running};
+use super::works;
 use crate::coordinator::hold_link::{HoldLink, Parts};
 
-/// Bytes of tensors in one message to a worker, unless one part alone has more.
+/// Bytes of one message to a worker, unless one part alone has more. What a client says in one message is never too much for one.
 const MESSAGE_BYTES: usize = 4 << 20;
+const _: () = assert!(MESSAGE_BYTES < HOLD_REQUEST_BYTES);
 
 /// How often queries are asked of a replica whose shard's epoch grows meanwhile.
 const MAX_AGAIN: u8 = 5;
@@ -41,29 +47,57 @@ pub(super) struct Sent {
 struct Message {
     link: Arc<HoldLink>,
     sent: Vec<Sent>,
-    works: Vec<ShardWork>,
+    works: Vec<proto::ShardWork>,
     bytes: usize,
 }
 
 type Answered = BoxFuture<'static, (Arc<HoldLink>, Vec<Sent>, Result<Parts, Error>)>;
+type Settled = BoxFuture<'static, (usize, Result<Applied, Error>)>;
 
 /// Steps under way.
 pub(super) struct Collector {
     sessions: Arc<Sessions>,
-    pub(super) steps: BTreeMap<usize, Running>,
+    steps: BTreeMap<usize, Running>,
+    /// The appends of steps, which have begun. They are told of whoever answers, as long as somebody may.
+    ops: BTreeMap<usize, (Arc<Session>, Op)>,
     unsent: VecDeque<Message>,
     answers: FuturesUnordered<Answered>,
+    /// What ledgers will say.
+    settled: FuturesUnordered<Settled>,
+    /// It is what is left of another one, of which nobody wants an answer.
+    is_rest: bool,
 }
 
 impl Collector {
     pub(super) fn new(sessions: Arc<Sessions>) -> Self {
-        let (steps, unsent, answers) = (BTreeMap::new(), VecDeque::new(), FuturesUnordered::new());
-        Self { sessions, steps, unsent, answers }
+        Self {
+            sessions,
+            steps: BTreeMap::new(),
+            ops: BTreeMap::new(),
+            unsent: VecDeque::new(),
+            answers: FuturesUnordered::new(),
+            settled: FuturesUnordered::new(),
+            is_rest: false,
+        }
+    }
+
+    /// Takes a step up, whose parts are added; where its rows are an op that a ledger has begun, how that will end.
+    pub(super) fn insert(&mut self, at: usize, step: Running, ended: Option<Ended>) {
+        if let RowsState::Sent(op) = step.rows
+            && let Some(ended) = ended
+        {
+            self.ops.insert(at, (Arc::clone(&step.session), op));
+            self.settled.push(Box::pin(async move {
+                let silent = || Err(Error::new(Reason::Internal, "a ledger that says nothing"));
+                (at, ended.await.unwrap_or_else(|_gone| silent()))
+            }));
+        }
+        self.steps.insert(at, step);
     }
 
     /// Adds a part to the message that goes to this worker.
-    pub(super) fn add(&mut self, link: &Arc<HoldLink>, sent: Sent, work: ShardWork) {
-        let bytes = bytes_of(&work);
+    pub(super) fn add(&mut self, link: &Arc<HoldLink>, sent: Sent, work: proto::ShardWork) {
+        let bytes = entry_bytes(&work);
         let fits = |message: &&mut Message| {
             Arc::ptr_eq(&message.link, link)
                 && message.works.len() < MAX_ENTRIES
@@ -84,13 +118,10 @@ impl Collector {
         }
     }
 
-    /// Sends what was added.
-    pub(super) async fn send(&mut self) {
+    /// Sends what was added, as soon as anybody waits for what comes next.
+    pub(super) fn send(&mut self) {
         while let Some(Message { link, sent, works, .. }) = self.unsent.pop_front() {
-            let request = HoldRequest { request: 0, term: self.sessions.term, ask: HoldAsk::Works(works) };
-            // The number is the lane's to give.
-            let Some(ask) = attnd_wire::proto::HoldRequest::from(request).ask else { continue };
-            let term = self.sessions.term;
+            let (term, ask) = (self.sessions.term, Ask::Works(proto::ShardWorks { works }));
             // Everything of an op that has begun must get on its way, or its link is lost: both are an answer.
             let asked = Box::pin(async move {
                 let answered = match link.control.ask(term, ask).await {
@@ -103,29 +134,57 @@ impl Collector {
         }
     }
 
-    /// Takes answers until there are no more to come; shards whose replica is lost are asked of another one.
-    pub(super) async fn finish(&mut self) {
-        while let Some((link, sent, answered)) = self.answers.next().await {
-            match answered.and_then(|parts| results_of(parts, sent.len())) {
-                Ok(results) => {
-                    for (sent, results) in sent.into_iter().zip(results) {
-                        self.take(&link, sent, results);
-                    }
-                }
-                Err(error) => {
-                    tracing::debug!(worker = %link.holder.worker, %error, "a worker that holds shards is lost");
-                    for sent in sent {
-                        self.lose(&link, sent, &error);
-                    }
+    /// Takes the next thing that comes; shards whose replica is lost are asked of another one. False if nothing more comes.
+    pub(super) async fn next(&mut self) -> bool {
+        tokio::select! {
+            biased;
+            Some((link, sent, answered)) = self.answers.next() => self.take_answer(&link, sent, answered),
+            Some((at, ended)) = self.settled.next() => {
+                if let Some(step) = self.steps.get_mut(&at) {
+                    step.settle(ended);
                 }
             }
-            self.send().await;
+            else => return false,
+        }
+        self.send();
+        true
+    }
+
+    /// Steps that wait for nothing more, with their numbers.
+    pub(super) fn take_done(&mut self) -> Vec<(usize, Running)> {
+        let done: Vec<usize> =
+            self.steps.iter().filter(|(_, step)| step.is_done()).map(|(at, _)| *at).collect();
+        done.into_iter().filter_map(|at| Some((at, self.steps.remove(&at)?))).collect()
+    }
+
+    /// All steps, whether they are done or not.
+    pub(super) fn take_all(&mut self) -> Vec<(usize, Running)> {
+        std::mem::take(&mut self.steps).into_iter().collect()
+    }
+
+    /// Whether no step is under way.
+    pub(super) fn is_empty(&self) -> bool {
+        self.steps.is_empty()
+    }
+
+    fn take_answer(&mut self, link: &Arc<HoldLink>, sent: Vec<Sent>, answered: Result<Parts, Error>) {
+        match answered.and_then(|parts| results_of(parts, sent.len())) {
+            Ok(results) => {
+                for (sent, results) in sent.into_iter().zip(results) {
+                    self.take(link, sent, results);
+                }
+            }
+            Err(error) => {
+                tracing::debug!(worker = %link.holder.worker, %error, "a worker that holds shards is lost");
+                for sent in sent {
+                    self.lose(link, sent, &error);
+                }
+            }
         }
     }
 
     /// Takes all results of one part.
     fn take(&mut self, link: &Arc<HoldLink>, sent: Sent, results: Vec<ShardResult>) {
-        let Some(step) = self.steps.get_mut(&sent.step) else { return };
         let mut failure = None;
         let mut runs = Vec::new();
         let mut applied = None;
@@ -135,23 +194,19 @@ impl Collector {
             failure = failure.or(result.failure);
         }
         let is_refused = sent.appends && applied.is_none();
-        if let RowsState::Sent(op, _) = &step.rows
-            && sent.appends
-        {
+        if let Some((session, op)) = self.ops.get(&sent.step).filter(|_| sent.appends) {
             match (applied, &failure) {
-                (Some(state), _) => step.session.applied(&self.sessions, sent.shard, &link.holder, op, state),
+                (Some(state), _) => session.applied(&self.sessions, sent.shard, &link.holder, op, state),
                 (None, Some(error)) => {
-                    step.session.refused(&self.sessions, (sent.shard, sent.epoch), &link.holder, op, error)
+                    session.refused(&self.sessions, (sent.shard, sent.epoch), &link.holder, op, error);
                 }
                 (None, None) => {
                     let error = Error::new(Reason::ReplyInvalid, "rows that nothing is said of");
-                    step.session.refused(&self.sessions, (sent.shard, sent.epoch), &link.holder, op, &error);
+                    session.refused(&self.sessions, (sent.shard, sent.epoch), &link.holder, op, &error);
                 }
             }
         }
-        if !sent.computes {
-            return;
-        }
+        let Some(step) = self.steps.get_mut(&sent.step).filter(|_| sent.computes) else { return };
         let QueriesState::Asked(asked) = &mut step.queries else { return };
         let view = step.session.view();
         let Some(shard) = view.shards.get(sent.shard) else { return };
@@ -165,6 +220,11 @@ impl Collector {
             }
         };
         match partials {
+            // What it has may be something else than what the others have.
+            Ok(_) if !step.session.is_computing(sent.shard, &link.holder) => {
+                let error = Error::new(Reason::Shard, "the replica is none any more");
+                self.ask_another(link, sent, &error);
+            }
             Ok(partials) => {
                 asked.attempt.take(sent.shard, &link.holder, partials);
             }
@@ -186,8 +246,9 @@ impl Collector {
 
     /// A part will have no answer.
     fn lose(&mut self, link: &Arc<HoldLink>, sent: Sent, error: &Error) {
-        let Some(step) = self.steps.get(&sent.step) else { return };
-        step.session.lost(&self.sessions, link);
+        let of_step = self.steps.get(&sent.step).map(|step| &step.session);
+        let Some(session) = of_step.or(self.ops.get(&sent.step).map(|(session, _)| session)) else { return };
+        session.disconnected(&self.sessions, link);
         if sent.computes {
             self.ask_another(link, sent, error);
         }
@@ -210,55 +271,59 @@ impl Collector {
         let Some(step) = self.steps.get_mut(&sent.step) else { return };
         let QueriesState::Asked(asked) = &mut step.queries else { return };
         let view = step.session.view();
-        let next = match asked.attempt.fail(sent.shard, &link.holder) {
-            Ok(None) => return,
-            Ok(Some(next)) => view.shards.get(sent.shard).and_then(|shard| {
-                let link = shard.links.iter().find(|link| link.holder == next)?;
-                Some((
-                    Arc::clone(link),
-                    shard.at.epoch,
-                    works::work(
-                        shard.at,
-                        step.layer,
-                        None,
-                        Some(asked.queries.of_shard(shard, &step.session.spec)),
-                    ),
-                ))
-            }),
-            Err(_nobody) => None,
+        let mut failed = link.holder.clone();
+        let next = loop {
+            match asked.attempt.fail(sent.shard, &failed) {
+                Ok(None) => return,
+                Ok(Some(next)) => {
+                    let shard = view.shards.get(sent.shard);
+                    let found = shard.and_then(|shard| {
+                        Some((shard, shard.links.iter().find(|link| link.holder == next)?))
+                    });
+                    match found {
+                        Some(found) => break Some(found),
+                        // It has gone since the step began.
+                        None => failed = next,
+                    }
+                }
+                Err(_nobody) => break None,
+            }
         };
         match next {
-            Some((link, epoch, work)) => {
-                let sent = Sent { epoch, appends: false, computes: true, again: 0, ..sent };
-                self.add(&link, sent, work);
+            Some((shard, link)) => {
+                let queries = asked.queries.of_shard(shard, &step.session.spec);
+                let work = works::work(shard.at, step.layer, None, Some(queries));
+                let sent = Sent { epoch: shard.at.epoch, appends: false, computes: true, again: 0, ..sent };
+                self.add(link, sent, work);
             }
-            None => step.queries = QueriesState::Failed(error.clone()),
+            None => step.queries = QueriesState::Failed(step.session.unreadable(error)),
         }
     }
 }
 
 impl Drop for Collector {
-    /// Brings to an end what has begun to change sessions.
+    /// Brings to an end what has begun to change sessions: whoever is late is heard, and turns are kept until ledgers have said how it ended.
     fn drop(&mut self) {
-        let has_begun = self.steps.values().any(|step| matches!(step.rows, RowsState::Sent(..)));
-        if !has_begun || (self.unsent.is_empty() && self.answers.is_empty()) {
+        let nothing_comes = self.unsent.is_empty() && self.answers.is_empty() && self.settled.is_empty();
+        // What is left is dropped only with its runtime.
+        if self.is_rest || self.ops.is_empty() || nothing_comes {
             return;
         }
         let mut rest = Self {
             sessions: Arc::clone(&self.sessions),
             steps: std::mem::take(&mut self.steps),
+            ops: std::mem::take(&mut self.ops),
             unsent: std::mem::take(&mut self.unsent),
             answers: std::mem::take(&mut self.answers),
+            settled: std::mem::take(&mut self.settled),
+            is_rest: true,
         };
         for step in rest.steps.values_mut() {
             step.queries = QueriesState::None;
         }
-        let tasks = self.sessions.tasks.clone();
-        tasks.spawn(async move {
-            rest.send().await;
-            rest.finish().await;
-            // It has ended, and mustn't begin again.
-            rest.steps.clear();
+        self.sessions.tasks.spawn(async move {
+            rest.send();
+            while rest.next().await {}
         });
     }
 }

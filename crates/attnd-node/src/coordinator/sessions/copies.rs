@@ -70,6 +70,10 @@ impl Sessions {
         let expected = self.repairs.expect(&to, bytes);
         self.tasks.spawn(async move {
             let _turn = if is_awaited { None } else { sessions.repairs.turn().await };
+            if session.lock().closed.is_some() {
+                // It was while it waited.
+                return;
+            }
             let copied = match &copy {
                 Some(copy) => copy.run().await,
                 None => Err(Failed::Target(Error::new(Reason::Transport, "no stream to one of both"))),
@@ -98,7 +102,7 @@ impl Sessions {
                 let is_closed = {
                     let mut of_session = session.lock();
                     of_session.repair.succeeded(&to);
-                    of_session.is_closed
+                    of_session.closed.is_some()
                 };
                 session.handle(self, LedgerEvent::Copied { shard, holder: to, state: state.into() });
                 // Who closed the session may have looked before the replica was there.
@@ -110,11 +114,11 @@ impl Sessions {
             }
             // The ledger chooses another source.
             (Err(Failed::Source(error)), Some(copy)) if error.reason == Reason::Transport => {
-                session.lost(self, &copy.source);
+                session.disconnected(self, &copy.source);
             }
             (Err(Failed::Target(error)), Some(copy)) if error.reason == Reason::Transport => {
                 fails(&error);
-                session.lost(self, &copy.target);
+                session.disconnected(self, &copy.target);
             }
             (Err(Failed::Source(error) | Failed::Target(error)), _) => {
                 fails(&error);

@@ -2,7 +2,7 @@
 //!
 //! All requests of a stream run inside of its task, each as a future of its own, so that a decode step costs no hop between tasks.
 //! Mutations line up behind each other as their frames are read, before anything else is awaited: this is what "in the order
-//! in which they come" means.
+//! in which they come" means. The chunks of an append go to it by `feed.rs`, so that one whose turn isn't there yet holds nobody back.
 
 use std::collections::BTreeMap;
 use std::future::ready;
@@ -15,12 +15,13 @@ use attnd_wire::surroundings::now;
 use attnd_wire::{Deadline, Error, Outcome, Reason, Status, refusal};
 use futures::future::BoxFuture;
 use futures::stream::{FuturesUnordered, StreamExt};
-use tokio::sync::mpsc;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tonic::{Request, Response, Streaming};
 
 use super::Sessions;
 use super::append::{AppendCall, Frame};
 use super::change::ChangeCall;
+use super::feed::{self, Feeder};
 use super::steps::StepsCall;
 use crate::coordinator::reply_stream::{ReplyStream, reply_stream};
 use crate::coordinator::tasks::Tasks;
@@ -32,8 +33,6 @@ const MAX_RUNNING: usize = 64;
 const ANSWER_BYTES: usize = 4 << 20;
 /// Appends in chunks of one stream at a time.
 const MAX_APPENDS: usize = 64;
-/// Chunks of one append that wait for its workers. With more, nothing is read from the stream.
-const CHUNKS: usize = 2;
 
 /// The service.
 #[derive(Clone, Debug)]
@@ -83,23 +82,26 @@ struct Exchange {
     replies: mpsc::Sender<proto::SessionReply>,
     running: FuturesUnordered<Running>,
     /// Where the chunks of appends go that have begun.
-    appends: BTreeMap<u64, mpsc::Sender<Frame>>,
-    /// A frame for which its append has no room yet.
+    appends: BTreeMap<u64, Feeder>,
+    /// Room for chunks that come before the turns of their appends.
+    ahead: Arc<Semaphore>,
+    /// A frame for which its append, which has its turn, has no room yet.
     held: Option<(u64, Frame)>,
     last: u64,
 }
 
 impl Exchange {
     fn new(sessions: Arc<Sessions>, calls: Calls, replies: mpsc::Sender<proto::SessionReply>) -> Self {
-        let (running, appends) = (FuturesUnordered::new(), BTreeMap::new());
-        Self { sessions, calls, replies, running, appends, held: None, last: 0 }
+        let (running, appends, ahead) = (FuturesUnordered::new(), BTreeMap::new(), feed::ahead());
+        Self { sessions, calls, replies, running, appends, ahead, held: None, last: 0 }
     }
 
     /// Serves until the client says that nothing more comes, and all it asked for is answered.
     async fn run(&mut self, frames: &mut Streaming<proto::SessionRequest>) -> Result<(), Error> {
         let mut is_open = true;
         while is_open || !self.running.is_empty() {
-            let room = self.held.as_ref().and_then(|(request, _)| self.appends.get(request)).cloned();
+            let room =
+                self.held.as_ref().and_then(|(request, _)| self.appends.get(request)).map(Feeder::room);
             let reads = is_open
                 && self.held.is_none()
                 && self.running.len().saturating_sub(self.appends.len()) < MAX_RUNNING;
@@ -109,10 +111,12 @@ impl Exchange {
                     self.appends.remove(&request);
                     self.held = self.held.take().filter(|(held, _)| *held != request);
                 }
-                room = reserve(room), if self.held.is_some() => {
+                room = wait_for(room), if self.held.is_some() => {
                     // An append that ended takes nothing more.
-                    if let (Some(room), Some((_, frame))) = (room, self.held.take()) {
-                        room.send(frame);
+                    if let (Some(room), Some((request, frame))) = (room, self.held.take())
+                        && let Some(feeder) = self.appends.get(&request)
+                    {
+                        feeder.feed(frame, room);
                     }
                 }
                 frame = frames.message(), if reads => match frame? {
@@ -134,7 +138,8 @@ impl Exchange {
     /// # Errors
     /// If its number can't be right, after which frames can't be told apart.
     fn take(&mut self, Asked { request, timeout, ask }: Asked) -> Result<(), Error> {
-        let goes_on = self.appends.contains_key(&request);
+        let feeder = self.appends.get_mut(&request);
+        let goes_on = feeder.is_some();
         let frame = match ask {
             Ok(Ask::Chunk(chunk)) => Frame::Chunk(chunk),
             Ok(Ask::Commit(commit)) => Frame::Commit(commit),
@@ -142,11 +147,11 @@ impl Exchange {
             Err(error) if goes_on => Frame::Broken(error),
             ask => return self.begin(request, Deadline::after(now(), timeout), ask),
         };
-        match goes_on {
-            true => self.held = Some((request, frame)),
+        match feeder {
+            Some(feeder) => self.held = feeder.offer(frame).map(|frame| (request, frame)),
             // It has been answered already.
-            false if request <= self.last => {}
-            false => self.begin(request, Deadline::after(now(), timeout), Err(refusal::expected_begin()))?,
+            None if request <= self.last => {}
+            None => self.begin(request, Deadline::after(now(), timeout), Err(refusal::expected_begin()))?,
         }
         Ok(())
     }
@@ -178,8 +183,8 @@ impl Exchange {
                 self.start(request, deadline, in_flight, ready(Err(error)));
             }
             Ok(Ask::Append(append)) => {
-                let (frames, incoming) = mpsc::channel(CHUNKS);
-                self.appends.insert(request, frames);
+                let (feeder, incoming) = feed::feed(&self.ahead);
+                self.appends.insert(request, feeder);
                 let call = AppendCall::line_up(&sessions, append, incoming);
                 let applied =
                     async move { call?.run(&sessions).await.map(|applied| vec![Answer::Applied(applied)]) };
@@ -217,7 +222,7 @@ impl Exchange {
         Ok(())
     }
 
-    /// Runs a request until it is answered or its time is over; `held` lives as long.
+    /// Runs a request until it is answered, the answer on its way, or its time is over; `held` lives as long.
     fn start(
         &self,
         request: u64,
@@ -235,7 +240,6 @@ impl Exchange {
                 Ok(answers) => answers,
                 Err(error) => vec![Answer::Failed(error)],
             };
-            drop(held);
             let last = answers.len().saturating_sub(1);
             for (at, answer) in answers.into_iter().enumerate() {
                 let reply = SessionReply { request, more: at < last, answer };
@@ -244,14 +248,32 @@ impl Exchange {
                     break;
                 }
             }
+            drop(held);
             request
         }));
     }
 }
 
+/// The future of request 1, which is answered so.
+#[cfg(test)]
+pub(super) fn answer_with(
+    sessions: Arc<Sessions>,
+    replies: mpsc::Sender<proto::SessionReply>,
+    deadline: Deadline,
+    held: impl Send + 'static,
+    answers: Vec<Answer>,
+) -> Running {
+    let exchange = Exchange::new(sessions, Calls::new(), replies);
+    exchange.start(1, deadline, held, ready(Ok(answers)));
+    let mut running = exchange.running.into_iter();
+    running.next().unwrap_or_else(|| Box::pin(ready(0)))
+}
+
 /// Room for a frame; `None` if its append is gone.
-async fn reserve(queue: Option<mpsc::Sender<Frame>>) -> Option<mpsc::OwnedPermit<Frame>> {
-    queue?.reserve_owned().await.ok()
+async fn wait_for(
+    room: Option<impl Future<Output = Option<OwnedSemaphorePermit>>>,
+) -> Option<OwnedSemaphorePermit> {
+    room?.await
 }
 
 /// Results of steps in as few messages as are within the limit.

@@ -1,9 +1,12 @@
 //! Sessions: keys and values that stay on the workers, so that queries travel to them.
 //!
 //! * `exchange.rs` serves the stream of a client. Its requests become an `open.rs`, `steps.rs`, `append.rs` or `change.rs`, each of which
-//!   lines up (`turns.rs`) where it changes a session.
+//!   lines up (`turns.rs`) where it changes a session. `feed.rs` is the way of an append's chunks, before its turn and since.
 //! * `session.rs` is a session: a shell around [`attnd_plan::session::Ledger`], which decides. `upkeep.rs` does what it wants done
 //!   beside answering, `copies.rs` has replicas copied, and `repair.rs` says where to.
+//! * `links.rs` keeps links to workers, and tells sessions of those that break and of workers that are gone.
+//! * What outlives this process is in its store: `open.rs` and `births.rs` write sessions there before anybody is told of them,
+//!   `saves.rs` who holds them; `start.rs` reads it.
 //! * `works.rs` cuts a step into its shards' parts, `collector.rs` sends these and takes what comes back, `merge.rs` makes rows of it.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -11,30 +14,44 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use attnd_plan::session::{Closed, ClosedSessions, SessionName};
-use attnd_wire::session::{Answer, SessionDescription};
+use attnd_wire::session::{Answer, SessionDescription, ShardHealth};
 use attnd_wire::surroundings::now;
-use attnd_wire::{Error, Reason};
+use attnd_wire::{Error, Reason, SessionCounts};
+
+use tokio::sync::watch;
 
 use super::Hub;
+use super::meta_store::{MetaError, MetaThread};
 use super::tasks::Tasks;
+use links::View;
 use repair::Repairs;
+use saves::Saves;
 use session::Session;
 
 mod append;
+mod births;
 mod change;
 mod collector;
 mod copies;
 mod exchange;
+mod feed;
+mod links;
 mod merge;
 mod open;
 mod repair;
+mod saves;
 mod session;
+mod start;
 mod steps;
+#[cfg(test)]
+mod tests;
 mod turns;
 mod upkeep;
 mod works;
 
 pub(crate) use exchange::SessionsService;
+pub(crate) use links::keep_links;
+pub(crate) use saves::write_members;
 pub(crate) use upkeep::watch;
 
 /// Sessions that may be open at a time.
@@ -47,6 +64,9 @@ pub(crate) struct Sessions {
     tasks: Tasks,
     /// Workers refuse a coordinator of a lower one.
     term: u64,
+    meta: MetaThread,
+    saves: Saves,
+    links: watch::Sender<Arc<View>>,
     started: Instant,
     table: Mutex<Table>,
     lines: Mutex<()>,
@@ -55,18 +75,22 @@ pub(crate) struct Sessions {
 
 #[derive(Debug, Default)]
 struct Table {
-    /// The last number that a session got.
+    /// The last number that was part of a name.
     last: u64,
     open: BTreeMap<SessionName, Arc<Session>>,
-    /// Names of sessions that are being opened.
+    by_number: BTreeMap<u64, Arc<Session>>,
+    /// Names of sessions that are being opened, or forked.
     opening: BTreeSet<SessionName>,
+    /// And their numbers, whose shards workers may hold by now.
+    reserved: BTreeSet<u64>,
     closed: ClosedSessions,
 }
 
 impl Sessions {
-    pub(crate) fn new(hub: Arc<Hub>, tasks: Tasks, term: u64) -> Self {
+    pub(crate) fn new(hub: Arc<Hub>, tasks: Tasks, term: u64, meta: MetaThread) -> Self {
         let (started, table, lines) = (now(), Mutex::default(), Mutex::default());
-        Self { hub, tasks, term, started, table, lines, repairs: Repairs::new() }
+        let (saves, links, repairs) = (Saves::default(), watch::Sender::default(), Repairs::new());
+        Self { hub, tasks, term, meta, saves, links, started, table, lines, repairs }
     }
 
     /// The clock of ledgers.
@@ -84,30 +108,58 @@ impl Sessions {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn open_sessions(&self) -> Vec<Arc<Session>> {
+        self.table().open.values().cloned().collect()
+    }
+
+    /// A session that is kept is there from now on.
+    fn insert(self: &Arc<Self>, session: &Arc<Session>) {
+        tracing::trace!(session = session.number, name = %session.name, "a session is there");
+        {
+            let mut table = self.table();
+            table.closed.reopen(&session.name);
+            table.by_number.insert(session.number, Arc::clone(session));
+            table.open.insert(session.name.clone(), Arc::clone(session));
+        }
+        // What became of its links before it was here.
+        session.reconcile(self);
+    }
+
     /// The session of that name, which counts as used now.
     ///
     /// # Errors
     /// [`Reason::Session`], or [`Reason::SessionExpired`] for one that was closed because nobody used it.
     fn find(&self, name: &SessionName) -> Result<Arc<Session>, Error> {
-        let table = self.table();
-        if let Some(session) = table.open.get(name) {
-            let session = Arc::clone(session);
-            drop(table);
-            session.lock().ledger.touch(self.now());
+        let open = self.table().open.get(name).cloned();
+        // It may be closed at this moment; if it isn't, it won't be for want of use.
+        if let Some(session) = open.filter(|session| session.touch(self.now())) {
             return Ok(session);
         }
-        match table.closed.look(name, self.now()) {
-            Some(Closed::Expired) => Err(Error::new(Reason::SessionExpired, "")),
-            Some(Closed::Released) | None => Err(Error::new(Reason::Session, "")),
-        }
+        Err(not_open(self.table().closed.look(name, self.now())))
     }
 
     /// What a session is and has.
     ///
     /// # Errors
-    /// As [`Self::find`].
+    /// As [`Self::find`], and [`Reason::Recovering`].
     fn describe(&self, name: &SessionName) -> Result<SessionDescription, Error> {
-        Ok(self.find(name)?.describe(self, false))
+        self.find(name)?.describe(self, false)
+    }
+
+    /// How all of them are.
+    pub(crate) fn counts(&self) -> SessionCounts {
+        let open: Vec<Arc<Session>> = self.table().open.values().cloned().collect();
+        let mut counts = SessionCounts::default();
+        for session in open {
+            *match session.health() {
+                ShardHealth::Open => &mut counts.open,
+                ShardHealth::Repairing => &mut counts.repairing,
+                ShardHealth::Recovering => &mut counts.recovering,
+                ShardHealth::Degraded => &mut counts.degraded,
+                ShardHealth::Lost => &mut counts.lost,
+            } += 1;
+        }
+        counts
     }
 
     /// All names, in as many answers as they need.
@@ -119,5 +171,25 @@ impl Sessions {
             answers.push(Answer::Names(Vec::new()));
         }
         answers
+    }
+}
+
+/// The refusal of what can't be written down.
+fn not_kept(error: &MetaError) -> Error {
+    tracing::error!(%error, "the store of sessions fails");
+    let detail = match error {
+        // Where the file is, is nobody's business but the operator's.
+        MetaError::Io { what, .. } | MetaError::Corrupt { what, .. } => what.clone(),
+        MetaError::InUse { .. } | MetaError::Version { .. } => "the file is somebody else's".to_owned(),
+        other => other.to_string(),
+    };
+    Error::new(Reason::StateStore, detail)
+}
+
+/// The refusal of a session that isn't there, or not any more.
+fn not_open(closed: Option<Closed>) -> Error {
+    match closed {
+        Some(Closed::Expired) => Error::new(Reason::SessionExpired, ""),
+        Some(Closed::Released) | None => Error::new(Reason::Session, ""),
     }
 }

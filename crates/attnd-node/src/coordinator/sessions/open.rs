@@ -6,26 +6,28 @@ use std::sync::Arc;
 use attnd_plan::session::{Closed, Holder, Keeper, Ledger, PlacementError, SessionName, SessionSpec, place};
 use attnd_wire::hold::{HoldAsk, HoldShard, ShardAt};
 use attnd_wire::session::{Open, SessionDescription};
-use attnd_wire::{Error, Reason, Surroundings};
+use attnd_wire::{Error, Reason};
 use futures::future::join_all;
 use tokio::sync::oneshot;
 
-use super::session::Session;
-use super::upkeep::{ask, link_to};
-use super::{MAX_SESSIONS, Sessions};
+use super::births::{record_of, since_1970};
+use super::session::{Session, SessionParts};
+use super::upkeep::ask;
+use super::{MAX_SESSIONS, Sessions, not_kept};
 use crate::coordinator::hold_link::HoldLink;
 use crate::coordinator::membership_actor::{Candidate, Capacities};
 use attnd_wire::join::SESSIONS;
 
-/// The name of a session that is being opened, until it is open or not.
+/// The name and the number of a session that is being opened, until it is open or not.
 struct Reserved<'a> {
     sessions: &'a Sessions,
     name: SessionName,
+    number: Option<u64>,
 }
 
 impl Drop for Reserved<'_> {
     fn drop(&mut self) {
-        self.sessions.give_back(&self.name);
+        self.sessions.give_back(&self.name, self.number);
     }
 }
 
@@ -50,11 +52,17 @@ impl Sessions {
                 if spec.is_some_and(|spec| spec != session.spec) {
                     return Err(Error::new(Reason::SessionExists, "parameters differ"));
                 }
+                session.describe(self, false)?;
                 if write {
-                    let actions = session.lock().take_writer();
-                    session.perform(self, actions);
+                    session.become_writer(self).await?;
+                    // What the one before has under way has its end when this is answered, so nothing of that comes between.
+                    let place = {
+                        let _all_at_once = self.line_up();
+                        session.turns.line_up()?
+                    };
+                    drop(place.turn().await);
                 }
-                Ok(session.describe(self, false))
+                session.describe(self, false)
             }
             (None, Some(spec)) => {
                 // Workers hold what was begun, whoever waits for it: it is opened to the end, and closed again for want of use.
@@ -64,17 +72,17 @@ impl Sessions {
                 });
                 let gone = |_| Err(Error::new(Reason::Internal, "the task of an open died"));
                 let session = created.await.unwrap_or_else(gone)?;
-                Ok(session.describe(self, true))
+                session.describe(self, true)
             }
             (None, None) => Err(Error::new(Reason::SessionId, "1..64 of [A-Za-z0-9._-]")),
         }
     }
 
-    /// Takes a name, that of a session which isn't there, or makes one; and a number. Both are given up by [`Self::give_back`].
+    /// Takes a name, that of a session which isn't there, or makes one. It is given up by [`Self::give_back`].
     ///
     /// # Errors
     /// [`Reason::SessionExists`], [`Reason::Overloaded`].
-    pub(super) fn reserve(&self, name: Option<SessionName>) -> Result<(SessionName, u64), Error> {
+    pub(super) fn reserve(&self, name: Option<SessionName>) -> Result<SessionName, Error> {
         let mut table = self.table();
         if table.open.len() + table.opening.len() >= MAX_SESSIONS {
             return Err(Error::new(Reason::Overloaded, format!("{MAX_SESSIONS} sessions")));
@@ -93,7 +101,7 @@ impl Sessions {
         if table.open.contains_key(&name) || !table.opening.insert(name.clone()) {
             return Err(Error::new(Reason::SessionExists, ""));
         }
-        Ok((name, new_number(&self.hub.surroundings)))
+        Ok(name)
     }
 
     async fn create(
@@ -101,8 +109,10 @@ impl Sessions {
         name: Option<SessionName>,
         spec: &SessionSpec,
     ) -> Result<Arc<Session>, Error> {
-        let (name, number) = self.reserve(name)?;
-        let reserved = Reserved { sessions: self, name };
+        let mut reserved = Reserved { sessions: self, name: self.reserve(name)?, number: None };
+        let number = self.meta.run(|store| store.reserve_number()).await.map_err(|error| not_kept(&error))?;
+        self.table().reserved.insert(number);
+        reserved.number = Some(number);
         let candidates = self.keepers().await?;
         let keepers: Vec<Keeper> = candidates.iter().map(|candidate| candidate.keeper.clone()).collect();
         let placement = place(spec, &keepers).map_err(unplaced)?;
@@ -112,41 +122,58 @@ impl Sessions {
             if links.contains_key(holder) {
                 continue;
             }
-            let actor = candidates.iter().find(|candidate| candidate.keeper.holder == *holder);
-            let link = match actor {
-                Some(candidate) => link_to(&candidate.actor).await?,
-                None => return Err(Error::new(Reason::Internal, "placed on a worker that isn't there")),
-            };
+            let link = self.link_of(holder).await?;
             links.insert(holder.clone(), link);
         }
-        let mut held = Vec::new();
+        let mut holds = Vec::new();
         for (shard, placed) in placement.shards.iter().enumerate() {
             for link in placed.members.iter().filter_map(|holder| links.get(holder)) {
                 let at = ShardAt { session: number, shard: shard as u32, epoch: 1 };
                 let hold = HoldShard { at, spec: spec.clone(), pieces: placed.pieces.clone() };
-                held.push((at, Arc::clone(link), ask(self.term, Arc::clone(link), HoldAsk::Hold(hold))));
+                holds.push((Arc::clone(link), hold));
             }
         }
-        let asked: Vec<(ShardAt, Arc<HoldLink>)> =
-            held.iter().map(|(at, link, _)| (*at, Arc::clone(link))).collect();
-        let answers = join_all(held.into_iter().map(|(_, _, answer)| answer)).await;
-        if let Some(error) = answers.into_iter().find_map(Result::err) {
-            // What others hold by now is given back, whoever waits for it.
-            for (at, link) in asked {
-                self.tasks.spawn(release(self.term, link, at));
-            }
-            return Err(error);
-        }
+        let held = holds.iter().map(|(link, hold)| (hold.at, Arc::clone(link))).collect();
+        self.hold(holds, |_any| true).await?;
         let shards = placement.shards.iter().map(|shard| shard.members.clone()).collect();
         let ledger = Ledger::new(spec, shards, self.now());
         let pieces = placement.shards.into_iter().map(|shard| shard.pieces.into()).collect();
-        let session =
-            Arc::new(Session::new(number, reserved.name.clone(), spec.clone(), ledger, pieces, links));
-        let mut table = self.table();
-        table.closed.reopen(&session.name);
-        table.open.insert(session.name.clone(), Arc::clone(&session));
-        drop(table);
+        let (name, spec) = (reserved.name.clone(), spec.clone());
+        let session = Session::new(SessionParts { number, name, spec, ledger, pieces, links, parent: None });
+        let record = record_of(&session.name, &session, &session.lock().ledger);
+        if let Err(error) = self.meta.run(move |store| store.create_as(number, &record)).await {
+            self.give_up(held);
+            return Err(not_kept(&error));
+        }
+        let session = Arc::new(session);
+        self.insert(&session);
         Ok(session)
+    }
+
+    /// Has empty shards held, all of them or none.
+    ///
+    /// # Errors
+    /// What a worker refuses, if that `counts`.
+    pub(super) async fn hold(
+        &self,
+        holds: Vec<(Arc<HoldLink>, HoldShard)>,
+        counts: impl Fn(&Error) -> bool,
+    ) -> Result<(), Error> {
+        let asked: Vec<(ShardAt, Arc<HoldLink>)> =
+            holds.iter().map(|(link, hold)| (hold.at, Arc::clone(link))).collect();
+        let answers = holds.into_iter().map(|(link, hold)| ask(self.term, link, HoldAsk::Hold(hold)));
+        let refused = join_all(answers).await.into_iter().filter_map(Result::err);
+        let Some(error) = refused.into_iter().find(counts) else { return Ok(()) };
+        // What others hold by now is given back, whoever waits for it.
+        self.give_up(asked);
+        Err(error)
+    }
+
+    /// Has shards released that nobody uses.
+    pub(super) fn give_up(&self, shards: Vec<(ShardAt, Arc<HoldLink>)>) {
+        for (at, link) in shards {
+            self.tasks.spawn(release(self.term, link, at));
+        }
     }
 
     /// Workers that may get shards.
@@ -165,13 +192,23 @@ impl Sessions {
     /// # Errors
     /// [`Reason::Session`] if there never was one.
     pub(super) async fn close(self: &Arc<Self>, name: &SessionName) -> Result<bool, Error> {
-        let session = {
+        let found = {
             let table = self.table();
             match (table.open.get(name), table.closed.look(name, self.now())) {
-                (Some(session), _) => Arc::clone(session),
+                (Some(session), _) => Some(Arc::clone(session)),
                 (None, Some(_)) => return Ok(true),
-                (None, None) => return Err(Error::new(Reason::Session, "")),
+                (None, None) => None,
             }
+        };
+        let Some(session) = found else {
+            // The coordinator before may have closed it.
+            let name = name.clone();
+            let was_closed = self.meta.run(move |store| store.was_closed(name.as_str(), since_1970())).await;
+            return match was_closed {
+                Ok(true) => Ok(true),
+                Ok(false) => Err(Error::new(Reason::Session, "")),
+                Err(error) => Err(not_kept(&error)),
+            };
         };
         // Behind whatever changes it.
         let place = {
@@ -179,18 +216,31 @@ impl Sessions {
             session.turns.line_up()?
         };
         let _turn = place.turn().await;
-        self.end(&session, Closed::Released).await;
+        self.end(&session, Closed::Released).await?;
         Ok(false)
     }
 
-    /// Forgets a session and has its shards released.
-    pub(super) async fn end(self: &Arc<Self>, session: &Arc<Session>, how: Closed) {
-        let mut releases = Vec::new();
+    /// Forgets a session and has its shards released. One that expired stays if somebody has asked for it meanwhile.
+    ///
+    /// # Errors
+    /// [`Reason::StateStore`]: it is as it was then.
+    pub(super) async fn end(self: &Arc<Self>, session: &Arc<Session>, how: Closed) -> Result<(), Error> {
         {
             let mut state = session.lock();
-            if std::mem::replace(&mut state.is_closed, true) {
-                return;
+            let is_used = how == Closed::Expired && !session.is_expired(&state, self.now());
+            if state.closed.is_some() || is_used {
+                return Ok(());
             }
+            state.closed = Some(how);
+        }
+        let (number, now) = (session.number, since_1970());
+        if let Err(error) = self.meta.run(move |store| store.remove(number, now)).await {
+            session.lock().closed = None;
+            return Err(not_kept(&error));
+        }
+        let mut releases = Vec::new();
+        let forks: Vec<u64> = {
+            let state = session.lock();
             for shard in 0..state.ledger.shards() {
                 let at = ShardAt {
                     session: session.number,
@@ -200,11 +250,15 @@ impl Sessions {
                 let links = state.ledger.holders(shard).filter_map(|holder| state.links.get(holder));
                 releases.extend(links.map(|link| (at, Arc::clone(link))));
             }
-        }
-        {
+            // Under the session's lock: whoever finds it closed finds here how.
             let mut table = self.table();
             table.open.remove(&session.name);
+            table.by_number.remove(&session.number);
             table.closed.close(session.name.clone(), how, self.now());
+            state.forks.keys().copied().collect()
+        };
+        for child in forks {
+            self.forget(session, child).await;
         }
         // In a task: whoever asked may go, the memory must come back.
         let (done, all) = tokio::sync::oneshot::channel::<()>();
@@ -214,31 +268,16 @@ impl Sessions {
             drop(done);
         });
         all.await.ok();
+        Ok(())
     }
 
-    /// The child of a session whose fork has been applied.
-    pub(super) fn adopt(&self, parent: &Session, number: u64, name: SessionName) {
-        let child = {
-            let state = parent.lock();
-            let ledger = state.ledger.fork(self.now());
-            Session::new(
-                number,
-                name.clone(),
-                parent.spec.clone(),
-                ledger,
-                parent.pieces.clone(),
-                state.links.clone(),
-            )
-        };
+    /// Gives a name and a number back, of a session that is open now or that there will not be.
+    pub(super) fn give_back(&self, name: &SessionName, number: Option<u64>) {
         let mut table = self.table();
-        table.closed.reopen(&name);
-        table.opening.remove(&name);
-        table.open.insert(name, Arc::new(child));
-    }
-
-    /// Gives a name back, of a session that is open now or that there will not be.
-    pub(super) fn give_back(&self, name: &SessionName) {
-        self.table().opening.remove(name);
+        table.opening.remove(name);
+        if let Some(number) = number {
+            table.reserved.remove(&number);
+        }
     }
 }
 
@@ -253,7 +292,7 @@ fn unplaced(error: PlacementError) -> Error {
     }
 }
 
-async fn release(term: u64, link: Arc<HoldLink>, at: ShardAt) {
+pub(super) async fn release(term: u64, link: Arc<HoldLink>, at: ShardAt) {
     if let Err(error) = ask(term, Arc::clone(&link), HoldAsk::Release(at)).await {
         tracing::debug!(worker = %link.holder.worker, ?at, %error, "a shard is not released");
     }
@@ -263,9 +302,4 @@ async fn release(term: u64, link: Arc<HoldLink>, at: ShardAt) {
 fn made_name(term: u64, number: u64) -> Result<SessionName, Error> {
     SessionName::new(format!("session-{term:x}-{number}"))
         .map_err(|error| Error::new(Reason::SessionId, error.to_string()))
-}
-
-/// A number that no other session has, not even one of an earlier coordinator that a worker still holds: 0 is none.
-fn new_number(surroundings: &Surroundings) -> u64 {
-    surroundings.random().max(1)
 }

@@ -16,7 +16,6 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::Sessions;
 use super::session::{Session, State};
-use super::upkeep::link_to;
 use crate::coordinator::membership_actor::{Everybody, Present};
 
 /// Copies at once that no shard waits for.
@@ -58,6 +57,8 @@ pub(super) struct Repair {
     failed: BTreeMap<Holder, (u32, Duration)>,
     /// The replica that moves: of which shard, from whom, to whom.
     moving: Option<Move>,
+    /// Somebody looks for workers that can have what is missing.
+    is_running: bool,
 }
 
 impl Repair {
@@ -121,6 +122,15 @@ impl Drop for Expected {
     }
 }
 
+/// Workers are looked for that can have what a session lacks, until this is dropped.
+struct Running(Arc<Session>);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.0.lock().repair.is_running = false;
+    }
+}
+
 impl Session {
     /// What a replica of a shard takes, in bytes.
     pub(super) fn bytes_of(&self, ledger: &Ledger<Error>, shard: usize) -> u64 {
@@ -151,10 +161,14 @@ impl Sessions {
 
     /// Looks for workers that can have replicas of a session that are missing, now.
     pub(super) fn begin_repair(self: &Arc<Self>, session: &Arc<Session>) {
-        let (sessions, session) = (Arc::clone(self), Arc::clone(session));
+        // Whoever looks already may have looked past it: the next round comes soon.
+        if std::mem::replace(&mut session.lock().repair.is_running, true) {
+            return;
+        }
+        let (sessions, running) = (Arc::clone(self), Running(Arc::clone(session)));
         self.tasks.spawn(async move {
             if let Ok(present) = sessions.everybody().await {
-                sessions.repair(&session, &present).await;
+                sessions.repair(&running.0, &present).await;
             }
         });
     }
@@ -166,14 +180,14 @@ impl Sessions {
             for _ in 0..missing {
                 let chosen = {
                     let state = session.lock();
-                    if state.is_closed || state.ledger.missing_replicas(shard) == 0 {
+                    if state.closed.is_some() || state.ledger.missing_replicas(shard) == 0 {
                         break;
                     }
                     let usable: Vec<Keeper> = self.usable_or_member(present, &state, shard);
                     session.replacement(&state, shard, &usable, self.now())
                 };
                 let Some(holder) = chosen else { break };
-                if !self.link(session, &holder, present).await {
+                if !self.link(session, &holder).await {
                     session.lock().repair.fails(&holder, self.now());
                     continue;
                 }
@@ -182,6 +196,17 @@ impl Sessions {
                 }
             }
         }
+    }
+
+    /// Whether replicas are missing for which there are workers.
+    fn can_repair(&self, session: &Session, present: &[Present]) -> bool {
+        let state = session.lock();
+        let can = |shard: usize| {
+            let usable = || self.usable_or_member(present, &state, shard);
+            state.ledger.missing_replicas(shard) > 0
+                && session.replacement(&state, shard, &usable(), self.now()).is_some()
+        };
+        state.closed.is_none() && (0..session.pieces.len()).any(can)
     }
 
     /// Workers that may get a replica, and those that have one, whatever else they are.
@@ -193,15 +218,15 @@ impl Sessions {
     }
 
     /// Makes sure that a session has a link to a worker.
-    async fn link(&self, session: &Arc<Session>, holder: &Holder, present: &[Present]) -> bool {
+    async fn link(self: &Arc<Self>, session: &Arc<Session>, holder: &Holder) -> bool {
         if session.lock().links.contains_key(holder) {
             return true;
         }
-        let Some(worker) = present.iter().find(|present| present.keeper.holder == *holder) else {
-            return false;
-        };
-        match link_to(&worker.actor).await {
+        match self.link_of(holder).await {
             Ok(link) => {
+                // It may be back, with other shards of the session, of which the ledger must hear too.
+                session.lock().seen = 0;
+                session.reconcile(self);
                 session.lock().links.entry(holder.clone()).or_insert(link);
                 true
             }
@@ -239,13 +264,9 @@ impl Sessions {
         for session in open {
             self.let_go(session, &draining);
             moves += usize::from(self.look_after_move(session));
-            let is_short = {
-                let state = session.lock();
-                !state.is_closed
-                    && (0..session.pieces.len()).any(|shard| state.ledger.missing_replicas(shard) > 0)
-            };
-            if is_short {
-                self.repair(session, &present).await;
+            if self.can_repair(session, &present) {
+                // In a task, as a stream to a worker may be a while in coming.
+                self.begin_repair(session);
             }
         }
         for holder in joined {
@@ -329,7 +350,7 @@ impl Sessions {
         let chosen = {
             let state = session.lock();
             let State { ledger, repair, .. } = &*state;
-            let may_move = !state.is_closed && repair.moving.is_none() && ledger.is_settled();
+            let may_move = state.closed.is_none() && repair.moving.is_none() && ledger.is_settled();
             if !may_move || repair.is_left_alone(joined, self.now()) {
                 return false;
             }
@@ -346,9 +367,10 @@ impl Sessions {
             rebalance(&session.spec, &shards, &keepers, joined, 1).pop()
         };
         let Some(chosen) = chosen else { return false };
-        if !self.link(session, joined, present).await {
+        if !self.link(session, joined).await {
+            // As if it had: it is tried again, by others first.
             session.lock().repair.fails(joined, self.now());
-            return false;
+            return true;
         }
         let Move { shard, from, to } = chosen.clone();
         tracing::info!(session = %session.name, shard, from = %from.worker, to = %to.worker, "a replica moves");

@@ -5,21 +5,24 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use attnd_plan::Piece;
 use attnd_plan::session::{
-    Ask, Begun as LedgerBegun, Holder, Ledger, LedgerAction, LedgerEvent, Op, Phase, Read, ReadRequest,
-    Request, SessionName, SessionSpec,
+    Ask, Begun as LedgerBegun, Change, Closed, Holder, Ledger, LedgerAction, LedgerError, LedgerEvent, Op,
+    Phase, Read, ReadRequest, Request, SessionName, SessionSpec,
 };
 use attnd_wire::hold::{ShardAt, ShardState};
 use attnd_wire::session::{Applied, SessionDescription, ShardDescription, ShardHealth, StepQueries};
 use attnd_wire::{Error, Reason};
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 
-use super::Sessions;
+use super::births::Born;
 use super::repair::Repair;
 use super::turns::Turns;
+use super::{Sessions, not_open};
 use crate::coordinator::hold_link::HoldLink;
+use crate::coordinator::meta_store::MetaError;
 
 /// A session.
 #[derive(Debug)]
@@ -30,23 +33,65 @@ pub(crate) struct Session {
     pub(super) spec: SessionSpec,
     /// What each shard is.
     pub(super) pieces: Vec<Arc<[Piece]>>,
+    /// The session that it was forked from.
+    pub(super) parent: Option<u64>,
     pub(super) turns: Arc<Turns>,
+    /// Whoever becomes the writer does so alone.
+    writers: tokio::sync::Mutex<()>,
+    /// The epoch of whoever writes, for those who take long over what they write.
+    pub(super) writer: watch::Sender<u64>,
     state: Mutex<State>,
+}
+
+/// What a session is made of.
+pub(super) struct SessionParts {
+    pub(super) number: u64,
+    pub(super) name: SessionName,
+    pub(super) spec: SessionSpec,
+    pub(super) ledger: Ledger<Error>,
+    pub(super) pieces: Vec<Arc<[Piece]>>,
+    pub(super) links: BTreeMap<Holder, Arc<HoldLink>>,
+    pub(super) parent: Option<u64>,
 }
 
 #[derive(Debug)]
 pub(super) struct State {
+    /// That of the session.
+    number: u64,
     pub(super) ledger: Ledger<Error>,
-    /// Of every holder that can be reached.
+    /// Of every holder that can be reached, as far as the ledger knows.
     pub(super) links: BTreeMap<Holder, Arc<HoldLink>>,
+    /// Of the view of all links that it knows; 0: it has to look again.
+    pub(super) seen: u64,
     /// Who waits for the op in flight.
-    waits: Option<oneshot::Sender<Result<Applied, Error>>>,
+    pub(super) waits: Option<oneshot::Sender<Result<Applied, Error>>>,
     /// Names of children, by number.
     pub(super) children: BTreeMap<u64, SessionName>,
     /// What is known about replicas that are missing, or to be elsewhere.
     pub(super) repair: Repair,
-    /// It is being closed: nothing begins any more.
-    pub(super) is_closed: bool,
+    /// Those that are in the store, and no sessions yet.
+    pub(super) forks: BTreeMap<u64, SessionName>,
+    /// Where room was asked for their shards.
+    pub(super) rooms: BTreeMap<u64, Vec<(ShardAt, Arc<HoldLink>)>>,
+    /// Some of them are of the coordinator before.
+    pub(super) has_old_forks: bool,
+    /// Those whose forks have been applied, and that become sessions now.
+    pub(super) born: Vec<Born>,
+    /// The epoch of each shard in the store.
+    pub(super) saved: Vec<u64>,
+    /// Where the append in flight is on its way in chunks.
+    pub(super) uploads: Vec<Uploading>,
+    /// It is closed: nothing begins any more.
+    pub(super) closed: Option<Closed>,
+}
+
+/// An append on its way in chunks to one replica.
+#[derive(Debug)]
+pub(super) struct Uploading {
+    pub(super) shard: usize,
+    pub(super) link: Arc<HoldLink>,
+    /// Its number on the link's lane for bulk.
+    pub(super) request: u64,
 }
 
 /// What becomes of a mutation.
@@ -74,22 +119,46 @@ pub(super) struct ShardOf {
 }
 
 impl Session {
-    pub(super) fn new(
-        number: u64,
-        name: SessionName,
-        spec: SessionSpec,
-        ledger: Ledger<Error>,
-        pieces: Vec<Arc<[Piece]>>,
-        links: BTreeMap<Holder, Arc<HoldLink>>,
-    ) -> Self {
-        let (waits, children, repair, is_closed) = (None, BTreeMap::new(), Repair::default(), false);
-        let state = State { ledger, links, waits, children, repair, is_closed };
-        Self { number, name, spec, pieces, turns: Arc::default(), state: Mutex::new(state) }
+    /// A session whose shards have the epochs that are in the store.
+    pub(super) fn new(parts: SessionParts) -> Self {
+        let SessionParts { number, name, spec, ledger, pieces, links, parent } = parts;
+        let writer = watch::Sender::new(ledger.writer_epoch());
+        let saved = (0..ledger.shards()).map(|shard| ledger.epoch(shard)).collect();
+        let state = State {
+            number,
+            ledger,
+            links,
+            seen: 0,
+            waits: None,
+            children: BTreeMap::new(),
+            forks: BTreeMap::new(),
+            rooms: BTreeMap::new(),
+            has_old_forks: false,
+            born: Vec::new(),
+            saved,
+            repair: Repair::default(),
+            uploads: Vec::new(),
+            closed: None,
+        };
+        let (turns, writers) = (Arc::default(), tokio::sync::Mutex::default());
+        Self { number, name, spec, pieces, parent, turns, writers, writer, state: Mutex::new(state) }
     }
 
     /// No critical section can panic half-way but in the ledger, which then is as it was or broken; either way it is what there is.
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes note that somebody asks for it; false if it is closed.
+    pub(super) fn touch(&self, now: Duration) -> bool {
+        let mut state = self.lock();
+        state.ledger.touch(now);
+        state.closed.is_none()
+    }
+
+    /// Whether it may be closed for want of use. Not as long as somebody is changing it.
+    pub(super) fn is_expired(&self, state: &State, now: Duration) -> bool {
+        state.ledger.is_expired(now) && self.turns.is_free()
     }
 
     /// Begins a mutation. `check` says, for the tokens that a layer has after an append, whether what shall follow makes sense.
@@ -102,9 +171,7 @@ impl Session {
         check: impl FnOnce(usize) -> Result<(), Error>,
     ) -> Result<Begun, Error> {
         let mut state = self.lock();
-        if state.is_closed {
-            return Err(Error::new(Reason::Session, ""));
-        }
+        state.check_open()?;
         if let Ask::Append { layer, base_len, tokens } = request.ask {
             let have = state.ledger.tokens().get(layer).copied().unwrap_or(0);
             // A request that comes again may be for what the layer had then: the ledger knows.
@@ -114,6 +181,12 @@ impl Session {
             }
         }
         match state.ledger.begin(request).map_err(Error::from)? {
+            // Soon it is there.
+            LedgerBegun::Replayed(answer)
+                if answer.child.is_some_and(|child| state.forks.contains_key(&child)) =>
+            {
+                Err(Error::new(Reason::Recovering, ""))
+            }
             LedgerBegun::Replayed(answer) => {
                 let applied = state.applied(answer, true);
                 Ok(Begun::Replayed(applied))
@@ -132,19 +205,42 @@ impl Session {
     /// What the ledger refuses.
     pub(super) fn read(&self, layer: usize, queries: &StepQueries, after: After) -> Result<Read, Error> {
         let state = self.lock();
-        if state.is_closed {
-            return Err(Error::new(Reason::Session, ""));
-        }
+        state.check_open()?;
         let tokens = |n: u64| usize::try_from(n).unwrap_or(usize::MAX);
-        let (at_len, after) = match after {
-            After::Nothing => (queries.at_len.map(tokens), None),
-            After::Op(op) => (queries.at_len.map(tokens), Some(op)),
-            // A step that comes again looks at what it looked at then, unless it says otherwise.
-            After::Replayed(len) => (Some(tokens(queries.at_len.unwrap_or(len))), None),
+        let (at_len, generation, after) = match after {
+            After::Nothing => (queries.at_len.map(tokens), queries.generation, None),
+            After::Op(op) => (queries.at_len.map(tokens), queries.generation, Some(op)),
+            // A step that comes again looks at what it looked at then, unless it says otherwise: since a cut that isn't there any more.
+            After::Replayed { len, generation } => {
+                let (len, generation) =
+                    (queries.at_len.unwrap_or(len), queries.generation.unwrap_or(generation));
+                (Some(tokens(len)), Some(generation), None)
+            }
         };
-        let (generation, min_len) = (queries.generation, tokens(queries.min_len));
+        let min_len = tokens(queries.min_len);
         let request = ReadRequest { layer, at_len, generation, min_len, after };
         state.ledger.check_read(&request).map_err(Error::from)
+    }
+
+    /// What is said where no replica answers a read any more, the last of which failed so.
+    pub(super) fn unreadable(&self, last: &Error) -> Error {
+        let state = self.lock();
+        if let Err(closed) = state.check_open() {
+            return closed;
+        }
+        match state.ledger.check_read(&ReadRequest::default()) {
+            Err(error @ (LedgerError::SessionLost { .. } | LedgerError::Recovering { .. })) => error.into(),
+            // Others are found.
+            _ if last.reason == Reason::Transport => {
+                LedgerError::<Error>::Recovering { is_in_flight: false }.into()
+            }
+            _ => last.clone(),
+        }
+    }
+
+    /// Whether this replica of a shard has all that was acknowledged, as far as is known now.
+    pub(super) fn is_computing(&self, shard: usize, holder: &Holder) -> bool {
+        self.lock().ledger.computing(shard).any(|other| other == holder)
     }
 
     /// Who holds the session now.
@@ -211,52 +307,92 @@ impl Session {
         self.handle(sessions, LedgerEvent::Refused { shard, holder, epoch, seq, is_final, why });
     }
 
-    /// A worker that holds something is gone, or its stream is.
-    pub(super) fn lost(self: &Arc<Self>, sessions: &Arc<Sessions>, link: &Arc<HoldLink>) {
+    /// The streams to a worker that holds something broke.
+    pub(super) fn disconnected(self: &Arc<Self>, sessions: &Arc<Sessions>, link: &Arc<HoldLink>) {
         let actions = {
             let mut state = self.lock();
             match state.links.get(&link.holder) {
                 Some(known) if Arc::ptr_eq(known, link) => state.links.remove(&link.holder),
-                // Another stream has taken its place.
+                // Others have taken their place.
                 _ => return,
             };
-            state.handle(LedgerEvent::Lost(link.holder.clone()))
+            state.seen = 0;
+            state.handle(LedgerEvent::Disconnected(link.holder.clone()))
         };
         self.perform(sessions, actions);
     }
 
+    /// Makes whoever asks the writer.
+    ///
+    /// # Errors
+    /// [`Reason::StateStore`]; then nothing has changed.
+    pub(super) async fn become_writer(self: &Arc<Self>, sessions: &Arc<Sessions>) -> Result<(), Error> {
+        let _alone = self.writers.lock().await;
+        let (number, next) = (self.number, self.lock().ledger.writer_epoch() + 1);
+        match sessions.meta.run(move |store| store.set_writer_epoch(number, next)).await {
+            Ok(()) => {}
+            // It was saved for somebody who went before being told.
+            Err(MetaError::Backwards { old, new }) if old == new => {}
+            Err(MetaError::Unknown { .. }) => return Err(Error::new(Reason::Session, "")),
+            Err(error) => return Err(super::not_kept(&error)),
+        }
+        let actions = {
+            let mut state = self.lock();
+            let (epoch, actions) = state.ledger.take_writer();
+            // What the one before is about to append in chunks is taken back.
+            self.writer.send_replace(epoch);
+            state.answer(actions)
+        };
+        self.perform(sessions, actions);
+        Ok(())
+    }
+
     /// Tells the ledger, and has done what it says.
     pub(super) fn handle(self: &Arc<Self>, sessions: &Arc<Sessions>, event: LedgerEvent<Error>) {
-        let actions = self.lock().handle(event);
+        let actions = {
+            let mut state = self.lock();
+            state.handle(event)
+        };
         self.perform(sessions, actions);
     }
 
     /// Has done what the ledger says.
     pub(super) fn perform(self: &Arc<Self>, sessions: &Arc<Sessions>, actions: Vec<LedgerAction<Error>>) {
+        let born = std::mem::take(&mut self.lock().born);
+        for child in born {
+            sessions.deliver(self, child);
+        }
         for action in actions {
             sessions.upkeep(self, action);
         }
     }
 
+    /// How its worst shard is.
+    pub(super) fn health(&self) -> ShardHealth {
+        let state = self.lock();
+        let shards = (0..self.pieces.len()).map(|shard| health(&state.ledger, shard));
+        shards.max().unwrap_or(ShardHealth::Open)
+    }
+
     /// What a client is told of it.
-    pub(super) fn describe(&self, sessions: &Sessions, created: bool) -> SessionDescription {
+    ///
+    /// # Errors
+    /// [`Reason::Recovering`] as long as nobody knows what it has.
+    pub(super) fn describe(&self, sessions: &Sessions, created: bool) -> Result<SessionDescription, Error> {
         let state = self.lock();
         let ledger = &state.ledger;
+        if ledger.is_restarting() && !ledger.is_lost() {
+            return Err(Error::new(Reason::Recovering, ""));
+        }
         let shard = |(shard, pieces): (usize, &Arc<[Piece]>)| ShardDescription {
             pieces: pieces.to_vec(),
             epoch: ledger.epoch(shard),
-            health: match ledger.phase(shard) {
-                Phase::Open if ledger.is_short(shard) => ShardHealth::Repairing,
-                Phase::Open => ShardHealth::Open,
-                Phase::Recovering => ShardHealth::Recovering,
-                Phase::Degraded => ShardHealth::Degraded,
-                Phase::Lost => ShardHealth::Lost,
-            },
+            health: health(ledger, shard),
             workers: readers(ledger, shard).map(|holder| holder.worker.clone()).collect(),
             bytes: self.bytes_of(ledger, shard),
         };
         let idle = sessions.now().saturating_sub(ledger.idle_since());
-        SessionDescription {
+        Ok(SessionDescription {
             name: self.name.clone(),
             spec: self.spec.clone(),
             created,
@@ -267,7 +403,17 @@ impl Session {
             tokens: ledger.tokens().iter().map(|tokens| *tokens as u64).collect(),
             shards: self.pieces.iter().enumerate().map(shard).collect(),
             ttl_left: self.spec.ttl.saturating_sub(idle),
-        }
+        })
+    }
+}
+
+fn health(ledger: &Ledger<Error>, shard: usize) -> ShardHealth {
+    match ledger.phase(shard) {
+        Phase::Open if ledger.is_short(shard) => ShardHealth::Repairing,
+        Phase::Open => ShardHealth::Open,
+        Phase::Recovering => ShardHealth::Recovering,
+        Phase::Degraded => ShardHealth::Degraded,
+        Phase::Lost => ShardHealth::Lost,
     }
 }
 
@@ -286,20 +432,39 @@ pub(super) enum After {
     Nothing,
     /// The append of the step, which is in flight.
     Op(Op),
-    /// The append of the step, which had been applied before, after which its layer had so many tokens.
-    Replayed(u64),
+    /// The append of the step, which had been applied before, after which its layer had so many tokens in this generation.
+    Replayed {
+        /// Tokens.
+        len: u64,
+        /// Of the session, then.
+        generation: u64,
+    },
 }
 
 impl State {
-    fn handle(&mut self, event: LedgerEvent<Error>) -> Vec<LedgerAction<Error>> {
+    pub(super) fn handle(&mut self, event: LedgerEvent<Error>) -> Vec<LedgerAction<Error>> {
+        tracing::trace!(session = self.number, ?event, "a ledger is told");
         let actions = self.ledger.handle(event);
+        tracing::trace!(session = self.number, ?actions, "a ledger wants");
         self.answer(actions)
     }
 
-    /// Makes whoever asks the writer.
-    pub(super) fn take_writer(&mut self) -> Vec<LedgerAction<Error>> {
-        let (_epoch, actions) = self.ledger.take_writer();
-        self.answer(actions)
+    /// # Errors
+    /// [`Reason::Session`] and [`Reason::SessionExpired`] if it is closed.
+    pub(super) fn check_open(&self) -> Result<(), Error> {
+        self.closed.map_or(Ok(()), |closed| Err(not_open(Some(closed))))
+    }
+
+    /// Whether the fork that makes this child is in flight.
+    pub(super) fn is_forking(&self, child: u64) -> bool {
+        matches!(self.ledger.in_flight(), Some(Op { change: Change::Fork { child: number }, .. }) if *number == child)
+    }
+
+    /// An append on its way in chunks to this replica.
+    pub(super) fn upload_to(&self, shard: usize, holder: &Holder) -> Option<(Arc<HoldLink>, u64)> {
+        let is_meant = |upload: &&Uploading| upload.shard == shard && upload.link.holder == *holder;
+        let upload = self.uploads.iter().find(is_meant)?;
+        Some((Arc::clone(&upload.link), upload.request))
     }
 
     /// Tells whoever waits for an answer, under the lock under which the ledger gave it, so that no other one can be in their place.
@@ -309,6 +474,11 @@ impl State {
         for action in actions {
             match action {
                 LedgerAction::Answer { seq: _, result } => {
+                    if let Ok(answer) = &result
+                        && self.bear(answer, true)
+                    {
+                        continue;
+                    }
                     let result = result.map(|answer| self.applied(answer, false)).map_err(Error::from);
                     if let Some(waits) = self.waits.take() {
                         // Whoever asked may be gone.
@@ -321,7 +491,7 @@ impl State {
         others
     }
 
-    fn applied(&self, answer: attnd_plan::session::Answer, replayed: bool) -> Applied {
+    pub(super) fn applied(&self, answer: attnd_plan::session::Answer, replayed: bool) -> Applied {
         let child = answer.child.and_then(|child| self.children.get(&child).cloned());
         Applied { len: answer.len as u64, generation: answer.generation, replayed, child }
     }

@@ -6,6 +6,8 @@
 //! results <-- merge
 //! ```
 //!
+//! Steps whose turns have come go together; those that have to wait for a turn go when it comes, and hold nobody back.
+//!
 //! A step that has begun to change a session is brought to its end whoever waits for it: what is left of a call that nobody wants
 //! any more goes on in a task of its own.
 
@@ -16,6 +18,8 @@ use attnd_plan::CellId;
 use attnd_plan::session::{Ask, Attempt, Holder, Op, Read, Request};
 use attnd_wire::session::{Applied, Mutation, Step, StepContext, StepQueries, StepResult, StepRows};
 use attnd_wire::{CallShape, ContextChunk, Error, Reason};
+use futures::FutureExt;
+use futures::stream::{FuturesUnordered, StreamExt};
 use tokio::sync::oneshot;
 
 use super::Sessions;
@@ -54,12 +58,15 @@ pub(super) struct Running {
     turn: Option<Turn>,
 }
 
+/// How the op of a step's rows ends.
+pub(super) type Ended = oneshot::Receiver<Result<Applied, Error>>;
+
 /// What becomes of the rows of a step.
 pub(super) enum RowsState {
     /// There are none.
     None,
     /// The ledger will say.
-    Sent(Op, oneshot::Receiver<Result<Applied, Error>>),
+    Sent(Op),
     /// It said.
     Settled(Result<Applied, Error>),
 }
@@ -114,36 +121,70 @@ impl StepsCall {
     /// Runs all steps; one result for each, in parts where its rows are many.
     pub(super) async fn run(self, sessions: &Arc<Sessions>) -> Vec<StepResult> {
         let mut collector = Collector::new(Arc::clone(sessions));
-        let mut begun = Vec::with_capacity(self.steps.len());
-        for step in self.steps {
-            begun.push(match step {
-                Ok(step) => {
-                    let turn = match step.place {
-                        Some(place) => Some(place.turn().await),
-                        None => None,
-                    };
-                    Ok((step.session, step.layer, step.rows, step.queries, turn))
-                }
-                Err(error) => Err(error),
-            });
-        }
-        // From here to the messages nothing is awaited: an op that a ledger has begun is sent.
-        let mut results = Vec::with_capacity(begun.len());
-        for (at, step) in begun.into_iter().enumerate() {
-            let started = step.and_then(|(session, layer, rows, queries, turn)| {
-                begin(&mut collector, at, session, layer, rows, queries, turn)
-            });
-            if let Err(error) = started {
+        let mut results = Vec::with_capacity(self.steps.len());
+        let mut waiting = FuturesUnordered::new();
+        // Between the beginning of an op and its messages nothing is awaited: what a ledger has begun is sent.
+        let start = |collector: &mut Collector, results: &mut Vec<StepResult>, at, step, turn| {
+            if let Err(error) = begin(collector, at, step, turn) {
                 results.push(StepResult { step: at, failure: Some(error), ..StepResult::default() });
             }
+        };
+        for (at, step) in self.steps.into_iter().enumerate() {
+            match step {
+                Err(error) => {
+                    results.push(StepResult { step: at, failure: Some(error), ..StepResult::default() });
+                }
+                Ok(mut step) => match step.place.take().map(Place::turn_now) {
+                    None => start(&mut collector, &mut results, at, step, None),
+                    Some(Ok(turn)) => start(&mut collector, &mut results, at, step, Some(turn)),
+                    Some(Err(place)) => waiting.push(async move { (at, step, place.turn().await) }),
+                },
+            }
         }
-        collector.send().await;
-        collector.finish().await;
-        for (at, step) in std::mem::take(&mut collector.steps) {
-            results.extend(answer(sessions, at, step).await);
+        collector.send();
+        loop {
+            for (at, step) in collector.take_done() {
+                results.extend(answer(sessions, at, step).await);
+            }
+            tokio::select! {
+                biased;
+                Some((at, step, turn)) = waiting.next() => {
+                    start(&mut collector, &mut results, at, step, Some(turn));
+                    // All that may go by now go together.
+                    while let Some(Some((at, step, turn))) = waiting.next().now_or_never() {
+                        start(&mut collector, &mut results, at, step, Some(turn));
+                    }
+                    collector.send();
+                }
+                goes_on = collector.next(), if !collector.is_empty() => if !goes_on {
+                    // An answer is missing that nobody will give.
+                    for (at, step) in collector.take_all() {
+                        results.extend(answer(sessions, at, step).await);
+                    }
+                },
+                else => break,
+            }
         }
         results.sort_by_key(|result| result.step);
         results
+    }
+}
+
+impl Running {
+    /// The ledger says how the op of its rows has ended.
+    pub(super) fn settle(&mut self, ended: Result<Applied, Error>) {
+        self.rows = RowsState::Settled(ended);
+        self.turn = None;
+    }
+
+    /// Whether it waits for nothing more.
+    pub(super) fn is_done(&self) -> bool {
+        match (&self.rows, &self.queries) {
+            (RowsState::Sent(_), _) => false,
+            (RowsState::Settled(Err(_)), _) => true,
+            (_, QueriesState::Asked(asked)) => asked.attempt.missing().next().is_none(),
+            (_, QueriesState::None | QueriesState::Failed(_)) => true,
+        }
     }
 }
 
@@ -160,15 +201,8 @@ fn find(sessions: &Sessions, step: Step) -> Result<Lined, Error> {
 }
 
 /// Begins a step: asks the ledger, and adds what has to be sent.
-fn begin(
-    collector: &mut Collector,
-    at: usize,
-    session: Arc<Session>,
-    layer: usize,
-    rows: Option<StepRows>,
-    queries: Option<StepQueries>,
-    turn: Option<Turn>,
-) -> Result<(), Error> {
+fn begin(collector: &mut Collector, at: usize, step: Lined, turn: Option<Turn>) -> Result<(), Error> {
+    let Lined { session, layer, rows, queries, place: _ } = step;
     // What is wrong with queries is said before rows are appended.
     let begun = match &rows {
         None => None,
@@ -184,23 +218,25 @@ fn begin(
             Some(session.begin(&request, check)?)
         }
     };
-    let (rows_state, op) = match begun {
-        None => (RowsState::None, None),
-        Some(Begun::Replayed(applied)) => (RowsState::Settled(Ok(applied)), None),
-        Some(Begun::Started(op, answer)) => (RowsState::Sent(op, answer), Some(op)),
+    let (rows_state, op, ended) = match begun {
+        None => (RowsState::None, None, None),
+        Some(Begun::Replayed(applied)) => (RowsState::Settled(Ok(applied)), None, None),
+        Some(Begun::Started(op, ended)) => (RowsState::Sent(op), Some(op), Some(ended)),
     };
     let after = match &rows_state {
         RowsState::None | RowsState::Settled(Err(_)) => After::Nothing,
-        RowsState::Settled(Ok(applied)) => After::Replayed(applied.len),
-        RowsState::Sent(op, _) => After::Op(*op),
+        RowsState::Settled(Ok(applied)) => {
+            After::Replayed { len: applied.len, generation: applied.generation }
+        }
+        RowsState::Sent(op) => After::Op(*op),
     };
     let view = session.view();
     let asked = queries.map(|queries| ask(&session, layer, queries, after, &view)).transpose();
     let queries = match asked {
         Ok(None) => QueriesState::None,
         Ok(Some(asked)) => QueriesState::Asked(Box::new(asked)),
-        // Rows that a ledger has begun are sent all the same.
-        Err(error) if op.is_some() => QueriesState::Failed(error),
+        // Rows that a ledger has begun are sent all the same, and those that are there are told of.
+        Err(error) if !matches!(rows_state, RowsState::None) => QueriesState::Failed(error),
         Err(error) => return Err(error),
     };
     for (shard, of_shard) in view.shards.iter().enumerate() {
@@ -230,7 +266,9 @@ fn begin(
             }
         }
     }
-    collector.steps.insert(at, Running { session, layer, rows: rows_state, queries, turn });
+    // Of one that came again there is nothing to wait for with the turn.
+    let turn = turn.filter(|_| op.is_some());
+    collector.insert(at, Running { session, layer, rows: rows_state, queries, turn }, ended);
     Ok(())
 }
 
@@ -254,19 +292,18 @@ fn ask(
 
 /// The results of a step whose answers are here.
 async fn answer(sessions: &Sessions, at: usize, step: Running) -> Vec<StepResult> {
-    let Running { session, rows, queries, turn, .. } = step;
+    let Running { session, rows, queries, .. } = step;
+    // It was used until now.
+    session.touch(sessions.now());
     let mut first = StepResult { step: at, ..StepResult::default() };
     match rows {
         RowsState::None => {}
         RowsState::Settled(Ok(applied)) => first.applied = Some(applied),
         RowsState::Settled(Err(error)) => first.failure = Some(error),
-        RowsState::Sent(_, settled) => match settled.await {
-            Ok(Ok(applied)) => first.applied = Some(applied),
-            Ok(Err(error)) => first.failure = Some(error),
-            Err(_gone) => first.failure = Some(Error::new(Reason::Internal, "a ledger that says nothing")),
-        },
+        RowsState::Sent(_) => {
+            first.failure = Some(Error::new(Reason::Internal, "a step ended before its ledger said so"));
+        }
     }
-    drop(turn);
     let rows = match queries {
         _ if first.failure.is_some() => return vec![first],
         QueriesState::None => return vec![first],

@@ -56,6 +56,11 @@ impl Turns {
         Ok(place(Some(called)))
     }
 
+    /// Whether nobody has the turn, or waits for it.
+    pub(crate) fn is_free(&self) -> bool {
+        !self.lock().is_taken
+    }
+
     /// Calls the next who still waits.
     fn pass_on(&self) {
         let mut line = self.lock();
@@ -74,6 +79,19 @@ impl Turns {
 }
 
 impl Place {
+    /// The turn, if it has come.
+    ///
+    /// # Errors
+    /// The place, if it hasn't.
+    pub(crate) fn turn_now(mut self) -> Result<Turn, Self> {
+        let has_come = self.called.as_mut().is_none_or(|called| called.try_recv().is_ok());
+        if !has_come {
+            return Err(self);
+        }
+        self.is_used = true;
+        Ok(Turn(Arc::clone(&self.turns)))
+    }
+
     /// Waits for the turn.
     pub(crate) async fn turn(mut self) -> Turn {
         if let Some(called) = &mut self.called {

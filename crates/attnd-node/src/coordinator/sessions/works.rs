@@ -8,7 +8,7 @@ use attnd_plan::session::{Change, Op, Read, SessionSpec};
 use attnd_plan::{CellId, cells, tokens_per_cell};
 use attnd_wire::hold::{ShardAt, ShardOp, ShardQueries, ShardRows, ShardWork};
 use attnd_wire::session::{StepQueries, StepRows};
-use attnd_wire::{CallShape, limits};
+use attnd_wire::{CallShape, limits, proto};
 use bytes::{Bytes, BytesMut};
 
 use super::session::ShardOf;
@@ -115,20 +115,14 @@ fn gathered(bytes: &Bytes, runs: &[Range<usize>]) -> Bytes {
     }
 }
 
-/// A shard's part of a step.
+/// A shard's part of a step, as it goes into a message.
 pub(super) fn work(
     at: ShardAt,
     layer: usize,
     rows: Option<ShardRows>,
     queries: Option<ShardQueries>,
-) -> ShardWork {
-    ShardWork { at, layer, rows, queries }
-}
-
-/// Bytes of tensors in a part.
-pub(super) fn bytes_of(work: &ShardWork) -> usize {
-    let rows = work.rows.as_ref().map_or(0, |rows| rows.k.len() + rows.v.len());
-    rows + work.queries.as_ref().map_or(0, |queries| queries.q.len())
+) -> proto::ShardWork {
+    ShardWork { at, layer, rows, queries }.into()
 }
 
 /// Cuts `[heads, tokens]` rows of `dim` elements into blocks for messages: all tokens of as many heads as are small enough, or

@@ -3,9 +3,10 @@
 use std::collections::VecDeque;
 
 use attnd_plan::omission::repeat_some;
-use attnd_wire::hold::{HoldAnswer, HoldReply, ShardState};
+use attnd_wire::hold::{HoldAnswer, HoldReply, ShardAt, ShardRecords, ShardState};
+use attnd_wire::limits::MAX_ENTRIES;
 use attnd_wire::proto::{self, hold_reply};
-use attnd_wire::{Error, Reason, floats};
+use attnd_wire::{Error, Reason, floats, limits};
 use tokio::sync::mpsc::OwnedPermit;
 
 use crate::shutdown::InFlight;
@@ -56,6 +57,31 @@ impl Asked {
         self.send([reply.into()].into(), memory);
     }
 
+    /// Answers with the ops that a shard remembers, or why there are none.
+    pub(crate) fn records(self, records: Result<ShardRecords, Error>) {
+        let answer = match records {
+            Ok(records) => hold_reply::Answer::Records(records.into()),
+            Err(error) => failed(error),
+        };
+        let frame = frame(self.request, answer);
+        self.send([frame].into(), None);
+    }
+
+    /// Answers with shards.
+    pub(crate) fn shards(self, shards: &[ShardAt]) {
+        let list = |shards: &[ShardAt]| {
+            let shards = shards.iter().map(|at| (*at).into()).collect();
+            frame(self.request, hold_reply::Answer::Shards(proto::ShardList { shards }))
+        };
+        let mut frames: VecDeque<proto::HoldReply> = shards.chunks(MAX_ENTRIES).map(list).collect();
+        if frames.is_empty() {
+            frames.push_back(list(&[]));
+        }
+        let last = frames.len() - 1;
+        frames.iter_mut().take(last).for_each(|frame| frame.more = true);
+        self.send(frames, None);
+    }
+
     /// Answers with what became of works.
     pub(crate) fn works(self, works: Vec<Result<WorkDone, Error>>, memory: Option<Reservation>) {
         let frames = frames_of(self.request, works);
@@ -93,7 +119,7 @@ fn frames_of(request: u64, works: Vec<Result<WorkDone, Error>>) -> VecDeque<prot
     let mut frames = VecDeque::new();
     let (mut results, mut bytes) = (Vec::new(), 0);
     for result in works.into_iter().enumerate().flat_map(|(work, done)| results_of(work, done)) {
-        let more = result.partials.as_ref().map_or(0, |run| run.data.len());
+        let more = limits::entry_bytes(&result);
         if !results.is_empty() && (bytes + more > RUN_BYTES || results.len() == MAX_RESULTS) {
             let full = proto::ShardResults { results: std::mem::take(&mut results) };
             let answer = Some(hold_reply::Answer::Results(full));
@@ -137,4 +163,35 @@ fn partials_of(run: Run) -> proto::PartialRun {
     let data = floats::into_bytes(run.data);
     let crc32c = crc32c::crc32c(&data);
     proto::PartialRun { first_cell: small(run.first_cell), cells: small(run.cells), crc32c, data }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A result of each shard of a message, whose states are as large as they can be.
+    #[test]
+    fn an_answer_is_cut_into_messages_by_all_that_is_in_it() {
+        let applied = ShardState { tokens: vec![1 << 20; 1024], ..ShardState::default() };
+        let run = |first_cell| Run { first_cell, cells: 1, data: vec![1.0; 100_000] };
+        let works: Vec<_> = (0..1024)
+            .map(|work| match work % 8 {
+                0 => Ok(WorkDone { applied: Some(applied.clone()), partials: Ok(vec![run(0), run(1)]) }),
+                1 => Err(Error::new(Reason::KvBudget, "x".repeat(200))),
+                _ => Ok(WorkDone { applied: Some(applied.clone()), partials: Ok(Vec::new()) }),
+            })
+            .collect();
+        let frames = frames_of(7, works);
+        let mut seen = vec![0; 1024];
+        for (at, frame) in frames.iter().enumerate() {
+            assert!(limits::entry_bytes(frame) <= RUN_BYTES + (1 << 20), "{}", limits::entry_bytes(frame));
+            assert_eq!((frame.request, frame.more), (7, at + 1 < frames.len()));
+            let Some(hold_reply::Answer::Results(results)) = &frame.answer else { panic!("{frame:?}") };
+            for result in &results.results {
+                seen[result.work as usize] += 1;
+            }
+        }
+        let expected: Vec<i32> = (0..1024).map(|work| if work % 8 == 0 { 2 } else { 1 }).collect();
+        assert_eq!(seen, expected);
+    }
 }

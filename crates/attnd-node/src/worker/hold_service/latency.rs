@@ -71,7 +71,8 @@ async fn measure(
     let mut session = Session::open(&store, 1, spec, vec![piece(0..kv_heads, 0..64)]);
     session.append(&store, 0, &(0..TOKENS as u64 - 200).collect::<Vec<_>>());
     let (replies, mut queue) = mpsc::channel(super::QUEUE);
-    let mut reader = Reader::new(store.clone(), Calls::new(), replies, Arc::new(AtomicBool::new(false)));
+    let cancelled = Arc::new(AtomicBool::new(false));
+    let mut reader = Reader::new(store.clone(), Calls::new(), replies, cancelled, Arc::default());
     let (mut steps, mut taken, mut hops) = (Vec::new(), Vec::new(), Vec::new());
     for step in 0..n_steps {
         let rows = with_rows.then(|| session.rows(0, &[step as u64]));

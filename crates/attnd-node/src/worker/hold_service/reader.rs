@@ -8,7 +8,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use attnd_wire::hold::{
@@ -49,6 +49,8 @@ pub(crate) struct Reader {
     cancelled: Arc<AtomicBool>,
     /// Tells this stream from others.
     stream: u64,
+    /// What was heard last.
+    term: Arc<AtomicU64>,
     last_request: u64,
     bulks: BTreeMap<u64, Bulk>,
     copies: Copies,
@@ -63,11 +65,12 @@ impl Reader {
         calls: Calls,
         replies: mpsc::Sender<Answer>,
         cancelled: Arc<AtomicBool>,
+        term: Arc<AtomicU64>,
     ) -> Self {
         let stream = store.next_stream();
         let room = Arc::new(Semaphore::new(ROOM_KIB as usize));
         let (last_request, bulks, copies) = (0, BTreeMap::new(), Copies::default());
-        Self { store, calls, replies, room, cancelled, stream, last_request, bulks, copies }
+        Self { store, calls, replies, room, cancelled, stream, term, last_request, bulks, copies }
     }
 
     /// Reads until the stream ends.
@@ -110,7 +113,11 @@ impl Reader {
             let error = Error::new(Reason::StreamOrder, format!("request {request} after {last}"));
             return self.refuse(request, error).await;
         }
-        let ask = self.store.see_term(asked.term).and(asked.ask);
+        let seen = self.store.see_term(asked.term);
+        if seen.is_ok() {
+            self.term.store(asked.term, Ordering::Relaxed);
+        }
+        let ask = seen.and(asked.ask);
         if is_part && self.copies.has_import(request) {
             match ask {
                 Ok(HoldAsk::Copied(chunk)) => {
@@ -154,6 +161,8 @@ impl Reader {
             Ok(HoldAsk::Change(change)) => self.change(request, change).await,
             Ok(HoldAsk::Fence(at)) => self.fence(request, at).await,
             Ok(HoldAsk::Release(at)) => self.release(request, at).await,
+            Ok(HoldAsk::Recall(at)) => self.recall(request, at).await,
+            Ok(HoldAsk::List) => self.list(request).await,
             Ok(HoldAsk::Look(at)) => self.look(request, at).await,
             Ok(HoldAsk::Export(export)) => {
                 let Ok(asked) = self.asked(request, false).await? else { return Ok(()) };
@@ -347,6 +356,24 @@ impl Reader {
         self.submit(vec![(key_of(&at), Access::Changes)], asked, move |asked| {
             asked.state(store.release(&at));
         });
+        Ok(())
+    }
+
+    async fn recall(&mut self, request: u64, at: ShardAt) -> Result<(), Gone> {
+        let Ok(asked) = self.asked(request, false).await? else { return Ok(()) };
+        let store = self.store.clone();
+        self.submit(vec![(key_of(&at), Access::Reads)], asked, move |asked| {
+            let resident = store.resident(key_of(&at));
+            asked.records(resident.and_then(|resident| resident.look().records(&store)));
+        });
+        Ok(())
+    }
+
+    /// Shards that are being let go may be among them: whoever asks doesn't know them either.
+    async fn list(&mut self, request: u64) -> Result<(), Gone> {
+        if let Ok(asked) = self.asked(request, false).await? {
+            asked.shards(&self.store.list());
+        }
         Ok(())
     }
 

@@ -185,6 +185,20 @@ async fn sessions_live_on_a_stream_that_stays_open() {
     assert_eq!(stream.ask(HoldAsk::Change(cut)).await.unwrap().tokens, [10, 0]);
     let fence = ShardAt { epoch: 2, ..session.at };
     assert_eq!(stream.ask(HoldAsk::Fence(fence)).await.unwrap().epoch, 2);
+    // What is here, and what it remembers, whatever epoch it has.
+    let request = stream.send(HoldAsk::List).await;
+    let HoldAnswer::Shards(shards) = stream.answer(request).await.remove(0).answer else { panic!("no list") };
+    let forked = ShardAt { session: 99, epoch: 1, ..session.at };
+    assert_eq!(shards, [fence, sessions[1].at, sessions[2].at, forked]);
+    let session = &sessions[0];
+    let request = stream.send(HoldAsk::Recall(session.at)).await;
+    let HoldAnswer::Records(history) = stream.answer(request).await.remove(0).answer else { panic!("none") };
+    assert_eq!((history.state.epoch, history.state.op_seq, history.records.len()), (2, 42, 42));
+    let [.., fork, cut] = &history.records[..] else { panic!("{history:?}") };
+    assert_eq!((fork.answer.child, fork.answer.len), (Some(99), 40));
+    assert_eq!((cut.answer.child, cut.answer.len, cut.answer.generation), (None, 10, 1));
+    let unknown = stream.ask(HoldAsk::Recall(ShardAt { session: 98, ..session.at })).await.unwrap_err();
+    assert_eq!(unknown, "SHARD: session 0000000000000062 shard 0 is not here");
     let stale = stream.ask(HoldAsk::Release(session.at)).await.unwrap_err();
     assert_eq!(stale, "EPOCH: shard at 2, request 1");
     for session in [ShardAt { session: 99, ..session.at }, fence, sessions[1].at, sessions[2].at] {

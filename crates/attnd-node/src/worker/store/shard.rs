@@ -1,12 +1,14 @@
 //! One shard that is resident here: what its replica knows, its keys and values, and an append that is on its way in chunks.
 
 use std::ops::Range;
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockError};
 
 use attnd_kernel::KvView;
 use attnd_plan::Piece;
 use attnd_plan::session::{Replica, ReplicaRefusal, ReplicaSnapshot, SessionSpec, Undone, Verdict};
-use attnd_wire::hold::{ShardAppend, ShardAt, ShardChange, ShardChangeKind, ShardRows, ShardState};
+use attnd_wire::hold::{
+    ShardAppend, ShardAt, ShardChange, ShardChangeKind, ShardRecords, ShardRows, ShardState,
+};
 use attnd_wire::{Commit, Error, Reason, SliceChunk, refusal};
 
 use super::pages::{Pages, PagesError, TokenRows};
@@ -86,6 +88,15 @@ impl Resident {
         self.shard.read().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Its epoch, for whoever has no turn; `None` as long as somebody changes it.
+    pub(crate) fn epoch_now(&self) -> Option<u64> {
+        match self.shard.try_read() {
+            Ok(shard) => Some(shard.replica.epoch()),
+            Err(TryLockError::Poisoned(shard)) => Some(shard.into_inner().replica.epoch()),
+            Err(TryLockError::WouldBlock) => None,
+        }
+    }
+
     /// Gives all keys and values up.
     pub(crate) fn release(&self) {
         let mut shard = self.change();
@@ -99,6 +110,17 @@ impl Shard {
     pub(crate) fn state(&self, store: &Store, replayed: bool) -> ShardState {
         let state = ShardState::from(self.replica.state());
         ShardState { replayed, resident_bytes: store.resident_bytes(), ..state }
+    }
+
+    /// What it has, and the ops that it remembers.
+    ///
+    /// # Errors
+    /// [`Reason::Shard`] if it was released.
+    pub(crate) fn records(&self, store: &Store) -> Result<ShardRecords, Error> {
+        if self.pages.is_none() {
+            return Err(no_shard(self.key));
+        }
+        Ok(ShardRecords { state: self.state(store, false), records: self.replica.records().collect() })
     }
 
     /// The answer to who wants it to be held, in this epoch.

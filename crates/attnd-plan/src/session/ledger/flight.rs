@@ -131,17 +131,18 @@ impl<E: Clone> Ledger<E> {
             return;
         }
         let is_behind = member.applied < Some(seq.min(last));
-        match &mut self.flight {
-            Some(flight) if flight.op.seq == seq && is_final && flight.op.change.is_undoable() => {
-                if !matches!(flight.stage, Stage::Undoing(_)) {
-                    flight.stage = Stage::Undoing(Some(LedgerError::Refused { why }));
-                }
-            }
-            // Others have it, or it can't be refused.
-            Some(flight) if flight.op.seq == seq => self.drop_member(index, holder),
+        let Some(flight) = self.flight.as_mut().filter(|flight| flight.op.seq == seq) else {
             // Late, of an op before: whoever lacks that can't have what came since.
-            _ if is_behind => self.drop_member(index, holder),
-            _ => {}
+            if is_behind {
+                self.drop_member(index, holder);
+            }
+            return;
+        };
+        if !is_final || !flight.op.change.is_undoable() {
+            // Others have it, or it can't be refused.
+            self.drop_member(index, holder);
+        } else if !matches!(flight.stage, Stage::Undoing(_)) {
+            flight.stage = Stage::Undoing(Some(LedgerError::Refused { why }));
         }
     }
 

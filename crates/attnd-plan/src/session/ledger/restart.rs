@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::flight::{Flight, Stage};
 use super::shard::{Member, Shard, Standing, Step};
 use super::{Ledger, LedgerAction, Phase, SavedShard};
-use crate::session::op::{Answer, Change, Holder, Record, longest};
+use crate::session::op::{Answer, Change, Holder, Op, Record, longest};
 use crate::session::replica::ReplicaState;
 use crate::session::spec::SessionSpec;
 use crate::session::window::Window;
@@ -107,6 +107,12 @@ impl<E: Clone> Ledger<E> {
             let heard = shard.heard().count();
             let prefix = shard.heard().map(|state| longest(&state.tokens)).max().unwrap_or(0);
             if heard < shard.quorum || best(shard).is_none_or(|best| best + 1 < most) {
+                // Even if this shard is lost, others say how much there was.
+                let may_say =
+                    |shard: &Shard| !shard.absent.is_empty() && shard.heard().count() < shard.quorum;
+                if self.shards.iter().any(may_say) {
+                    return false;
+                }
                 // What is known of its length is what somebody still has.
                 self.tokens = vec![all_tokens.unwrap_or(0)];
                 return self.wait_or_lose(index, prefix);
@@ -168,6 +174,18 @@ impl<E: Clone> Ledger<E> {
         if !self.is_restarting && self.shards.iter().all(has_enough) {
             self.unconfirmed = None;
         }
+    }
+
+    /// The last op before this coordinator, as long as some that are left may lack it. Once all that are left have it, and are saved, it
+    /// isn't lost without everything else: it may be looked at, if not yet acknowledged.
+    pub(super) fn unseen(&self) -> Option<&Op> {
+        let op = self.unconfirmed.as_ref()?;
+        let is_on_all = |shard: &Shard| {
+            let have_it = shard.members().all(|member| member.applied >= Some(op.seq));
+            let is_settled = shard.step == Step::Idle && !shard.is_dirty && shard.absent.is_empty();
+            is_settled && have_it && shard.member_count() > 0
+        };
+        Some(op).filter(|_| !self.shards.iter().all(is_on_all))
     }
 
     /// Asks somebody for the ops before, once a shard can be read; returns whether anything changed.

@@ -300,6 +300,9 @@ impl<E: Clone> Ledger<E> {
             self.past = Past::Unknown;
         }
         let Some(shard) = self.shards.get_mut(index) else { return };
+        if may_return && shard.absent.contains(holder) {
+            return;
+        }
         shard.absent.retain(|absent| absent != holder);
         shard.leavers.retain(|leaver| leaver != holder);
         let Some(member) = shard.get_mut(holder) else { return };

@@ -362,6 +362,31 @@ fn a_broken_stream_is_no_lost_session() {
 }
 
 #[test]
+fn whoever_is_away_is_so_however_often_that_is_said() {
+    let mut cluster = Cluster::new(1, &["a"]);
+    cluster.append(1, 96).unwrap();
+    cluster.tell(Event::Disconnected(holder("a")));
+    cluster.tell(Event::Disconnected(holder("a")));
+    cluster.tell(Event::Joined { shard: 0, holder: holder("a") });
+    cluster.append(2, 1).unwrap();
+    assert_eq!(cluster.answers.len(), 2);
+}
+
+#[test]
+fn a_session_that_is_lost_with_one_shard_is_as_long_as_the_others_say() {
+    let mut cluster = Cluster::new(1, &["a", "b"]);
+    cluster.append(1, 96).unwrap();
+    cluster.silent = vec![holder("a"), holder("b")];
+    cluster.restart(&[(1, "a"), (1, "b")]);
+    cluster.tell(Event::Disconnected(holder("b")));
+    cluster.tell(Event::Lost(holder("a")));
+    assert_eq!(cluster.append(2, 1), Err(Error::Recovering { is_in_flight: false }));
+    cluster.silent = Vec::new();
+    cluster.tell(Event::Joined { shard: 1, holder: holder("b") });
+    assert_eq!(cluster.append(2, 1).unwrap_err().to_string(), "prefix 0 of 96");
+}
+
+#[test]
 fn an_append_that_one_refuses_is_nowhere() {
     let mut cluster = Cluster::new(2, &["ab", "cd"]);
     cluster.append(1, 4).unwrap();
@@ -505,7 +530,7 @@ fn what_a_restart_finds_is_confirmed_before_anybody_is_told() {
     cluster.append(2, 3).unwrap();
     // Only `a` has it, and it may die like `b`: whoever had been told would have been told wrong.
     cluster.restart(&[(1, "ab"), (1, "ab")]);
-    cluster.tell(Event::Lost(holder("b")));
+    cluster.tell(Event::Disconnected(holder("b")));
     assert_eq!(cluster.ledger.phase(0), Phase::Degraded);
     assert_eq!(cluster.append(2, 3), Err(Error::UnderReplicated { have: 1, need: 2, is_in_flight: true }));
     let read = |cluster: &Cluster| cluster.ledger.check_read(&ReadRequest::default()).unwrap().at_len;
@@ -514,6 +539,10 @@ fn what_a_restart_finds_is_confirmed_before_anybody_is_told() {
     for request in [ReadRequest { min_len: 7, ..all }, ReadRequest { at_len: Some(5), ..all }] {
         assert_eq!(cluster.ledger.check_read(&request), Err(Error::Recovering { is_in_flight: false }));
     }
+    // From now on it is there, or nothing is.
+    cluster.tell(Event::Lost(holder("b")));
+    assert_eq!(read(&cluster), 7);
+    assert_eq!(cluster.append(2, 3), Err(Error::UnderReplicated { have: 1, need: 2, is_in_flight: true }));
     for shard in 0..2 {
         cluster.tell(Event::Replacement { shard, holder: holder("c") });
     }

@@ -125,9 +125,12 @@ async fn sessions_stay_while_a_coordinator_is_there_and_for_a_while_without() {
     let mut forgetting = std::pin::pin!(store.forget_when_left(keep));
     assert!(tokio::time::timeout(4 * keep, &mut forgetting).await.is_err());
     assert_eq!(store.len(), 1);
-    drop(present);
+    // One that another has replaced is not there.
+    present.term().store(3, Ordering::Relaxed);
+    store.see_term(4).unwrap();
+    assert_eq!(store.see_term(3).unwrap_err().message(), "FENCED: term 3 < 4");
     let gone = async {
-        while store.len() > 0 {
+        while store.len() > 0 || store.see_term(3).is_err() {
             tokio::time::sleep(keep / 10).await;
         }
     };

@@ -89,5 +89,8 @@ fn who_was_left_out_is_asked_before_a_session_is_lost() {
     cluster.saves = false;
     cluster.tell(refusal(0, "a", 2));
     cluster.tell(Event::Lost(holder("b")));
+    assert_eq!(cluster.ledger.phase(0), Phase::Recovering);
+    let epoch = cluster.ledger.epoch(0);
+    cluster.tell(Event::Saved { shard: 0, epoch });
     assert_eq!(cluster.ledger.phase(0), Phase::Lost);
 }
