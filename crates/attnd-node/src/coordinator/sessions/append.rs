@@ -141,7 +141,7 @@ impl Bulk {
                 frame = tokio::time::timeout(STREAM_IDLE, frames.next()) => frame,
             };
             match frame.map_err(|_elapsed| refusal::stream_idle(STREAM_IDLE))?? {
-                None if omits(Omission::Commit) => break,
+                None if omits(Omission::Commit) => return Ok(sinks),
                 None => {
                     return Err(refusal::stream_truncated(
                         stream.chunks.into(),
