@@ -146,7 +146,7 @@ impl Model {
         let states = [Some(&self.now), self.open.as_ref()];
         let fits = states.into_iter().flatten().any(|state| state.is_described_by(description));
         // One that raced with a cut.
-        let early = self.before.get(&description.generation).is_some();
+        let early = self.before.contains_key(&description.generation);
         if fits || early { Ok(()) } else { Err(self.contradiction(description)) }
     }
 
