@@ -7,6 +7,6 @@ const TEST: &str =
 
 /// Runs the seeds below a number, or one.
 pub(crate) fn run(which: &'static str, number: &str) -> Result<(), String> {
-    let number: u64 = number.parse().map_err(|_| format!("{number:?} is no number of seeds"))?;
+    let number: u64 = number.parse().map_err(|_none| format!("{number:?} is no number of seeds"))?;
     run_all(&[Step::cargo(TEST).env(which, number.to_string())])
 }
