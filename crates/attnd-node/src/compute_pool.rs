@@ -148,7 +148,7 @@ impl ComputePool {
     }
 
     /// Runs `work` on this thread, at once, as if it were the pool's: for what takes less time than to wake one of these. It must not
-    /// divide itself, see [`is_pool_thread`]. A panic ends it and nothing else.
+    /// divide itself, see `is_pool_thread`. A panic ends it and nothing else.
     pub fn run_here(&self, work: impl FnOnce()) {
         let _busy = self.busy.enter();
         // What the closure owns doesn't outlive it after a panic; what it shares has to be whole at any moment.
