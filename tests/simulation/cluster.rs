@@ -28,7 +28,7 @@ pub(super) fn worker_url(n: usize) -> String {
 
 /// Adds a coordinator and its workers.
 pub(super) fn build(sim: &mut Sim<'_>, chance: &Arc<Chance>, workers: usize) {
-    let meta: Arc<dyn MetaStore> = Arc::new(InMemory::new());
+    let meta: Arc<dyn MetaStore> = Arc::new(InMemory::counting_from(chance.random() >> 2));
     let computing = Computing::Tasks { gflops: 10.0 };
     let platform = Platform { surroundings: chance.surroundings(), computing, meta: Some(meta) };
     let on = platform.clone();

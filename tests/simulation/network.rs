@@ -42,7 +42,7 @@ impl Chance {
         self.flips.store(flips, Ordering::Relaxed);
     }
 
-    fn random(&self) -> u64 {
+    pub(super) fn random(&self) -> u64 {
         self.drawn.lock().unwrap().random()
     }
 

@@ -109,6 +109,7 @@ impl HoldLink {
     /// Waits until it [is lost](Self::is_lost).
     pub(crate) async fn ended(&self) {
         tokio::select! {
+            biased;
             () = self.control.waiting.ended() => {}
             () = self.bulk.waiting.ended() => {}
         }
