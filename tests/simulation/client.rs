@@ -494,20 +494,32 @@ impl Writer {
                 }
             }
             if self.scene.repairs && !held.is_lost {
-                while held.is_settled && self.scene.history.now() < begun + HEALED_WITHIN {
-                    let before = self.scene.history.counts().applied;
-                    self.append(&mut held).await;
-                    if self.scene.history.counts().applied > before || held.model.borrow().now().sealed {
-                        break;
-                    }
-                    if !held.is_settled {
-                        self.settle(&mut held).await;
-                    }
-                }
+                self.append_at_last(&mut held, begun + HEALED_WITHIN).await;
             }
             let is_whole = held.is_settled && !held.model.borrow().is_open();
             if !is_whole && !held.is_lost {
                 self.scene.history.violation(&self.name, format!("{} doesn't settle", held.name));
+            }
+        }
+    }
+
+    /// Appends a token, which must be taken by then.
+    async fn append_at_last(&mut self, held: &mut Held, by: Duration) {
+        // Not by how much has been appended before: a session that is long takes it too.
+        while !held.is_lost && !held.model.borrow().now().sealed {
+            if !held.is_settled {
+                self.settle(held).await;
+            } else {
+                let before = self.scene.history.counts().applied;
+                let op = Op::Append { layer: 0, tokens: self.scene.new_tokens(1) };
+                self.mutate(held, &op).await;
+                if self.scene.history.counts().applied > before {
+                    return;
+                }
+            }
+            if self.scene.history.now() > by {
+                self.scene.history.violation(&self.name, format!("{} takes nothing any more", held.name));
+                return;
             }
         }
     }
