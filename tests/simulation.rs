@@ -28,8 +28,8 @@ use network::Chance;
 
 /// Seeds that a change must pass.
 const SEEDS: u64 = 40;
-/// Seeds that are run twice.
-const SEEDS_TWICE: u64 = 3;
+/// What the hash of all that happened in a run is printed behind.
+const HASH: &str = "all that happened: ";
 /// What a run is broken for.
 const STORM: Duration = Duration::from_millis(4500);
 /// What nodes need to find each other.
@@ -131,7 +131,10 @@ fn whatever_breaks_sessions_are_what_their_model_is() {
     let mut failed = Vec::new();
     for seed in seeds {
         match run(seed, None) {
-            Ok(ran) => all += ran.counts,
+            Ok(ran) => {
+                println!("{HASH}{:016x}", ran.hash);
+                all += ran.counts;
+            }
             Err(error) => {
                 println!("{error}\n");
                 failed.push(seed);
@@ -144,10 +147,22 @@ fn whatever_breaks_sessions_are_what_their_model_is() {
     assert!(n == 1 || (much && all.replayed > 0 && all.refused > 0), "hardly anything happens: {all:?}");
 }
 
+/// Runs a seed in a process of its own, as whoever looks into it does: what a process ran before may show in the times of a run.
+fn hash_of(seed: u64) -> String {
+    let run = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["simulation::whatever", "--nocapture"])
+        .env("ATTND_SIM_SEED", seed.to_string())
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&run.stdout);
+    let hash = said.lines().find_map(|line| Some(line.split_once(HASH)?.1.to_owned()));
+    hash.unwrap_or_else(|| panic!("seed {seed}: {said}"))
+}
+
 #[test]
 fn a_seed_is_one_run() {
-    for seed in 1..=number("ATTND_SIM_SEEDS").unwrap_or(SEEDS_TWICE) {
-        assert_eq!(run(seed, None), run(seed, None), "seed {seed}");
+    for seed in [1, 2, 3, 7] {
+        assert_eq!(hash_of(seed), hash_of(seed), "seed {seed}");
     }
 }
 

@@ -64,9 +64,6 @@ impl History {
         let mut hasher = DefaultHasher::new();
         (self.0.hash.get(), &line).hash(&mut hasher);
         self.0.hash.set(hasher.finish());
-        if std::env::var_os("DUMP").is_some() {
-            eprintln!("H {line}");
-        }
         let mut last = self.0.last.borrow_mut();
         if last.len() == KEPT {
             last.pop_front();

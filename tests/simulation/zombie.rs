@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use attnd_node::simulation::take_sent;
 use attnd_wire::hold::{HoldAnswer, HoldAsk, HoldReply, HoldRequest, ShardAt};
+use attnd_wire::proto::hold_request::Ask;
 use attnd_wire::{Link, Surroundings, limits, proto};
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
@@ -29,6 +30,7 @@ struct Past {
 
 impl Past {
     fn hear(&mut self, frame: proto::HoldRequest) {
+        let term = frame.term;
         let ats: Vec<(ShardAt, bool)> = match HoldRequest::decode(frame.clone()).ask {
             Ok(HoldAsk::Works(works)) => {
                 works.into_iter().flatten().map(|work| (work.at, work.rows.is_some())).collect()
@@ -37,11 +39,19 @@ impl Past {
             Ok(HoldAsk::Hold(hold)) => vec![(hold.at, false)],
             _ => Vec::new(),
         };
-        for (at, appends) in &ats {
+        for (at, _) in &ats {
             let epoch = self.epochs.entry((at.session, at.shard)).or_default();
             *epoch = (*epoch).max(at.epoch);
-            if *appends && ats.len() == 1 {
-                self.appends.push((*at, frame.clone()));
+        }
+        // Each by itself.
+        if let Some(Ask::Works(works)) = frame.ask
+            && works.works.len() == ats.len()
+        {
+            for ((at, appends), work) in ats.iter().zip(works.works) {
+                let ask = Some(Ask::Works(proto::ShardWorks { works: vec![work] }));
+                if *appends {
+                    self.appends.push((*at, proto::HoldRequest { request: 1, term, ask }));
+                }
             }
         }
         let too_many = self.appends.len().saturating_sub(MOST);

@@ -5,6 +5,7 @@
 //! before knew: these may be on their way.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -178,6 +179,7 @@ fn follow(sessions: &Arc<Sessions>, holder: Holder, member: &mut Kept, happened:
             sessions
                 .links
                 .send_modify(|view| Arc::make_mut(view).set(holder.clone(), Some(Arc::clone(&link))));
+            sessions.linked.notify_waiters();
             sessions.reconcile();
             sessions.take_stock(&link, &shards);
             Box::pin(async move {
@@ -256,12 +258,20 @@ impl Sessions {
     /// # Errors
     /// [`Reason::WorkerLost`] if there is none soon.
     pub(super) async fn link_of(&self, holder: &Holder) -> Result<Arc<HoldLink>, Error> {
-        let mut views = self.links.subscribe();
-        let linked = views.wait_for(|view| view.link(holder).is_some());
-        let link = match tokio::time::timeout(LINK_WAIT, linked).await {
-            Ok(Ok(view)) => view.link(holder),
-            Ok(Err(_)) | Err(_) => None,
+        let linked = async {
+            loop {
+                // From before it looks, so that none is missed. Whoever waits is told in turn; those of a `watch` are in any order,
+                // which isn't that of the same simulation another time.
+                let mut more = pin!(self.linked.notified());
+                more.as_mut().enable();
+                let link = self.links.borrow().link(holder);
+                if let Some(link) = link {
+                    return link;
+                }
+                more.await;
+            }
         };
+        let link = tokio::time::timeout(LINK_WAIT, linked).await.ok();
         link.ok_or_else(|| Error::new(Reason::WorkerLost, format!("no stream to {}", holder.worker)))
     }
 
