@@ -13,6 +13,7 @@ mod real_layers;
 mod session_links;
 mod session_restart;
 mod sessions;
+mod simulation;
 mod soak;
 mod support;
 mod survival;

@@ -4,8 +4,9 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use attnd_wire::deadline::MAX_TIMEOUT;
-use attnd_wire::{ClusterStatus, Deadline, Error, Link, PlanSummary, Reason, Timings, limits, proto};
-use rand::RngExt;
+use attnd_wire::{
+    ClusterStatus, Deadline, Error, Link, PlanSummary, Reason, Surroundings, Timings, limits, proto,
+};
 use tokio::time::Instant;
 use tonic::Request;
 use tonic::transport::{Channel, Endpoint};
@@ -25,6 +26,7 @@ const STATUS_TIMEOUT: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub struct Client {
     endpoint: Endpoint,
+    surroundings: Surroundings,
     channel: OnceLock<Channel>,
 }
 
@@ -80,12 +82,24 @@ impl Client {
     /// # Errors
     /// If `endpoint` is no such URL.
     pub fn connect(endpoint: &str) -> Result<Self, ClientError> {
+        Self::connect_in(Surroundings::default(), endpoint)
+    }
+
+    /// The same in other surroundings than this machine's.
+    ///
+    /// # Errors
+    /// As [`Self::connect`].
+    pub fn connect_in(surroundings: Surroundings, endpoint: &str) -> Result<Self, ClientError> {
         let endpoint = limits::endpoint(endpoint, Link::Client)?;
-        Ok(Self { endpoint, channel: OnceLock::new() })
+        Ok(Self { endpoint, surroundings, channel: OnceLock::new() })
+    }
+
+    pub(crate) fn surroundings(&self) -> &Surroundings {
+        &self.surroundings
     }
 
     pub(crate) fn channel(&self) -> Channel {
-        self.channel.get_or_init(|| self.endpoint.connect_lazy()).clone()
+        self.channel.get_or_init(|| self.surroundings.channel(&self.endpoint)).clone()
     }
 
     /// Computes attention over `operands` on the cluster. `progress` is called from this future, often, and must be
@@ -127,7 +141,7 @@ impl Client {
                     Err(error) => error,
                 };
             let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-            let Some(pause) = pause_before_next(attempts, &error, left, rand::rng().random()) else {
+            let Some(pause) = pause_before_next(attempts, &error, left, self.surroundings.fraction()) else {
                 return Err(ClientError::after(attempts, &error));
             };
             tracing::info!(%error, attempts, pause_ms = pause.as_millis() as u64, "the call is sent again");

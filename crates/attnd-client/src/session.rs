@@ -31,7 +31,6 @@ use attnd_plan::session::{SessionName, SessionSpec};
 use attnd_wire::deadline::MAX_TIMEOUT;
 use attnd_wire::session::{Answer, Ask, DEFAULT_REQUEST_TIMEOUT, Open, SessionDescription};
 use attnd_wire::{Error, Reason};
-use rand::RngExt as _;
 use tokio::time::Instant;
 
 use self::exchange::{Exchange, Request};
@@ -90,7 +89,10 @@ impl OpenOptions {
 impl Client {
     /// The sessions of this coordinator. Nothing is sent yet.
     pub fn sessions(&self) -> Sessions {
-        Sessions { exchange: Arc::new(Exchange::new(self.channel())), timeout: DEFAULT_REQUEST_TIMEOUT }
+        Sessions {
+            exchange: Arc::new(Exchange::new(self.channel(), self.surroundings().clone())),
+            timeout: DEFAULT_REQUEST_TIMEOUT,
+        }
     }
 }
 
@@ -111,7 +113,7 @@ impl Sessions {
         let name = match name {
             Some(name) => self::name(&name)?,
             // Made here, so that a request which comes twice makes one session.
-            None => self::name(&format!("s-{:032x}", rand::rng().random::<u128>()))?,
+            None => self::name(&self.exchange.made_name())?,
         };
         self.open_as(Open { name: Some(name), spec: Some(spec), write: true }).await
     }

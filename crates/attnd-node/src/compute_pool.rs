@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use attnd_kernel::{Compute, Kernels};
+use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, oneshot};
 
 use crate::NodeError;
@@ -17,11 +18,20 @@ use crate::NodeError;
 /// Compute threads, apart from the threads that serve connections. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct ComputePool {
-    pool: Arc<rayon::ThreadPool>,
+    threads: Threads,
     /// One for each piece of work that may be in the pool.
     places: Arc<Semaphore>,
     busy: Arc<BusyClock>,
     load: Arc<Mutex<LoadWindow>>,
+}
+
+#[derive(Clone, Debug)]
+enum Threads {
+    Own(Arc<rayon::ThreadPool>),
+    /// None: work runs where tasks do, in the order in which it came.
+    Tasks {
+        gflops: f64,
+    },
 }
 
 /// Why a piece of work has no result.
@@ -47,18 +57,42 @@ impl ComputePool {
             .thread_name(|i| format!("attnd-compute-{i}"))
             .build()
             .map_err(|source| NodeError::Threads { threads, source })?;
-        let now = Instant::now();
-        Ok(Self {
-            pool: Arc::new(pool),
+        Ok(Self::on(Threads::Own(Arc::new(pool)), at_once))
+    }
+
+    /// One without threads, for simulations: a piece of work runs as a task does, and nothing else meanwhile. `gflops` is what it
+    /// says of its speed.
+    pub fn in_tasks(gflops: f64, at_once: usize) -> Self {
+        Self::on(Threads::Tasks { gflops }, at_once)
+    }
+
+    fn on(threads: Threads, at_once: usize) -> Self {
+        Self {
+            threads,
             places: Arc::new(Semaphore::new(at_once.clamp(1, Semaphore::MAX_PERMITS))),
             busy: Arc::new(BusyClock::default()),
-            load: Arc::new(Mutex::new(LoadWindow::new(now))),
-        })
+            load: Arc::new(Mutex::new(LoadWindow::new(Instant::now()))),
+        }
     }
 
     /// Compute threads.
     pub fn threads(&self) -> usize {
-        self.pool.current_num_threads()
+        match &self.threads {
+            Threads::Own(pool) => pool.current_num_threads(),
+            Threads::Tasks { .. } => 1,
+        }
+    }
+
+    /// Hands a job over, behind those that are there.
+    fn spawn(&self, job: impl FnOnce() + Send + 'static) {
+        match &self.threads {
+            Threads::Own(pool) => pool.spawn_fifo(job),
+            // A runtime that ends takes the work with it.
+            Threads::Tasks { .. } => match Handle::try_current() {
+                Ok(runtime) => drop(runtime.spawn(async move { job() })),
+                Err(_ending) => drop(job),
+            },
+        }
     }
 
     /// Peak f32 multiply-add rate of all threads together, in GFLOP/s; takes about `span`.
@@ -66,8 +100,13 @@ impl ComputePool {
     /// # Errors
     /// As [`Self::run`].
     pub async fn peak_gflops(&self, kernels: &'static Kernels, span: Duration) -> Result<f64, WorkError> {
-        let pool = Arc::clone(&self.pool);
-        self.run(move || kernels.peak_gflops(&pool, Compute::F32, span)).await
+        match &self.threads {
+            Threads::Tasks { gflops } => Ok(*gflops),
+            Threads::Own(pool) => {
+                let pool = Arc::clone(pool);
+                self.run(move || kernels.peak_gflops(&pool, Compute::F32, span)).await
+            }
+        }
     }
 
     /// Runs `work` on the pool; who asked first comes first. Work whose future is dropped while it waits for its turn is
@@ -83,7 +122,7 @@ impl ComputePool {
         let (answer, answered) = oneshot::channel();
         let span = tracing::Span::current();
         let busy = Arc::clone(&self.busy);
-        self.pool.spawn_fifo(move || {
+        self.spawn(move || {
             if answer.is_closed() {
                 return;
             }
@@ -105,7 +144,7 @@ impl ComputePool {
     /// it. A panic ends it and nothing else.
     pub fn begin(&self, work: impl FnOnce() + Send + 'static) {
         let pool = self.clone();
-        self.pool.spawn_fifo(move || pool.run_here(work));
+        self.spawn(move || pool.run_here(work));
     }
 
     /// Runs `work` on this thread, at once, as if it were the pool's: for what takes less time than to wake one of these. It must not
@@ -230,6 +269,25 @@ mod tests {
         pool.begin(|| panic!("query of death"));
         pool.begin(move || found.send(std::thread::current().name().map(str::to_owned)).unwrap());
         assert_eq!(told.recv().unwrap().as_deref(), Some("attnd-compute-0"));
+    }
+
+    #[tokio::test]
+    async fn without_threads_work_runs_where_tasks_do_one_after_the_other() {
+        let pool = ComputePool::in_tasks(3.0, 2);
+        assert_eq!(
+            (pool.threads(), pool.peak_gflops(Kernels::from_env().unwrap(), WINDOW).await),
+            (1, Ok(3.0))
+        );
+        let (found, told) = mpsc::channel();
+        for n in 0..3 {
+            let found = found.clone();
+            pool.begin(move || found.send((n, std::thread::current().id())).unwrap());
+        }
+        assert!(told.try_recv().is_err(), "not at once");
+        let failed = pool.run(|| -> u32 { panic!("query of {}", "death") }).await;
+        assert_eq!(failed, Err(WorkError::Panicked("query of death".into())));
+        let here = std::thread::current().id();
+        assert_eq!(told.try_iter().collect::<Vec<_>>(), [(0, here), (1, here), (2, here)]);
     }
 
     #[tokio::test]

@@ -13,6 +13,7 @@ use std::sync::{Arc, Weak};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
+use attnd_wire::surroundings::now;
 use bytes::Bytes;
 use futures::Stream;
 use futures::future::BoxFuture;
@@ -20,7 +21,7 @@ use futures::stream::{FuturesUnordered, StreamExt};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tonic::transport::server::{Connected, TcpConnectInfo};
+use tonic::transport::server::Connected;
 
 /// Connections that one node keeps at a time; the next ones wait in the system's backlog.
 pub const MAX_CONNECTIONS: usize = 1000;
@@ -36,10 +37,41 @@ const SAY_AGAIN: Duration = Duration::from_secs(60);
 const FIRST_PAUSE: Duration = Duration::from_millis(5);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
+/// Where connections come in: a socket, or one of a simulation.
+pub trait Listener: Send + Sync {
+    /// A connection.
+    type Stream: AsyncRead + AsyncWrite + Send + Unpin + 'static;
+
+    /// The next connection, and whose it is.
+    fn accept(&self) -> impl Future<Output = io::Result<(Self::Stream, SocketAddr)>> + Send;
+
+    /// Where it listens.
+    ///
+    /// # Errors
+    /// The system's.
+    fn local_addr(&self) -> io::Result<SocketAddr>;
+}
+
+impl Listener for TcpListener {
+    type Stream = TcpStream;
+
+    async fn accept(&self) -> io::Result<(TcpStream, SocketAddr)> {
+        let (stream, peer) = TcpListener::accept(self).await?;
+        if let Err(error) = stream.set_nodelay(true) {
+            tracing::debug!(%error, "set TCP_NODELAY");
+        }
+        Ok((stream, peer))
+    }
+
+    fn local_addr(&self) -> io::Result<SocketAddr> {
+        TcpListener::local_addr(self)
+    }
+}
+
 /// An accepted connection. It gives its places back when it is dropped.
 #[derive(Debug)]
-pub struct Connection {
-    stream: TcpStream,
+pub struct Connection<S> {
+    stream: S,
     /// What was read already: the preface.
     greeting: Bytes,
     // Before the place, so that whoever takes that finds the seat free.
@@ -49,18 +81,18 @@ pub struct Connection {
 
 /// Connections that speak HTTP/2 as they arrive, at most `max_connections` at a time and a quarter of them from one
 /// peer, counting those that haven't spoken yet. It never ends and never yields an error.
-pub fn incoming(
-    listener: TcpListener,
+pub fn incoming<L: Listener>(
+    listener: L,
     max_connections: usize,
-) -> impl Stream<Item = io::Result<Connection>> + Send {
+) -> impl Stream<Item = io::Result<Connection<L::Stream>>> + Send {
     incoming_within(GREETING, listener, max_connections)
 }
 
-fn incoming_within(
+fn incoming_within<L: Listener>(
     greeting: Duration,
-    listener: TcpListener,
+    listener: L,
     max_connections: usize,
-) -> impl Stream<Item = io::Result<Connection>> + Send {
+) -> impl Stream<Item = io::Result<Connection<L::Stream>>> + Send {
     let door = Door {
         listener,
         greeting,
@@ -71,27 +103,28 @@ fn incoming_within(
     futures::stream::unfold(door, async |mut door| Some((Ok(door.next().await?), door)))
 }
 
-struct Door {
-    listener: TcpListener,
+struct Door<L: Listener> {
+    listener: L,
     /// Time for the preface.
     greeting: Duration,
     places: Arc<Semaphore>,
     peers: Peers,
     /// Connections that haven't spoken yet.
-    greetings: FuturesUnordered<BoxFuture<'static, Option<Connection>>>,
+    greetings: FuturesUnordered<BoxFuture<'static, Option<Connection<L::Stream>>>>,
 }
 
-impl Door {
+impl<L: Listener> Door<L> {
     /// The next connection that speaks HTTP/2. The semaphore is never closed, so there always is one.
-    async fn next(&mut self) -> Option<Connection> {
+    async fn next(&mut self) -> Option<Connection<L::Stream>> {
         loop {
             tokio::select! {
+                biased;
                 Some(greeted) = self.greetings.next() => if greeted.is_some() {
                     return greeted;
                 },
                 accepted = accept(&self.listener, &self.places) => {
                     let (stream, peer, place) = accepted?;
-                    match self.peers.seat(peer.ip(), Instant::now()) {
+                    match self.peers.seat(peer.ip(), now()) {
                         Ok(seat) => self.greetings.push(Box::pin(greet(self.greeting, stream, place, seat))),
                         Err(Full { is_news: true }) => tracing::warn!(
                             %peer,
@@ -152,10 +185,10 @@ fn network_of(peer: IpAddr) -> IpAddr {
 }
 
 /// A connection and its place.
-async fn accept(
-    listener: &TcpListener,
+async fn accept<L: Listener>(
+    listener: &L,
     places: &Arc<Semaphore>,
-) -> Option<(TcpStream, SocketAddr, OwnedSemaphorePermit)> {
+) -> Option<(L::Stream, SocketAddr, OwnedSemaphorePermit)> {
     let place = Arc::clone(places).acquire_owned().await.ok()?;
     let mut pause = FIRST_PAUSE;
     loop {
@@ -174,12 +207,12 @@ async fn accept(
 }
 
 /// Waits for the preface; `None`, and the connection is closed, if something else comes or nothing.
-async fn greet(
+async fn greet<S: AsyncRead + Unpin>(
     limit: Duration,
-    mut stream: TcpStream,
+    mut stream: S,
     place: OwnedSemaphorePermit,
     seat: Arc<()>,
-) -> Option<Connection> {
+) -> Option<Connection<S>> {
     match tokio::time::timeout(limit, speaks_http2(&mut stream)).await {
         Ok(Ok(true)) => {}
         Ok(Ok(false)) => {
@@ -195,14 +228,11 @@ async fn greet(
             return None;
         }
     }
-    if let Err(error) = stream.set_nodelay(true) {
-        tracing::debug!(%error, "set TCP_NODELAY");
-    }
     Some(Connection { stream, greeting: Bytes::from_static(PREFACE), _seat: seat, _place: place })
 }
 
 /// Reads the preface, or up to where it is another text.
-async fn speaks_http2(stream: &mut TcpStream) -> io::Result<bool> {
+async fn speaks_http2<S: AsyncRead + Unpin>(stream: &mut S) -> io::Result<bool> {
     let mut stream = stream.take(PREFACE.len() as u64);
     let mut said = Vec::with_capacity(PREFACE.len());
     while said.len() < PREFACE.len() {
@@ -222,14 +252,13 @@ fn next_pause(pause: Duration) -> Duration {
     (pause * 2).min(LONGEST_PAUSE)
 }
 
-impl Connected for Connection {
-    type ConnectInfo = TcpConnectInfo;
-    fn connect_info(&self) -> TcpConnectInfo {
-        self.stream.connect_info()
-    }
+impl<S> Connected for Connection<S> {
+    /// Nothing asks who a call is from.
+    type ConnectInfo = ();
+    fn connect_info(&self) {}
 }
 
-impl AsyncRead for Connection {
+impl<S: AsyncRead + Unpin> AsyncRead for Connection<S> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -244,7 +273,7 @@ impl AsyncRead for Connection {
     }
 }
 
-impl AsyncWrite for Connection {
+impl<S: AsyncWrite + Unpin> AsyncWrite for Connection<S> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.stream).poll_write(cx, buf)
     }

@@ -119,6 +119,7 @@ where
     let stop = CancellationToken::new();
     let mut server = std::pin::pin!(serve(stop.clone().cancelled_owned()));
     tokio::select! {
+        biased;
         ended = &mut server => return ended.map_err(NodeError::from),
         () = shutdown => {}
     }
@@ -137,6 +138,7 @@ where
         drained
     };
     let drained = tokio::select! {
+        biased;
         ended = &mut server => {
             ended?;
             tracing::info!("drained");

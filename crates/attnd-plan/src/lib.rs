@@ -11,6 +11,7 @@
 //! * [`Call`] is one one-shot call from its first chunk to its last partial.
 //! * [`session`] is what stays: keys and values that are resident, and what becomes of them when something is lost.
 //! * [`Membership`] is the set of workers: who is alive, suspect, draining, quarantined or dead.
+//! * [`mod@omission`] names the checks that simulations show to be needed.
 
 mod arrival;
 pub mod call;
@@ -21,6 +22,7 @@ pub mod gather;
 pub mod inspection;
 mod line;
 pub mod membership;
+pub mod omission;
 pub mod planner;
 mod report;
 mod residency;

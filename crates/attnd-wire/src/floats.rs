@@ -5,6 +5,7 @@
 
 use std::sync::Arc;
 
+use attnd_plan::omission::{Omission, omits};
 use bytes::Bytes;
 
 /// The elements as little-endian bytes.
@@ -59,6 +60,11 @@ pub fn from_bytes(bytes: &[u8]) -> Vec<f32> {
 /// CRC32C over several slices, one after the other.
 pub(crate) fn checksum(parts: &[&[u8]]) -> u32 {
     parts.iter().fold(0, |crc, part| crc32c::crc32c_append(crc, part))
+}
+
+/// Whether it is this one.
+pub(crate) fn has_checksum(parts: &[&[u8]], crc32c: u32) -> bool {
+    checksum(parts) == crc32c || omits(Omission::Checksum)
 }
 
 #[cfg(test)]

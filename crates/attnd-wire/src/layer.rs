@@ -6,7 +6,6 @@
 //! of a stream come from handlers, which make them from [`Error`].
 
 use std::task::{Context, Poll};
-use std::time::Instant;
 
 use futures::TryFutureExt as _;
 use futures::future::{Either, MapOk, Ready, ready};
@@ -17,6 +16,7 @@ use tower::{Layer, Service};
 
 use crate::deadline::Deadline;
 use crate::error::{Error, REASON_KEY};
+use crate::surroundings::now;
 
 /// Wraps a server's services in [`Edge`].
 #[derive(Clone, Copy, Debug, Default)]
@@ -51,7 +51,7 @@ where
     }
 
     fn call(&mut self, mut request: Request<In>) -> Self::Future {
-        match Deadline::of_request(request.uri().path(), request.headers(), Instant::now()) {
+        match Deadline::of_request(request.uri().path(), request.headers(), now()) {
             Ok(deadline) => {
                 if let Some(deadline) = deadline {
                     request.extensions_mut().insert(deadline);
@@ -135,7 +135,7 @@ mod tests {
     fn handlers_find_their_deadline() {
         let response = ask(Some("10S"), |request| {
             let deadline = request.extensions().get::<Deadline>().unwrap();
-            let left = deadline.remaining(Instant::now()).unwrap().as_secs_f64();
+            let left = deadline.remaining(now()).unwrap().as_secs_f64();
             assert!(left > 5.0 && left <= 10.0, "{left}");
             Response::new(())
         });

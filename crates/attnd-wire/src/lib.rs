@@ -14,7 +14,8 @@
 //! * [`error`]: the error and its journey as a gRPC status; [`mod@normalise`] turns statuses that the gRPC library made
 //!   into it; [`refusal`] holds the wording.
 //! * [`limits`]: every limit, and servers, channels and stubs that have them set. [`deadline`] and [`layer`]: what a
-//!   server checks before a handler runs; [`codec`]: what is counted before a message is decoded.
+//!   server checks before a handler runs; [`codec`]: what is counted before a message is decoded; [`surroundings`]: the network that
+//!   channels are of, chance and time.
 //! * [`attend`], [`compute`], [`join`], [`status`]: the values of the four calls; [`session`] and [`hold`]: those of sessions, between
 //!   clients and coordinator, and between it and workers; [`operator`]: what they compute;
 //!   [`outputs`]: what they tell beside the context; [`projection`]: keys and values that workers make;
@@ -45,6 +46,7 @@ pub mod proto;
 pub mod refusal;
 pub mod session;
 pub mod status;
+pub mod surroundings;
 
 pub use attend::{
     AttendReply, AttendRequest, Begin, Commit, ContextChunk, Done, PlanSummary, ShareSummary, TensorChunk,
@@ -61,4 +63,5 @@ pub use outputs::elements::Elements;
 pub use outputs::report::{HeatChunk, ReportChunk};
 pub use outputs::share::{MergedSums, ShareReport};
 pub use status::{ClusterStatus, SessionCounts, WorkerStatus};
+pub use surroundings::Surroundings;
 pub use tonic::Status;

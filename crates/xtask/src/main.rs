@@ -5,6 +5,7 @@
 
 mod miri;
 mod neon;
+mod simulation;
 mod step;
 mod suite;
 
@@ -16,6 +17,7 @@ usage: cargo xtask VERB
   test      everything a change must pass: format, clippy, docs, all tests
   nightly   all tests with their long lists (ATTND_NIGHTLY=1): big shapes, more kills
   neon      the kernel crate's tests for aarch64 under qemu; says which Debian packages it needs
+  sim       a cluster in a simulation: the seeds below 1000, below another number (--seeds N), or one of them (--seed N)
   miri      the kernel crate's unit tests under Miri; says which toolchain it needs
 ";
 
@@ -26,6 +28,9 @@ fn main() -> ExitCode {
         ["nightly"] => suite::nightly(),
         ["neon"] => neon::test(),
         ["miri"] => miri::test(),
+        ["sim"] => simulation::run("ATTND_SIM_SEEDS", "1000"),
+        ["sim", "--seeds", number] => simulation::run("ATTND_SIM_SEEDS", number),
+        ["sim", "--seed", number] => simulation::run("ATTND_SIM_SEED", number),
         [] | ["help" | "--help" | "-h"] => {
             print!("{HELP}");
             Ok(())

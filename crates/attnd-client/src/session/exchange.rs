@@ -9,8 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use attnd_wire::session::{Answer, Append, AppendChunk, Ask, SessionReply, SessionRequest};
-use attnd_wire::{Commit, Deadline, Error, Outcome, Reason, limits, proto};
-use rand::RngExt as _;
+use attnd_wire::{Commit, Deadline, Error, Outcome, Reason, Surroundings, limits, proto};
 use tokio::sync::{Semaphore, SemaphorePermit, mpsc, oneshot};
 use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
@@ -31,6 +30,7 @@ const MAX_PARTS: usize = 4096;
 #[derive(Debug)]
 pub(crate) struct Exchange {
     channel: Channel,
+    surroundings: Surroundings,
     live: Mutex<Option<Arc<Stream>>>,
     room: Semaphore,
     /// The coordinator has answered, on whichever stream.
@@ -81,9 +81,19 @@ pub(crate) enum Request {
 }
 
 impl Exchange {
-    pub(crate) fn new(channel: Channel) -> Self {
+    pub(crate) fn new(channel: Channel, surroundings: Surroundings) -> Self {
         let (live, room) = (Mutex::new(None), Semaphore::new(MAX_IN_FLIGHT));
-        Self { channel, live, room, is_known: Arc::default() }
+        Self { channel, surroundings, live, room, is_known: Arc::default() }
+    }
+
+    /// A name for a session that nobody has.
+    pub(crate) fn made_name(&self) -> String {
+        format!("s-{:016x}{:016x}", self.surroundings.random(), self.surroundings.random())
+    }
+
+    /// By how much a pause differs from those of others, 0 to 1.
+    pub(crate) fn jitter(&self) -> f64 {
+        self.surroundings.fraction()
     }
 
     /// Whether the coordinator has ever answered.
@@ -109,9 +119,8 @@ impl Exchange {
                 Err(error) => in_all(error, &mut may_be_done),
             };
             let left = deadline.saturating_duration_since(Instant::now());
-            let jitter = rand::rng().random();
-            let Some(pause) = pause_before_repeat(attempts, &error, self.is_known(), Some(left), jitter)
-            else {
+            let (is_known, jitter) = (self.is_known(), self.jitter());
+            let Some(pause) = pause_before_repeat(attempts, &error, is_known, Some(left), jitter) else {
                 return Err(ClientError::after(attempts, &error));
             };
             tracing::info!(%error, attempts, pause_ms = pause.as_millis() as u64, "the request is sent again");
@@ -174,6 +183,7 @@ impl Exchange {
             let is_last = matches!(ask, Ask::Commit(_));
             let frame = SessionRequest { request: ticket.request, timeout, ask };
             tokio::select! {
+                biased;
                 answer = &mut ticket.answer => return answer.unwrap_or_else(|_dropped| Err(stream.why_ended())),
                 sent = stream.frames.send(frame.into()) => if sent.is_err() {
                     return Err(stream.why_ended());

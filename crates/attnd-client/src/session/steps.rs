@@ -7,7 +7,6 @@ use attnd_wire::limits::MAX_ENTRIES;
 use attnd_wire::session::{Answer, Applied, Ask, Step, StepResult};
 use attnd_wire::{Error, Outcome, Reason};
 use bytes::Bytes;
-use rand::RngExt as _;
 use tokio::time::Instant;
 
 use crate::error::ClientError;
@@ -95,8 +94,8 @@ pub(super) async fn run(
                     Err(error) => in_all(error, &mut may_be_done[*at]),
                 };
                 let left = deadline.saturating_duration_since(Instant::now());
-                let jitter = rand::rng().random();
-                match pause_before_repeat(attempts, &error, exchange.is_known(), Some(left), jitter) {
+                let (is_known, jitter) = (exchange.is_known(), exchange.jitter());
+                match pause_before_repeat(attempts, &error, is_known, Some(left), jitter) {
                     Some(wait) => {
                         pause = pause.max(wait);
                         again.push(*at);

@@ -27,6 +27,7 @@ use attnd_plan::call::STREAM_IDLE;
 use attnd_plan::{Call, CallAction, CallEvent, Gathered, Plan, Ready, Run, SideTensor, Tensor};
 use attnd_wire::limits::STALL;
 use attnd_wire::proto;
+use attnd_wire::surroundings::now;
 use attnd_wire::{
     AttendReply, AttendRequest, Begin, Commit, ComputeReply, ComputeRequest, Deadline, Done, Error, Partial,
     PlanSummary, Reason, Status, TensorChunk, operator, refusal,
@@ -82,7 +83,7 @@ pub(crate) async fn attend(
         let (begin, empty_rows) = read_begin(hub, &mut requests).await?;
         // Not before: a stream that says nothing is no call yet.
         let _place = places.take()?;
-        let begun = Instant::now();
+        let begun = now();
         let placement = place(hub, &begin, call_id, deadline).await?;
         Flow::new(hub, begin, begun, empty_rows, placement, requests, replies).run().await
     };
@@ -193,7 +194,7 @@ impl<'a> Flow<'a> {
         // Where tensors hide keys too, rows are counted as they end.
         let empty_rows = if operator::hides_single_keys(&begin.operator) { 0 } else { empty_rows };
         let mut done = Done { kernel_id: kernel_id.to_owned(), empty_rows, ..Done::default() };
-        done.timings.plan = clock.begun.elapsed().as_secs_f64();
+        done.timings.plan = now().saturating_duration_since(clock.begun).as_secs_f64();
         let mut incoming = Vec::with_capacity(shares.len());
         let mut outgoing = Vec::with_capacity(shares.len());
         for (share, OpenedShare { requests, replies }) in plan.shares.iter().zip(shares) {
@@ -365,7 +366,7 @@ impl<'a> Flow<'a> {
     fn take_said(&mut self, share: usize, said: Said) -> Result<(), Error> {
         let event = match said {
             Some(Ok(ComputeReply::Partial(Partial { cell, rows }))) => {
-                self.clock.last_partial = Some(Instant::now());
+                self.clock.last_partial = Some(now());
                 self.backlog.took(share, (cell.group, cell.first_token), bytes_of(&rows));
                 CallEvent::Partial { share, cell, part: rows }
             }
@@ -464,7 +465,7 @@ impl<'a> Flow<'a> {
                 CallAction::CommitShares => {
                     let commits = self.shares.iter().enumerate();
                     self.pending.extend(commits.map(|(share, to)| (share, ComputeRequest::Commit(to.sent))));
-                    self.clock.committed = Some(Instant::now());
+                    self.clock.committed = Some(now());
                 }
                 CallAction::Emit(ready) => self.ready.push_back(Whole::Rows(ready)),
                 CallAction::EmitReport(id) => {

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use attnd_wire::limits::STALL;
 use attnd_wire::proto::{self, attention_server};
+use attnd_wire::surroundings::now;
 use attnd_wire::{ClusterStatus, Deadline, Error, Reason, Status, refusal};
 use tokio::sync::{Semaphore, SemaphorePermit};
 use tonic::{Request, Response, Streaming};
@@ -68,14 +69,15 @@ impl AttentionService {
         tasks: Tasks,
         sessions: Arc<Sessions>,
     ) -> Self {
+        // Names calls in the logs of several nodes, so it doesn't start over with each life of this one.
+        let next_call = AtomicU64::new(hub.surroundings.random());
         Self {
             hub,
             calls,
             places: Arc::new(Places::new(max_calls)),
             tasks,
-            started: Instant::now(),
-            // Names calls in the logs of several nodes, so it doesn't start over with each life of this one.
-            next_call: AtomicU64::new(rand::random()),
+            started: now(),
+            next_call,
             tally: Arc::default(),
             sessions,
         }
@@ -116,9 +118,9 @@ impl attention_server::Attention for AttentionService {
         let calls = self.calls.clone();
         let requests = request.into_inner();
         let task = async move {
-            let begun = Instant::now();
+            let begun = now();
             let ended = attend(&hub, &calls, &places, call_id, requests, answer.queue(), deadline).await;
-            tally.count(&ended, begun.elapsed().as_secs_f64());
+            tally.count(&ended, now().saturating_duration_since(begun).as_secs_f64());
             // Whoever was idle has had its time.
             let idle = ended.as_ref().is_err_and(|error| error.reason == Reason::StreamIdle);
             answer.end(ended, if idle { Duration::ZERO } else { STALL }).await;
@@ -133,7 +135,7 @@ impl attention_server::Attention for AttentionService {
         let status = ClusterStatus {
             workers: self.hub.cluster.ask(Roster).send().await.map_err(gone)?,
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            uptime: self.started.elapsed(),
+            uptime: now().saturating_duration_since(self.started),
             calls_in_flight: self.calls.in_flight() as u64,
             calls_finished: self.tally.finished.load(Ordering::Relaxed),
             calls_failed: self.tally.failed.load(Ordering::Relaxed),

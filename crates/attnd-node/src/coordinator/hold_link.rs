@@ -109,6 +109,7 @@ impl HoldLink {
     /// Waits until it [is lost](Self::is_lost).
     pub(crate) async fn ended(&self) {
         tokio::select! {
+            biased;
             () = self.control.waiting.ended() => {}
             () = self.bulk.waiting.ended() => {}
         }
@@ -145,7 +146,10 @@ impl Lane {
         state.last += 1;
         let request = state.last;
         state.asked.insert(request, Asked { parts: Parts::new(), answer, others: Vec::new() });
-        room.send(proto::HoldRequest { request, term, ask: Some(ask) });
+        let message = proto::HoldRequest { request, term, ask: Some(ask) };
+        #[cfg(feature = "simulation")]
+        crate::simulation::sent(&message);
+        room.send(message);
         drop(state);
         Ok((Upload { lane: self, request, term }, Answer(answered)))
     }

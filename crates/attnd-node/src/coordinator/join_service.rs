@@ -4,13 +4,14 @@
 //! would fail every call that is planned on it.
 
 use std::sync::Arc;
-use std::time::Instant;
 
 use attnd_plan::call::STREAM_IDLE;
 use attnd_wire::limits::{CONNECT_TIMEOUT, STALL};
 use attnd_wire::proto::{self, cluster_server};
+use attnd_wire::surroundings::now;
 use attnd_wire::{
-    Error, Heartbeat, Hello, JoinReply, JoinRequest, Link, Reason, Status, Welcome, limits, refusal,
+    Error, Heartbeat, Hello, JoinReply, JoinRequest, Link, Reason, Status, Surroundings, Welcome, limits,
+    refusal,
 };
 use kameo::actor::ActorRef;
 use kameo::error::SendError;
@@ -31,13 +32,14 @@ const MAX_DIALS: usize = 64;
 #[derive(Clone, Debug)]
 pub(crate) struct JoinService {
     cluster: ActorRef<MembershipActor>,
+    surroundings: Surroundings,
     tasks: Tasks,
     dials: Arc<Semaphore>,
 }
 
 impl JoinService {
-    pub(crate) fn new(cluster: ActorRef<MembershipActor>, tasks: Tasks) -> Self {
-        Self { cluster, tasks, dials: Arc::new(Semaphore::new(MAX_DIALS)) }
+    pub(crate) fn new(cluster: ActorRef<MembershipActor>, surroundings: Surroundings, tasks: Tasks) -> Self {
+        Self { cluster, surroundings, tasks, dials: Arc::new(Semaphore::new(MAX_DIALS)) }
     }
 }
 
@@ -50,10 +52,10 @@ impl cluster_server::Cluster for JoinService {
         request: Request<Streaming<proto::JoinRequest>>,
     ) -> Result<Response<Self::JoinStream>, Status> {
         let (answer, stream) = reply_stream(());
-        let (cluster, dials) = (self.cluster.clone(), Arc::clone(&self.dials));
+        let service = self.clone();
         let mut frames = request.into_inner();
         let task = async move {
-            let ended = serve(&cluster, &dials, &mut frames, answer.queue()).await;
+            let ended = service.serve(&mut frames, answer.queue()).await;
             answer.end(ended, STALL).await;
         };
         self.tasks.spawn(task.instrument(tracing::debug_span!("join")));
@@ -61,56 +63,61 @@ impl cluster_server::Cluster for JoinService {
     }
 }
 
-/// Runs one membership. `Ok` means that the worker left.
-async fn serve(
-    cluster: &ActorRef<MembershipActor>,
-    dials: &Semaphore,
-    frames: &mut Streaming<proto::JoinRequest>,
-    replies: &mpsc::Sender<proto::JoinReply>,
-) -> Result<(), Error> {
-    let hello = read_hello(frames).await?;
-    let (worker, incarnation) = (hello.worker.clone(), hello.incarnation);
-    let channel = dial(&hello, dials).await?;
-    // Connects with the first session.
-    let bulk = limits::endpoint(&hello.address, Link::Cluster)?.connect_lazy();
-    let actor = cluster.ask(Join { hello, channel, bulk }).send().await.map_err(unanswered)?;
-    let welcome = Welcome { heartbeat: attnd_plan::membership::HEARTBEAT };
-    // A worker that reads nothing is noticed below.
-    replies.send(JoinReply::Welcome(welcome).into()).await.ok();
-    let beats = async {
-        while let Some(heartbeat) = read_heartbeat(frames).await? {
-            let beat = Beat { worker: worker.clone(), incarnation, heartbeat };
-            cluster.ask(beat).send().await.map_err(unanswered)?;
-        }
-        Ok(())
-    };
-    let ended = tokio::select! {
-        ended = beats => ended,
-        () = replies.closed() => Ok(()),
-        () = actor.wait_for_shutdown() => return Err(Error::new(Reason::IncarnationDead, "declared dead")),
-    };
-    // An actor that is gone knows no members.
-    cluster.tell(Closed { worker, incarnation }).send().await.ok();
-    ended
-}
+impl JoinService {
+    /// Runs one membership. `Ok` means that the worker left.
+    async fn serve(
+        &self,
+        frames: &mut Streaming<proto::JoinRequest>,
+        replies: &mpsc::Sender<proto::JoinReply>,
+    ) -> Result<(), Error> {
+        let hello = read_hello(frames).await?;
+        let (worker, incarnation) = (hello.worker.clone(), hello.incarnation);
+        let channel = self.dial(&hello).await?;
+        // Connects with the first session.
+        let bulk = self.surroundings.channel(&limits::endpoint(&hello.address, Link::Cluster)?);
+        let actor = self.cluster.ask(Join { hello, channel, bulk }).send().await.map_err(unanswered)?;
+        let welcome = Welcome { heartbeat: attnd_plan::membership::HEARTBEAT };
+        // A worker that reads nothing is noticed below.
+        replies.send(JoinReply::Welcome(welcome).into()).await.ok();
+        let beats = async {
+            while let Some(heartbeat) = read_heartbeat(frames).await? {
+                let beat = Beat { worker: worker.clone(), incarnation, heartbeat };
+                self.cluster.ask(beat).send().await.map_err(unanswered)?;
+            }
+            Ok(())
+        };
+        let ended = tokio::select! {
+            biased;
+            ended = beats => ended,
+            () = replies.closed() => Ok(()),
+            () = actor.wait_for_shutdown() => return Err(Error::new(Reason::IncarnationDead, "declared dead")),
+        };
+        // An actor that is gone knows no members.
+        self.cluster.tell(Closed { worker, incarnation }).send().await.ok();
+        ended
+    }
 
-/// Connects to a worker, as its calls will.
-async fn dial(hello: &Hello, dials: &Semaphore) -> Result<Channel, Error> {
-    let endpoint = limits::endpoint(&hello.address, Link::Cluster)?;
-    let _turn = dials.try_acquire().map_err(|_full| {
-        Error::new(Reason::Overloaded, format!("{MAX_DIALS} workers join at this moment"))
-    })?;
-    let begun = Instant::now();
-    // The endpoint's own limit doesn't count the time to resolve a name.
-    match tokio::time::timeout(CONNECT_TIMEOUT, endpoint.connect()).await {
-        Ok(Ok(channel)) => Ok(channel),
-        failed => {
-            let Hello { worker, address, .. } = hello;
-            tracing::warn!(%worker, %address, result = ?failed, "a worker can't be reached and is refused");
-            Err(Error::new(
-                Reason::Unreachable,
-                format!("connect to the advertised address failed after {} ms", begun.elapsed().as_millis()),
-            ))
+    /// Connects to a worker, as its calls will.
+    async fn dial(&self, hello: &Hello) -> Result<Channel, Error> {
+        let endpoint = limits::endpoint(&hello.address, Link::Cluster)?;
+        let _turn = self.dials.try_acquire().map_err(|_full| {
+            Error::new(Reason::Overloaded, format!("{MAX_DIALS} workers join at this moment"))
+        })?;
+        let begun = now();
+        // The endpoint's own limit doesn't count the time to resolve a name.
+        match tokio::time::timeout(CONNECT_TIMEOUT, self.surroundings.connect(&endpoint)).await {
+            Ok(Ok(channel)) => Ok(channel),
+            failed => {
+                let Hello { worker, address, .. } = hello;
+                tracing::warn!(%worker, %address, result = ?failed, "a worker can't be reached and is refused");
+                Err(Error::new(
+                    Reason::Unreachable,
+                    format!(
+                        "connect to the advertised address failed after {} ms",
+                        now().saturating_duration_since(begun).as_millis()
+                    ),
+                ))
+            }
         }
     }
 }

@@ -23,6 +23,7 @@ use attnd_plan::membership::{MemberChange, MemberState};
 use attnd_plan::session::{Holder, Keeper};
 use attnd_plan::{Capacity, Facts, MemberAction, MemberEvent, Membership, Rules, WorkerId};
 use attnd_wire::join::{SESSIONS, WIRE_VERSIONS};
+use attnd_wire::surroundings::now;
 use attnd_wire::{Error, Heartbeat, Hello, Reason, WorkerStatus};
 use kameo::actor::{Actor, ActorId, ActorRef, Spawn, WeakActorRef};
 use kameo::error::{ActorStopReason, Infallible};
@@ -72,7 +73,7 @@ struct Member {
 
 impl Member {
     fn can_connect(&self) -> bool {
-        self.not_connected.borrow().is_none_or(|at| at.elapsed() >= NOT_CONNECTED)
+        self.not_connected.borrow().is_none_or(|at| now().saturating_duration_since(at) >= NOT_CONNECTED)
     }
 
     /// The worker as a place for shards of sessions. What they take is as of its last beat: a worker that has less says so.
@@ -212,7 +213,7 @@ impl Actor for MembershipActor {
         Ok(Self {
             decisions: Membership::new(rules, Duration::ZERO),
             members: BTreeMap::new(),
-            epoch: Instant::now(),
+            epoch: now(),
             ticks,
             roll,
         })
@@ -225,11 +226,13 @@ impl Actor for MembershipActor {
     ) -> Result<Option<Signal<Self>>, Infallible> {
         loop {
             tokio::select! {
-                signal = mailbox.recv() => return Ok(signal),
+                biased;
+                // However much is said, silence is looked for.
                 _ = self.ticks.tick() => {
                     let actions = self.decide(MemberEvent::Tick);
                     self.end_members(&actions);
                 }
+                signal = mailbox.recv() => return Ok(signal),
             }
         }
     }
@@ -253,7 +256,7 @@ impl Actor for MembershipActor {
 
 impl MembershipActor {
     fn now(&self) -> Duration {
-        self.epoch.elapsed()
+        now().saturating_duration_since(self.epoch)
     }
 
     fn decide(&mut self, event: MemberEvent) -> Vec<MemberAction> {

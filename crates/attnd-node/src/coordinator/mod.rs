@@ -16,15 +16,15 @@ use std::time::Duration;
 
 use attnd_kernel::Kernels;
 use attnd_plan::CostModel;
-use attnd_wire::{Link, limits, proto};
+use attnd_wire::{Link, Surroundings, limits, proto};
 use kameo::actor::{ActorRef, Spawn};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
-use crate::NodeError;
 use crate::compute_pool::ComputePool;
-use crate::listen::{self, MAX_CONNECTIONS};
+use crate::listen::{self, Listener, MAX_CONNECTIONS};
 use crate::shutdown::{Calls, DRAIN_DEADLINE, serve_until};
+use crate::{NodeError, Platform};
 
 mod attend_call;
 mod attention_service;
@@ -87,10 +87,18 @@ pub(crate) struct Hub {
     pool: ComputePool,
     kernels: &'static Kernels,
     costs: CostModel,
+    surroundings: Surroundings,
 }
 
 /// The store of sessions, and the term of this life of the coordinator.
-async fn open_meta(directory: Option<PathBuf>) -> Result<(MetaThread, u64), NodeError> {
+async fn open_meta(
+    directory: Option<PathBuf>,
+    given: Option<Arc<dyn MetaStore>>,
+) -> Result<(MetaThread, u64), NodeError> {
+    if let Some(store) = given.filter(|_| directory.is_none()) {
+        let term = store.bump_term()?;
+        return Ok((MetaThread::at_once(store), term));
+    }
     let store: Arc<dyn MetaStore> = match directory {
         None => {
             tracing::info!("sessions end with this process, and its term is 1");
@@ -119,14 +127,29 @@ pub async fn run(
     config: CoordinatorConfig,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), NodeError> {
+    run_on(Platform::default(), listener, config, shutdown).await
+}
+
+/// The same, on another platform than this machine.
+///
+/// # Errors
+/// As [`run`].
+pub async fn run_on<L: Listener>(
+    platform: Platform,
+    listener: L,
+    config: CoordinatorConfig,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), NodeError> {
     let listen = listener.local_addr().map_err(NodeError::Listen)?;
     let kernels = Kernels::from_env()?;
-    let (meta, term) = open_meta(config.state).await?;
+    let (meta, term) = open_meta(config.state, platform.meta.clone()).await?;
     // Each piece of work takes one thread.
-    let pool = ComputePool::new(config.merge_threads, config.merge_threads)?;
+    let pool = platform.pool(config.merge_threads, config.merge_threads)?;
     let (roll, members) = watch::channel(Arc::default());
     let cluster = MembershipActor::spawn(roll);
-    let hub = Arc::new(Hub { cluster: cluster.clone(), pool, kernels, costs: config.costs });
+    let surroundings = platform.surroundings;
+    let (costs, around) = (config.costs, surroundings.clone());
+    let hub = Arc::new(Hub { cluster: cluster.clone(), pool, kernels, costs, surroundings: around });
     let (calls, tasks) = (Calls::new(), Tasks::default());
     tracing::info!(%listen, isa = %kernels.isa(), max_calls = config.max_calls, term, "coordinator starts");
 
@@ -136,7 +159,7 @@ pub async fn run(
     sessions.recover().await?;
     let attention =
         AttentionService::new(hub, calls.clone(), config.max_calls, tasks.clone(), Arc::clone(&sessions));
-    let join = JoinService::new(cluster.clone(), tasks.clone());
+    let join = JoinService::new(cluster.clone(), surroundings, tasks.clone());
     tasks.spawn(sessions::write_members(Arc::clone(&sessions)));
     tasks.spawn(sessions::keep_links(Arc::clone(&sessions), members));
     tasks.spawn(sessions::watch(Arc::clone(&sessions)));
@@ -156,6 +179,7 @@ pub async fn run(
     let served = serve_until(shutdown, &calls, config.drain_deadline, serve, on_drain);
 
     let ended = tokio::select! {
+        biased;
         ended = served => ended,
         () = cluster.wait_for_shutdown() => Err(NodeError::ActorGone("membership")),
     };

@@ -77,6 +77,7 @@ impl<T, G> Answer<T, G> {
         let mut waiting = content.upgrade().map_or(0, |content| lock(&content).waiting());
         loop {
             tokio::select! {
+                biased;
                 () = unread.closed() => return,
                 () = tokio::time::sleep(patience) => {}
             }

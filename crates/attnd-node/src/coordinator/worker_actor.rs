@@ -12,6 +12,7 @@ use std::time::Instant;
 use attnd_plan::WorkerId;
 use attnd_plan::session::Holder;
 use attnd_wire::deadline::{self, TIMEOUT_HEADER};
+use attnd_wire::surroundings::now;
 use attnd_wire::{
     CallShape, ComputeBegin, ComputeReply, ComputeRequest, Deadline, Error, Outcome, Reason, limits, proto,
 };
@@ -97,6 +98,7 @@ impl Actor for WorkerActor {
     ) -> Result<Option<Signal<Self>>, Infallible> {
         loop {
             tokio::select! {
+                biased;
                 signal = mailbox.recv() => return Ok(signal),
                 Some(ended) = self.shares.join_next() => tasks::report(ended),
                 Some(ended) = self.lanes.join_next() => tasks::report(ended),
@@ -155,6 +157,7 @@ async fn run_share(
 ) {
     let WorkerActorArgs { id: worker, channel, not_connected, .. } = args;
     let ended = tokio::select! {
+        biased;
         ended = exchange(channel, share, outgoing, &answers) => ended,
         () = answers.closed() => return,
     };
@@ -162,7 +165,7 @@ async fn run_share(
         tracing::debug!(%worker, %error, "a share failed");
         // Before the call knows, which may be sent again at once and must not come back here.
         if (error.reason, error.outcome) == (Reason::Transport, Outcome::NotExecuted) {
-            not_connected.send_replace(Some(Instant::now()));
+            not_connected.send_replace(Some(now()));
         }
         // A call that is gone needs no error.
         answers.send(Err(error)).await.ok();
@@ -177,7 +180,7 @@ async fn exchange(
 ) -> Result<(), Error> {
     let OpenShare { begin, memory, deadline } = share;
     let call = CallShape::from(&begin);
-    let left = deadline.for_next_hop().remaining(std::time::Instant::now())?;
+    let left = deadline.for_next_hop().remaining(now())?;
     let first = futures::stream::iter([ComputeRequest::Begin(begin).into()]);
     let mut request = Request::new(futures::StreamExt::chain(first, ReceiverStream::new(outgoing)));
     if let Ok(timeout) = MetadataValue::try_from(deadline::header_value(left).as_bytes()) {

@@ -5,11 +5,10 @@ use std::time::Duration;
 
 use attnd_plan::{WorkerId, WorkerIdError};
 use attnd_wire::proto;
-use attnd_wire::{Error, Heartbeat, Hello, JoinReply, JoinRequest, Reason, limits};
+use attnd_wire::{Error, Heartbeat, Hello, JoinReply, JoinRequest, Reason, Surroundings, limits};
 use kameo::actor::{Actor, ActorRef};
 use kameo::error::Infallible;
 use kameo::message::{Context, Message};
-use rand::RngExt;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_stream::wrappers::ReceiverStream;
@@ -30,6 +29,7 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 #[derive(Clone, Debug)]
 pub(crate) struct MembershipArgs {
     pub(crate) endpoint: Endpoint,
+    pub(crate) surroundings: Surroundings,
     /// Its incarnation is replaced when the coordinator has declared this one dead.
     pub(crate) hello: Hello,
     pub(crate) gauges: Gauges,
@@ -92,7 +92,7 @@ impl Membership {
                 self.args.refused.send_replace(Some(why.clone()));
                 return;
             }
-            Reason::IncarnationDead => self.args.hello.incarnation = rand::rng().random(),
+            Reason::IncarnationDead => self.args.hello.incarnation = self.args.surroundings.random(),
             Reason::Unreachable if !self.leaving => tracing::error!(
                 address = %self.args.hello.address,
                 "the coordinator can't connect to this worker at the address that it advertises; start it with \
@@ -101,7 +101,7 @@ impl Membership {
             ),
             _lost => {}
         }
-        let pause = pause_after(self.failures, rand::rng().random());
+        let pause = pause_after(self.failures, self.args.surroundings.fraction());
         self.failures = self.failures.saturating_add(1);
         tracing::warn!(error = %why, pause_ms = pause.as_millis() as u64, "not joined");
         let actor = actor.clone();
@@ -142,7 +142,7 @@ impl Message<Connect> for Membership {
         // A fresh channel has room for the first message.
         outgoing.try_send(JoinRequest::Hello(self.args.hello.clone()).into()).ok();
         self.outgoing = Some(outgoing);
-        let mut cluster = limits::cluster_client(self.args.endpoint.connect_lazy());
+        let mut cluster = limits::cluster_client(self.args.surroundings.channel(&self.args.endpoint));
         self.tasks = JoinSet::new();
         self.tasks.spawn(async move {
             let opening = cluster.join(ReceiverStream::new(requests));

@@ -19,14 +19,13 @@ use attnd_plan::topology::is_host_label;
 use attnd_wire::join::WIRE_VERSIONS;
 use attnd_wire::{Hello, Link, limits};
 use kameo::actor::Spawn;
-use rand::RngExt;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
-use crate::NodeError;
 use crate::compute_pool::ComputePool;
-use crate::listen::{self, MAX_CONNECTIONS};
+use crate::listen::{self, Listener, MAX_CONNECTIONS};
 use crate::shutdown::{Calls, DRAIN_DEADLINE, serve_until};
+use crate::{NodeError, Platform};
 
 mod assembly;
 pub(crate) mod budget;
@@ -110,6 +109,19 @@ pub async fn run(
     config: WorkerConfig,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), NodeError> {
+    run_on(Platform::default(), listener, config, shutdown).await
+}
+
+/// The same, on another platform than this machine.
+///
+/// # Errors
+/// As [`run`].
+pub async fn run_on<L: Listener>(
+    platform: Platform,
+    listener: L,
+    config: WorkerConfig,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), NodeError> {
     let address = match &config.advertise {
         Some(url) => url.clone(),
         None => {
@@ -129,7 +141,7 @@ pub async fn run(
     }
 
     let kernels = Kernels::from_env()?;
-    let pool = ComputePool::new(config.threads, CELLS_AT_ONCE)?;
+    let pool = platform.pool(config.threads, CELLS_AT_ONCE)?;
     let gflops = pool
         .peak_gflops(kernels, CALIBRATION)
         .await
@@ -137,7 +149,8 @@ pub async fn run(
     let budget = Budget::new(config.memory_budget);
     let sessions = Store::new(kernels, pool.clone(), Arc::clone(&budget), config.session_memory);
     let gauges = Gauges { budget, calls: Calls::new(), pool: pool.clone(), sessions: sessions.clone() };
-    let incarnation: u64 = rand::rng().random();
+    let surroundings = platform.surroundings;
+    let incarnation = surroundings.random();
     let worker = match config.id {
         Some(id) => id,
         None => membership::default_id(incarnation)?,
@@ -159,7 +172,8 @@ pub async fn run(
         session_memory_bytes: config.session_memory,
     };
     let (refused, mut refusal) = watch::channel(None);
-    let supervisor = Supervisor::spawn(MembershipArgs { endpoint, hello, gauges: gauges.clone(), refused });
+    let supervisor =
+        Supervisor::spawn(MembershipArgs { endpoint, surroundings, hello, gauges: gauges.clone(), refused });
 
     let (health, health_service) = tonic_health::server::health_reporter();
     let service = limits::worker_server(WorkerService {
@@ -185,6 +199,7 @@ pub async fn run(
     let served = serve_until(shutdown, &gauges.calls, DRAIN_DEADLINE, serve, on_drain);
 
     let ended = tokio::select! {
+        biased;
         ended = served => ended,
         Ok(refused) = refusal.wait_for(Option::is_some) => {
             Err(NodeError::Refused(refused.as_ref().map_or_else(String::new, ToString::to_string)))

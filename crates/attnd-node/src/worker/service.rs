@@ -2,12 +2,12 @@
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::time::Instant;
 
 use attnd_kernel::Kernels;
 use attnd_plan::InspectionBytes;
 use attnd_plan::call::STREAM_IDLE;
 use attnd_wire::proto::{self, worker_server};
+use attnd_wire::surroundings::now;
 use attnd_wire::{ComputeBegin, ComputeRequest, Deadline, Error, Reason, Status, refusal};
 use kameo::actor::{ActorRef, Spawn};
 use kameo::mailbox;
@@ -80,7 +80,7 @@ async fn read_begin(
     inbound: &mut Streaming<proto::ComputeRequest>,
     deadline: Deadline,
 ) -> Result<ComputeBegin, Error> {
-    let left = deadline.for_next_hop().remaining(Instant::now())?;
+    let left = deadline.for_next_hop().remaining(now())?;
     let first = tokio::time::timeout(left.min(STREAM_IDLE), inbound.message());
     let late = |_elapsed| {
         if left < STREAM_IDLE { Deadline::expired() } else { refusal::stream_idle(STREAM_IDLE) }

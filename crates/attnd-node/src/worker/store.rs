@@ -17,6 +17,7 @@ use attnd_kernel::Kernels;
 use attnd_plan::Piece;
 use attnd_plan::session::{SessionSpec, Terms};
 use attnd_wire::hold::{ShardAt, ShardState};
+use attnd_wire::surroundings::now;
 use attnd_wire::{Error, Reason, refusal};
 
 use self::memory::SessionMemory;
@@ -112,7 +113,7 @@ impl Store {
             records: Budget::new(LEAST_RECORDS.saturating_add(session_memory / 16)),
             terms: Mutex::default(),
             lines: Mutex::new(Lines { shards: BTreeMap::new(), turns }),
-            presence: Mutex::new(Presence { streams: BTreeMap::new(), last: Instant::now() }),
+            presence: Mutex::new(Presence { streams: BTreeMap::new(), last: now() }),
             streams: AtomicU64::new(0),
         }))
     }
@@ -308,14 +309,14 @@ impl Store {
                 let highest = lock(&self.0.terms).highest();
                 let mut presence = self.presence();
                 if presence.streams.values().any(|term| term.load(Ordering::Relaxed) == highest) {
-                    presence.last = Instant::now();
+                    presence.last = now();
                 }
-                presence.last.elapsed()
+                now().saturating_duration_since(presence.last)
             };
             if since >= keep {
                 self.forget_all();
                 *lock(&self.0.terms) = Terms::default();
-                self.presence().last = Instant::now();
+                self.presence().last = now();
             }
             tokio::time::sleep(keep.saturating_sub(since).max(keep / 10)).await;
         }
@@ -387,7 +388,7 @@ impl Drop for Present {
         let mut presence = self.store.presence();
         presence.streams.remove(&self.stream);
         if self.term.load(Ordering::Relaxed) == highest {
-            presence.last = Instant::now();
+            presence.last = now();
         }
     }
 }

@@ -28,6 +28,7 @@ use self::shard::{Asked, Shard};
 use super::op::{Change, Holder, Op, Record, longest};
 use super::spec::SessionSpec;
 use super::window::{Known, Window};
+use crate::omission::{Omission, omits};
 
 mod error;
 mod flight;
@@ -113,7 +114,7 @@ impl<E: Clone> Ledger<E> {
         let Request { writer_epoch, seq, digest, ask } = request;
         match self.look(*writer_epoch, *seq, Some(*digest), ask)? {
             Looked::Begin(change) => {
-                let op = Op { seq: *seq, digest: *digest, change };
+                let op = Op { seq: self.next_seq(), digest: *digest, change };
                 self.flight = Some(Flight { op, writer_epoch: *writer_epoch, stage: Stage::Applying });
                 self.mark_sent();
                 Ok(Begun::Started(op))
@@ -152,6 +153,7 @@ impl<E: Clone> Ledger<E> {
             return Err(LedgerError::Recovering { is_in_flight: false });
         }
         match self.window.look(seq) {
+            Known::Applied(_) if omits(Omission::Dedup) => {}
             Known::Applied(record) if digest.is_some_and(|digest| digest != record.digest) => {
                 return Err(LedgerError::SeqReused { seq });
             }
@@ -169,7 +171,7 @@ impl<E: Clone> Ledger<E> {
             Known::New => {}
         }
         let expected = self.next_seq();
-        if seq != expected {
+        if seq != expected && !omits(Omission::Dedup) {
             return Err(LedgerError::SeqGap { expected, got: seq });
         }
         match &self.flight {

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use crate::compute::{CallShape, cell_tokens};
 use crate::convert::{self, size, small};
 use crate::error::{Error, Reason};
-use crate::floats::checksum;
+use crate::floats::{checksum, has_checksum};
 use crate::hold::request::{ShardAt, ShardOp, rows_of, tokens};
 use crate::session::{QueryOperator, check_layer, payload};
 use crate::{proto, refusal};
@@ -164,7 +164,7 @@ impl TryFrom<proto::ShardRows> for ShardRows {
         if n == 0 {
             return Err(refusal::no_tokens());
         }
-        if checksum(&[&k, &v]) != crc32c {
+        if !has_checksum(&[&k, &v], crc32c) {
             return Err(refusal::rows_checksum("k and v"));
         }
         Ok(Self { op, base_len: tokens(base_len), tokens: size(n), crc32c, k, v, allow_non_finite })
@@ -204,7 +204,7 @@ impl TryFrom<proto::ShardQueries> for ShardQueries {
             kernel_id,
         } = message;
         let dtype = convert::dtype(dtype)?;
-        if checksum(&[&q]) != crc32c {
+        if !has_checksum(&[&q], crc32c) {
             return Err(refusal::rows_checksum("q"));
         }
         Ok(Self {

@@ -9,7 +9,7 @@ use bytes::Bytes;
 
 use crate::convert::{self, size, small};
 use crate::error::{Error, Reason};
-use crate::floats::checksum;
+use crate::floats::{checksum, has_checksum};
 use crate::operator::{self, Encoded};
 use crate::session::request::Mutation;
 use crate::session::spec::{check_layer, name};
@@ -295,7 +295,7 @@ impl TryFrom<proto::StepRows> for StepRows {
         if tokens == 0 {
             return Err(refusal::no_tokens());
         }
-        if checksum(&[&k, &v]) != crc32c {
+        if !has_checksum(&[&k, &v], crc32c) {
             return Err(refusal::rows_checksum("k and v"));
         }
         let shape = RowShape::decode(shape)?;
@@ -341,7 +341,7 @@ impl TryFrom<proto::StepQueries> for StepQueries {
         if tokens == 0 {
             return Err(Error::new(Reason::ShapeZero, "q_len"));
         }
-        if checksum(&[&q]) != crc32c {
+        if !has_checksum(&[&q], crc32c) {
             return Err(refusal::rows_checksum("q"));
         }
         let operator = QueryOperator { scale, causal, operator };

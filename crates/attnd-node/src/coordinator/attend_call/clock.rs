@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use attnd_wire::Timings;
 use attnd_wire::limits::STALL;
+use attnd_wire::surroundings::now;
 
 /// How long a message has waited for its receiver.
 #[derive(Default)]
@@ -12,7 +13,7 @@ pub(super) struct Stall(Option<Instant>);
 impl Stall {
     /// When the receiver has had [`STALL`] for the message that waits; `None` if none does.
     pub(super) fn after(&mut self, waits: bool) -> Option<Instant> {
-        self.0 = if waits { Some(self.0.unwrap_or_else(Instant::now)) } else { None };
+        self.0 = if waits { Some(self.0.unwrap_or_else(now)) } else { None };
         self.0.map(|since| since + STALL)
     }
 }
@@ -44,7 +45,7 @@ impl Clock {
 
     /// Time by a clock that stands still while workers hold the client back, so that it is not blamed for being idle.
     pub(super) fn client_time(&mut self) -> Duration {
-        let now = self.held_since.unwrap_or_else(Instant::now);
+        let now = self.held_since.unwrap_or_else(now);
         now.saturating_duration_since(self.begun).saturating_sub(self.held)
     }
 
@@ -54,22 +55,22 @@ impl Clock {
     }
 
     pub(super) fn chunk_arrived(&mut self) {
-        self.first_chunk.get_or_insert_with(Instant::now);
+        self.first_chunk.get_or_insert_with(now);
     }
 
     pub(super) fn client_held(&mut self) {
-        self.held_since.get_or_insert_with(Instant::now);
+        self.held_since.get_or_insert_with(now);
     }
 
     pub(super) fn client_freed(&mut self) {
-        let now = Instant::now();
+        let now = now();
         self.held +=
             self.held_since.take().map_or(Duration::ZERO, |since| now.saturating_duration_since(since));
     }
 
     /// All bytes of a share are sent.
     pub(super) fn sent_commit(&mut self) {
-        self.scattered = Some(Instant::now());
+        self.scattered = Some(now());
     }
 
     pub(super) fn timings(&self, so_far: Timings) -> Timings {
@@ -80,7 +81,7 @@ impl Clock {
         Timings {
             scatter: seconds(self.first_chunk, self.scattered),
             gather: seconds(self.committed, self.last_partial),
-            total: self.begun.elapsed().as_secs_f64(),
+            total: now().saturating_duration_since(self.begun).as_secs_f64(),
             ..so_far
         }
     }

@@ -27,8 +27,13 @@ struct State {
 impl InMemory {
     /// A store without sessions.
     pub fn new() -> Self {
+        Self::counting_from(first_number())
+    }
+
+    /// A store without sessions whose first one has the number after this one. For whoever needs the same numbers again.
+    pub fn counting_from(number: u64) -> Self {
         let (sessions, closed) = (BTreeMap::new(), BTreeMap::new());
-        Self { state: Mutex::new(State { term: 0, number: first_number(), sessions, closed }) }
+        Self { state: Mutex::new(State { term: 0, number, sessions, closed }) }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

@@ -14,8 +14,12 @@ type Transaction = Box<dyn FnOnce(&dyn MetaStore) + Send>;
 
 /// A store for asynchronous code. Clones are handles on the same thread, which ends with the last one.
 #[derive(Clone, Debug)]
-pub struct MetaThread {
-    transactions: mpsc::Sender<Transaction>,
+pub struct MetaThread(Runs);
+
+#[derive(Clone, Debug)]
+enum Runs {
+    OnThread(mpsc::Sender<Transaction>),
+    AtOnce(Arc<dyn MetaStore>),
 }
 
 impl MetaThread {
@@ -33,7 +37,12 @@ impl MetaThread {
         let thread = std::thread::Builder::new().name("attnd-meta".into()).spawn(run);
         // It ends when nobody has a handle any more.
         thread.map(drop).map_err(NodeError::Thread)?;
-        Ok(Self { transactions })
+        Ok(Self(Runs::OnThread(transactions)))
+    }
+
+    /// A store without a thread, for one that never waits for a disk: whoever asks for a transaction runs it.
+    pub fn at_once(store: Arc<dyn MetaStore>) -> Self {
+        Self(Runs::AtOnce(store))
     }
 
     /// Runs one transaction and waits for its end. If whoever waits gives up, it happens all the same.
@@ -44,12 +53,16 @@ impl MetaThread {
         &self,
         transaction: impl FnOnce(&dyn MetaStore) -> Result<T, MetaError> + Send + 'static,
     ) -> Result<T, MetaError> {
+        let transactions = match &self.0 {
+            Runs::OnThread(transactions) => transactions,
+            Runs::AtOnce(store) => return transaction(&**store),
+        };
         let (answer, answered) = oneshot::channel();
         let job: Transaction = Box::new(move |store| {
             // Who gave up needs no answer.
             answer.send(transaction(store)).ok();
         });
-        self.transactions.send(job).await.map_err(|_ended| MetaError::Gone)?;
+        transactions.send(job).await.map_err(|_ended| MetaError::Gone)?;
         answered.await.unwrap_or(Err(MetaError::Gone))
     }
 }

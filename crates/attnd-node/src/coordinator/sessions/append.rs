@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use attnd_plan::call::STREAM_IDLE;
+use attnd_plan::omission::{Omission, omits};
 use attnd_plan::route::Router;
 use attnd_plan::session::{Ask, LedgerError, LedgerEvent, Op, Request, SessionSpec};
 use attnd_plan::{AnyTensor, Tensor};
@@ -140,6 +141,7 @@ impl Bulk {
                 frame = tokio::time::timeout(STREAM_IDLE, frames.next()) => frame,
             };
             match frame.map_err(|_elapsed| refusal::stream_idle(STREAM_IDLE))?? {
+                None if omits(Omission::Commit) => return Ok(sinks),
                 None => {
                     return Err(refusal::stream_truncated(
                         stream.chunks.into(),

@@ -7,11 +7,11 @@
 use std::collections::BTreeMap;
 use std::future::ready;
 use std::sync::Arc;
-use std::time::Instant;
 
 use attnd_wire::limits::{MAX_ENTRIES, STALL};
 use attnd_wire::proto::{self, sessions_server};
 use attnd_wire::session::{Answer, Ask, Asked, SessionReply, SessionRequest, Step, StepContext, StepResult};
+use attnd_wire::surroundings::now;
 use attnd_wire::{Deadline, Error, Outcome, Reason, Status, refusal};
 use futures::future::BoxFuture;
 use futures::stream::{FuturesUnordered, StreamExt};
@@ -62,6 +62,7 @@ impl sessions_server::Sessions for SessionsService {
         self.tasks.spawn(async move {
             let mut exchange = Exchange::new(sessions, calls, answer.queue().clone());
             let ended = tokio::select! {
+                biased;
                 ended = exchange.run(&mut frames) => ended,
                 () = answer.queue().closed() => Err(Error::new(Reason::Cancelled, "the client is gone")),
             };
@@ -144,15 +145,13 @@ impl Exchange {
             Ok(Ask::Commit(commit)) => Frame::Commit(commit),
             Ok(Ask::Append(_)) if goes_on => Frame::Broken(refusal::duplicate_begin()),
             Err(error) if goes_on => Frame::Broken(error),
-            ask => return self.begin(request, Deadline::after(Instant::now(), timeout), ask),
+            ask => return self.begin(request, Deadline::after(now(), timeout), ask),
         };
         match feeder {
             Some(feeder) => self.held = feeder.offer(frame).map(|frame| (request, frame)),
             // It has been answered already.
             None if request <= self.last => {}
-            None => {
-                self.begin(request, Deadline::after(Instant::now(), timeout), Err(refusal::expected_begin()))?
-            }
+            None => self.begin(request, Deadline::after(now(), timeout), Err(refusal::expected_begin()))?,
         }
         Ok(())
     }

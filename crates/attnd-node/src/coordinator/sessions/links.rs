@@ -5,16 +5,17 @@
 //! before knew: these may be on their way.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use attnd_plan::session::{Holder, LedgerAction, LedgerEvent};
 use attnd_wire::hold::{HoldAnswer, HoldAsk, HoldReply, ShardAt};
+use attnd_wire::surroundings::now;
 use attnd_wire::{Error, Reason};
 use futures::future::BoxFuture;
 use futures::stream::{FuturesUnordered, StreamExt};
 use kameo::actor::ActorRef;
-use rand::RngExt as _;
 use tokio::sync::watch;
 
 use super::Sessions;
@@ -126,6 +127,7 @@ pub(crate) async fn keep_links(sessions: Arc<Sessions>, mut roll: watch::Receive
     let mut is_young = true;
     loop {
         tokio::select! {
+            biased;
             changed = roll.changed() => {
                 if changed.is_err() {
                     return;
@@ -145,7 +147,7 @@ pub(crate) async fn keep_links(sessions: Arc<Sessions>, mut roll: watch::Receive
                     let member = Kept {
                         actor: actor.clone(),
                         failures: 0,
-                        opened: Instant::now(),
+                        opened: now(),
                         is_fenced: false,
                     };
                     next.push(open(&sessions, holder.clone(), &member));
@@ -175,10 +177,11 @@ pub(crate) async fn keep_links(sessions: Arc<Sessions>, mut roll: watch::Receive
 fn follow(sessions: &Arc<Sessions>, holder: Holder, member: &mut Kept, happened: Happened) -> Next {
     match happened {
         Happened::Opened(link, shards) => {
-            member.opened = Instant::now();
+            member.opened = now();
             sessions
                 .links
                 .send_modify(|view| Arc::make_mut(view).set(holder.clone(), Some(Arc::clone(&link))));
+            sessions.linked.notify_waiters();
             sessions.reconcile();
             sessions.take_stock(&link, &shards);
             Box::pin(async move {
@@ -189,7 +192,7 @@ fn follow(sessions: &Arc<Sessions>, holder: Holder, member: &mut Kept, happened:
         Happened::Broke => {
             // Most often the worker ends, and the membership hears of it next.
             tracing::debug!(worker = %holder.worker, "the streams to a worker that holds sessions broke");
-            if member.opened.elapsed() >= GOOD_LINK {
+            if now().saturating_duration_since(member.opened) >= GOOD_LINK {
                 member.failures = 0;
             }
             sessions.links.send_modify(|view| Arc::make_mut(view).set(holder.clone(), None));
@@ -213,7 +216,8 @@ fn follow(sessions: &Arc<Sessions>, holder: Holder, member: &mut Kept, happened:
 
 /// Opens a link, after a pause that grows with failures, and asks what is at its other end.
 fn open(sessions: &Sessions, holder: Holder, member: &Kept) -> Next {
-    let (actor, term, pause) = (member.actor.clone(), sessions.term, pause_after(member.failures));
+    let (actor, term) = (member.actor.clone(), sessions.term);
+    let pause = pause_after(member.failures, sessions.hub.surroundings.fraction());
     Box::pin(async move {
         tokio::time::sleep(pause).await;
         let opened = async {
@@ -228,12 +232,13 @@ fn open(sessions: &Sessions, holder: Holder, member: &Kept) -> Next {
     })
 }
 
-fn pause_after(failures: u32) -> Duration {
+/// The pause after so many failures, scaled by `jitter` (0 to 1) to between half and all of it.
+fn pause_after(failures: u32, jitter: f64) -> Duration {
     match failures {
         0 => Duration::ZERO,
         n => {
             let doubled = FIRST_PAUSE.saturating_mul(1 << (n - 1).min(10)).min(LONGEST_PAUSE);
-            doubled.mul_f64(rand::rng().random_range(0.5..1.0))
+            doubled.mul_f64(0.5 + 0.5 * jitter)
         }
     }
 }
@@ -258,12 +263,20 @@ impl Sessions {
     /// # Errors
     /// [`Reason::WorkerLost`] if there is none soon.
     pub(super) async fn link_of(&self, holder: &Holder) -> Result<Arc<HoldLink>, Error> {
-        let mut views = self.links.subscribe();
-        let linked = views.wait_for(|view| view.link(holder).is_some());
-        let link = match tokio::time::timeout(LINK_WAIT, linked).await {
-            Ok(Ok(view)) => view.link(holder),
-            Ok(Err(_)) | Err(_) => None,
+        let linked = async {
+            loop {
+                // From before it looks, so that none is missed. Whoever waits is told in turn; those of a `watch` are in any order,
+                // which isn't that of the same simulation another time.
+                let mut more = pin!(self.linked.notified());
+                more.as_mut().enable();
+                let link = self.links.borrow().link(holder);
+                if let Some(link) = link {
+                    return link;
+                }
+                more.await;
+            }
         };
+        let link = tokio::time::timeout(LINK_WAIT, linked).await.ok();
         link.ok_or_else(|| Error::new(Reason::WorkerLost, format!("no stream to {}", holder.worker)))
     }
 
@@ -423,11 +436,14 @@ mod tests {
 
     #[test]
     fn pauses_begin_with_none_and_grow_to_a_second() {
-        assert_eq!(pause_after(0), Duration::ZERO);
+        assert_eq!(pause_after(0, 1.0), Duration::ZERO);
         for (failures, most) in [(1, 20), (2, 40), (3, 80), (30, 1000), (u32::MAX, 1000)] {
-            let pause = pause_after(failures);
             let most = Duration::from_millis(most);
-            assert!(pause >= most / 2 && pause <= most, "{failures}: {pause:?}");
+            assert_eq!(
+                (pause_after(failures, 0.0), pause_after(failures, 1.0)),
+                (most / 2, most),
+                "{failures}"
+            );
         }
     }
 }

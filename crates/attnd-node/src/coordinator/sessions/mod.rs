@@ -15,9 +15,10 @@ use std::time::{Duration, Instant};
 
 use attnd_plan::session::{Closed, ClosedSessions, SessionName};
 use attnd_wire::session::{Answer, SessionDescription, ShardHealth};
+use attnd_wire::surroundings::now;
 use attnd_wire::{Error, Reason, SessionCounts};
 
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
 use super::Hub;
 use super::meta_store::{MetaError, MetaThread};
@@ -66,6 +67,8 @@ pub(crate) struct Sessions {
     meta: MetaThread,
     saves: Saves,
     links: watch::Sender<Arc<View>>,
+    /// Told of each new link, once it is in `links`.
+    linked: Notify,
     started: Instant,
     table: Mutex<Table>,
     lines: Mutex<()>,
@@ -87,14 +90,15 @@ struct Table {
 
 impl Sessions {
     pub(crate) fn new(hub: Arc<Hub>, tasks: Tasks, term: u64, meta: MetaThread) -> Self {
-        let (started, table, lines) = (Instant::now(), Mutex::default(), Mutex::default());
+        let (started, table, lines) = (now(), Mutex::default(), Mutex::default());
         let (saves, links, repairs) = (Saves::default(), watch::Sender::default(), Repairs::new());
-        Self { hub, tasks, term, meta, saves, links, started, table, lines, repairs }
+        let linked = Notify::new();
+        Self { hub, tasks, term, meta, saves, links, linked, started, table, lines, repairs }
     }
 
     /// The clock of ledgers.
     fn now(&self) -> Duration {
-        self.started.elapsed()
+        now().saturating_duration_since(self.started)
     }
 
     /// Nobody else takes places in lines as long as this is held, so that all places of one call are next to each other.

@@ -163,7 +163,13 @@ impl Cluster {
         let pool = ComputePool::new(1, 1).unwrap();
         let (cluster, kernels) =
             (MembershipActor::spawn(watch::Sender::default()), Kernels::from_env().unwrap());
-        let hub = Hub { cluster, pool, kernels, costs: CostModel::default() };
+        let hub = Hub {
+            cluster,
+            pool,
+            kernels,
+            costs: CostModel::default(),
+            surroundings: attnd_wire::Surroundings::default(),
+        };
         let meta = MetaThread::start(Arc::new(InMemory::default())).unwrap();
         let sessions = Arc::new(Sessions::new(Arc::new(hub), Tasks::default(), 1, meta));
         let mut started = Vec::new();

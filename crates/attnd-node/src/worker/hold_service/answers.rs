@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 
+use attnd_plan::omission::repeat_some;
 use attnd_wire::hold::{HoldAnswer, HoldReply, ShardAt, ShardRecords, ShardState};
 use attnd_wire::limits::MAX_ENTRIES;
 use attnd_wire::proto::{self, hold_reply};
@@ -153,6 +154,7 @@ fn results_of(work: usize, done: Result<WorkDone, Error>) -> Vec<proto::ShardRes
     if let Some(first) = results.first_mut() {
         first.applied = applied.map(Into::into);
     }
+    repeat_some(&mut results);
     results
 }
 

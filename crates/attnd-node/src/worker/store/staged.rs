@@ -4,6 +4,7 @@
 //! that a chunk cuts waits here; all else goes straight into pages.
 
 use attnd_kernel::slot::{PAGE_KEYS, slot_of_page};
+use attnd_plan::omission::{Omission, omits};
 use attnd_plan::{AnyTensor, Tensor};
 use attnd_wire::hold::ShardAppend;
 use attnd_wire::{Commit, Error, Reason, SliceChunk};
@@ -156,6 +157,9 @@ impl Staged {
     /// # Errors
     /// [`Reason::ChunkOrder`] and [`Reason::PayloadLength`].
     pub(crate) fn content(&self, commit: Commit) -> Result<u32, Error> {
+        if omits(Omission::Commit) {
+            return Ok(0);
+        }
         if commit.chunks != self.chunks {
             let detail = format!("commit declares {} chunks, got {}", commit.chunks, self.chunks);
             return Err(Error::new(Reason::ChunkOrder, detail));

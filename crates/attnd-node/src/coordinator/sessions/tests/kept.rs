@@ -142,7 +142,13 @@ impl Scene {
         let (roll, members) = watch::channel(Arc::default());
         let cluster = MembershipActor::spawn(roll);
         let (pool, kernels) = (ComputePool::new(1, 1).unwrap(), Kernels::from_env().unwrap());
-        let hub = Arc::new(Hub { cluster: cluster.clone(), pool, kernels, costs: CostModel::default() });
+        let hub = Arc::new(Hub {
+            cluster: cluster.clone(),
+            pool,
+            kernels,
+            costs: CostModel::default(),
+            surroundings: attnd_wire::Surroundings::default(),
+        });
         let meta = MetaThread::start(Arc::clone(&self.meta) as Arc<dyn MetaStore>).unwrap();
         let term = meta.run(|store| store.bump_term()).await.unwrap();
         let sessions = Arc::new(Sessions::new(hub, Tasks::default(), term, meta));

@@ -1,0 +1,106 @@
+//! What happened in a run: a hash of all of it, the last of it in words, and what should not have happened.
+
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::fmt;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::ops::AddAssign;
+use std::rc::Rc;
+use std::time::Duration;
+
+/// Events that are kept in words.
+const KEPT: usize = 150;
+
+/// Of one run; clones are the same.
+#[derive(Clone, Debug, Default)]
+pub(super) struct History(Rc<Inner>);
+
+#[derive(Debug, Default)]
+struct Inner {
+    now: Cell<Duration>,
+    hash: Cell<u64>,
+    last: RefCell<VecDeque<String>>,
+    violations: RefCell<Vec<String>>,
+    counts: RefCell<Counts>,
+}
+
+/// What there was of each, so that a run in which nothing happens doesn't pass for a good one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Counts {
+    pub(super) applied: u64,
+    pub(super) attended: u64,
+    pub(super) refused: u64,
+    pub(super) unknown: u64,
+    pub(super) replayed: u64,
+    pub(super) again: u64,
+    pub(super) lost: u64,
+}
+
+impl AddAssign for Counts {
+    fn add_assign(&mut self, other: Self) {
+        self.applied += other.applied;
+        self.attended += other.attended;
+        self.refused += other.refused;
+        self.unknown += other.unknown;
+        self.replayed += other.replayed;
+        self.again += other.again;
+        self.lost += other.lost;
+    }
+}
+
+impl History {
+    /// It is that late in the run.
+    pub(super) fn tick(&self, now: Duration) {
+        self.0.now.set(now);
+    }
+
+    pub(super) fn now(&self) -> Duration {
+        self.0.now.get()
+    }
+
+    /// Something happened.
+    pub(super) fn tell(&self, who: impl fmt::Display, what: impl fmt::Display) {
+        let line = format!("{:>6} ms  {who}: {what}", self.now().as_millis());
+        let mut hasher = DefaultHasher::new();
+        (self.0.hash.get(), &line).hash(&mut hasher);
+        self.0.hash.set(hasher.finish());
+        let mut last = self.0.last.borrow_mut();
+        if last.len() == KEPT {
+            last.pop_front();
+        }
+        last.push_back(line);
+    }
+
+    /// Something happened that never should.
+    pub(super) fn violation(&self, who: impl fmt::Display, what: impl fmt::Display) {
+        let line = format!("{who}: {what}");
+        self.tell("VIOLATION", &line);
+        self.0.violations.borrow_mut().push(line);
+    }
+
+    pub(super) fn count(&self, change: impl FnOnce(&mut Counts)) {
+        change(&mut self.0.counts.borrow_mut());
+    }
+
+    pub(super) fn counts(&self) -> Counts {
+        *self.0.counts.borrow()
+    }
+
+    pub(super) fn hash(&self) -> u64 {
+        self.0.hash.get()
+    }
+
+    /// The first violation, with what was before it.
+    pub(super) fn verdict(&self) -> Result<(), String> {
+        let violations = self.0.violations.borrow();
+        if violations.is_empty() {
+            return Ok(());
+        }
+        let last: Vec<String> = self.0.last.borrow().iter().cloned().collect();
+        Err(format!("{}\n{}", violations.join("\n"), last.join("\n")))
+    }
+
+    pub(super) fn has_violations(&self) -> bool {
+        !self.0.violations.borrow().is_empty()
+    }
+}
