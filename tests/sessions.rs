@@ -13,7 +13,11 @@ use crate::support::cases::{Answer, Case, Data};
 use crate::support::cluster::{Cluster, WorkerSpec};
 use crate::support::tap::Tap;
 
+mod links;
 mod repair;
+mod restart;
+mod soak;
+mod survival;
 
 /// A sequence that attends to itself: token by token, or whole.
 pub(crate) struct Sequence {

@@ -3,6 +3,7 @@
 //!
 //! A run that fails says how it is run again: `cargo xtask sim --seed N`.
 
+use std::cell::RefCell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
 use std::time::Duration;
@@ -18,7 +19,6 @@ mod model;
 mod nemesis;
 mod network;
 mod raw;
-mod rows;
 mod zombie;
 
 use client::{Scene, Writer};
@@ -48,7 +48,7 @@ struct Ran {
 
 /// Runs the world of one seed, without a check if one is to be left out.
 fn run(seed: u64, omission: Option<Omission>) -> Result<Ran, String> {
-    rows::compute_on_this_thread();
+    compute_on_this_thread();
     drop(attnd_node::simulation::take_sent());
     omit(omission);
     let ran = catch_unwind(AssertUnwindSafe(|| world(seed)));
@@ -196,4 +196,16 @@ fn the_number_of_an_op_is_needed() {
 #[test]
 fn checksums_of_rows_are_needed() {
     println!("{}", missed(Omission::Checksum));
+}
+
+/// Makes this thread the only one of its pool, so that what kernels run side by side runs here, one after the other.
+fn compute_on_this_thread() {
+    thread_local! {
+        static POOL: RefCell<Option<rayon::ThreadPool>> = const { RefCell::new(None) };
+    }
+    POOL.with_borrow_mut(|pool| {
+        pool.get_or_insert_with(|| {
+            rayon::ThreadPoolBuilder::new().num_threads(1).use_current_thread().build().unwrap()
+        });
+    });
 }

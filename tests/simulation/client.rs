@@ -14,7 +14,7 @@ use rand::{RngExt, SeedableRng};
 use super::cluster::COORDINATOR_URL;
 use super::history::History;
 use super::model::{Model, Op, State};
-use super::rows::{RowShape, Token, query_options};
+use crate::support::tokens::{RowShape, Token, query_options};
 
 /// Time of a request, all attempts included.
 pub(super) const PATIENCE: Duration = Duration::from_secs(4);

@@ -6,8 +6,8 @@ use std::collections::BTreeMap;
 use attnd_client::session::SessionAttended;
 use attnd_wire::session::SessionDescription;
 
-use super::rows::{RowShape, Token};
 use crate::support::cases::Answer;
+use crate::support::tokens::{RowShape, Token};
 
 /// A mutation.
 #[derive(Clone, Debug)]

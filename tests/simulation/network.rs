@@ -17,7 +17,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tonic::transport::Uri;
 use turmoil::net::{TcpListener, TcpStream};
 
-use super::rows::is_last_byte;
+use crate::support::tokens::is_last_byte;
 
 /// Numbers in a row by which bytes are known for rows of tensors.
 const RUN: usize = 8;

@@ -15,7 +15,7 @@ use tokio_stream::StreamExt;
 use super::client::{Held, PATIENCE, Writer};
 use super::cluster::COORDINATOR_URL;
 use super::model::Op;
-use super::rows::Token;
+use crate::support::tokens::Token;
 
 /// Time for answers to frames that may have none.
 const SOON: Duration = Duration::from_secs(2);

@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use attnd_client::{Client, ClusterStatus};
+use attnd_client::session::{Sessions, ShardDescription, ShardHealth};
+use attnd_client::{Client, ClusterStatus, Reason};
 use attnd_kernel::Isa;
 
 use super::eventually;
@@ -236,6 +237,51 @@ impl Cluster {
             (active == running && status.workers.len() == running.len()).then_some(())
         })
         .await;
+    }
+
+    /// Waits until every shard of every session has all its replicas, on workers that run; gives up after `limit`. Returns how long it took.
+    pub(crate) async fn wait_until_repaired(
+        &self,
+        sessions: &Sessions,
+        limit: Duration,
+        what: &str,
+    ) -> Duration {
+        let (begun, names) = (Instant::now(), self.names());
+        loop {
+            let missing = self.unrepaired(sessions, &names).await;
+            let Some(missing) = missing else { return begun.elapsed() };
+            assert!(
+                begun.elapsed() < limit,
+                "{what}: not repaired within {limit:?}: {missing}, on {names:?}"
+            );
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    /// A session that lacks a replica, or isn't known not to.
+    async fn unrepaired(&self, sessions: &Sessions, names: &BTreeSet<String>) -> Option<String> {
+        let all = match sessions.list().await {
+            Ok(all) => all,
+            Err(error) => return Some(format!("no list: {error}")),
+        };
+        for name in all {
+            match sessions.describe(name.as_str()).await {
+                Ok(description) => {
+                    let is_whole = |shard: &ShardDescription| {
+                        shard.health == ShardHealth::Open
+                            && shard.workers.len() == description.spec.replicas
+                            && shard.workers.iter().all(|worker| names.contains(worker.as_str()))
+                    };
+                    if !description.shards.iter().all(is_whole) {
+                        return Some(format!("{description:?}"));
+                    }
+                }
+                // It was closed meanwhile.
+                Err(error) if error.reason == Reason::Session => {}
+                Err(error) => return Some(format!("{name}: {error}")),
+            }
+        }
+        None
     }
 
     /// Waits until no call is in flight and every worker has said, from now on, that it holds no memory and computes

@@ -11,8 +11,8 @@ use attnd_wire::session::{
 use attnd_wire::{Error, Link, limits, proto};
 use tokio_stream::StreamExt as _;
 
-use crate::session_links::step;
-use crate::sessions::{Sequence, dims};
+use super::links::step;
+use super::{Sequence, dims};
 use crate::support::cases::Answer;
 use crate::support::cluster::{Cluster, WorkerSpec};
 

@@ -5,34 +5,26 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use attnd_client::session::{OpenOptions, QueryOptions, Session, Sessions, ShardDescription};
-use attnd_client::{AttendOptions, Causal, ClientError, Dtype, Outcome};
+use attnd_client::session::{OpenOptions, Session, Sessions};
+use attnd_client::{ClientError, Outcome};
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 
 use crate::support::cases::Answer;
 use crate::support::cluster::{Cluster, WorkerSpec};
-use crate::support::tokens::TokenShape;
+use crate::support::tokens::{RowShape, query_options};
 use crate::support::{eventually, nightly};
 
-const SHAPE: TokenShape = TokenShape { heads: 4, kv_heads: 2, dim: 64 };
-const SCALE: f32 = 0.125;
+const SHAPE: RowShape = RowShape { layers: 1, heads: 4, kv_heads: 2, head_dim: 64, value_dim: 64 };
 /// Sessions are cut when they are longer.
 const MOST_TOKENS: usize = 12_000;
 /// For a replica to be made again.
 const REPAIR: Duration = Duration::from_secs(15);
 
 fn open(name: &str, replicas: usize, acks: usize) -> OpenOptions {
-    let mut open = OpenOptions::new(1, SHAPE.heads, SHAPE.kv_heads, SHAPE.dim, Dtype::F32);
-    open.name = Some(name.to_owned());
+    let mut open = OpenOptions { name: Some(name.to_owned()), ..SHAPE.open() };
     (open.spec.replicas, open.spec.acks, open.spec.allow_same_host) = (replicas, acks, true);
     open
-}
-
-fn options() -> QueryOptions {
-    let attend =
-        AttendOptions { causal: Causal::BottomRight, scale: Some(SCALE), ..AttendOptions::default() };
-    QueryOptions { attend, ..QueryOptions::default() }
 }
 
 /// What must be true of a session, and how often it was looked at.
@@ -54,29 +46,14 @@ impl Checks {
         self.doubled += len.saturating_sub(tokens.len() as u64);
         assert_eq!(len, tokens.len() as u64, "{what}: tokens");
         let asked = [u64::MAX - len];
-        let attended = session.attend(0, SHAPE.queries(&asked), &options()).await;
+        let attended = session.attend(0, SHAPE.queries(0, &asked), &query_options(None)).await;
         let attended = attended.unwrap_or_else(|error| panic!("{what}: {error}"));
         let answer = Answer { context: attended.context, lse: attended.lse };
-        let wanted = SHAPE.answer(tokens, &asked, SCALE);
+        let wanted = SHAPE.answer(0, tokens, &asked);
         self.wrong += u64::from(answer != wanted);
         answer.assert_bits_of(&wanted, what);
         self.looked += 1;
     }
-}
-
-/// Waits until all shards have as many replicas as they shall, on workers that run.
-async fn repaired(cluster: &Cluster, sessions: &Sessions, session: &Session, what: &str) -> Duration {
-    let (begun, names, replicas) = (Instant::now(), cluster.names(), session.spec().replicas);
-    eventually(&format!("{what}: repaired"), REPAIR, async || {
-        let description = sessions.describe(session.name().as_str()).await.ok()?;
-        let is_whole = |shard: &ShardDescription| {
-            shard.workers.len() == replicas
-                && shard.workers.iter().all(|worker| names.contains(worker.as_str()))
-        };
-        description.shards.iter().all(is_whole).then_some(())
-    })
-    .await;
-    begun.elapsed()
 }
 
 /// Whether an append has happened that ended so: after an unknown outcome, whoever writes next finds out.
@@ -129,7 +106,7 @@ async fn killing_workers_in_the_middle_of_appends_loses_and_doubles_nothing() {
         let is_long = rng.random::<bool>();
         let n = if is_long { rng.random_range(1100..4000) } else { rng.random_range(1..20) };
         let added: Vec<u64> = next.by_ref().take(n).collect();
-        let [k, v] = SHAPE.rows(&added);
+        let [k, v] = SHAPE.keys_and_values(0, &added);
         let delay = usual[usize::from(is_long)].mul_f64(rng.random_range(0.0..1.2));
         let victim = rng.random_range(0..3);
         let what = format!("kill {kill}: w{victim}, {delay:?} into an append of {n} to {}", tokens.len());
@@ -157,7 +134,7 @@ async fn killing_workers_in_the_middle_of_appends_loses_and_doubles_nothing() {
         if has_happened(&result, &sessions, &mut session, tokens.len(), n, &what).await {
             tokens.extend(added);
         }
-        slowest_repair = slowest_repair.max(repaired(&cluster, &sessions, &session, &what).await);
+        slowest_repair = slowest_repair.max(cluster.wait_until_repaired(&sessions, REPAIR, &what).await);
         checks.look(&sessions, &session, &tokens, &what).await;
         if tokens.len() > MOST_TOKENS {
             tokens.truncate(rng.random_range(0..2000));
@@ -185,7 +162,7 @@ impl Stepping {
     async fn open(sessions: &Sessions, name: &str, first: u64) -> Self {
         let mut session = sessions.open(open(name, 2, 2)).await.unwrap();
         let tokens: Vec<u64> = (first..first + 500).collect();
-        let [k, v] = SHAPE.rows(&tokens);
+        let [k, v] = SHAPE.keys_and_values(0, &tokens);
         session.append(0, k, v).await.unwrap();
         Self { session, tokens, times: Vec::new() }
     }
@@ -193,14 +170,14 @@ impl Stepping {
     async fn step(&mut self) {
         let token = self.tokens[self.tokens.len() - 1] + 1;
         self.tokens.push(token);
-        let ([k, v], q) = (SHAPE.rows(&[token]), SHAPE.queries(&[token]));
+        let ([k, v], q) = (SHAPE.keys_and_values(0, &[token]), SHAPE.queries(0, &[token]));
         let begun = Instant::now();
-        let stepped = self.session.step(0, k, v, q, &options()).await;
+        let stepped = self.session.step(0, k, v, q, &query_options(None)).await;
         self.times.push(begun.elapsed());
         let stepped = stepped.unwrap_or_else(|error| panic!("token {token}: {error} ({:?})", error.outcome));
         assert_eq!(stepped.appended.len, self.tokens.len() as u64, "token {token}");
         let answer = Answer { context: stepped.attended.context, lse: stepped.attended.lse };
-        answer.assert_bits_of(&SHAPE.answer(&self.tokens, &[token], SCALE), &format!("token {token}"));
+        answer.assert_bits_of(&SHAPE.answer(0, &self.tokens, &[token]), &format!("token {token}"));
     }
 
     /// Median and longest time since this was last asked.
@@ -290,7 +267,7 @@ async fn steps_go_on_while_a_worker_is_killed_or_stands_still() {
                 "killed" => cluster.start_worker(victim),
                 _ => cluster.resume(victim),
             }
-            repaired(&cluster, &sessions, &stepping.session, what).await;
+            cluster.wait_until_repaired(&sessions, REPAIR, what).await;
             let (median, longest) = stepping.took();
             println!(
                 "w{victim} {what}: 0 steps failed, 0 wrong; usual {usual:?}, then median {median:?}, longest {longest:?}"
@@ -314,7 +291,7 @@ async fn sessions_that_come_and_go_leave_nothing_behind() {
     let mut cluster = Cluster::start(2).await;
     let sessions = cluster.client().sessions();
     let tokens: Vec<u64> = (0..600).collect();
-    let [k, v] = SHAPE.rows(&tokens);
+    let [k, v] = SHAPE.keys_and_values(0, &tokens);
     let round = async |n: u32| {
         let mut session = sessions.open(open(&format!("passing-{n}"), 1 + n as usize % 2, 1)).await.unwrap();
         session.append(0, k.clone(), v.clone()).await.unwrap();

@@ -6,18 +6,17 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use attnd_client::session::{OpenOptions, QueryOptions, Session, Sessions, ShardDescription};
-use attnd_client::{AttendOptions, Causal, Client, ClientError, Dtype, Outcome};
+use attnd_client::session::{OpenOptions, QueryOptions, Session, Sessions};
+use attnd_client::{Client, ClientError, Outcome};
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 
 use crate::support::cases::Answer;
 use crate::support::cluster::{Cluster, WorkerSpec};
 use crate::support::nightly;
-use crate::support::tokens::TokenShape;
+use crate::support::tokens::{RowShape, query_options};
 
-const SHAPE: TokenShape = TokenShape { heads: 4, kv_heads: 2, dim: 32 };
-const SCALE: f32 = 0.25;
+const SHAPE: RowShape = RowShape { layers: 1, heads: 4, kv_heads: 2, head_dim: 32, value_dim: 32 };
 const REPLICAS: usize = 2;
 const WORKERS: usize = 4;
 const CLIENTS: u64 = 3;
@@ -53,20 +52,16 @@ struct Writer {
 }
 
 fn spec(name: String) -> OpenOptions {
-    let mut open = OpenOptions::new(1, SHAPE.heads, SHAPE.kv_heads, SHAPE.dim, Dtype::F32);
-    open.name = Some(name);
+    let mut open = OpenOptions { name: Some(name), ..SHAPE.open() };
     (open.spec.replicas, open.spec.acks, open.spec.allow_same_host) = (REPLICAS, REPLICAS, true);
     open
 }
 
+/// Time enough for all that happens to the processes.
 fn options(at_len: Option<u64>) -> QueryOptions {
-    let attend = AttendOptions {
-        causal: Causal::BottomRight,
-        scale: Some(SCALE),
-        timeout: Some(Duration::from_secs(60)),
-        ..AttendOptions::default()
-    };
-    QueryOptions { attend, at_len, ..QueryOptions::default() }
+    let mut options = query_options(at_len);
+    options.attend.timeout = Some(Duration::from_secs(60));
+    options
 }
 
 impl Writer {
@@ -148,7 +143,7 @@ impl Writer {
 
     async fn append(&mut self, at: usize, n: usize, what: &str) {
         let added = self.new_tokens(n);
-        let [k, v] = SHAPE.rows(&added);
+        let [k, v] = SHAPE.keys_and_values(0, &added);
         let after = [&self.open[at].tokens[..], &added].concat();
         let result = self.open[at].session.append(0, k, v).await.map(|appended| appended.len);
         self.settled(at, what, result, after);
@@ -157,8 +152,8 @@ impl Writer {
     async fn step(&mut self, at: usize) {
         let n = self.rng.random_range(1..6);
         let added = self.new_tokens(n);
-        let [k, v] = SHAPE.rows(&added);
-        let (q, after) = (SHAPE.queries(&added), [&self.open[at].tokens[..], &added].concat());
+        let [k, v] = SHAPE.keys_and_values(0, &added);
+        let (q, after) = (SHAPE.queries(0, &added), [&self.open[at].tokens[..], &added].concat());
         let stepped = self.open[at].session.step(0, k, v, q, &options(None)).await;
         let (result, attended) = match stepped {
             Ok(stepped) => (Ok(stepped.appended.len), Some(stepped.attended)),
@@ -168,7 +163,7 @@ impl Writer {
             && let Some(attended) = attended
         {
             let answer = Answer { context: attended.context, lse: attended.lse };
-            let wanted = SHAPE.answer(&self.open[at].tokens, &added, SCALE);
+            let wanted = SHAPE.answer(0, &self.open[at].tokens, &added);
             answer.assert_bits_of(&wanted, &format!("{}: a step", self.open[at].session.name()));
         }
     }
@@ -181,11 +176,11 @@ impl Writer {
         let at_len = if self.rng.random() { len } else { self.rng.random_range(1..=len) };
         let asked = [self.next + 17];
         let attended =
-            self.open[at].session.attend(0, SHAPE.queries(&asked), &options(Some(at_len as u64))).await;
+            self.open[at].session.attend(0, SHAPE.queries(0, &asked), &options(Some(at_len as u64))).await;
         match attended {
             Ok(attended) => {
                 let answer = Answer { context: attended.context, lse: attended.lse };
-                let wanted = SHAPE.answer(&self.open[at].tokens[..at_len], &asked, SCALE);
+                let wanted = SHAPE.answer(0, &self.open[at].tokens[..at_len], &asked);
                 answer.assert_bits_of(&wanted, &format!("{} at {at_len}", self.open[at].session.name()));
                 count(&mut self.counts, "attend");
             }
@@ -276,33 +271,6 @@ impl Writer {
     }
 }
 
-/// Waits until all sessions have their replicas, on workers that run.
-async fn repaired(cluster: &Cluster, sessions: &Sessions, what: &str) {
-    let names = cluster.names();
-    let is_whole = |shard: &ShardDescription| {
-        shard.workers.len() == REPLICAS && shard.workers.iter().all(|worker| names.contains(worker.as_str()))
-    };
-    let begun = Instant::now();
-    loop {
-        let mut missing = None;
-        for name in sessions.list().await.unwrap_or_default() {
-            // One that is closed meanwhile has nothing to repair.
-            if let Ok(description) = sessions.describe(name.as_str()).await
-                && !description.shards.iter().all(is_whole)
-            {
-                missing = Some(description);
-                break;
-            }
-        }
-        let Some(missing) = missing else { return };
-        assert!(
-            begun.elapsed() < REPAIR,
-            "after {what} not repaired within {REPAIR:?}: {missing:?} on {names:?}"
-        );
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn random_operations_come_right_whatever_happens_to_the_processes() {
     let seconds = match std::env::var("ATTND_SOAK") {
@@ -355,7 +323,7 @@ async fn random_operations_come_right_whatever_happens_to_the_processes() {
             }
         };
         count(&mut counts, what);
-        repaired(&cluster, &sessions, what).await;
+        cluster.wait_until_repaired(&sessions, REPAIR, what).await;
     }
     ends.store(true, Ordering::Relaxed);
     for writer in writers {

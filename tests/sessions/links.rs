@@ -7,7 +7,7 @@ use attnd_client::{Dtype, Reason};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
-use crate::sessions::{Sequence, dims};
+use super::{Sequence, dims};
 use crate::support::cases::Answer;
 use crate::support::cluster::{Cluster, WorkerSpec};
 
