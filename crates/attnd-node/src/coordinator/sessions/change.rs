@@ -92,6 +92,19 @@ async fn apply(sessions: &Arc<Sessions>, session: &Arc<Session>, change: Change)
     }
 }
 
+/// Empty shards of a child, wherever those of its parent are.
+pub(super) fn rooms_for(parent: &Session, child: u64) -> Vec<(Arc<HoldLink>, HoldShard)> {
+    let mut holds = Vec::new();
+    for (shard, of_shard) in parent.view().shards.into_iter().enumerate() {
+        for link in of_shard.links {
+            let at = ShardAt { session: child, shard: shard as u32, epoch: 1 };
+            let hold = HoldShard { at, spec: parent.spec.clone(), pieces: of_shard.pieces.to_vec() };
+            holds.push((link, hold));
+        }
+    }
+    holds
+}
+
 /// Forks for the first time: the child's name is taken, until it is known that there will be none.
 async fn fork(
     sessions: &Arc<Sessions>,
@@ -99,22 +112,15 @@ async fn fork(
     request: &Request,
     number: u64,
 ) -> Result<Applied, Error> {
-    let mut holds = Vec::new();
-    for (shard, of_shard) in session.view().shards.into_iter().enumerate() {
-        for link in of_shard.links {
-            let at = ShardAt { session: number, shard: shard as u32, epoch: 1 };
-            holds
-                .push((link, HoldShard { at, spec: session.spec.clone(), pieces: of_shard.pieces.to_vec() }));
-        }
-    }
-    let held = holds.iter().map(|(link, hold)| (hold.at, Arc::clone(link))).collect();
+    let holds = rooms_for(session, number);
+    let held: Vec<_> = holds.iter().map(|(link, hold)| (hold.at, Arc::clone(link))).collect();
     // No replica may refuse a fork once it has begun, so room is asked for before; whoever is about to leave needs none.
     let counts = |error: &Error| !matches!(error.reason, Reason::Transport | Reason::Draining);
     if let Err(error) = sessions.hold(holds, counts).await {
         sessions.forget(session, number).await;
         return Err(error);
     }
-    session.lock().rooms.insert(number, held);
+    session.lock().rooms.entry(number).or_default().extend(held);
     let result = settle(sessions, session, request).await;
     if result.is_err() {
         let will_be = {

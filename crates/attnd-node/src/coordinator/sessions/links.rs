@@ -292,14 +292,15 @@ impl Sessions {
     fn take_stock(self: &Arc<Self>, link: &Arc<HoldLink>, shards: &[ShardAt]) {
         let mut orphans = 0;
         for at in shards {
-            let session = {
+            let (is_reserved, session) = {
                 let table = self.table();
-                // It is being opened, or forked, at this moment.
-                if table.reserved.contains(&at.session) {
-                    continue;
-                }
-                table.by_number.get(&at.session).cloned()
+                (table.reserved.contains(&at.session), table.by_number.get(&at.session).cloned())
             };
+            // It is being opened, or forked, at this moment.
+            if is_reserved {
+                self.take_room(link, at);
+                continue;
+            }
             if session.is_none_or(|session| !session.takes_in(self, link, at)) {
                 orphans += 1;
                 self.tasks.spawn(release(self.term, Arc::clone(link), *at));
@@ -308,6 +309,19 @@ impl Sessions {
         if orphans > 0 {
             let worker = &link.holder.worker;
             tracing::info!(%worker, orphans, "shards that no session knows are released");
+        }
+    }
+}
+
+impl Sessions {
+    /// Shards of a child that may come to be are given back if it doesn't, also where the coordinator before asked for room.
+    fn take_room(&self, link: &Arc<HoldLink>, at: &ShardAt) {
+        for parent in self.open_sessions() {
+            let mut state = parent.lock();
+            if state.forks.contains_key(&at.session) {
+                state.rooms.entry(at.session).or_default().push((*at, Arc::clone(link)));
+                return;
+            }
         }
     }
 }

@@ -17,7 +17,7 @@ use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 use tokio_stream::wrappers::TcpListenerStream;
 
-use super::super::change::ChangeCall;
+use super::super::change::{ChangeCall, rooms_for};
 use super::super::steps::StepsCall;
 use super::super::*;
 use crate::compute_pool::ComputePool;
@@ -312,10 +312,12 @@ async fn a_child_is_told_of_once_it_is_kept_be_it_by_the_next_coordinator() {
     let unheard = tokio::task::spawn(async move { fork(&sessions, "a", "later", 3).await });
     eventually("the fork is applied", || scene.workers.iter().all(|(_, store)| store.len() == 6)).await;
     tokio::time::sleep(Duration::from_millis(100)).await;
-    // And one that never came to a worker.
+    // And one of which workers have no more than room for it.
     let mut record = scene.meta.all().unwrap().into_values().find(|record| record.pending).unwrap();
-    (record.name, record.parent) = (name("never"), life.sessions.find(&name("a")).unwrap().number.into());
-    scene.meta.create(&record).unwrap();
+    let parent = life.sessions.find(&name("a")).unwrap();
+    (record.name, record.parent) = (name("never"), Some(parent.number));
+    let never = scene.meta.create(&record).unwrap();
+    life.sessions.hold(rooms_for(&parent, never), |_any| true).await.unwrap();
     (record.name, record.parent) = (name("nobodys"), Some(1));
     scene.meta.create(&record).unwrap();
     unheard.abort();
