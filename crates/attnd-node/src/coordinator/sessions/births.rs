@@ -79,7 +79,10 @@ impl Sessions {
     pub(super) async fn forget(&self, parent: &Session, number: u64) {
         let (name, rooms) = {
             let mut state = parent.lock();
-            let Some(name) = state.forks.remove(&number) else { return };
+            let Some(name) = state.forks.get(&number).cloned() else { return };
+            // From now on its shards are nobody's, wherever more of them are found; its name is free once the store knows.
+            self.table().reserved.remove(&number);
+            state.forks.remove(&number);
             (name, state.rooms.remove(&number).unwrap_or_default())
         };
         self.give_up(rooms);
@@ -149,6 +152,7 @@ impl Sessions {
 
     /// After a restart: what became of forks of whose end the coordinator before said nothing.
     pub(super) async fn settle_forks(self: &Arc<Self>, parent: &Arc<Session>) {
+        let _alone = parent.alone.lock().await;
         let unborn = {
             let mut state = parent.lock();
             if !std::mem::take(&mut state.has_old_forks) {

@@ -296,9 +296,8 @@ impl Sessions {
                 let table = self.table();
                 (table.reserved.contains(&at.session), table.by_number.get(&at.session).cloned())
             };
-            // It is being opened, or forked, at this moment.
-            if is_reserved {
-                self.take_room(link, at);
+            // It is being opened, or forked, at this moment; and still is, if nobody has given it up meanwhile.
+            if is_reserved && (self.take_room(link, at) || self.table().reserved.contains(&at.session)) {
                 continue;
             }
             if session.is_none_or(|session| !session.takes_in(self, link, at)) {
@@ -314,15 +313,17 @@ impl Sessions {
 }
 
 impl Sessions {
-    /// Shards of a child that may come to be are given back if it doesn't, also where the coordinator before asked for room.
-    fn take_room(&self, link: &Arc<HoldLink>, at: &ShardAt) {
-        for parent in self.open_sessions() {
+    /// Shards of a child that may come to be are given back if it doesn't, also where the coordinator before asked for room. Whether they
+    /// are of one.
+    fn take_room(&self, link: &Arc<HoldLink>, at: &ShardAt) -> bool {
+        self.open_sessions().iter().any(|parent| {
             let mut state = parent.lock();
-            if state.forks.contains_key(&at.session) {
+            let is_child = state.forks.contains_key(&at.session);
+            if is_child {
                 state.rooms.entry(at.session).or_default().push((*at, Arc::clone(link)));
-                return;
             }
-        }
+            is_child
+        })
     }
 }
 

@@ -36,8 +36,8 @@ pub(crate) struct Session {
     /// The session that it was forked from.
     pub(super) parent: Option<u64>,
     pub(super) turns: Arc<Turns>,
-    /// Whoever becomes the writer does so alone.
-    writers: tokio::sync::Mutex<()>,
+    /// Whoever becomes the writer, or finds out what became of old forks, does so alone.
+    pub(super) alone: tokio::sync::Mutex<()>,
     /// The epoch of whoever writes, for those who take long over what they write.
     pub(super) writer: watch::Sender<u64>,
     state: Mutex<State>,
@@ -140,8 +140,8 @@ impl Session {
             uploads: Vec::new(),
             closed: None,
         };
-        let (turns, writers) = (Arc::default(), tokio::sync::Mutex::default());
-        Self { number, name, spec, pieces, parent, turns, writers, writer, state: Mutex::new(state) }
+        let (turns, alone) = (Arc::default(), tokio::sync::Mutex::default());
+        Self { number, name, spec, pieces, parent, turns, alone, writer, state: Mutex::new(state) }
     }
 
     /// No critical section can panic half-way but in the ledger, which then is as it was or broken; either way it is what there is.
@@ -327,7 +327,7 @@ impl Session {
     /// # Errors
     /// [`Reason::StateStore`]; then nothing has changed.
     pub(super) async fn become_writer(self: &Arc<Self>, sessions: &Arc<Sessions>) -> Result<(), Error> {
-        let _alone = self.writers.lock().await;
+        let _alone = self.alone.lock().await;
         let (number, next) = (self.number, self.lock().ledger.writer_epoch() + 1);
         match sessions.meta.run(move |store| store.set_writer_epoch(number, next)).await {
             Ok(()) => {}
