@@ -34,6 +34,8 @@ const FIRST_PAUSE: Duration = Duration::from_millis(20);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 /// Failures one after the other of which the log tells.
 const TOLD: u32 = 5;
+/// How often a worker is asked what it holds.
+const STOCK: Duration = Duration::from_secs(5);
 /// A link that lived as long was a good one.
 const GOOD_LINK: Duration = Duration::from_secs(1);
 
@@ -113,6 +115,8 @@ enum Happened {
     /// It is there, and these are the shards at its other end.
     Opened(Arc<HoldLink>, Vec<ShardAt>),
     Failed(Error),
+    /// It is there still, and these are the shards now.
+    Listed(Arc<HoldLink>, Vec<ShardAt>),
     Broke,
 }
 
@@ -184,10 +188,11 @@ fn follow(sessions: &Arc<Sessions>, holder: Holder, member: &mut Kept, happened:
             sessions.linked.notify_waiters();
             sessions.reconcile();
             sessions.take_stock(&link, &shards);
-            Box::pin(async move {
-                link.ended().await;
-                (holder, Happened::Broke)
-            })
+            follow_link(sessions.term, holder, link)
+        }
+        Happened::Listed(link, shards) => {
+            sessions.release_unknown(&link, &shards);
+            follow_link(sessions.term, holder, link)
         }
         Happened::Broke => {
             // Most often the worker ends, and the membership hears of it next.
@@ -212,6 +217,21 @@ fn follow(sessions: &Arc<Sessions>, holder: Holder, member: &mut Kept, happened:
             open(sessions, holder, member)
         }
     }
+}
+
+/// Waits until a link breaks, and asks now and then what is at its other end: what was on its way over the link before may come to the
+/// worker after this one was opened.
+fn follow_link(term: u64, holder: Holder, link: Arc<HoldLink>) -> Next {
+    Box::pin(async move {
+        tokio::select! {
+            biased;
+            () = link.ended() => return (holder, Happened::Broke),
+            () = tokio::time::sleep(STOCK) => {}
+        }
+        // What isn't said now is said the next time.
+        let shards = list(term, &link).await.unwrap_or_default();
+        (holder, Happened::Listed(link, shards))
+    })
 }
 
 /// Opens a link, after a pause that grows with failures, and asks what is at its other end.
@@ -290,7 +310,6 @@ impl Sessions {
     /// What is at the other end of a link that was just opened: shards that nobody knows are released, and those of whose replicas
     /// their sessions don't know are offered to them.
     fn take_stock(self: &Arc<Self>, link: &Arc<HoldLink>, shards: &[ShardAt]) {
-        let mut orphans = 0;
         for at in shards {
             let (is_reserved, session) = {
                 let table = self.table();
@@ -300,15 +319,27 @@ impl Sessions {
             if is_reserved && (self.take_room(link, at) || self.table().reserved.contains(&at.session)) {
                 continue;
             }
-            if session.is_none_or(|session| !session.takes_in(self, link, at)) {
-                orphans += 1;
+            if session.is_some_and(|session| !session.takes_in(self, link, at)) {
                 self.tasks.spawn(release(self.term, Arc::clone(link), *at));
             }
         }
-        if orphans > 0 {
-            let worker = &link.holder.worker;
-            tracing::info!(%worker, orphans, "shards that no session knows are released");
+        self.release_unknown(link, shards);
+    }
+
+    /// Has those of a worker's shards released whose session isn't there, and isn't about to be.
+    fn release_unknown(&self, link: &Arc<HoldLink>, shards: &[ShardAt]) {
+        let unknown: Vec<ShardAt> = {
+            let table = self.table();
+            let is_known = |at: &ShardAt| {
+                table.reserved.contains(&at.session) || table.by_number.contains_key(&at.session)
+            };
+            shards.iter().filter(|at| !is_known(at)).copied().collect()
+        };
+        if !unknown.is_empty() {
+            let (worker, shards) = (&link.holder.worker, unknown.len());
+            tracing::info!(%worker, shards, "shards that no session knows are released");
         }
+        self.give_up(unknown.into_iter().map(|at| (at, Arc::clone(link))).collect());
     }
 }
 
