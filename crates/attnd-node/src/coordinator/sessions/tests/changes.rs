@@ -132,3 +132,25 @@ async fn who_asks_before_a_session_is_closed_keeps_it() {
     assert_eq!(late.reason, Reason::SessionExpired);
     until("its memory is back", || cluster.nodes[0].store.len() == 0).await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_copy_of_a_session_that_was_closed_meanwhile_leaves_nothing() {
+    let cluster = Cluster::start(3).await;
+    let session = cluster.open("s", 2, &[(cluster.all(), &[0, 1])]).await;
+    assert_eq!(applied(&cluster.run(vec![step(&session, 1, 3)]).await), (3, false));
+    let (sessions, [_, leaves, takes]) = (&cluster.sessions, &cluster.nodes[..]) else {
+        panic!("three workers");
+    };
+    takes.asks[BULK].send_replace(Gate::Shut);
+    session.lock().links.insert(takes.link.holder.clone(), Arc::clone(&takes.link));
+    session.handle(sessions, LedgerEvent::Draining(leaves.link.holder.clone()));
+    session.handle(sessions, LedgerEvent::Replacement { shard: 0, holder: takes.link.holder.clone() });
+    let is_read = |node: &Node| node.arrived(BULK).iter().any(|ask| matches!(ask, Sent::Export(_)));
+    until("the copy is begun", || cluster.nodes.iter().any(is_read)).await;
+    sessions.end(&session, Closed::Released).await.unwrap();
+    takes.asks[BULK].send_replace(Gate::Open);
+    let is_whole = || takes.arrived(BULK).iter().any(|ask| matches!(ask, Sent::Sum(_)));
+    until("the copy is made", is_whole).await;
+    tokio::time::sleep(A_WHILE).await;
+    until("nothing is left", || cluster.nodes.iter().all(|node| node.store.len() == 0)).await;
+}

@@ -368,3 +368,19 @@ async fn a_session_whose_members_can_not_be_kept_takes_no_appends_until_they_are
     let open: Vec<u64> = described.shards.iter().map(|shard| shard.epoch).collect();
     assert!(saved == open && epochs(&saved), "{saved:?}, {open:?}");
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn shards_that_come_late_over_a_connection_of_before_are_given_back() {
+    let scene = Scene::new().await;
+    let life = scene.begin().await;
+    life.sessions.open(open("a", true)).await.unwrap();
+    let parent = life.sessions.find(&name("a")).unwrap();
+    let nobodys = scene.meta.reserve_number().unwrap();
+    let counts = || -> Vec<usize> { scene.workers.iter().map(|(_, store)| store.len()).collect() };
+    let before = counts();
+    // Behind the listing of its link.
+    life.sessions.hold(rooms_for(&parent, nobodys), |_any| true).await.unwrap();
+    assert_ne!(counts(), before);
+    eventually("those that nobody knows are gone", || counts() == before).await;
+    append(&life, "a", 1, 1).await.unwrap();
+}
