@@ -1,9 +1,11 @@
 //! Forks and other changes, and the end of sessions that nobody uses.
 
 use attnd_plan::session::{Ask, Closed};
+use attnd_wire::hold::HoldAsk;
 use attnd_wire::session::{Applied, Change as Asked, ChangeKind};
 
 use super::super::change::ChangeCall;
+use super::super::upkeep::ask;
 use super::*;
 
 /// Makes a change as a client does.
@@ -148,9 +150,12 @@ async fn a_copy_of_a_session_that_was_closed_meanwhile_leaves_nothing() {
     let is_read = |node: &Node| node.arrived(BULK).iter().any(|ask| matches!(ask, Sent::Export(_)));
     until("the copy is begun", || cluster.nodes.iter().any(is_read)).await;
     sessions.end(&session, Closed::Released).await.unwrap();
+    takes.answers[BULK].send_replace(false);
     takes.asks[BULK].send_replace(Gate::Open);
-    let is_whole = || takes.arrived(BULK).iter().any(|ask| matches!(ask, Sent::Sum(_)));
-    until("the copy is made", is_whole).await;
-    tokio::time::sleep(A_WHILE).await;
+    until("the copy is made", || takes.store.len() == 1).await;
+    // What the end of the copy begins may be there before the release.
+    let begun = ShardAt { session: session.number, shard: 0, epoch: 2 };
+    ask(sessions.term, Arc::clone(&takes.link), HoldAsk::Fence(begun)).await.unwrap();
+    takes.answers[BULK].send_replace(true);
     until("nothing is left", || cluster.nodes.iter().all(|node| node.store.len() == 0)).await;
 }
