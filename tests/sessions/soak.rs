@@ -283,7 +283,7 @@ async fn random_operations_come_right_whatever_happens_to_the_processes() {
     let seed = std::env::var("ATTND_SEED").map_or(1, |seed| seed.parse().expect("ATTND_SEED is a number"));
     println!("ATTND_SEED={seed} ATTND_SOAK={seconds}");
     let state = tempfile::tempdir().unwrap();
-    let mut cluster = Cluster::keeping(vec![WorkerSpec::default(); WORKERS], Some(state.path())).await;
+    let mut cluster = Cluster::alone(vec![WorkerSpec::default(); WORKERS], Some(state.path())).await;
     let ends = Arc::new(AtomicBool::new(false));
     let writers: Vec<_> = (0..CLIENTS)
         .map(|id| tokio::spawn(Writer::new(cluster.url(), id + 1, seed).run(Arc::clone(&ends))))

@@ -145,8 +145,13 @@ impl Sessions {
                 }
             }
         }
-        child.lock().ledger.touch(self.now());
+        let actions = {
+            let mut state = child.lock();
+            state.ledger.touch(self.now());
+            state.ledger.start()
+        };
         self.insert(&child);
+        child.perform(self, actions);
         Ok(())
     }
 
