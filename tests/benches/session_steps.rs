@@ -1,4 +1,4 @@
-//! Decode steps of resident sessions over real processes, beside the kernels alone: `cargo bench -p attnd-tests --bench session_steps`.
+//! Appends to resident sessions and their decode steps, over real processes, beside the kernels alone: `cargo bench -p attnd-tests --bench session_steps`.
 //!
 //! Not a test: figures are printed. Two workers with one thread each, H 32/8, d=128, one layer: a step appends one token and attends over
 //! all of them. The time is that of the client library in this process, from the request to the rows. *Kernels* is the same
@@ -151,6 +151,54 @@ async fn steps(sessions: &Sessions, len: usize, dtype: Dtype, rng: &mut SmallRng
     );
 }
 
+/// Appends of 128 MiB in one call to sessions that are opened for it and closed, so that all but the first find memory which the system
+/// has given out before.
+async fn appends(sessions: &Sessions, replicas: usize, rng: &mut SmallRng) {
+    const TOKENS: usize = 16_384;
+    let dtype = Dtype::F32;
+    let (k, v) = (random(rng, KV_HEADS * TOKENS, dtype), random(rng, KV_HEADS * TOKENS, dtype));
+    let bytes = (k.len() + v.len()) as f64;
+    let mut times = Vec::new();
+    for _ in 0..7 {
+        let mut open = OpenOptions::new(1, HEADS, KV_HEADS, DIM, dtype);
+        (open.spec.replicas, open.spec.acks, open.spec.allow_same_host) = (replicas, replicas, true);
+        let mut session = sessions.open(open).await.expect("a session");
+        let begun = Instant::now();
+        session.append(0, k.clone(), v.clone()).await.expect("appended");
+        times.push(begun.elapsed());
+        session.close().await.expect("closed");
+    }
+    let first = times[0].as_secs_f64();
+    times.sort();
+    println!(
+        "append of {:.0} MiB, {replicas} replicas: {:.2} GB/s, the first {:.2}",
+        bytes / f64::from(1 << 20),
+        bytes / percentile(&times, 50) * 1e-6,
+        bytes / first * 1e-9,
+    );
+}
+
+/// What this machine does with memory: copies what is in it, and copies to what is new, which the system gives out page by page.
+fn memory() {
+    const BYTES: usize = 64 << 20;
+    let from = vec![1_u8; BYTES];
+    let mut to = vec![0_u8; BYTES];
+    let mut speeds = [Vec::new(), Vec::new()];
+    for _ in 0..5 {
+        let begun = Instant::now();
+        std::hint::black_box(&mut to).copy_from_slice(std::hint::black_box(&from));
+        speeds[0].push(begun.elapsed());
+        let begun = Instant::now();
+        std::hint::black_box(from.clone());
+        speeds[1].push(begun.elapsed());
+    }
+    let [copy, fresh] = speeds.map(|mut times| {
+        times.sort();
+        BYTES as f64 / percentile(&times, 50) * 1e-6
+    });
+    println!("a copy in memory: {copy:.1} GB/s, to new memory: {fresh:.1}");
+}
+
 /// Steps of 16 sessions, together and one by one.
 async fn batches(sessions: &Sessions, len: usize, rng: &mut SmallRng) {
     let dtype = Dtype::F32;
@@ -201,6 +249,10 @@ async fn main() {
     let cluster = Cluster::start(2).await;
     let sessions = cluster.client().sessions();
     let mut rng = SmallRng::seed_from_u64(1);
+    memory();
+    for replicas in [1, 2] {
+        appends(&sessions, replicas, &mut rng).await;
+    }
     for len in &lens {
         steps(&sessions, *len, Dtype::F32, &mut rng).await;
     }
