@@ -1,6 +1,6 @@
 //! Connections between a coordinator and workers that live: they break, and sessions go on with the same bits.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use attnd_client::session::{QueryOptions, Session};
 use attnd_client::{Dtype, Reason};
@@ -10,6 +10,7 @@ use rand::{RngExt, SeedableRng};
 use super::{Sequence, dims};
 use crate::support::cases::Answer;
 use crate::support::cluster::{Cluster, WorkerSpec};
+use crate::support::proxy::Swallows;
 
 async fn behind_proxies(workers: usize) -> Cluster {
     Cluster::with(vec![WorkerSpec { behind_proxy: true, ..WorkerSpec::default() }; workers]).await
@@ -99,7 +100,7 @@ async fn a_step_waits_for_a_worker_that_is_away_and_memory_of_what_was_closed_me
         assert!(!other.close().await.unwrap());
         cluster.proxy(0).refuse(false);
     };
-    let begun = std::time::Instant::now();
+    let begun = Instant::now();
     tokio::join!(back, step(&mut session, &sequence, 20, &options));
     assert!(begun.elapsed() >= Duration::from_millis(700), "nobody else could have answered");
     for token in 21..40 {
@@ -107,6 +108,46 @@ async fn a_step_waits_for_a_worker_that_is_away_and_memory_of_what_was_closed_me
     }
     let gone = sessions.describe("nobody").await.unwrap_err();
     assert_eq!(gone.reason, Reason::Session);
+    assert!(!session.close().await.unwrap());
+    cluster.wait_until_sessions_are_gone().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn steps_go_on_where_the_link_to_a_worker_swallows_what_goes_over_it() {
+    const TOKENS: usize = 150;
+    /// Pings find out within two seconds, and a shard is asked of another replica.
+    const LONGEST: Duration = Duration::from_millis(2500 + 2500);
+    const REPAIR: Duration = Duration::from_secs(30);
+    let sequence = Sequence::new(25, Dtype::F32, dims(4, 2, TOKENS as u64, 32, 32));
+    let cluster = behind_proxies(2).await;
+    let sessions = cluster.client().sessions();
+    let options = sequence.options();
+    let mut open = sequence.open(1);
+    (open.spec.replicas, open.spec.acks, open.spec.allow_same_host) = (2, 1, true);
+    let mut session = sessions.open(open).await.unwrap();
+    let mut tokens = 0..TOKENS;
+    let ways = [(true, false), (false, true), (true, true)].map(|(there, back)| Swallows { there, back });
+    for (victim, swallows) in [0, 1].into_iter().cycle().zip(ways) {
+        for token in tokens.by_ref().take(10) {
+            step(&mut session, &sequence, token, &options).await;
+        }
+        cluster.proxy(victim).swallow(swallows);
+        let mut longest = Duration::ZERO;
+        for token in tokens.by_ref().take(20) {
+            let begun = Instant::now();
+            step(&mut session, &sequence, token, &options).await;
+            longest = longest.max(begun.elapsed());
+        }
+        println!("w{victim} {swallows:?}: longest {longest:?}");
+        assert!(longest < LONGEST, "w{victim} {swallows:?}: a step took {longest:?}");
+        cluster.proxy(victim).swallow(Swallows::default());
+        let what = format!("w{victim} {swallows:?}");
+        cluster.wait_until_repaired(&sessions, REPAIR, &what).await;
+    }
+    // Whatever is computed where has all that came meanwhile.
+    for token in tokens {
+        step(&mut session, &sequence, token, &options).await;
+    }
     assert!(!session.close().await.unwrap());
     cluster.wait_until_sessions_are_gone().await;
 }

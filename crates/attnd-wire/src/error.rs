@@ -100,7 +100,7 @@ reasons! {
     Protocol "PROTOCOL" Internal "Bytes that are no gRPC message.";
     Decode "DECODE" Internal "A message that is no valid protobuf.";
     Count "COUNT" InvalidArgument "A repeated field with too many entries.";
-    DeadlineFormat "DEADLINE_FORMAT" InvalidArgument "A `grpc-timeout` that can't be read.";
+    DeadlineFormat "DEADLINE_FORMAT" InvalidArgument "A timeout that can't be read, or is too long.";
     Deadline "DEADLINE" DeadlineExceeded "The caller's time is over.";
     StreamOrder "STREAM_ORDER" InvalidArgument "A frame where another one belongs.";
     StreamTruncated "STREAM_TRUNCATED" Aborted "The stream ended before Commit.";

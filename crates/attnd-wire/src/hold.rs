@@ -18,7 +18,7 @@ pub use self::request::{
     HoldAsk, HoldAsked, HoldRequest, HoldShard, ShardAppend, ShardAt, ShardChange, ShardChangeKind, ShardOp,
     check_chunk,
 };
-pub use self::work::{ShardQueries, ShardRows, ShardWork};
+pub use self::work::{ShardQueries, ShardRows, ShardWork, timeout_ms};
 
 #[cfg(test)]
 mod tests;

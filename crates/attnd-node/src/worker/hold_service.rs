@@ -4,6 +4,7 @@
 //! * [`reader`] takes frames: which shard they are about, and whether they make sense there.
 //! * [`answers`] are what goes back: work that ends on the compute pool puts its answer straight into the stream's queue, where its place
 //!   was kept before it began.
+//! * [`works`] are steps on their way, whose partials may be given up.
 //! * [`bulk`] are appends in chunks, which are many frames and one answer; [`copies`] what replicas are copied by.
 //!
 //! A stream that is dropped takes with it what nobody waits for any more. Shards stay: the coordinator may come back, or another one.
@@ -11,7 +12,6 @@
 use std::collections::VecDeque;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
 
 use attnd_wire::proto::{self, shards_server};
@@ -23,6 +23,7 @@ use tonic::{Request, Response, Streaming};
 
 use self::answers::Answer;
 use self::reader::Reader;
+use self::works::AllPending;
 use super::store::{Present, Store};
 use crate::shutdown::Calls;
 
@@ -30,6 +31,7 @@ pub(crate) mod answers;
 mod bulk;
 mod copies;
 mod reader;
+mod works;
 
 /// Messages of a stream that wait or are computed, and answers that wait to be sent, together.
 pub(crate) const QUEUE: usize = 256;
@@ -55,19 +57,13 @@ impl shards_server::Shards for HoldService {
         let present =
             present.ok_or_else(|| Error::new(Reason::Overloaded, format!("{MAX_HOLDS} streams")))?;
         let (replies, queue) = mpsc::channel(QUEUE);
-        let cancelled = Arc::new(AtomicBool::new(false));
+        let works = Arc::new(AllPending::default());
         let (store, calls) = (self.store.clone(), self.calls.clone());
-        let reader = Reader::new(store, calls, replies, Arc::clone(&cancelled), present.term());
+        let reader = Reader::new(store, calls, replies, Arc::clone(&works), present.term());
         let reader = tokio::task::spawn(reader.serve(request.into_inner()));
         let _reader = AbortOnDropHandle::new(reader);
-        let answer = HoldReplies {
-            queue,
-            frames: VecDeque::new(),
-            answer: None,
-            cancelled,
-            _reader,
-            _present: present,
-        };
+        let answer =
+            HoldReplies { queue, frames: VecDeque::new(), answer: None, works, _reader, _present: present };
         Ok(Response::new(answer))
     }
 }
@@ -80,7 +76,7 @@ pub(crate) struct HoldReplies {
     frames: VecDeque<proto::HoldReply>,
     /// What the answer holds until its last frame is taken.
     answer: Option<Answer>,
-    cancelled: Arc<AtomicBool>,
+    works: Arc<AllPending>,
     _reader: AbortOnDropHandle<()>,
     _present: Present,
 }
@@ -109,7 +105,7 @@ impl Stream for HoldReplies {
 
 impl Drop for HoldReplies {
     fn drop(&mut self) {
-        self.cancelled.store(true, Ordering::Relaxed);
+        self.works.end();
     }
 }
 

@@ -11,6 +11,8 @@ use attnd_kernel::{GroupCall, Kernels, PartialRows, ScoreOverflow, attend_node};
 
 /// Multiply-adds of a slice on one thread: some ten milliseconds.
 const SLICE: u64 = 1 << 30;
+/// Multiply-adds of a row in whose time an element of keys and values is read from memory.
+const READ: u64 = 8;
 /// Tokens below which a slice is not cut further by tokens: the kernels work on blocks of rows of about that size.
 const TOKENS: usize = 48;
 
@@ -33,13 +35,20 @@ impl<'a, G: Fn() -> bool> Slicer<'a, G> {
         Self { kernels, call, most: SLICE * rayon::current_num_threads() as u64, go_on }
     }
 
+    /// The same for one of so many cells that are computed at once: each has its part of the threads.
+    pub(crate) fn one_of(self, cells: usize) -> Self {
+        let threads = rayon::current_num_threads() / cells.max(1);
+        Self { most: SLICE * threads.max(1) as u64, ..self }
+    }
+
     /// What [`attend_node`] gives, or `None` once nobody wants it any more.
     pub(crate) fn attend(&self, node: Node, tokens: Range<usize>) -> Option<Outcome> {
         let shape = &self.call.shape;
         let keys = keys_in_slots(node.slots(), shape.n_keys());
         // Not more than the mask shows: kernels look at no other pages.
         let mask = self.call.operator.mask_of_group(self.call.group, shape);
-        let seen: u64 = tokens.clone().map(|token| mask.visible(token).len().min(keys) as u64).sum();
+        let visible = tokens.clone().map(|token| mask.visible(token).len().min(keys) as u64);
+        let (seen, widest) = visible.fold((0, 0), |(sum, most), n| (sum + n, n.max(most)));
         let of_score = self.call.operator.score_cost(shape);
         let per_key = (shape.group_size() * (of_score + shape.value_dim())) as u64;
         // What is made of queries is made again for each slice, and cut by tokens alone.
@@ -49,7 +58,9 @@ impl<'a, G: Fn() -> bool> Slicer<'a, G> {
             let each = (shape.query_dim() * self.call.operator.packed_dim(shape)) as u64;
             each * (shape.group_size() * tokens.len()) as u64
         };
-        let work = seen.saturating_mul(per_key).saturating_add(of_queries);
+        // Where few rows look at keys, these take as long as they take to come.
+        let read = widest.saturating_mul((shape.head_dim() + shape.value_dim()) as u64 * READ);
+        let work = seen.saturating_mul(per_key).saturating_add(of_queries).max(read);
         if work <= self.most {
             return (self.go_on)().then(|| attend_node(self.kernels, &self.call, node, tokens));
         }

@@ -1,5 +1,7 @@
 //! Every value returns from its message; each way to be wrong has its text; partials are judged as those of calls are.
 
+use std::time::Duration;
+
 use attnd_kernel::slot::keys_in_slots;
 use attnd_kernel::{Causal, Dtype, Operator, PartialRows};
 use attnd_plan::session::{Answer, Change, Op, Record, SessionSpec};
@@ -42,6 +44,7 @@ fn queries() -> ShardQueries {
         allow_non_finite: false,
         tokens_per_cell: 2,
         kernel_id: "c1-f32".to_owned(),
+        timeout: Some(Duration::from_millis(1500)),
     }
 }
 
@@ -81,6 +84,26 @@ fn refused_work(change: impl FnOnce(&mut proto::ShardWork)) -> String {
     let mut message = proto::ShardWork::from(work());
     change(&mut message);
     ShardWork::try_from(message).unwrap_err().message()
+}
+
+#[test]
+fn time_of_queries_is_whole_milliseconds_and_some() {
+    let read = |timeout_ms| {
+        let queries = proto::ShardQueries { timeout_ms, ..queries().into() };
+        ShardQueries::try_from(queries).unwrap().timeout
+    };
+    assert_eq!(read(0), None);
+    assert_eq!(read(3_600_000), Some(Duration::from_secs(3600)));
+    for (timeout, sent) in [
+        (Duration::ZERO, 1),
+        (Duration::from_micros(20), 1),
+        (Duration::from_micros(7999), 7),
+        (Duration::MAX, 3_600_000),
+    ] {
+        assert_eq!(timeout_ms(timeout), sent);
+        let message = proto::ShardQueries::from(ShardQueries { timeout: Some(timeout), ..queries() });
+        assert_eq!(message.timeout_ms, sent);
+    }
 }
 
 #[test]
@@ -168,6 +191,10 @@ fn each_field_of_a_request_is_checked() {
         "CHECKSUM: q, nothing applied"
     );
     assert_eq!(refused_work(|work| work.queries.as_mut().unwrap().dtype = 0), "DTYPE: 0");
+    assert_eq!(
+        refused_work(|work| work.queries.as_mut().unwrap().timeout_ms = 3_600_001),
+        "DEADLINE_FORMAT: queries with 3600001 ms, at most 3600000"
+    );
 
     use proto::hold_request::Ask as Message;
     let refused = |ask: Message| {

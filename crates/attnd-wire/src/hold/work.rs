@@ -1,6 +1,7 @@
 //! One shard's part of a step: rows that it appends, queries over what it holds.
 
 use std::ops::Range;
+use std::time::Duration;
 
 use attnd_kernel::{Compute, Dtype};
 use attnd_plan::session::{Change, Op, SessionSpec};
@@ -9,6 +10,7 @@ use bytes::Bytes;
 
 use crate::compute::{CallShape, cell_tokens};
 use crate::convert::{self, size, small};
+use crate::deadline::MAX_TIMEOUT;
 use crate::error::{Error, Reason};
 use crate::floats::{checksum, has_checksum};
 use crate::hold::request::{ShardAt, ShardOp, rows_of, tokens};
@@ -70,6 +72,8 @@ pub struct ShardQueries {
     pub tokens_per_cell: usize,
     /// That of the operator.
     pub kernel_id: String,
+    /// From their arrival; after that nobody waits for the partials.
+    pub timeout: Option<Duration>,
 }
 
 impl ShardRows {
@@ -185,6 +189,11 @@ impl From<ShardRows> for proto::ShardRows {
     }
 }
 
+/// Time as queries say it: whole milliseconds, at least one, as none would mean as long as it takes.
+pub fn timeout_ms(timeout: Duration) -> u32 {
+    u32::try_from(timeout.min(MAX_TIMEOUT).as_millis()).unwrap_or(u32::MAX).max(1)
+}
+
 impl TryFrom<proto::ShardQueries> for ShardQueries {
     type Error = Error;
 
@@ -202,8 +211,14 @@ impl TryFrom<proto::ShardQueries> for ShardQueries {
             allow_non_finite,
             tokens_per_cell,
             kernel_id,
+            timeout_ms,
         } = message;
         let dtype = convert::dtype(dtype)?;
+        let timeout = (timeout_ms > 0).then(|| Duration::from_millis(timeout_ms.into()));
+        if timeout.is_some_and(|timeout| timeout > MAX_TIMEOUT) {
+            let text = format!("queries with {timeout_ms} ms, at most {}", MAX_TIMEOUT.as_millis());
+            return Err(Error::new(Reason::DeadlineFormat, text));
+        }
         if !has_checksum(&[&q], crc32c) {
             return Err(refusal::rows_checksum("q"));
         }
@@ -218,6 +233,7 @@ impl TryFrom<proto::ShardQueries> for ShardQueries {
             allow_non_finite,
             tokens_per_cell: size(tokens_per_cell),
             kernel_id,
+            timeout,
         })
     }
 }
@@ -238,6 +254,7 @@ impl From<ShardQueries> for proto::ShardQueries {
             allow_non_finite: queries.allow_non_finite,
             tokens_per_cell: small(queries.tokens_per_cell),
             kernel_id: queries.kernel_id,
+            timeout_ms: queries.timeout.map_or(0, timeout_ms),
         }
     }
 }

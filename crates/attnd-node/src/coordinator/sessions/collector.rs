@@ -8,13 +8,15 @@ use attnd_kernel::PartialRows;
 use attnd_plan::CellId;
 use attnd_plan::omission::{Omission, omits};
 use attnd_plan::session::Op;
-use attnd_wire::hold::{HoldAnswer, HoldReply, ShardResult};
+use attnd_wire::hold::{HoldAnswer, HoldReply, ShardResult, timeout_ms};
 use attnd_wire::limits::{HOLD_REQUEST_BYTES, MAX_ENTRIES, entry_bytes};
 use attnd_wire::proto::{self, hold_request::Ask};
 use attnd_wire::session::Applied;
-use attnd_wire::{Error, Reason};
+use attnd_wire::surroundings::now;
+use attnd_wire::{Deadline, Error, Reason};
 use futures::future::BoxFuture;
 use futures::stream::{FuturesUnordered, StreamExt};
+use tokio_util::sync::CancellationToken;
 
 use super::Sessions;
 use super::session::Session;
@@ -64,14 +66,20 @@ pub(super) struct Collector {
     answers: FuturesUnordered<Answered>,
     /// What ledgers will say.
     settled: FuturesUnordered<Settled>,
+    /// After that nobody waits for partials.
+    deadline: Option<Deadline>,
+    /// Nobody waits for any partials that are still to come.
+    unwanted: CancellationToken,
     /// It is what is left of another one, of which nobody wants an answer.
     is_rest: bool,
 }
 
 impl Collector {
-    pub(super) fn new(sessions: Arc<Sessions>) -> Self {
+    pub(super) fn new(sessions: Arc<Sessions>, deadline: Option<Deadline>) -> Self {
         Self {
             sessions,
+            deadline,
+            unwanted: CancellationToken::new(),
             steps: BTreeMap::new(),
             ops: BTreeMap::new(),
             unsent: VecDeque::new(),
@@ -120,14 +128,19 @@ impl Collector {
 
     /// Sends what was added, as soon as anybody waits for what comes next.
     pub(super) fn send(&mut self) {
-        while let Some(Message { link, sent, works, .. }) = self.unsent.pop_front() {
+        while let Some(Message { link, sent, mut works, .. }) = self.unsent.pop_front() {
+            if let Some(deadline) = self.deadline {
+                let left = deadline.for_next_hop().remaining(now()).unwrap_or_default();
+                for queries in works.iter_mut().filter_map(|work| work.queries.as_mut()) {
+                    queries.timeout_ms = timeout_ms(left);
+                }
+            }
+            let computes = sent.iter().any(|sent| sent.computes);
             let (term, ask) = (self.sessions.term, Ask::Works(proto::ShardWorks { works }));
+            let unwanted = self.unwanted.clone();
             // Everything of an op that has begun must get on its way, or its link is lost: both are an answer.
             let asked = Box::pin(async move {
-                let answered = match link.control.ask(term, ask).await {
-                    Ok(answer) => answer.parts().await,
-                    Err(error) => Err(error),
-                };
+                let answered = exchange(&link, term, ask, computes, &unwanted).await;
                 (link, sent, answered)
             });
             self.answers.push(asked);
@@ -303,14 +316,21 @@ impl Collector {
 
 impl Drop for Collector {
     /// Brings to an end what has begun to change sessions: whoever is late is heard, and turns are kept until ledgers have said how it ended.
+    /// Workers are told that nobody waits for partials any more.
     fn drop(&mut self) {
+        if self.ops.is_empty() {
+            self.unsent.clear();
+        }
         let nothing_comes = self.unsent.is_empty() && self.answers.is_empty() && self.settled.is_empty();
         // What is left is dropped only with its runtime.
-        if self.is_rest || self.ops.is_empty() || nothing_comes {
+        if self.is_rest || nothing_comes {
             return;
         }
+        self.unwanted.cancel();
         let mut rest = Self {
             sessions: Arc::clone(&self.sessions),
+            deadline: self.deadline,
+            unwanted: self.unwanted.clone(),
             steps: std::mem::take(&mut self.steps),
             ops: std::mem::take(&mut self.ops),
             unsent: std::mem::take(&mut self.unsent),
@@ -326,6 +346,27 @@ impl Drop for Collector {
             while rest.next().await {}
         });
     }
+}
+
+/// Sends works and waits for their answer. Their partials, if it `computes` any, are given up once they are `unwanted`; there is an answer
+/// all the same.
+async fn exchange(
+    link: &HoldLink,
+    term: u64,
+    ask: Ask,
+    computes: bool,
+    unwanted: &CancellationToken,
+) -> Result<Parts, Error> {
+    let (upload, answer) = link.control.begin(term, ask).await?;
+    let mut parts = std::pin::pin!(answer.parts());
+    tokio::select! {
+        biased;
+        parts = &mut parts => return parts,
+        () = unwanted.cancelled(), if computes => {}
+    }
+    // A stream that has ended gives everything up.
+    upload.send(Ask::GiveUp(proto::ShardGiveUp {})).await.ok();
+    parts.await
 }
 
 /// The results of each part of a message, of which there were `n`.

@@ -175,7 +175,7 @@ impl Exchange {
         match ask {
             Err(error) => self.start(request, deadline, in_flight, ready(Err(error))),
             Ok(Ask::Steps(steps)) => {
-                let call = StepsCall::line_up(&sessions, steps);
+                let call = StepsCall::line_up(&sessions, steps).until(deadline);
                 self.start(request, deadline, in_flight, async move { Ok(split(call.run(&sessions).await)) });
             }
             Ok(Ask::Append(_)) if self.appends.len() >= MAX_APPENDS => {

@@ -9,7 +9,7 @@
 //! Steps whose turns have come go together; those that have to wait for a turn go when it comes, and hold nobody back.
 //!
 //! A step that has begun to change a session is brought to its end whoever waits for it: what is left of a call that nobody wants
-//! any more goes on in a task of its own.
+//! any more goes on in a task of its own. Workers are told to leave its partials out.
 
 use std::sync::Arc;
 
@@ -17,7 +17,7 @@ use attnd_kernel::PartialRows;
 use attnd_plan::CellId;
 use attnd_plan::session::{Ask, Attempt, Holder, Op, Read, Request};
 use attnd_wire::session::{Applied, Mutation, Step, StepContext, StepQueries, StepResult, StepRows};
-use attnd_wire::{CallShape, ContextChunk, Error, Reason};
+use attnd_wire::{CallShape, ContextChunk, Deadline, Error, Reason};
 use futures::FutureExt;
 use futures::stream::{FuturesUnordered, StreamExt};
 use tokio::sync::oneshot;
@@ -35,6 +35,7 @@ const MERGED_HERE: usize = 256 << 10;
 /// Steps that have their places.
 pub(super) struct StepsCall {
     steps: Vec<Result<Lined, Error>>,
+    deadline: Option<Deadline>,
 }
 
 /// A step in the line of its session.
@@ -115,12 +116,17 @@ impl StepsCall {
                 Err(error) => *step = Err(error),
             }
         }
-        Self { steps: lined }
+        Self { steps: lined, deadline: None }
+    }
+
+    /// Nobody waits for partials longer than that.
+    pub(super) fn until(self, deadline: Deadline) -> Self {
+        Self { deadline: Some(deadline), ..self }
     }
 
     /// Runs all steps; one result for each, in parts where its rows are many.
     pub(super) async fn run(self, sessions: &Arc<Sessions>) -> Vec<StepResult> {
-        let mut collector = Collector::new(Arc::clone(sessions));
+        let mut collector = Collector::new(Arc::clone(sessions), self.deadline);
         let mut results = Vec::with_capacity(self.steps.len());
         let mut waiting = FuturesUnordered::new();
         // Between the beginning of an op and its messages nothing is awaited: what a ledger has begun is sent.

@@ -58,6 +58,7 @@ impl Queries {
             allow_non_finite: queries.allow_non_finite,
             tokens_per_cell: *tokens_per_cell,
             kernel_id: (*kernel_id).to_owned(),
+            timeout: None,
         }
     }
 

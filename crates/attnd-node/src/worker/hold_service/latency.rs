@@ -2,7 +2,6 @@
 //! --lib latency -- --nocapture`.
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use attnd_kernel::{
@@ -47,6 +46,7 @@ fn queries(session: &Session, at_len: usize) -> ShardQueries {
         allow_non_finite: false,
         tokens_per_cell: 1,
         kernel_id: operator.kernel_id(Compute::F32).to_owned(),
+        timeout: None,
     }
 }
 
@@ -71,8 +71,7 @@ async fn measure(
     let mut session = Session::open(&store, 1, spec, vec![piece(0..kv_heads, 0..64)]);
     session.append(&store, 0, &(0..TOKENS as u64 - 200).collect::<Vec<_>>());
     let (replies, mut queue) = mpsc::channel(super::QUEUE);
-    let cancelled = Arc::new(AtomicBool::new(false));
-    let mut reader = Reader::new(store.clone(), Calls::new(), replies, cancelled, Arc::default());
+    let mut reader = Reader::new(store.clone(), Calls::new(), replies, Arc::default(), Arc::default());
     let (mut steps, mut taken, mut hops) = (Vec::new(), Vec::new(), Vec::new());
     for step in 0..n_steps {
         let rows = with_rows.then(|| session.rows(0, &[step as u64]));

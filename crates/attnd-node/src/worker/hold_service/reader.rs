@@ -8,7 +8,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use attnd_wire::hold::{
@@ -22,11 +22,12 @@ use tonic::Streaming;
 use super::answers::{Answer, Asked};
 use super::bulk::{Bulk, Owed};
 use super::copies::Copies;
+use super::works::{AllPending, Pending, Waits};
 use crate::shutdown::Calls;
 use crate::worker::store::Store;
 use crate::worker::store::shard::{self, Resident, ShardKey, key_of};
 use crate::worker::store::turns::Access;
-use crate::worker::store::works::{self, Work};
+use crate::worker::store::works::Work;
 
 /// Bytes of rows and queries of one stream that wait or are written, in KiB; a message may be as large.
 const ROOM_KIB: u32 = 8 << 10;
@@ -45,8 +46,7 @@ pub(crate) struct Reader {
     calls: Calls,
     replies: mpsc::Sender<Answer>,
     room: Arc<Semaphore>,
-    /// Nobody waits for answers any more.
-    cancelled: Arc<AtomicBool>,
+    works: Arc<AllPending>,
     /// Tells this stream from others.
     stream: u64,
     /// What was heard last.
@@ -64,13 +64,13 @@ impl Reader {
         store: Store,
         calls: Calls,
         replies: mpsc::Sender<Answer>,
-        cancelled: Arc<AtomicBool>,
+        works: Arc<AllPending>,
         term: Arc<AtomicU64>,
     ) -> Self {
         let stream = store.next_stream();
         let room = Arc::new(Semaphore::new(ROOM_KIB as usize));
         let (last_request, bulks, copies) = (0, BTreeMap::new(), Copies::default());
-        Self { store, calls, replies, room, cancelled, stream, term, last_request, bulks, copies }
+        Self { store, calls, replies, room, works, stream, term, last_request, bulks, copies }
     }
 
     /// Reads until the stream ends.
@@ -231,9 +231,9 @@ impl Reader {
         asked: Asked,
         work: impl FnOnce(Asked) + Send + 'static,
     ) {
-        let cancelled = Arc::clone(&self.cancelled);
+        let stream = Arc::clone(&self.works);
         let job = move || {
-            if !cancelled.load(Ordering::Relaxed) {
+            if !stream.is_gone() {
                 work(asked);
             }
         };
@@ -261,19 +261,12 @@ impl Reader {
         touches.dedup_by_key(|(key, _)| *key);
         let is_short = good().map(Work::time).sum::<Duration>()
             <= if store.threads() == 1 { SHORT } else { SHORT_OF_MANY };
-        let (runs, cancelled) = (self.store.clone(), Arc::clone(&self.cancelled));
-        let job = Box::new(move || {
-            let _room = room;
-            let wanted = || !cancelled.load(Ordering::Relaxed);
-            if wanted() {
-                let done = works::run_all(&store, works, wanted);
-                asked.works(done, Some(memory));
-            }
-        });
+        let pending = Pending::new(&self.works, request, Waits { works, asked, memory, room });
+        let job = Box::new(move || pending.run(&store));
         if is_short {
-            runs.submit_short(touches, job)
+            self.store.submit_short(touches, job);
         } else {
-            runs.submit(touches, job)
+            self.store.submit(touches, job);
         }
         Ok(())
     }
@@ -453,10 +446,10 @@ impl Reader {
         Ok(())
     }
 
-    /// Nothing more comes of an append, which is answered once nothing of it is here any more.
+    /// Nothing more comes of an append, which is answered once nothing of it is here any more; or nobody wants the partials of works.
     fn give_up(&mut self, request: u64) {
-        // One that has its Commit is answered by that.
-        let Some(bulk) = self.bulks.remove(&request) else { return };
+        // An append that has its Commit is answered by that.
+        let Some(bulk) = self.bulks.remove(&request) else { return self.works.give_up(request) };
         let Some((resident, _)) = bulk.to.filter(|_| bulk.owed.is_open()) else { return };
         let (id, owed, touches) = (bulk.id, bulk.owed, vec![(resident.key, Access::Changes)]);
         let give_up = move || {

@@ -24,6 +24,7 @@ use crate::worker::store::Store;
 use crate::worker::store::tests::{MIB, Session, piece, spec, store};
 
 mod copies;
+mod works;
 
 const SOON: Duration = Duration::from_secs(10);
 

@@ -10,7 +10,8 @@ use std::sync::Arc;
 use attnd_kernel::slot::Node;
 use attnd_kernel::{AttnShape, Effective, GroupCall, Kernels, KvView, Operator, Side};
 use attnd_plan::filled_nodes;
-use attnd_wire::{Error, Reason, refusal};
+use attnd_wire::surroundings::now;
+use attnd_wire::{Deadline, Error, Reason, refusal};
 use rayon::prelude::*;
 
 use crate::compute_pool::is_pool_thread;
@@ -34,6 +35,8 @@ pub(crate) struct Attention {
     pub(crate) views: Vec<(usize, KvView)>,
     pub(crate) allow_non_finite: bool,
     pub(crate) tokens_per_cell: usize,
+    /// After that nobody waits for the partials.
+    pub(crate) deadline: Option<Deadline>,
 }
 
 /// Partials of consecutive cells.
@@ -104,11 +107,12 @@ impl Attention {
         runs
     }
 
-    /// Computes a cell; `None` once nobody wants it any more.
+    /// Computes a cell, one of `at_once`; `None` once nobody wants it any more.
     fn compute(
         &self,
         kernels: &Kernels,
         cell: Cell<'_>,
+        at_once: usize,
         wanted: impl Fn() -> bool,
     ) -> Option<Result<(), Error>> {
         let Some((kv_head, view)) = self.views.get(cell.view) else { return Some(Ok(())) };
@@ -123,7 +127,8 @@ impl Attention {
             side: Side::default(),
             compute: Effective::F32,
         };
-        let (rows, finite) = Slicer::new(kernels, group, wanted).attend(cell.node, cell.tokens.clone())?;
+        let slicer = Slicer::new(kernels, group, wanted).one_of(at_once);
+        let (rows, finite) = slicer.attend(cell.node, cell.tokens.clone())?;
         // Whoever allowed non-finite operands gets what IEEE 754 makes of them.
         if !self.allow_non_finite {
             let first_head = kv_head * heads;
@@ -165,8 +170,21 @@ pub(crate) fn partial_floats<'a>(
     (nodes as u64).saturating_mul(per_node).saturating_add(at_once)
 }
 
-/// Computes the partials of all these works, on the current rayon pool. `wanted` is asked now and then whether work number `.0` still
-/// has somebody who waits for it.
+/// What becomes of partials for which somebody waited until `deadline`, if there is nobody any more.
+pub(crate) fn unwanted(deadline: Option<Deadline>) -> Error {
+    match in_time(deadline) {
+        Ok(()) => Error::new(Reason::Cancelled, "nobody waits for the partials"),
+        Err(expired) => expired,
+    }
+}
+
+/// Whether partials for which somebody waits until `deadline` may still be had in time.
+pub(crate) fn in_time(deadline: Option<Deadline>) -> Result<(), Error> {
+    deadline.map_or(Ok(()), |deadline| deadline.remaining(now()).map(|_left| ()))
+}
+
+/// Computes the partials of all these works, on the current rayon pool. `wanted` is asked now and then whether there still is somebody who
+/// waits for them, and each work's deadline is looked at: of what nobody waits for no more is computed.
 pub(crate) fn attend(
     kernels: &Kernels,
     works: &[Attention],
@@ -187,12 +205,15 @@ pub(crate) fn attend(
             cells.push(Cell { work, view, node, tokens, out });
         }
     }
+    let at_once = cells.len();
     let compute = |cell: Cell<'_>| {
         let work = cell.work;
-        let computed = catch_unwind(AssertUnwindSafe(|| works[work].compute(kernels, cell, &wanted)));
+        let deadline = works[work].deadline;
+        let go_on = || in_time(deadline).is_ok() && wanted();
+        let computed = catch_unwind(AssertUnwindSafe(|| works[work].compute(kernels, cell, at_once, go_on)));
         let computed = match computed {
             Ok(Some(computed)) => computed,
-            Ok(None) => Err(Error::new(Reason::Cancelled, "nobody waits for the partials")),
+            Ok(None) => Err(unwanted(deadline)),
             Err(panic) => {
                 let text = crate::compute_pool::text_of(&*panic);
                 tracing::error!(panic = text, "a kernel panicked");

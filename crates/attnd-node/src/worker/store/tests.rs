@@ -189,6 +189,7 @@ impl Session {
             allow_non_finite: false,
             tokens_per_cell: 2.min(tokens),
             kernel_id: operator.kernel_id(Compute::F32).to_owned(),
+            timeout: None,
         }
     }
 

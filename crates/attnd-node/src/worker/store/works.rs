@@ -11,7 +11,8 @@ use attnd_kernel::slot::N_SLOTS;
 use attnd_kernel::{NonFinite, first_non_finite, widen};
 use attnd_plan::Tensor;
 use attnd_wire::hold::{ShardQueries, ShardRows, ShardState, ShardWork};
-use attnd_wire::{CallShape, Error, Reason, refusal};
+use attnd_wire::surroundings::now;
+use attnd_wire::{CallShape, Deadline, Error, Reason, refusal};
 use rayon::prelude::*;
 
 use super::Store;
@@ -28,6 +29,8 @@ pub(crate) struct Work {
     layer: usize,
     rows: Option<ShardRows>,
     queries: Option<(ShardQueries, CallShape)>,
+    /// Of its queries.
+    deadline: Option<Deadline>,
 }
 
 /// What came of a work.
@@ -63,7 +66,14 @@ impl Work {
             }
             None => None,
         };
-        Ok(Self { resident, epoch: at.epoch, layer, rows, queries })
+        let timeout = queries.as_ref().and_then(|(queries, _)| queries.timeout);
+        let deadline = timeout.map(|timeout| Deadline::after(now(), timeout));
+        Ok(Self { resident, epoch: at.epoch, layer, rows, queries, deadline })
+    }
+
+    /// Whether it has rows.
+    pub(crate) fn appends(&self) -> bool {
+        self.rows.is_some()
     }
 
     /// What it touches, and how.
@@ -106,7 +116,8 @@ impl Work {
     }
 }
 
-/// Does the works of a message, on the compute pool.
+/// Does the works of a message, on the compute pool. Once nobody has `wanted` partials for a while, or a work's deadline has passed, they
+/// are left out, and rows appended all the same.
 pub(crate) fn run(store: &Store, works: Vec<Work>, wanted: impl Fn() -> bool + Sync) -> Vec<WorkDone> {
     let mut done: Vec<WorkDone> = append_all(store, &works)
         .into_iter()
@@ -119,6 +130,10 @@ pub(crate) fn run(store: &Store, works: Vec<Work>, wanted: impl Fn() -> bool + S
     let mut attentions = Vec::new();
     for (at, (work, done)) in works.iter().zip(&mut done).enumerate() {
         let Some((queries, call)) = work.queries.as_ref().filter(|_| done.partials.is_ok()) else { continue };
+        if !wanted() || attention::in_time(work.deadline).is_err() {
+            done.partials = Err(attention::unwanted(work.deadline));
+            continue;
+        }
         match attention_of(work, queries, call) {
             Ok(attention) => {
                 asked.push(at);
@@ -213,5 +228,6 @@ fn attention_of(work: &Work, queries: &ShardQueries, call: &CallShape) -> Result
         views,
         allow_non_finite: queries.allow_non_finite,
         tokens_per_cell: queries.tokens_per_cell,
+        deadline: work.deadline,
     })
 }

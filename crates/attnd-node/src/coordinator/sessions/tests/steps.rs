@@ -1,6 +1,7 @@
 //! Steps: who is waited for, what fits into a message, and what is said of what came again or got lost.
 
 use attnd_kernel::{Bias, OperatorParts, Relative};
+use attnd_wire::Deadline;
 
 use super::*;
 
@@ -171,4 +172,65 @@ async fn partials_of_a_replica_that_was_dropped_are_asked_of_another() {
     assert!(results[0].context.is_some(), "{results:?}");
     let since = &other.arrived(CONTROL)[before..];
     assert!(since.iter().any(|sent| matches!(sent, Sent::Works(_))), "{since:?}");
+}
+
+/// Takes the one thread of a node, until it is dropped.
+fn occupied(node: &Node) -> std::sync::mpsc::Sender<()> {
+    let (free, gate) = std::sync::mpsc::channel::<()>();
+    node.store.submit(Vec::new(), Box::new(move || assert!(gate.recv().is_err())));
+    free
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn workers_compute_nothing_for_a_client_that_is_gone() {
+    let cluster = Cluster::start(1).await;
+    let session = cluster.open("s", 1, &[(cluster.all(), &[0])]).await;
+    assert_eq!(applied(&cluster.run(vec![step(&session, 1, 3)]).await), (3, false));
+    let node = &cluster.nodes[0];
+    let works = || node.arrived(CONTROL).iter().filter(|sent| matches!(sent, Sent::Works(_))).count();
+    let given_up = || node.arrived(CONTROL).iter().filter(|sent| matches!(sent, Sent::GiveUp(_))).count();
+    assert_eq!((works(), given_up()), (1, 0), "nothing is given up that has its answer");
+    let is_free = || node.store.reserve(256 * MIB).is_ok();
+    let free = occupied(node);
+    let mut read = Box::pin(cluster.run(vec![looking(&session)]));
+    assert!(tokio::time::timeout(A_WHILE, &mut read).await.is_err());
+    until("it waits for the thread", || works() == 2 && !is_free()).await;
+    drop(read);
+    until("its memory is back, before there is a thread for it", is_free).await;
+    assert_eq!(given_up(), 1);
+    // An append comes to its end, without its partials.
+    let mut gone = Box::pin(cluster.run(vec![step(&session, 2, 2)]));
+    assert!(tokio::time::timeout(A_WHILE, &mut gone).await.is_err());
+    until("it waits for the thread", || works() == 3).await;
+    drop(gone);
+    until("it is given up", || given_up() == 2).await;
+    drop(free);
+    assert_eq!(applied(&cluster.run(vec![step(&session, 3, 1)]).await), (6, false));
+    assert_eq!(node.state_of(&session, 0), (3, vec![6]));
+    until("all is answered", is_free).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn workers_know_how_long_somebody_waits_for_partials() {
+    let cluster = Cluster::start(1).await;
+    let session = cluster.open("s", 1, &[(cluster.all(), &[0])]).await;
+    let node = &cluster.nodes[0];
+    let free = occupied(node);
+    let timeout = Duration::from_millis(80);
+    let call = StepsCall::line_up(&cluster.sessions, vec![Ok(step(&session, 1, 3))]);
+    let call = call.until(Deadline::after(attnd_wire::surroundings::now(), timeout));
+    let sessions = Arc::clone(&cluster.sessions);
+    let run = tokio::spawn(async move { call.run(&sessions).await });
+    let left = || {
+        let mut sent = node.arrived(CONTROL).into_iter();
+        let works = sent.find_map(|sent| if let Sent::Works(works) = sent { Some(works) } else { None })?;
+        Some(works.works[0].queries.as_ref().unwrap().timeout_ms)
+    };
+    until("it arrives", || left().is_some()).await;
+    let left = left().unwrap();
+    assert!((1..=75).contains(&left), "{left} ms of 80, less what the way back takes");
+    tokio::time::sleep(timeout).await;
+    drop(free);
+    let results = tokio::time::timeout(SOON, run).await.unwrap().unwrap();
+    assert_eq!((applied(&results), failure(&results).message().as_str()), ((3, false), "DEADLINE: expired"));
 }

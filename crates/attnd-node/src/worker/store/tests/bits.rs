@@ -1,5 +1,7 @@
 //! Partials of shards have the bits of a one-shot call over the same rows, however they came.
 
+use std::sync::atomic::AtomicUsize;
+
 use super::attention::Attention;
 use super::*;
 
@@ -207,6 +209,7 @@ fn a_kernel_that_panics_costs_its_work_alone() {
         views: store.resident((1, 0)).unwrap().look().views(1, 0, 0, 3).unwrap(),
         allow_non_finite: false,
         tokens_per_cell: 1,
+        deadline: None,
     };
     // The second one has queries for one head of two.
     let works = [attention(&q), attention(&q[..16])];
@@ -217,4 +220,43 @@ fn a_kernel_that_panics_costs_its_work_alone() {
     drop(works);
     session.append(&store, 0, &[4]);
     session.check(&store, 0, 4);
+}
+
+#[test]
+fn partials_are_computed_only_as_long_as_somebody_waits_for_them() {
+    let store = store(64 * MIB);
+    let mut session = Session::open(&store, 1, spec(Dtype::F32, Storage::F32), vec![piece(0..2, 0..64)]);
+    session.append(&store, 0, &(0..300).collect::<Vec<_>>());
+    let asked = |timeout: Option<Duration>, wanted: &(dyn Fn(usize) -> bool + Sync)| {
+        let queries = ShardQueries { timeout, ..session.queries(64, 300, Causal::None) };
+        let work = Work::new(&store, session.shard_work(0, None, Some(queries)));
+        let slices = AtomicUsize::new(0);
+        let wanted = || wanted(slices.fetch_add(1, Ordering::SeqCst));
+        let done = works::run_all(&store, vec![work], wanted).remove(0).unwrap();
+        (done.partials.map_err(|error| error.message()), slices.into_inner())
+    };
+    let (partials, slices) = asked(Some(Duration::from_secs(3600)), &|_| true);
+    assert!(partials.is_ok() && slices >= 64, "{slices} slices, and what comes before them");
+    // The time is over in the middle of the fifth.
+    let late = |slice| {
+        if slice == 5 {
+            std::thread::sleep(Duration::from_millis(150));
+        }
+        true
+    };
+    let (partials, slices) = asked(Some(Duration::from_millis(100)), &late);
+    assert_eq!(partials.unwrap_err(), "DEADLINE: expired");
+    assert!(slices <= 6, "{slices} slices");
+    let (partials, slices) = asked(Some(Duration::ZERO), &|_| true);
+    assert_eq!((partials.unwrap_err().as_str(), slices), ("DEADLINE: expired", 1));
+    let (partials, _) = asked(None, &|slice| slice < 5);
+    assert_eq!(partials.unwrap_err(), "CANCELLED: nobody waits for the partials");
+    // Rows that come with them are there all the same.
+    let rows = session.rows(0, &[7]);
+    let queries = ShardQueries { timeout: Some(Duration::ZERO), ..session.queries(1, 301, Causal::None) };
+    let done = session.work(&store, 0, Some(rows), Some(queries));
+    session.layers[0].push(7);
+    assert_eq!(done.applied.unwrap().tokens, [301, 0]);
+    assert_eq!(done.partials.unwrap_err().message(), "DEADLINE: expired");
+    session.check(&store, 0, 301);
 }
