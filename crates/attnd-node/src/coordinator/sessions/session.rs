@@ -5,19 +5,20 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use attnd_plan::Piece;
 use attnd_plan::session::{
     Ask, Begun as LedgerBegun, Change, Closed, Holder, Ledger, LedgerAction, LedgerError, LedgerEvent, Op,
-    Phase, Read, ReadRequest, Request, SessionName, SessionSpec,
+    Read, ReadRequest, Request, SessionName, SessionSpec,
 };
 use attnd_wire::hold::{ShardAt, ShardState};
-use attnd_wire::session::{Applied, SessionDescription, ShardDescription, ShardHealth, StepQueries};
+use attnd_wire::session::{Applied, StepQueries};
 use attnd_wire::{Error, Reason};
-use tokio::sync::{oneshot, watch};
+use tokio::sync::{Notify, oneshot, watch};
 
 use super::births::Born;
+use super::description::readers;
 use super::repair::Repair;
 use super::turns::Turns;
 use super::{Sessions, not_open};
@@ -40,6 +41,8 @@ pub(crate) struct Session {
     pub(super) alone: tokio::sync::Mutex<()>,
     /// The epoch of whoever writes, for those who take long over what they write.
     pub(super) writer: watch::Sender<u64>,
+    /// Told of each change, for those who wait for one.
+    pub(super) changed: Notify,
     state: Mutex<State>,
 }
 
@@ -83,6 +86,8 @@ pub(super) struct State {
     pub(super) uploads: Vec<Uploading>,
     /// It is closed: nothing begins any more.
     pub(super) closed: Option<Closed>,
+    /// Since when somebody has been waiting for it to be whole.
+    pub(super) stalled: Option<Instant>,
 }
 
 /// An append on its way in chunks to one replica.
@@ -112,8 +117,10 @@ pub(super) struct ShardView {
 pub(super) struct ShardOf {
     pub(super) at: ShardAt,
     pub(super) pieces: Arc<[Piece]>,
-    /// Members that can be reached; the first computes.
+    /// Members that can be reached, first those who can compute.
     pub(super) links: Vec<Arc<HoldLink>>,
+    /// How many of them can: they have all that was acknowledged.
+    pub(super) able: usize,
     /// Members that lack the op in flight.
     pub(super) lack: Vec<Holder>,
 }
@@ -139,9 +146,11 @@ impl Session {
             repair: Repair::default(),
             uploads: Vec::new(),
             closed: None,
+            stalled: None,
         };
         let (turns, alone) = (Arc::default(), tokio::sync::Mutex::default());
-        Self { number, name, spec, pieces, parent, turns, alone, writer, state: Mutex::new(state) }
+        let (changed, state) = (Notify::new(), Mutex::new(state));
+        Self { number, name, spec, pieces, parent, turns, alone, writer, changed, state }
     }
 
     /// No critical section can panic half-way but in the ledger, which then is as it was or broken; either way it is what there is.
@@ -251,10 +260,12 @@ impl Session {
             let ledger = &state.ledger;
             let links =
                 readers(ledger, shard).filter_map(|holder| state.links.get(holder)).cloned().collect();
+            let able = ledger.computing(shard).filter(|holder| state.links.contains_key(holder)).count();
             shards.push(ShardOf {
                 at: ShardAt { session: self.number, shard: shard as u32, epoch: ledger.epoch(shard) },
                 pieces: Arc::clone(pieces),
                 links,
+                able,
                 lack: Vec::new(),
             });
         }
@@ -358,7 +369,14 @@ impl Session {
 
     /// Has done what the ledger says.
     pub(super) fn perform(self: &Arc<Self>, sessions: &Arc<Sessions>, actions: Vec<LedgerAction<Error>>) {
-        let born = std::mem::take(&mut self.lock().born);
+        let born = {
+            let mut state = self.lock();
+            if state.stalled.is_some() {
+                state.look_whether_whole();
+            }
+            std::mem::take(&mut state.born)
+        };
+        self.changed.notify_waiters();
         for child in born {
             sessions.deliver(self, child);
         }
@@ -366,63 +384,6 @@ impl Session {
             sessions.upkeep(self, action);
         }
     }
-
-    /// How its worst shard is.
-    pub(super) fn health(&self) -> ShardHealth {
-        let state = self.lock();
-        let shards = (0..self.pieces.len()).map(|shard| health(&state.ledger, shard));
-        shards.max().unwrap_or(ShardHealth::Open)
-    }
-
-    /// What a client is told of it.
-    ///
-    /// # Errors
-    /// [`Reason::Recovering`] as long as nobody knows what it has.
-    pub(super) fn describe(&self, sessions: &Sessions, created: bool) -> Result<SessionDescription, Error> {
-        let state = self.lock();
-        let ledger = &state.ledger;
-        if ledger.is_restarting() && !ledger.is_lost() {
-            return Err(Error::new(Reason::Recovering, ""));
-        }
-        let shard = |(shard, pieces): (usize, &Arc<[Piece]>)| ShardDescription {
-            pieces: pieces.to_vec(),
-            epoch: ledger.epoch(shard),
-            health: health(ledger, shard),
-            workers: readers(ledger, shard).map(|holder| holder.worker.clone()).collect(),
-            bytes: self.bytes_of(ledger, shard),
-        };
-        let idle = sessions.now().saturating_sub(ledger.idle_since());
-        Ok(SessionDescription {
-            name: self.name.clone(),
-            spec: self.spec.clone(),
-            created,
-            generation: ledger.generation(),
-            sealed: ledger.is_sealed(),
-            writer_epoch: ledger.writer_epoch(),
-            next_op_seq: ledger.next_seq(),
-            tokens: ledger.tokens().iter().map(|tokens| *tokens as u64).collect(),
-            shards: self.pieces.iter().enumerate().map(shard).collect(),
-            ttl_left: self.spec.ttl.saturating_sub(idle),
-        })
-    }
-}
-
-fn health(ledger: &Ledger<Error>, shard: usize) -> ShardHealth {
-    match ledger.phase(shard) {
-        Phase::Open if ledger.is_short(shard) => ShardHealth::Repairing,
-        Phase::Open => ShardHealth::Open,
-        Phase::Recovering => ShardHealth::Recovering,
-        Phase::Degraded => ShardHealth::Degraded,
-        Phase::Lost => ShardHealth::Lost,
-    }
-}
-
-/// Who has a shard: whoever has all that was acknowledged, who can be read from also while the shard changes its members, and then the
-/// other members.
-fn readers(ledger: &Ledger<Error>, shard: usize) -> impl Iterator<Item = &Holder> + '_ {
-    let is_computing = move |member: &&Holder| ledger.computing(shard).any(|other| other == *member);
-    let others = ledger.members(shard).filter(move |member| !is_computing(member));
-    ledger.computing(shard).chain(others)
 }
 
 /// What a read of a step comes behind.
