@@ -45,11 +45,11 @@ impl Collector {
             let Some(flying) = self.flying.get(&number) else { continue };
             let chosen: Vec<(Sent, Arc<HoldLink>)> =
                 flying.sent.iter().filter_map(|sent| Some((*sent, self.other(sent)?))).collect();
-            if chosen.is_empty() && flying.sent.iter().any(|sent| self.late(sent).is_some()) {
-                // Nobody else has all of it.
-                self.give_hedge_up(number);
-                continue;
-            } else if chosen.is_empty() {
+            if chosen.is_empty() {
+                // Nobody else has all of it. Behind an op that hasn't happened yet, somebody may have it soon.
+                if flying.sent.iter().any(|sent| self.late(sent).is_some()) {
+                    self.give_hedge_up(number);
+                }
                 continue;
             }
             let (worker, parts) = (flying.link.holder.worker.clone(), chosen.len());

@@ -165,9 +165,9 @@ impl StepsCall {
         collector.send();
         loop {
             for (at, step) in collector.take_done() {
-                match step.refusal(at) {
-                    Ok(step) => refused.push(step),
-                    Err(step) => results.extend(answer(sessions, at, *step).await),
+                match step.refusal().cloned() {
+                    Some(error) => refused.push(step.refused(at, error)),
+                    None => results.extend(answer(sessions, at, step).await),
                 }
             }
             for step in refused.drain(..) {
@@ -179,8 +179,9 @@ impl StepsCall {
             if collector.is_empty() && waiting.is_empty() && delayed.is_empty() {
                 break;
             }
-            let due = collector.due().map_or(deadline, |due| due.min(deadline)).into();
-            if alarm.deadline() != due {
+            let due: tokio::time::Instant = collector.due().map_or(deadline, |due| due.min(deadline)).into();
+            // Set anew as rarely as can be: it may go off for nothing.
+            if due < alarm.deadline() || alarm.is_elapsed() {
                 alarm.as_mut().reset(due);
             }
             tokio::select! {
@@ -236,26 +237,23 @@ impl Running {
         }
     }
 
-    /// The step, if what its session refuses may pass.
-    ///
-    /// # Errors
-    /// Itself, if it is to be answered as it is.
-    fn refusal(self, at: usize) -> Result<Box<Refused>, Box<Self>> {
-        let applied = match (&self.rows, &self.queries) {
-            (RowsState::Settled(Err(error)), _) if may_pass(error) => None,
-            (RowsState::Settled(Ok(applied)), QueriesState::Failed(error)) if may_pass(error) => {
-                Some(applied.clone())
-            }
-            (RowsState::None, QueriesState::Failed(error)) if may_pass(error) => None,
-            _ => return Err(Box::new(self)),
+    /// What its session refuses, if that may pass.
+    fn refusal(&self) -> Option<&Error> {
+        let refusal = match (&self.rows, &self.queries) {
+            (RowsState::Settled(Err(error)), _) => error,
+            (RowsState::None | RowsState::Settled(Ok(_)), QueriesState::Failed(error)) => error,
+            _ => return None,
         };
-        let Self { mut of, rows, queries, turn } = self;
-        let error = match (rows, queries) {
-            (RowsState::Settled(Err(error)), _) | (_, QueriesState::Failed(error)) => error,
-            _ => Error::new(Reason::Internal, "a refusal that says nothing"),
-        };
-        of.applied = of.applied.or(applied);
-        Ok(Box::new(Refused { at, of, turn, error }))
+        Some(refusal).filter(|error| may_pass(error))
+    }
+
+    /// The step, to begin anew: with its rows, unless these are there.
+    fn refused(self, at: usize, error: Error) -> Box<Refused> {
+        let Self { mut of, rows, turn, .. } = self;
+        if let RowsState::Settled(Ok(applied)) = rows {
+            of.applied = Some(applied);
+        }
+        Box::new(Refused { at, of, turn, error })
     }
 
     /// Whether it waits for nothing more.
