@@ -93,6 +93,9 @@ async fn apply(
             } else {
                 settle(sessions, session, &request(Ask::Fork { child: 1 }, content), patience).await
             };
+            if let Ok(Applied { child: Some(child), .. }) = &result {
+                Sessions::is_settled(session, child).await;
+            }
             // The child of a fork that comes again may be gone by now, and its name forgotten.
             result.map(|applied| Applied { child: applied.child.clone().or(named), ..applied })
         }

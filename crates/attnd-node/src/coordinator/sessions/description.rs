@@ -1,14 +1,14 @@
-//! What is said of a session: what it is, who holds it, and how it is.
+//! What is told of a session: what it is, what it has, and how well its shards are.
 
 use std::sync::Arc;
 
 use attnd_plan::Piece;
-use attnd_plan::session::{Holder, Ledger, Phase};
+use attnd_plan::session::{Ledger, Phase};
 use attnd_wire::session::{SessionDescription, ShardDescription, ShardHealth};
 use attnd_wire::{Error, Reason};
 
 use super::Sessions;
-use super::session::Session;
+use super::session::{Session, readers};
 
 impl Session {
     /// How its worst shard is.
@@ -59,12 +59,4 @@ fn health(ledger: &Ledger<Error>, shard: usize) -> ShardHealth {
         Phase::Degraded => ShardHealth::Degraded,
         Phase::Lost => ShardHealth::Lost,
     }
-}
-
-/// Who has a shard: whoever has all that was acknowledged, who can be read from also while the shard changes its members, and then the
-/// other members.
-pub(super) fn readers(ledger: &Ledger<Error>, shard: usize) -> impl Iterator<Item = &Holder> + '_ {
-    let is_computing = move |member: &&Holder| ledger.computing(shard).any(|other| other == *member);
-    let others = ledger.members(shard).filter(move |member| !is_computing(member));
-    ledger.computing(shard).chain(others)
 }

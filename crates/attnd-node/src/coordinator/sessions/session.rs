@@ -3,7 +3,7 @@
 //! The ledger decides, under a lock that is held for a few steps and never across an await. What it wants done besides answering runs in
 //! tasks (`upkeep.rs`), whose ends are events again.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -18,7 +18,6 @@ use attnd_wire::{Error, Reason};
 use tokio::sync::{Notify, oneshot, watch};
 
 use super::births::Born;
-use super::description::readers;
 use super::repair::Repair;
 use super::turns::Turns;
 use super::{Sessions, not_open};
@@ -39,6 +38,8 @@ pub(crate) struct Session {
     pub(super) turns: Arc<Turns>,
     /// Whoever becomes the writer, or finds out what became of old forks, does so alone.
     pub(super) alone: tokio::sync::Mutex<()>,
+    /// A child is a session now, or there will be none.
+    pub(super) settled: Notify,
     /// The epoch of whoever writes, for those who take long over what they write.
     pub(super) writer: watch::Sender<u64>,
     /// Told of each change, for those who wait for one.
@@ -80,6 +81,8 @@ pub(super) struct State {
     pub(super) has_old_forks: bool,
     /// Those whose forks have been applied, and that become sessions now.
     pub(super) born: Vec<Born>,
+    /// The names of those of them that aren't yet.
+    pub(super) unsettled: BTreeSet<SessionName>,
     /// The epoch of each shard in the store.
     pub(super) saved: Vec<u64>,
     /// Where the append in flight is on its way in chunks.
@@ -142,15 +145,26 @@ impl Session {
             rooms: BTreeMap::new(),
             has_old_forks: false,
             born: Vec::new(),
+            unsettled: BTreeSet::new(),
             saved,
             repair: Repair::default(),
             uploads: Vec::new(),
             closed: None,
             stalled: None,
         };
-        let (turns, alone) = (Arc::default(), tokio::sync::Mutex::default());
-        let (changed, state) = (Notify::new(), Mutex::new(state));
-        Self { number, name, spec, pieces, parent, turns, alone, writer, changed, state }
+        Self {
+            number,
+            name,
+            spec,
+            pieces,
+            parent,
+            turns: Arc::default(),
+            alone: tokio::sync::Mutex::default(),
+            settled: Notify::new(),
+            writer,
+            changed: Notify::new(),
+            state: Mutex::new(state),
+        }
     }
 
     /// No critical section can panic half-way but in the ledger, which then is as it was or broken; either way it is what there is.
@@ -384,6 +398,14 @@ impl Session {
             sessions.upkeep(self, action);
         }
     }
+}
+
+/// Who has a shard: whoever has all that was acknowledged, who can be read from also while the shard changes its members, and then the
+/// other members.
+pub(super) fn readers(ledger: &Ledger<Error>, shard: usize) -> impl Iterator<Item = &Holder> + '_ {
+    let is_computing = move |member: &&Holder| ledger.computing(shard).any(|other| other == *member);
+    let others = ledger.members(shard).filter(move |member| !is_computing(member));
+    ledger.computing(shard).chain(others)
 }
 
 /// What a read of a step comes behind.

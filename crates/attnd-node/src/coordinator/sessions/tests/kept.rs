@@ -328,11 +328,15 @@ async fn a_child_is_told_of_once_it_is_kept_be_it_by_the_next_coordinator() {
     scene.meta.create(&record).unwrap();
     unheard.abort();
     drop(life);
-    scene.meta.fail(&[]);
     let life = scene.begin().await;
-    eventually("the child is there", || life.sessions.describe(&name("later")).is_ok()).await;
-    let again = fork(&life.sessions, "a", "later", 3).await.unwrap();
+    eventually("what it has is known", || life.sessions.describe(&name("a")).is_ok()).await;
+    let waits = fork(&life.sessions, "a", "later", 3);
+    tokio::pin!(waits);
+    assert!(tokio::time::timeout(Duration::from_millis(300), &mut waits).await.is_err());
+    scene.meta.fail(&[]);
+    let again = waits.await.unwrap();
     assert_eq!((again.replayed, again.child), (true, Some(name("later"))));
+    eventually("the child is open", || life.sessions.describe(&name("later")).is_ok()).await;
     append(&life, "later", 1, 1).await.unwrap();
     append(&life, "a", 1, 4).await.unwrap();
     append(&life, "late", 1, 2).await.unwrap();
