@@ -7,13 +7,15 @@
 //! enough replicas of each shard, and what a shard has beyond the shortest one was acknowledged by nobody.
 //!
 //! * [`spec`] is what can't change as long as a session lives; [`op`] what changes it, and how ops are told apart.
-//! * [`rows`] says which rows of an append go to which shard, [`pages`] which pages a copy of a replica has, [`attempt`] who computes queries, and who does after a loss.
+//! * [`rows`] says which rows of an append go to which shard, [`pages`] which pages a copy of a replica has, [`attempt`] who computes queries, and who does after a loss;
+//!   [`hedging`] when a second one is asked.
 //! * [`placement`] cuts a session into shards and says who holds their replicas.
 //! * [`ledger`] is the coordinator's side of a session: which op is next, who has it, and what becomes of it when replicas are lost.
 //! * [`replica`] is one replica of a shard, as the worker that holds it sees it; [`window`] the ops that are remembered, [`closed`] the sessions.
 
 pub mod attempt;
 pub mod closed;
+pub mod hedging;
 pub mod ledger;
 pub mod op;
 pub mod pages;
@@ -30,6 +32,7 @@ mod model;
 
 pub use attempt::{Attempt, Exhausted};
 pub use closed::{Closed, ClosedSessions};
+pub use hedging::Hedging;
 pub use ledger::{
     Ask, Begun, Ledger, LedgerAction, LedgerError, LedgerEvent, Outcome, Phase, Read, ReadRequest, Request,
     SavedShard,

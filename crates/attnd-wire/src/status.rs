@@ -41,6 +41,10 @@ pub struct SessionCounts {
     pub degraded: u64,
     /// Tokens are on no worker any more.
     pub lost: u64,
+    /// Requests for queries that a replica was late with, and that were sent to another one too, since the coordinator began.
+    pub hedges_sent: u64,
+    /// How many of them had the first answer.
+    pub hedges_won: u64,
 }
 
 /// One worker now.
@@ -130,15 +134,16 @@ impl From<ClusterStatus> for proto::StatusReply {
 
 impl From<proto::SessionCounts> for SessionCounts {
     fn from(message: proto::SessionCounts) -> Self {
-        let proto::SessionCounts { open, repairing, recovering, degraded, lost } = message;
-        Self { open, repairing, recovering, degraded, lost }
+        let proto::SessionCounts { open, repairing, recovering, degraded, lost, hedges_sent, hedges_won } =
+            message;
+        Self { open, repairing, recovering, degraded, lost, hedges_sent, hedges_won }
     }
 }
 
 impl From<SessionCounts> for proto::SessionCounts {
     fn from(counts: SessionCounts) -> Self {
-        let SessionCounts { open, repairing, recovering, degraded, lost } = counts;
-        Self { open, repairing, recovering, degraded, lost }
+        let SessionCounts { open, repairing, recovering, degraded, lost, hedges_sent, hedges_won } = counts;
+        Self { open, repairing, recovering, degraded, lost, hedges_sent, hedges_won }
     }
 }
 
@@ -228,7 +233,15 @@ mod tests {
             calls_in_flight: 1,
             calls_finished: 2,
             calls_failed: 3,
-            sessions: SessionCounts { open: 4, repairing: 3, recovering: 2, degraded: 1, lost: 5 },
+            sessions: SessionCounts {
+                open: 4,
+                repairing: 3,
+                recovering: 2,
+                degraded: 1,
+                lost: 5,
+                hedges_sent: 9,
+                hedges_won: 8,
+            },
         }
     }
 

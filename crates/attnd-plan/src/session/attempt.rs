@@ -76,15 +76,22 @@ impl<H: Clone + PartialEq, P> Attempt<H, P> {
         Ok(Some(next))
     }
 
-    /// A shard is late: who else is to be asked, beside whoever is. None if it is there, or nobody else has it.
-    pub fn hedge(&mut self, shard: usize) -> Option<H> {
-        let part = self.parts.get_mut(shard)?;
-        if part.taken.is_some() || part.asked.len() > 1 {
-            return None;
+    /// A shard is late: the best of those who aren't asked for it and who `can` be, to be asked beside whoever is. None if it is there, or
+    /// two are asked already.
+    pub fn spare(&self, shard: usize, can: impl Fn(&H) -> bool) -> Option<&H> {
+        let part = self.parts.get(shard).filter(|part| part.taken.is_none() && part.asked.len() == 1)?;
+        part.others.iter().find(|other| can(other))
+    }
+
+    /// The [spare](Self::spare) one is asked too. False if it isn't one.
+    pub fn hedge(&mut self, shard: usize, spare: &H) -> bool {
+        if self.spare(shard, |other| other == spare).is_none() {
+            return false;
         }
-        let next = part.others.pop_front()?;
-        part.asked.push(next.clone());
-        Some(next)
+        let Some(part) = self.parts.get_mut(shard) else { return false };
+        part.others.retain(|other| other != spare);
+        part.asked.push(spare.clone());
+        true
     }
 
     /// Shards that aren't there, ascending.
@@ -148,12 +155,25 @@ mod tests {
     #[test]
     fn the_first_of_two_that_are_asked_wins() {
         let mut attempt = two_shards();
-        assert_eq!(attempt.hedge(0), Some('b'));
-        assert_eq!(attempt.hedge(0), None, "two at a time");
+        assert_eq!((attempt.spare(0, |_| true), attempt.spare(0, |who| *who != 'b')), (Some(&'b'), None));
+        assert!(!attempt.hedge(0, &'c'), "it hasn't got it");
+        assert!(attempt.hedge(0, &'b'));
+        assert!(!attempt.hedge(0, &'b') && attempt.spare(0, |_| true).is_none(), "two at a time");
         assert_eq!(attempt.fail(0, &'a'), Ok(None), "the other one is asked already");
         assert!(attempt.take(0, &'b', 5));
-        assert!(!attempt.take(0, &'a', 6));
-        assert_eq!((attempt.hedge(0), attempt.hedge(1), attempt.hedge(1)), (None, Some('c'), None));
+        assert!(!attempt.take(0, &'a', 6) && !attempt.take(0, &'b', 6));
+        assert_eq!(attempt.spare(0, |_| true), None);
+        assert!(attempt.hedge(1, &'c') && attempt.take(1, &'b', 7) && !attempt.take(1, &'c', 8));
+        assert_eq!(attempt.finish().unwrap(), [5, 7]);
+    }
+
+    #[test]
+    fn the_best_of_those_who_can_is_asked_beside() {
+        let mut attempt: Attempt<char, u32> = Attempt::new([vec!['a', 'b', 'c']]).unwrap();
+        assert_eq!(attempt.spare(0, |who| *who == 'c'), Some(&'c'));
+        assert!(attempt.hedge(0, &'c'));
+        assert_eq!(attempt.fail(0, &'c'), Ok(None));
+        assert_eq!(attempt.fail(0, &'a'), Ok(Some('b')), "who was passed over is there still");
     }
 
     #[test]

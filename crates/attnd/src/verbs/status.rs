@@ -34,7 +34,7 @@ struct StatusReport {
     workers: Vec<WorkerReport>,
 }
 
-/// Sessions by their worst shard.
+/// Sessions by their worst shard, and late requests that were sent to another worker too.
 #[derive(Debug, Serialize)]
 struct SessionsReport {
     open: u64,
@@ -42,6 +42,8 @@ struct SessionsReport {
     recovering: u64,
     degraded: u64,
     lost: u64,
+    hedges_sent: u64,
+    hedges_won: u64,
 }
 
 #[derive(Debug, Serialize)]
@@ -84,14 +86,15 @@ impl From<&ClusterStatus> for StatusReport {
             seconds_since_heartbeat: worker.since_heartbeat.as_secs_f64(),
             version: worker.version.clone(),
         });
-        let SessionCounts { open, repairing, recovering, degraded, lost } = status.sessions;
+        let SessionCounts { open, repairing, recovering, degraded, lost, hedges_sent, hedges_won } =
+            status.sessions;
         Self {
             version: status.version.clone(),
             uptime_seconds: status.uptime.as_secs_f64(),
             calls_in_flight: status.calls_in_flight,
             calls_finished: status.calls_finished,
             calls_failed: status.calls_failed,
-            sessions: SessionsReport { open, repairing, recovering, degraded, lost },
+            sessions: SessionsReport { open, repairing, recovering, degraded, lost, hedges_sent, hedges_won },
             workers: workers.collect(),
         }
     }
@@ -106,10 +109,12 @@ fn print(report: &StatusReport) -> anyhow::Result<()> {
         report.calls_finished,
         report.calls_failed
     ))?;
-    let SessionsReport { open, repairing, recovering, degraded, lost } = report.sessions;
+    let SessionsReport { open, repairing, recovering, degraded, lost, hedges_sent, hedges_won } =
+        report.sessions;
     if open + repairing + recovering + degraded + lost > 0 {
         output::line(&format!(
-            "sessions: {open} open, {repairing} repairing, {recovering} recovering, {degraded} degraded, {lost} lost"
+            "sessions: {open} open, {repairing} repairing, {recovering} recovering, {degraded} degraded, {lost} lost; \
+             {hedges_sent} late requests sent twice, {hedges_won} of them won"
         ))?;
     }
     if report.workers.is_empty() {

@@ -5,11 +5,12 @@ use std::sync::Arc;
 use attnd_plan::session::{Ask, LedgerError, LedgerEvent, Op, Request};
 use attnd_wire::hold::{HoldAsk, HoldShard, ShardAt, ShardChange, ShardOp, ShardState};
 use attnd_wire::session::{Applied, Change, ChangeKind, digest};
-use attnd_wire::{Error, Reason};
+use attnd_wire::{Error, Outcome, Reason};
 use futures::stream::{FuturesUnordered, StreamExt};
 use tokio::sync::oneshot;
 
 use super::Sessions;
+use super::patience::{MAX_TRIES, Patience, may_pass};
 use super::session::{Begun, Session};
 use super::turns::Place;
 use super::upkeep::{ask, kind_of};
@@ -38,14 +39,14 @@ impl ChangeCall {
     ///
     /// # Errors
     /// What the ledger refuses, and [`Reason::SessionExists`] for the name of a child that is taken.
-    pub(super) async fn run(self, sessions: &Arc<Sessions>) -> Result<Applied, Error> {
+    pub(super) async fn run(self, sessions: &Arc<Sessions>, patience: Patience) -> Result<Applied, Error> {
         let Self { session, change, place } = self;
         let turn = place.turn().await;
         // What has begun goes on whoever waits for it.
         let sessions = Arc::clone(sessions);
         let (done, applied) = oneshot::channel();
         sessions.tasks.clone().spawn(async move {
-            let result = apply(&sessions, &session, change).await;
+            let result = apply(&sessions, &session, change, patience).await;
             drop(turn);
             // Whoever asked may be gone.
             drop(done.send(result));
@@ -54,16 +55,21 @@ impl ChangeCall {
     }
 }
 
-async fn apply(sessions: &Arc<Sessions>, session: &Arc<Session>, change: Change) -> Result<Applied, Error> {
+async fn apply(
+    sessions: &Arc<Sessions>,
+    session: &Arc<Session>,
+    change: Change,
+    patience: Patience,
+) -> Result<Applied, Error> {
     let Change { mutation, kind, .. } = change;
     let (writer_epoch, seq) = (mutation.writer_epoch, mutation.op_seq);
     let request = |ask: Ask, content| Request { writer_epoch, seq, digest: ask.digest(content), ask };
     match kind {
         ChangeKind::Truncate { len } => {
             let ask = Ask::Truncate { len: usize::try_from(len).unwrap_or(usize::MAX) };
-            settle(sessions, session, &request(ask, 0)).await
+            settle(sessions, session, &request(ask, 0), patience).await
         }
-        ChangeKind::Seal => settle(sessions, session, &request(Ask::Seal, 0)).await,
+        ChangeKind::Seal => settle(sessions, session, &request(Ask::Seal, 0), patience).await,
         ChangeKind::Fork { child } => {
             let (content, named) = (digest::of_child(child.as_ref()), child.clone());
             // The same fork may be one of the coordinator before, whose child has the name until it is known what became of it.
@@ -82,9 +88,10 @@ async fn apply(sessions: &Arc<Sessions>, session: &Arc<Session>, change: Change)
             };
             let result = if is_new {
                 let (_name, number) = sessions.conceive(session, child).await?;
-                fork(sessions, session, &request(Ask::Fork { child: number }, content), number).await
+                fork(sessions, session, &request(Ask::Fork { child: number }, content), number, patience)
+                    .await
             } else {
-                settle(sessions, session, &request(Ask::Fork { child: 1 }, content)).await
+                settle(sessions, session, &request(Ask::Fork { child: 1 }, content), patience).await
             };
             if let Ok(Applied { child: Some(child), .. }) = &result {
                 Sessions::is_settled(session, child).await;
@@ -114,6 +121,7 @@ async fn fork(
     session: &Arc<Session>,
     request: &Request,
     number: u64,
+    patience: Patience,
 ) -> Result<Applied, Error> {
     let holds = rooms_for(session, number);
     let held: Vec<_> = holds.iter().map(|(link, hold)| (hold.at, Arc::clone(link))).collect();
@@ -124,7 +132,7 @@ async fn fork(
         return Err(error);
     }
     session.lock().rooms.entry(number).or_default().extend(held);
-    let result = settle(sessions, session, request).await;
+    let result = settle(sessions, session, request, patience).await;
     if result.is_err() {
         let will_be = {
             let state = session.lock();
@@ -138,7 +146,38 @@ async fn fork(
     result
 }
 
+/// Applies it; again where a session that refuses it is whole in time.
 async fn settle(
+    sessions: &Arc<Sessions>,
+    session: &Arc<Session>,
+    request: &Request,
+    mut patience: Patience,
+) -> Result<Applied, Error> {
+    let (mut tries, mut may_be_done) = (0, false);
+    loop {
+        let error = match attempt(sessions, session, request).await {
+            Ok(applied) => return Ok(applied),
+            Err(error) => error,
+        };
+        may_be_done |= error.outcome == Outcome::Unknown;
+        let until = match tries < MAX_TRIES && may_pass(&error) {
+            true => patience.until(session, sessions.patience),
+            false => None,
+        };
+        tries += 1;
+        let Request { writer_epoch, seq, ask, .. } = request;
+        match until {
+            Some(until) if session.is_writable(*writer_epoch, *seq, ask, until).await => {}
+            // A refusal says nothing of what was begun before.
+            _ if may_be_done && error.outcome == Outcome::NotExecuted => {
+                return Err(error.with_outcome(Outcome::Unknown));
+            }
+            _ => return Err(error),
+        }
+    }
+}
+
+async fn attempt(
     sessions: &Arc<Sessions>,
     session: &Arc<Session>,
     request: &Request,

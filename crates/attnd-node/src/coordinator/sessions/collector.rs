@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
+use std::time::Instant;
 
 use attnd_kernel::PartialRows;
 use attnd_plan::CellId;
@@ -42,8 +43,12 @@ pub(super) struct Sent {
     pub(super) appends: bool,
     /// It has queries.
     pub(super) computes: bool,
+    /// How much its queries are to do.
+    pub(super) work: u64,
     /// How often its queries were asked of this replica because the shard's epoch had grown.
     pub(super) again: u8,
+    /// Another replica is asked too, which is late.
+    pub(super) is_hedge: bool,
 }
 
 struct Message {
@@ -51,18 +56,47 @@ struct Message {
     sent: Vec<Sent>,
     works: Vec<proto::ShardWork>,
     bytes: usize,
+    is_hedge: bool,
 }
 
-type Answered = BoxFuture<'static, (Arc<HoldLink>, Vec<Sent>, Result<Parts, Error>)>;
+/// A message that isn't answered yet.
+pub(super) struct Flying {
+    pub(super) link: Arc<HoldLink>,
+    pub(super) sent: Vec<Sent>,
+    /// How much all of its queries are to do.
+    pub(super) work: u64,
+    pub(super) since: Instant,
+    /// When others may be asked for what isn't here; `None`: never, or not any more.
+    pub(super) due: Option<Instant>,
+    pub(super) is_hedge: bool,
+    /// Another replica was asked too, and was first.
+    pub(super) is_overtaken: bool,
+}
+
+/// What becomes of the partials of one part.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Came {
+    /// There are none, or none that count.
+    Nothing,
+    /// They are the first of their shard.
+    First,
+    /// Another replica's are there.
+    Late,
+}
+
+type Answered = BoxFuture<'static, (u64, Result<Parts, Error>)>;
 type Settled = BoxFuture<'static, (usize, Result<Applied, Error>)>;
 
 /// Steps under way.
 pub(super) struct Collector {
-    sessions: Arc<Sessions>,
-    steps: BTreeMap<usize, Running>,
+    pub(super) sessions: Arc<Sessions>,
+    pub(super) steps: BTreeMap<usize, Running>,
     /// The appends of steps, which have begun. They are told of whoever answers, as long as somebody may.
     ops: BTreeMap<usize, (Arc<Session>, Op)>,
     unsent: VecDeque<Message>,
+    /// Messages sent so far.
+    last: u64,
+    pub(super) flying: BTreeMap<u64, Flying>,
     answers: FuturesUnordered<Answered>,
     /// What ledgers will say.
     settled: FuturesUnordered<Settled>,
@@ -83,6 +117,8 @@ impl Collector {
             steps: BTreeMap::new(),
             ops: BTreeMap::new(),
             unsent: VecDeque::new(),
+            last: 0,
+            flying: BTreeMap::new(),
             answers: FuturesUnordered::new(),
             settled: FuturesUnordered::new(),
             is_rest: false,
@@ -94,7 +130,7 @@ impl Collector {
         if let RowsState::Sent(op) = step.rows
             && let Some(ended) = ended
         {
-            self.ops.insert(at, (Arc::clone(&step.session), op));
+            self.ops.insert(at, (Arc::clone(&step.of.session), op));
             self.settled.push(Box::pin(async move {
                 let silent = || Err(Error::new(Reason::Internal, "a ledger that says nothing"));
                 (at, ended.await.unwrap_or_else(|_gone| silent()))
@@ -108,6 +144,7 @@ impl Collector {
         let bytes = entry_bytes(&work);
         let fits = |message: &&mut Message| {
             Arc::ptr_eq(&message.link, link)
+                && message.is_hedge == sent.is_hedge
                 && message.works.len() < MAX_ENTRIES
                 && message.bytes + bytes <= MESSAGE_BYTES
         };
@@ -122,27 +159,34 @@ impl Collector {
                 sent: vec![sent],
                 works: vec![work],
                 bytes,
+                is_hedge: sent.is_hedge,
             }),
         }
     }
 
     /// Sends what was added, as soon as anybody waits for what comes next.
     pub(super) fn send(&mut self) {
-        while let Some(Message { link, sent, mut works, .. }) = self.unsent.pop_front() {
+        while let Some(Message { link, sent, mut works, is_hedge, .. }) = self.unsent.pop_front() {
+            let (number, since) = (self.last, now());
+            self.last += 1;
             if let Some(deadline) = self.deadline {
-                let left = deadline.for_next_hop().remaining(now()).unwrap_or_default();
+                let left = deadline.for_next_hop().remaining(since).unwrap_or_default();
                 for queries in works.iter_mut().filter_map(|work| work.queries.as_mut()) {
                     queries.timeout_ms = timeout_ms(left);
                 }
             }
             let computes = sent.iter().any(|sent| sent.computes);
             let (term, ask) = (self.sessions.term, Ask::Works(proto::ShardWorks { works }));
+            let work = sent.iter().map(|sent| sent.work).fold(0, u64::saturating_add);
+            let may_be_late = work > 0 && !is_hedge && !self.is_rest;
+            let after = if may_be_late { self.sessions.hedging().ask(work) } else { None };
+            let (due, to) = (after.and_then(|after| since.checked_add(after)), Arc::clone(&link));
+            let flying = Flying { link, sent, work, since, due, is_hedge, is_overtaken: false };
+            self.flying.insert(number, flying);
             let unwanted = self.unwanted.clone();
             // Everything of an op that has begun must get on its way, or its link is lost: both are an answer.
-            let asked = Box::pin(async move {
-                let answered = exchange(&link, term, ask, computes, &unwanted).await;
-                (link, sent, answered)
-            });
+            let asked =
+                Box::pin(async move { (number, exchange(&to, term, ask, computes, &unwanted).await) });
             self.answers.push(asked);
         }
     }
@@ -151,10 +195,13 @@ impl Collector {
     pub(super) async fn next(&mut self) -> bool {
         tokio::select! {
             biased;
-            Some((link, sent, answered)) = self.answers.next() => self.take_answer(&link, sent, answered),
+            Some((number, answered)) = self.answers.next() => self.take_answer(number, answered),
             Some((at, ended)) = self.settled.next() => {
                 if let Some(step) = self.steps.get_mut(&at) {
                     step.settle(ended);
+                    if self.is_rest {
+                        step.give_up();
+                    }
                 }
             }
             else => return false,
@@ -180,24 +227,32 @@ impl Collector {
         self.steps.is_empty()
     }
 
-    fn take_answer(&mut self, link: &Arc<HoldLink>, sent: Vec<Sent>, answered: Result<Parts, Error>) {
-        match answered.and_then(|parts| results_of(parts, sent.len())) {
+    fn take_answer(&mut self, number: u64, answered: Result<Parts, Error>) {
+        let Some(flying) = self.flying.remove(&number) else { return };
+        let link = &flying.link;
+        match answered.and_then(|parts| results_of(parts, flying.sent.len())) {
             Ok(results) => {
-                for (sent, results) in sent.into_iter().zip(results) {
-                    self.take(link, sent, results);
+                let (mut has_any, mut is_first) = (false, false);
+                for (sent, results) in flying.sent.iter().zip(results) {
+                    let came = self.take(link, *sent, results);
+                    has_any |= came != Came::Nothing;
+                    is_first |= came == Came::First;
+                }
+                if has_any {
+                    self.note(&flying, is_first);
                 }
             }
             Err(error) => {
                 tracing::debug!(worker = %link.holder.worker, %error, "a worker that holds shards is lost");
-                for sent in sent {
-                    self.lose(link, sent, &error);
+                for sent in &flying.sent {
+                    self.lose(link, *sent, &error);
                 }
             }
         }
     }
 
     /// Takes all results of one part.
-    fn take(&mut self, link: &Arc<HoldLink>, sent: Sent, results: Vec<ShardResult>) {
+    fn take(&mut self, link: &Arc<HoldLink>, sent: Sent, results: Vec<ShardResult>) -> Came {
         let mut failure = None;
         let mut runs = Vec::new();
         let mut applied = None;
@@ -219,10 +274,12 @@ impl Collector {
                 }
             }
         }
-        let Some(step) = self.steps.get_mut(&sent.step).filter(|_| sent.computes) else { return };
-        let QueriesState::Asked(asked) = &mut step.queries else { return };
-        let view = step.session.view();
-        let Some(shard) = view.shards.get(sent.shard) else { return };
+        let Some(step) = self.steps.get_mut(&sent.step).filter(|_| sent.computes) else {
+            return Came::Nothing;
+        };
+        let QueriesState::Asked(asked) = &mut step.queries else { return Came::Nothing };
+        let view = step.of.session.view();
+        let Some(shard) = view.shards.get(sent.shard) else { return Came::Nothing };
         let partials = match failure {
             Some(error) => Err(error),
             None => {
@@ -234,12 +291,14 @@ impl Collector {
         };
         match partials {
             // What it has may be something else than what the others have.
-            Ok(_) if !step.session.is_computing(sent.shard, &link.holder) => {
+            Ok(_) if !step.of.session.is_computing(sent.shard, &link.holder) => {
                 let error = Error::new(Reason::Shard, "the replica is none any more");
                 self.ask_another(link, sent, &error);
             }
+            // Once of each shard, whoever else was asked for it.
             Ok(partials) => {
-                asked.attempt.take(sent.shard, &link.holder, partials);
+                let is_first = asked.attempt.take(sent.shard, &link.holder, partials);
+                return if is_first { Came::First } else { Came::Late };
             }
             // The op is taken back everywhere: nobody has what the queries are about.
             Err(error) if is_refused => step.queries = QueriesState::Failed(error),
@@ -255,11 +314,12 @@ impl Collector {
             }
             Err(error) => step.queries = QueriesState::Failed(error),
         }
+        Came::Nothing
     }
 
     /// A part will have no answer.
     fn lose(&mut self, link: &Arc<HoldLink>, sent: Sent, error: &Error) {
-        let of_step = self.steps.get(&sent.step).map(|step| &step.session);
+        let of_step = self.steps.get(&sent.step).map(|step| &step.of.session);
         let Some(session) = of_step.or(self.ops.get(&sent.step).map(|(session, _)| session)) else { return };
         session.disconnected(&self.sessions, link);
         if sent.computes {
@@ -269,30 +329,34 @@ impl Collector {
 
     /// Asks the same replica for the partials of a shard, in the epoch that it has now.
     fn ask_again(&mut self, link: &Arc<HoldLink>, sent: Sent) {
-        let Some(step) = self.steps.get(&sent.step) else { return };
-        let QueriesState::Asked(asked) = &step.queries else { return };
-        let view = step.session.view();
+        self.ask_for(link, Sent { again: sent.again + 1, ..sent });
+    }
+
+    /// Asks a replica for the partials of a shard.
+    pub(super) fn ask_for(&mut self, link: &Arc<HoldLink>, sent: Sent) {
+        let Some(Running { of, queries: QueriesState::Asked(asked), .. }) = self.steps.get(&sent.step) else {
+            return;
+        };
+        let view = of.session.view();
         let Some(shard) = view.shards.get(sent.shard) else { return };
-        let queries = asked.queries.of_shard(shard, &step.session.spec);
-        let work = works::work(shard.at, step.layer, None, Some(queries));
-        let sent = Sent { epoch: shard.at.epoch, appends: false, again: sent.again + 1, ..sent };
-        self.add(link, sent, work);
+        let queries = asked.queries.of_shard(shard, &of.session.spec);
+        let work = works::work(shard.at, of.layer, None, Some(queries));
+        self.add(link, Sent { epoch: shard.at.epoch, appends: false, computes: true, ..sent }, work);
     }
 
     /// Asks another replica for the partials of a shard.
     fn ask_another(&mut self, link: &Arc<HoldLink>, sent: Sent, error: &Error) {
         let Some(step) = self.steps.get_mut(&sent.step) else { return };
         let QueriesState::Asked(asked) = &mut step.queries else { return };
-        let view = step.session.view();
+        let view = step.of.session.view();
         let mut failed = link.holder.clone();
         let next = loop {
             match asked.attempt.fail(sent.shard, &failed) {
                 Ok(None) => return,
                 Ok(Some(next)) => {
                     let shard = view.shards.get(sent.shard);
-                    let found = shard.and_then(|shard| {
-                        Some((shard, shard.links.iter().find(|link| link.holder == next)?))
-                    });
+                    let found =
+                        shard.and_then(|shard| shard.links.iter().find(|link| link.holder == next).cloned());
                     match found {
                         Some(found) => break Some(found),
                         // It has gone since the step began.
@@ -303,13 +367,8 @@ impl Collector {
             }
         };
         match next {
-            Some((shard, link)) => {
-                let queries = asked.queries.of_shard(shard, &step.session.spec);
-                let work = works::work(shard.at, step.layer, None, Some(queries));
-                let sent = Sent { epoch: shard.at.epoch, appends: false, computes: true, again: 0, ..sent };
-                self.add(link, sent, work);
-            }
-            None => step.queries = QueriesState::Failed(step.session.unreadable(error)),
+            Some(link) => self.ask_for(&link, Sent { again: 0, is_hedge: false, ..sent }),
+            None => step.queries = QueriesState::Failed(step.of.session.unreadable(error)),
         }
     }
 }
@@ -334,13 +393,13 @@ impl Drop for Collector {
             steps: std::mem::take(&mut self.steps),
             ops: std::mem::take(&mut self.ops),
             unsent: std::mem::take(&mut self.unsent),
+            last: self.last,
+            flying: std::mem::take(&mut self.flying),
             answers: std::mem::take(&mut self.answers),
             settled: std::mem::take(&mut self.settled),
             is_rest: true,
         };
-        for step in rest.steps.values_mut() {
-            step.queries = QueriesState::None;
-        }
+        rest.steps.values_mut().for_each(Running::give_up);
         self.sessions.tasks.spawn(async move {
             rest.send();
             while rest.next().await {}

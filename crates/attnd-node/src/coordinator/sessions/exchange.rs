@@ -22,6 +22,7 @@ use super::Sessions;
 use super::append::{AppendCall, Frame};
 use super::change::ChangeCall;
 use super::feed::{self, Feeder};
+use super::patience::{self, Patience};
 use super::steps::StepsCall;
 use crate::coordinator::reply_stream::{ReplyStream, reply_stream};
 use crate::coordinator::tasks::Tasks;
@@ -85,6 +86,8 @@ struct Exchange {
     appends: BTreeMap<u64, Feeder>,
     /// Room for chunks that come before the turns of their appends.
     ahead: Arc<Semaphore>,
+    /// Room for requests that wait for their sessions to be whole.
+    patient: Arc<Semaphore>,
     /// A frame for which its append, which has its turn, has no room yet.
     held: Option<(u64, Frame)>,
     last: u64,
@@ -93,7 +96,8 @@ struct Exchange {
 impl Exchange {
     fn new(sessions: Arc<Sessions>, calls: Calls, replies: mpsc::Sender<proto::SessionReply>) -> Self {
         let (running, appends, ahead) = (FuturesUnordered::new(), BTreeMap::new(), feed::ahead());
-        Self { sessions, calls, replies, running, appends, ahead, held: None, last: 0 }
+        let patient = patience::room();
+        Self { sessions, calls, replies, running, appends, ahead, patient, held: None, last: 0 }
     }
 
     /// Serves until the client says that nothing more comes, and all it asked for is answered.
@@ -175,8 +179,9 @@ impl Exchange {
         match ask {
             Err(error) => self.start(request, deadline, in_flight, ready(Err(error))),
             Ok(Ask::Steps(steps)) => {
-                let call = StepsCall::line_up(&sessions, steps).until(deadline);
-                self.start(request, deadline, in_flight, async move { Ok(split(call.run(&sessions).await)) });
+                let call = StepsCall::line_up(&sessions, steps);
+                let patience = Patience::new(deadline, &self.patient);
+                self.serve(request, in_flight, async move { call.run(&sessions, patience).await.map(split) });
             }
             Ok(Ask::Append(_)) if self.appends.len() >= MAX_APPENDS => {
                 let error = Error::new(Reason::Overloaded, format!("{MAX_APPENDS} appends of one client"));
@@ -192,8 +197,10 @@ impl Exchange {
             }
             Ok(Ask::Change(change)) => {
                 let call = ChangeCall::line_up(&sessions, change);
-                let applied =
-                    async move { call?.run(&sessions).await.map(|applied| vec![Answer::Applied(applied)]) };
+                let patience = Patience::new(deadline, &self.patient);
+                let applied = async move {
+                    call?.run(&sessions, patience).await.map(|applied| vec![Answer::Applied(applied)])
+                };
                 self.start(request, deadline, in_flight, applied);
             }
             Ok(Ask::Open(open)) => {
@@ -230,13 +237,23 @@ impl Exchange {
         held: impl Send + 'static,
         work: impl Future<Output = Result<Vec<Answer>, Error>> + Send + 'static,
     ) {
+        self.serve(request, held, async move {
+            let answered = tokio::time::timeout_at(deadline.at().into(), work).await;
+            // What has begun goes on.
+            answered.unwrap_or_else(|_elapsed| Err(Deadline::expired().with_outcome(Outcome::Unknown)))
+        });
+    }
+
+    /// The same for work that ends when its time is over.
+    fn serve(
+        &self,
+        request: u64,
+        held: impl Send + 'static,
+        work: impl Future<Output = Result<Vec<Answer>, Error>> + Send + 'static,
+    ) {
         let replies = self.replies.clone();
         self.running.push(Box::pin(async move {
-            let answered = tokio::time::timeout_at(deadline.at().into(), work).await;
-            let answers = match answered.unwrap_or_else(|_elapsed| {
-                // What has begun goes on.
-                Err(Deadline::expired().with_outcome(Outcome::Unknown))
-            }) {
+            let answers = match work.await {
                 Ok(answers) => answers,
                 Err(error) => vec![Answer::Failed(error)],
             };

@@ -142,6 +142,7 @@ pub(crate) async fn keep_links(sessions: Arc<Sessions>, mut roll: watch::Receive
                 for holder in gone {
                     kept.remove(&holder);
                     sessions.links.send_modify(|view| Arc::make_mut(view).remove(&holder));
+                    sessions.hedging().forget(&holder);
                 }
                 for (holder, actor) in &*members {
                     if kept.contains_key(holder) {

@@ -2,18 +2,20 @@
 //!
 //! * `exchange.rs` serves the stream of a client. Its requests become an `open.rs`, `steps.rs`, `append.rs` or `change.rs`, each of which
 //!   lines up (`turns.rs`) where it changes a session. `feed.rs` is the way of an append's chunks, before its turn and since.
+//!   `patience.rs` keeps whoever asks waiting for a session that has just lost a replica.
 //! * `session.rs` is a session: a shell around [`attnd_plan::session::Ledger`], which decides. `upkeep.rs` does what it wants done
 //!   beside answering, `description.rs` is what is told of it, `copies.rs` has replicas copied, and `repair.rs` says where to.
 //! * `links.rs` keeps links to workers, and tells sessions of those that break and of workers that are gone.
 //! * What outlives this process is in its store: `open.rs` and `births.rs` write sessions there before anybody is told of them,
 //!   `saves.rs` who holds them; `start.rs` reads it.
-//! * `works.rs` cuts a step into its shards' parts, `collector.rs` sends these and takes what comes back, `merge.rs` makes rows of it.
+//! * `works.rs` cuts a step into its shards' parts, `collector.rs` sends these and takes what comes back, and asks others for what is late
+//!   (`hedges.rs`); `merge.rs` makes rows of it, `results.rs` answers of these.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use attnd_plan::session::{Closed, ClosedSessions, SessionName};
+use attnd_plan::session::{Closed, ClosedSessions, Hedging, Holder, SessionName};
 use attnd_wire::session::{Answer, SessionDescription, ShardHealth};
 use attnd_wire::surroundings::now;
 use attnd_wire::{Error, Reason, SessionCounts};
@@ -36,10 +38,13 @@ mod copies;
 mod description;
 mod exchange;
 mod feed;
+mod hedges;
 mod links;
 mod merge;
 mod open;
+mod patience;
 mod repair;
+mod results;
 mod saves;
 mod session;
 mod start;
@@ -74,6 +79,10 @@ pub(crate) struct Sessions {
     table: Mutex<Table>,
     lines: Mutex<()>,
     repairs: Repairs,
+    /// How long answers take, and what may be asked of a second replica.
+    hedging: Mutex<Hedging<Holder>>,
+    /// How long whoever asks is kept waiting for a session that isn't whole.
+    patience: Duration,
 }
 
 #[derive(Debug, Default)]
@@ -93,8 +102,22 @@ impl Sessions {
     pub(crate) fn new(hub: Arc<Hub>, tasks: Tasks, term: u64, meta: MetaThread) -> Self {
         let (started, table, lines) = (now(), Mutex::default(), Mutex::default());
         let (saves, links, repairs) = (Saves::default(), watch::Sender::default(), Repairs::new());
-        let linked = Notify::new();
-        Self { hub, tasks, term, meta, saves, links, linked, started, table, lines, repairs }
+        let (linked, hedging, patience) = (Notify::new(), Mutex::default(), patience::PATIENCE);
+        Self {
+            hub,
+            tasks,
+            term,
+            meta,
+            saves,
+            links,
+            linked,
+            started,
+            table,
+            lines,
+            repairs,
+            hedging,
+            patience,
+        }
     }
 
     /// The clock of ledgers.
@@ -110,6 +133,11 @@ impl Sessions {
     /// No critical section leaves the table half-changed.
     fn table(&self) -> MutexGuard<'_, Table> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// No critical section leaves it half-changed.
+    fn hedging(&self) -> MutexGuard<'_, Hedging<Holder>> {
+        self.hedging.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn open_sessions(&self) -> Vec<Arc<Session>> {
@@ -153,7 +181,8 @@ impl Sessions {
     /// How all of them are.
     pub(crate) fn counts(&self) -> SessionCounts {
         let open: Vec<Arc<Session>> = self.table().open.values().cloned().collect();
-        let mut counts = SessionCounts::default();
+        let (hedges_sent, hedges_won) = self.hedging().counts();
+        let mut counts = SessionCounts { hedges_sent, hedges_won, ..SessionCounts::default() };
         for session in open {
             *match session.health() {
                 ShardHealth::Open => &mut counts.open,

@@ -233,6 +233,7 @@ impl Sessions {
             }
             state.closed = Some(how);
         }
+        session.changed.notify_waiters();
         let (number, now) = (session.number, since_1970());
         if let Err(error) = self.meta.run(move |store| store.remove(number, now)).await {
             session.lock().closed = None;

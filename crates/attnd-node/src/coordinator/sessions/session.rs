@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use attnd_plan::Piece;
 use attnd_plan::session::{
@@ -42,6 +42,8 @@ pub(crate) struct Session {
     pub(super) settled: Notify,
     /// The epoch of whoever writes, for those who take long over what they write.
     pub(super) writer: watch::Sender<u64>,
+    /// Told of each change, for those who wait for one.
+    pub(super) changed: Notify,
     state: Mutex<State>,
 }
 
@@ -87,6 +89,8 @@ pub(super) struct State {
     pub(super) uploads: Vec<Uploading>,
     /// It is closed: nothing begins any more.
     pub(super) closed: Option<Closed>,
+    /// Since when somebody has been waiting for it to be whole.
+    pub(super) stalled: Option<Instant>,
 }
 
 /// An append on its way in chunks to one replica.
@@ -116,8 +120,10 @@ pub(super) struct ShardView {
 pub(super) struct ShardOf {
     pub(super) at: ShardAt,
     pub(super) pieces: Arc<[Piece]>,
-    /// Members that can be reached; the first computes.
+    /// Members that can be reached, first those who can compute.
     pub(super) links: Vec<Arc<HoldLink>>,
+    /// How many of them can: they have all that was acknowledged.
+    pub(super) able: usize,
     /// Members that lack the op in flight.
     pub(super) lack: Vec<Holder>,
 }
@@ -144,6 +150,7 @@ impl Session {
             repair: Repair::default(),
             uploads: Vec::new(),
             closed: None,
+            stalled: None,
         };
         Self {
             number,
@@ -155,6 +162,7 @@ impl Session {
             alone: tokio::sync::Mutex::default(),
             settled: Notify::new(),
             writer,
+            changed: Notify::new(),
             state: Mutex::new(state),
         }
     }
@@ -266,10 +274,12 @@ impl Session {
             let ledger = &state.ledger;
             let links =
                 readers(ledger, shard).filter_map(|holder| state.links.get(holder)).cloned().collect();
+            let able = ledger.computing(shard).filter(|holder| state.links.contains_key(holder)).count();
             shards.push(ShardOf {
                 at: ShardAt { session: self.number, shard: shard as u32, epoch: ledger.epoch(shard) },
                 pieces: Arc::clone(pieces),
                 links,
+                able,
                 lack: Vec::new(),
             });
         }
@@ -373,7 +383,14 @@ impl Session {
 
     /// Has done what the ledger says.
     pub(super) fn perform(self: &Arc<Self>, sessions: &Arc<Sessions>, actions: Vec<LedgerAction<Error>>) {
-        let born = std::mem::take(&mut self.lock().born);
+        let born = {
+            let mut state = self.lock();
+            if state.stalled.is_some() {
+                state.look_whether_whole();
+            }
+            std::mem::take(&mut state.born)
+        };
+        self.changed.notify_waiters();
         for child in born {
             sessions.deliver(self, child);
         }

@@ -6,57 +6,72 @@
 //! results <-- merge
 //! ```
 //!
-//! Steps whose turns have come go together; those that have to wait for a turn go when it comes, and hold nobody back.
+//! Steps whose turns have come go together; those that have to wait for a turn go when it comes, and hold nobody back. What a session that has
+//! just lost a replica refuses begins anew once the session is whole, if that is soon (`patience.rs`).
+//!
+//! A message's steps have one timer: it goes off where a replica is late whose queries another one can compute, and at their deadline.
 //!
 //! A step that has begun to change a session is brought to its end whoever waits for it: what is left of a call that nobody wants
 //! any more goes on in a task of its own. Workers are told to leave its partials out.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use attnd_kernel::PartialRows;
 use attnd_plan::CellId;
 use attnd_plan::session::{Ask, Attempt, Holder, Op, Read, Request};
-use attnd_wire::session::{Applied, Mutation, Step, StepContext, StepQueries, StepResult, StepRows};
-use attnd_wire::{CallShape, ContextChunk, Deadline, Error, Reason};
+use attnd_wire::session::{Applied, Mutation, Step, StepQueries, StepResult, StepRows};
+use attnd_wire::surroundings::now;
+use attnd_wire::{CallShape, Deadline, Error, Outcome, Reason};
 use futures::FutureExt;
 use futures::stream::{FuturesUnordered, StreamExt};
 use tokio::sync::oneshot;
 
 use super::Sessions;
 use super::collector::{Collector, Sent};
-use super::merge::{Rows, merge};
+use super::patience::{MAX_TRIES, Patience, may_pass};
+use super::results::answer;
 use super::session::{After, Begun, Session, ShardView};
 use super::turns::{Place, Turn};
 use super::works::{self, Queries};
 
-/// Bytes of partials that are merged where they come in; more of them go to the pool.
-const MERGED_HERE: usize = 256 << 10;
-
 /// Steps that have their places.
 pub(super) struct StepsCall {
     steps: Vec<Result<Lined, Error>>,
-    deadline: Option<Deadline>,
 }
 
 /// A step in the line of its session.
-struct Lined {
-    session: Arc<Session>,
-    layer: usize,
+pub(super) struct Lined {
+    pub(super) session: Arc<Session>,
+    pub(super) layer: usize,
     rows: Option<StepRows>,
-    queries: Option<StepQueries>,
+    queries: Option<Arc<StepQueries>>,
     /// Where there are rows.
     place: Option<Place>,
+    /// Its rows are there, since it was begun before.
+    applied: Option<Applied>,
+    /// It was begun before, and nobody knows what became of it.
+    may_be_done: bool,
+    /// How often it was.
+    tries: u8,
 }
 
 /// A step that was sent, until it is answered.
 pub(super) struct Running {
-    pub(super) session: Arc<Session>,
-    pub(super) layer: usize,
+    pub(super) of: Lined,
     /// What became of its rows: there already, to come, or never asked for.
     pub(super) rows: RowsState,
     pub(super) queries: QueriesState,
     /// Nobody else changes the session as long as this is here.
     turn: Option<Turn>,
+}
+
+/// A step that its session refuses now.
+struct Refused {
+    at: usize,
+    of: Lined,
+    turn: Option<Turn>,
+    error: Error,
 }
 
 /// How the op of a step's rows ends.
@@ -116,33 +131,33 @@ impl StepsCall {
                 Err(error) => *step = Err(error),
             }
         }
-        Self { steps: lined, deadline: None }
-    }
-
-    /// Nobody waits for partials longer than that.
-    pub(super) fn until(self, deadline: Deadline) -> Self {
-        Self { deadline: Some(deadline), ..self }
+        Self { steps: lined }
     }
 
     /// Runs all steps; one result for each, in parts where its rows are many.
-    pub(super) async fn run(self, sessions: &Arc<Sessions>) -> Vec<StepResult> {
-        let mut collector = Collector::new(Arc::clone(sessions), self.deadline);
+    ///
+    /// # Errors
+    /// [`Reason::Deadline`] if the time is over before all of them are answered; what has begun goes on.
+    pub(super) async fn run(
+        self,
+        sessions: &Arc<Sessions>,
+        mut patience: Patience,
+    ) -> Result<Vec<StepResult>, Error> {
+        let mut collector = Collector::new(Arc::clone(sessions), Some(patience.deadline));
         let mut results = Vec::with_capacity(self.steps.len());
-        let mut waiting = FuturesUnordered::new();
+        let mut refused: Vec<Box<Refused>> = Vec::new();
+        let (mut waiting, mut delayed) = (FuturesUnordered::new(), FuturesUnordered::new());
+        let deadline = patience.deadline.at();
+        let mut alarm = std::pin::pin!(tokio::time::sleep_until(deadline.into()));
         // Between the beginning of an op and its messages nothing is awaited: what a ledger has begun is sent.
-        let start = |collector: &mut Collector, results: &mut Vec<StepResult>, at, step, turn| {
-            if let Err(error) = begin(collector, at, step, turn) {
-                results.push(StepResult { step: at, failure: Some(error), ..StepResult::default() });
-            }
-        };
         for (at, step) in self.steps.into_iter().enumerate() {
             match step {
                 Err(error) => {
                     results.push(StepResult { step: at, failure: Some(error), ..StepResult::default() });
                 }
                 Ok(mut step) => match step.place.take().map(Place::turn_now) {
-                    None => start(&mut collector, &mut results, at, step, None),
-                    Some(Ok(turn)) => start(&mut collector, &mut results, at, step, Some(turn)),
+                    None => refused.extend(begin(&mut collector, at, step, None)),
+                    Some(Ok(turn)) => refused.extend(begin(&mut collector, at, step, Some(turn))),
                     Some(Err(place)) => waiting.push(async move { (at, step, place.turn().await) }),
                 },
             }
@@ -150,37 +165,95 @@ impl StepsCall {
         collector.send();
         loop {
             for (at, step) in collector.take_done() {
-                results.extend(answer(sessions, at, step).await);
+                match step.refusal().cloned() {
+                    Some(error) => refused.push(step.refused(at, error)),
+                    None => results.extend(answer(sessions, at, step).await),
+                }
+            }
+            for step in refused.drain(..) {
+                match step.until(sessions, &mut patience) {
+                    Some(until) => delayed.push(step.wait(until)),
+                    None => results.push(step.result()),
+                }
+            }
+            if collector.is_empty() && waiting.is_empty() && delayed.is_empty() {
+                break;
+            }
+            let due: tokio::time::Instant = collector.due().map_or(deadline, |due| due.min(deadline)).into();
+            // Set anew as rarely as can be: it may go off for nothing.
+            if due < alarm.deadline() || alarm.is_elapsed() {
+                alarm.as_mut().reset(due);
             }
             tokio::select! {
                 biased;
                 Some((at, step, turn)) = waiting.next() => {
-                    start(&mut collector, &mut results, at, step, Some(turn));
+                    refused.extend(begin(&mut collector, at, step, Some(turn)));
                     // All that may go by now go together.
                     while let Some(Some((at, step, turn))) = waiting.next().now_or_never() {
-                        start(&mut collector, &mut results, at, step, Some(turn));
+                        refused.extend(begin(&mut collector, at, step, Some(turn)));
                     }
                     collector.send();
                 }
+                Some((step, is_due)) = delayed.next() => match is_due {
+                    true => {
+                        refused.extend(step.begin_again(&mut collector));
+                        collector.send();
+                    }
+                    false => results.push(step.result()),
+                },
                 goes_on = collector.next(), if !collector.is_empty() => if !goes_on {
                     // An answer is missing that nobody will give.
                     for (at, step) in collector.take_all() {
                         results.extend(answer(sessions, at, step).await);
                     }
                 },
-                else => break,
+                () = &mut alarm => {
+                    if now() >= deadline {
+                        return Err(Deadline::expired().with_outcome(Outcome::Unknown));
+                    }
+                    collector.hedge();
+                }
             }
         }
         results.sort_by_key(|result| result.step);
-        results
+        Ok(results)
     }
 }
 
 impl Running {
-    /// The ledger says how the op of its rows has ended.
+    /// The ledger says how the op of its rows has ended. What may begin anew keeps its turn.
     pub(super) fn settle(&mut self, ended: Result<Applied, Error>) {
+        if !ended.as_ref().is_err_and(may_pass) {
+            self.turn = None;
+        }
         self.rows = RowsState::Settled(ended);
-        self.turn = None;
+    }
+
+    /// Nobody wants its answer any more, nor that it begins anew.
+    pub(super) fn give_up(&mut self) {
+        self.queries = QueriesState::None;
+        if !matches!(self.rows, RowsState::Sent(_)) {
+            self.turn = None;
+        }
+    }
+
+    /// What its session refuses, if that may pass.
+    fn refusal(&self) -> Option<&Error> {
+        let refusal = match (&self.rows, &self.queries) {
+            (RowsState::Settled(Err(error)), _) => error,
+            (RowsState::None | RowsState::Settled(Ok(_)), QueriesState::Failed(error)) => error,
+            _ => return None,
+        };
+        Some(refusal).filter(|error| may_pass(error))
+    }
+
+    /// The step, to begin anew: with its rows, unless these are there.
+    fn refused(self, at: usize, error: Error) -> Box<Refused> {
+        let Self { mut of, rows, turn, .. } = self;
+        if let RowsState::Settled(Ok(applied)) = rows {
+            of.applied = Some(applied);
+        }
+        Box::new(Refused { at, of, turn, error })
     }
 
     /// Whether it waits for nothing more.
@@ -194,6 +267,45 @@ impl Running {
     }
 }
 
+impl Refused {
+    /// Until when to wait for its session; `None`: it is answered as it is.
+    fn until(&self, sessions: &Sessions, patience: &mut Patience) -> Option<Instant> {
+        if !may_pass(&self.error) || self.of.tries >= MAX_TRIES {
+            return None;
+        }
+        patience.until(&self.of.session, sessions.patience)
+    }
+
+    /// Waits until it can begin anew; false if it can't in time.
+    async fn wait(self: Box<Self>, until: Instant) -> (Box<Self>, bool) {
+        let Lined { session, layer, rows, applied, .. } = &self.of;
+        tracing::debug!(session = %session.name, error = %self.error, "a step waits for its session");
+        let is_due = match rows {
+            Some(rows) if applied.is_none() => {
+                let Request { writer_epoch, seq, ask, .. } = request(*layer, rows);
+                session.is_writable(writer_epoch, seq, &ask, until).await
+            }
+            _ => session.is_readable(until).await,
+        };
+        (self, is_due)
+    }
+
+    fn begin_again(self: Box<Self>, collector: &mut Collector) -> Option<Box<Self>> {
+        let Self { at, mut of, turn, error } = *self;
+        of.tries += 1;
+        of.may_be_done |= error.outcome == Outcome::Unknown;
+        begin(collector, at, of, turn)
+    }
+
+    fn result(self: Box<Self>) -> StepResult {
+        let Self { at, of, error, .. } = *self;
+        // A refusal says nothing of what was begun before.
+        let is_unknown = of.may_be_done && of.applied.is_none() && error.outcome == Outcome::NotExecuted;
+        let error = if is_unknown { error.with_outcome(Outcome::Unknown) } else { error };
+        StepResult { step: at, applied: of.applied, failure: Some(error), ..StepResult::default() }
+    }
+}
+
 fn find(sessions: &Sessions, step: Step) -> Result<Lined, Error> {
     let Step { session, layer, rows, queries } = step;
     let session = sessions.find(&session)?;
@@ -203,25 +315,49 @@ fn find(sessions: &Sessions, step: Step) -> Result<Lined, Error> {
     if let Some(queries) = &queries {
         queries.check(layer, &session.spec)?;
     }
-    Ok(Lined { session, layer, rows, queries, place: None })
+    let queries = queries.map(Arc::new);
+    let (place, applied, may_be_done, tries) = (None, None, false, 0);
+    Ok(Lined { session, layer, rows, queries, place, applied, may_be_done, tries })
 }
 
-/// Begins a step: asks the ledger, and adds what has to be sent.
-fn begin(collector: &mut Collector, at: usize, step: Lined, turn: Option<Turn>) -> Result<(), Error> {
-    let Lined { session, layer, rows, queries, place: _ } = step;
+/// What a ledger is asked for the rows of a step.
+fn request(layer: usize, rows: &StepRows) -> Request {
+    let base_len = rows.base_len.map(|n| usize::try_from(n).unwrap_or(usize::MAX));
+    let ask = Ask::Append { layer, base_len, tokens: rows.tokens };
+    let digest = ask.digest(rows.crc32c);
+    let Mutation { writer_epoch, op_seq: seq } = rows.mutation;
+    Request { writer_epoch, seq, digest, ask }
+}
+
+/// Begins a step; gives it back if its session refuses it.
+fn begin(collector: &mut Collector, at: usize, of: Lined, turn: Option<Turn>) -> Option<Box<Refused>> {
+    match add(collector, at, &of) {
+        Ok((rows, queries, ended)) => {
+            // Of one that came again there is nothing to wait for with the turn.
+            let turn = turn.filter(|_| ended.is_some());
+            collector.insert(at, Running { of, rows, queries, turn }, ended);
+            None
+        }
+        Err(error) => Some(Box::new(Refused { at, of, turn, error })),
+    }
+}
+
+/// Asks the ledger, and adds what has to be sent.
+fn add(
+    collector: &mut Collector,
+    at: usize,
+    of: &Lined,
+) -> Result<(RowsState, QueriesState, Option<Ended>), Error> {
+    let Lined { session, layer, rows, queries, applied, .. } = of;
     // What is wrong with queries is said before rows are appended.
-    let begun = match &rows {
-        None => None,
-        Some(rows) => {
-            let base_len = rows.base_len.map(|n| usize::try_from(n).unwrap_or(usize::MAX));
-            let ask = Ask::Append { layer, base_len, tokens: rows.tokens };
-            let digest = ask.digest(rows.crc32c);
-            let Mutation { writer_epoch, op_seq: seq } = rows.mutation;
-            let request = Request { writer_epoch, seq, digest, ask };
+    let begun = match (rows, applied) {
+        (None, _) => None,
+        (Some(_), Some(applied)) => Some(Begun::Replayed(applied.clone())),
+        (Some(rows), None) => {
             let check = |at_len| {
                 queries.as_ref().map_or(Ok(()), |queries| queries.over(&session.spec, at_len).map(|_| ()))
             };
-            Some(session.begin(&request, check)?)
+            Some(session.begin(&request(*layer, rows), check)?)
         }
     };
     let (rows_state, op, ended) = match begun {
@@ -237,7 +373,8 @@ fn begin(collector: &mut Collector, at: usize, step: Lined, turn: Option<Turn>) 
         RowsState::Sent(op) => After::Op(*op),
     };
     let view = session.view();
-    let asked = queries.map(|queries| ask(&session, layer, queries, after, &view)).transpose();
+    let asked =
+        queries.as_ref().map(|queries| ask(collector, session, *layer, queries, after, &view)).transpose();
     let queries = match asked {
         Ok(None) => QueriesState::None,
         Ok(Some(asked)) => QueriesState::Asked(Box::new(asked)),
@@ -246,7 +383,7 @@ fn begin(collector: &mut Collector, at: usize, step: Lined, turn: Option<Turn>) 
         Err(error) => return Err(error),
     };
     for (shard, of_shard) in view.shards.iter().enumerate() {
-        let rows = match (&op, &rows) {
+        let rows = match (&op, rows) {
             (Some(op), Some(rows)) => {
                 Some(works::rows_for(of_shard, op, view.generation, rows, &session.spec))
             }
@@ -255,131 +392,38 @@ fn begin(collector: &mut Collector, at: usize, step: Lined, turn: Option<Turn>) 
         for link in &of_shard.links {
             // A request that came again may find that some have it by now.
             let rows = rows.as_ref().filter(|_| of_shard.lack.contains(&link.holder));
-            let computes = match &queries {
-                QueriesState::Asked(asked) => asked.attempt.asked(shard) == Some(&link.holder),
-                QueriesState::None | QueriesState::Failed(_) => false,
-            };
-            let queries = match &queries {
-                QueriesState::Asked(asked) if computes => {
-                    Some(asked.queries.of_shard(of_shard, &session.spec))
-                }
+            let asked = match &queries {
+                QueriesState::Asked(asked) if asked.attempt.asked(shard) == Some(&link.holder) => Some(asked),
                 _ => None,
             };
-            if rows.is_some() || queries.is_some() {
-                let (appends, epoch) = (rows.is_some(), of_shard.at.epoch);
-                let sent = Sent { step: at, shard, epoch, appends, computes, again: 0 };
-                collector.add(link, sent, works::work(of_shard.at, layer, rows.cloned(), queries));
+            let (appends, computes) = (rows.is_some(), asked.is_some());
+            if appends || computes {
+                let work = asked.map_or(0, |asked| asked.queries.work(of_shard, &session.spec));
+                let epoch = of_shard.at.epoch;
+                let sent =
+                    Sent { step: at, shard, epoch, appends, computes, work, again: 0, is_hedge: false };
+                let queries = asked.map(|asked| asked.queries.of_shard(of_shard, &session.spec));
+                collector.add(link, sent, works::work(of_shard.at, *layer, rows.cloned(), queries));
             }
         }
     }
-    // Of one that came again there is nothing to wait for with the turn.
-    let turn = turn.filter(|_| op.is_some());
-    collector.insert(at, Running { session, layer, rows: rows_state, queries, turn }, ended);
-    Ok(())
+    Ok((rows_state, queries, ended))
 }
 
 /// What is asked for queries that come behind the rows of their own step, if it has any.
 fn ask(
+    collector: &Collector,
     session: &Session,
     layer: usize,
-    queries: StepQueries,
+    queries: &Arc<StepQueries>,
     after: After,
     view: &ShardView,
 ) -> Result<Asked, Error> {
-    let read = session.read(layer, &queries, after)?;
+    let read = session.read(layer, queries, after)?;
     let (shape, operator) = queries.over(&session.spec, read.at_len)?;
     let call = CallShape { shape, operator, outputs: None, allow_non_finite: queries.allow_non_finite };
-    let replicas =
-        view.shards.iter().map(|shard| shard.links.iter().map(|link| link.holder.clone()).collect());
+    let replicas = view.shards.iter().map(|shard| collector.in_order(shard));
     let attempt =
         Attempt::new(replicas).map_err(|nobody| Error::new(Reason::Recovering, nobody.to_string()))?;
-    Ok(Asked { queries: Queries::new(queries, &call, &read), call, read, attempt })
-}
-
-/// The results of a step whose answers are here.
-async fn answer(sessions: &Sessions, at: usize, step: Running) -> Vec<StepResult> {
-    let Running { session, rows, queries, .. } = step;
-    // It was used until now.
-    session.touch(sessions.now());
-    let mut first = StepResult { step: at, ..StepResult::default() };
-    match rows {
-        RowsState::None => {}
-        RowsState::Settled(Ok(applied)) => first.applied = Some(applied),
-        RowsState::Settled(Err(error)) => first.failure = Some(error),
-        RowsState::Sent(_) => {
-            first.failure = Some(Error::new(Reason::Internal, "a step ended before its ledger said so"));
-        }
-    }
-    let rows = match queries {
-        _ if first.failure.is_some() => return vec![first],
-        QueriesState::None => return vec![first],
-        QueriesState::Failed(error) => Err(error),
-        QueriesState::Asked(asked) => merge_all(sessions, *asked).await,
-    };
-    match rows {
-        Err(error) => {
-            first.failure = Some(error);
-            vec![first]
-        }
-        Ok((asked, rows)) => contexts(first, &session, &asked, rows),
-    }
-}
-
-type Merged = (MergedOf, Rows);
-
-/// What finished rows are of.
-pub(super) struct MergedOf {
-    call: CallShape,
-    read: Read,
-    kernel_id: &'static str,
-}
-
-async fn merge_all(sessions: &Sessions, asked: Asked) -> Result<Merged, Error> {
-    let Asked { call, read, attempt, queries } = asked;
-    let Ok(parts) = attempt.finish() else {
-        return Err(Error::new(Reason::Internal, "a step ended without all of its shards"));
-    };
-    let cells: Vec<(CellId, PartialRows)> = parts.into_iter().flatten().collect();
-    let bytes: usize = cells.iter().map(|(_, rows)| size_of_val(&rows.o[..])).sum();
-    let kernels = sessions.hub.kernels;
-    let (shape, operator, allow) = (call.shape, Arc::clone(&call.operator), call.allow_non_finite);
-    let work = move || merge(cells, &shape, &operator, allow, kernels);
-    let rows = if bytes <= MERGED_HERE {
-        work()?
-    } else {
-        let merged = sessions.hub.pool.run(work).await;
-        merged.map_err(|error| Error::new(Reason::Internal, format!("merging {error}")))??
-    };
-    Ok((MergedOf { call, read, kernel_id: queries.kernel_id() }, rows))
-}
-
-/// Finished rows as results of messages: whole heads as long as they are small enough.
-fn contexts(first: StepResult, session: &Session, of: &MergedOf, rows: Rows) -> Vec<StepResult> {
-    let MergedOf { call, read, kernel_id } = of;
-    let (heads, tokens, dim) = (session.spec.heads, call.shape.n_queries(), call.shape.value_dim());
-    let context = |rows: ContextChunk| StepContext::new(rows, read.at_len as u64, read.generation, kernel_id);
-    works::blocks(heads, tokens, dim)
-        .map(|(heads, of_tokens)| {
-            let mut chunk = ContextChunk {
-                heads: heads.clone(),
-                tokens: of_tokens.clone(),
-                lse: Vec::new(),
-                context: Vec::new(),
-            };
-            for head in heads {
-                let from = head * tokens + of_tokens.start;
-                let to = from + of_tokens.len();
-                chunk.lse.extend_from_slice(&rows.lse[from..to]);
-                chunk.context.extend_from_slice(&rows.context[from * dim..to * dim]);
-            }
-            context(chunk)
-        })
-        .enumerate()
-        .map(|(at, context)| StepResult {
-            step: first.step,
-            applied: first.applied.clone().filter(|_| at == 0),
-            context: Some(context),
-            failure: None,
-        })
-        .collect()
+    Ok(Asked { queries: Queries::new(Arc::clone(queries), &call, &read), call, read, attempt })
 }

@@ -6,12 +6,13 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use attnd_kernel::{Causal, Dtype, Kernels, Operator, Storage};
-use attnd_plan::session::{Change, Holder, Ledger, LedgerEvent, SessionName, SessionSpec};
+use attnd_plan::session::{Change, Holder, Ledger, LedgerEvent, Phase, SessionName, SessionSpec};
 use attnd_plan::{CostModel, Piece, WorkerId};
 use attnd_wire::hold::{HoldShard, ShardAt};
 use attnd_wire::proto::hold_request::Ask as Sent;
 use attnd_wire::session::{Mutation, QueryOperator, Step, StepQueries, StepResult, StepRows};
-use attnd_wire::{Error, Link, Outcome, Reason, limits, proto};
+use attnd_wire::surroundings::now;
+use attnd_wire::{Deadline, Error, Link, Outcome, Reason, limits, proto};
 use bytes::Bytes;
 use kameo::actor::Spawn;
 use tokio::net::TcpListener;
@@ -20,6 +21,7 @@ use tokio::task::JoinSet;
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
 
 use super::births::record_of;
+use super::patience::Patience;
 use super::saves::write_members;
 use super::session::{Session, SessionParts};
 use super::steps::StepsCall;
@@ -36,7 +38,9 @@ use crate::worker::store::tests::{MIB, piece, spec};
 
 mod appends;
 mod changes;
+mod hedges;
 mod kept;
+mod patience;
 mod steps;
 
 /// Whatever doesn't come in this time doesn't come.
@@ -159,7 +163,12 @@ async fn carry(
 }
 
 impl Cluster {
+    /// Whoever asks for a session that isn't whole is told so soon.
     async fn start(nodes: usize) -> Self {
+        Self::patient(nodes, A_WHILE).await
+    }
+
+    async fn patient(nodes: usize, patience: Duration) -> Self {
         let pool = ComputePool::new(1, 1).unwrap();
         let (cluster, kernels) =
             (MembershipActor::spawn(watch::Sender::default()), Kernels::from_env().unwrap());
@@ -171,7 +180,8 @@ impl Cluster {
             surroundings: attnd_wire::Surroundings::default(),
         };
         let meta = MetaThread::start(Arc::new(InMemory::default())).unwrap();
-        let sessions = Arc::new(Sessions::new(Arc::new(hub), Tasks::default(), 1, meta));
+        let sessions = Sessions::new(Arc::new(hub), Tasks::default(), 1, meta);
+        let sessions = Arc::new(Sessions { patience, ..sessions });
         let mut started = Vec::new();
         for at in 0..nodes {
             started.push(Node::start(at).await);
@@ -239,8 +249,13 @@ impl Cluster {
     fn run(&self, steps: Vec<Step>) -> impl Future<Output = Vec<StepResult>> + Send + 'static {
         let sessions = Arc::clone(&self.sessions);
         let call = StepsCall::line_up(&sessions, steps.into_iter().map(Ok).collect());
-        async move { tokio::time::timeout(SOON, call.run(&sessions)).await.expect("an answer") }
+        async move { call.run(&sessions, patience()).await.expect("an answer") }
     }
+}
+
+/// As long as anybody waits for anything.
+fn patience() -> Patience {
+    Patience::new(Deadline::after(now(), SOON), &super::patience::room())
 }
 
 /// Rows of a session whose number this is, with other values for other numbers.

@@ -1,8 +1,10 @@
 //! From a step to its shards' parts of it: which bytes each gets. Pure.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use attnd_kernel::Compute;
+use attnd_kernel::slot::N_SLOTS;
 use attnd_plan::session::rows::bytes_for;
 use attnd_plan::session::{Change, Op, Read, SessionSpec};
 use attnd_plan::{CellId, cells, tokens_per_cell};
@@ -16,7 +18,7 @@ use super::session::ShardOf;
 /// Queries of a step, and what is the same for all shards.
 #[derive(Debug)]
 pub(super) struct Queries {
-    queries: StepQueries,
+    queries: Arc<StepQueries>,
     generation: u64,
     at_len: usize,
     tokens_per_cell: usize,
@@ -24,7 +26,7 @@ pub(super) struct Queries {
 }
 
 impl Queries {
-    pub(super) fn new(queries: StepQueries, call: &CallShape, read: &Read) -> Self {
+    pub(super) fn new(queries: Arc<StepQueries>, call: &CallShape, read: &Read) -> Self {
         Self {
             queries,
             generation: read.generation,
@@ -60,6 +62,15 @@ impl Queries {
             kernel_id: (*kernel_id).to_owned(),
             timeout: None,
         }
+    }
+
+    /// What a shard has to do: its keys times the rows that look at them.
+    pub(super) fn work(&self, shard: &ShardOf, spec: &SessionSpec) -> u64 {
+        let group_size = spec.heads / spec.kv_heads.max(1);
+        // Keys are spread evenly over slots.
+        let slots: usize = shard.pieces.iter().map(|piece| piece.groups.len() * piece.slots.len()).sum();
+        let keys = (slots as u64).saturating_mul(self.at_len as u64) / N_SLOTS as u64;
+        keys.saturating_mul((group_size * self.queries.tokens) as u64).max(1)
     }
 
     /// The cells that a shard owes.

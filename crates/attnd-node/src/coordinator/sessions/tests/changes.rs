@@ -24,7 +24,7 @@ pub(super) async fn change(
     let mutation = Mutation { writer_epoch: 1, op_seq };
     let asked = Asked { session: session.name.clone(), mutation, kind };
     let call = ChangeCall::line_up(&cluster.sessions, asked)?;
-    tokio::time::timeout(SOON, call.run(&cluster.sessions)).await.expect("an answer")
+    tokio::time::timeout(SOON, call.run(&cluster.sessions, patience())).await.expect("an answer")
 }
 
 const FORK: Change = Change::Fork { child: 0 };

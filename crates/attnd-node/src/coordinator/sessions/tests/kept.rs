@@ -10,7 +10,7 @@ use attnd_plan::session::spec::DEFAULT_TTL;
 use attnd_plan::{CostModel, WorkerId};
 use attnd_wire::join::WIRE_VERSIONS;
 use attnd_wire::session::{Applied, Change, ChangeKind, Mutation, Open, Step, StepRows};
-use attnd_wire::{Heartbeat, Hello, Link, Outcome, limits};
+use attnd_wire::{Deadline, Heartbeat, Hello, Link, Outcome, limits};
 use bytes::Bytes;
 use kameo::actor::{ActorRef, Spawn};
 use tokio::net::TcpListener;
@@ -18,6 +18,7 @@ use tokio::task::JoinSet;
 use tokio_stream::wrappers::TcpListenerStream;
 
 use super::super::change::{ChangeCall, rooms_for};
+use super::super::patience::Patience;
 use super::super::steps::StepsCall;
 use super::super::*;
 use crate::compute_pool::ComputePool;
@@ -235,7 +236,7 @@ async fn append(life: &Life, session: &str, writer_epoch: u64, op_seq: u64) -> R
         let rows = StepRows::new(mutation, 1, rows.clone(), rows.clone());
         let step = Step { session: name(session), layer: 0, rows: Some(rows), queries: None };
         let call = StepsCall::line_up(&life.sessions, vec![Ok(step)]);
-        let result = call.run(&life.sessions).await.remove(0);
+        let result = call.run(&life.sessions, short()).await?.remove(0);
         match (result.applied, result.failure) {
             (Some(applied), None) => return Ok(applied),
             (_, Some(error)) if error.pushback().is_some() && begun.elapsed() < SOON => {
@@ -246,10 +247,15 @@ async fn append(life: &Life, session: &str, writer_epoch: u64, op_seq: u64) -> R
     }
 }
 
+/// Time enough for what is whole.
+fn short() -> Patience {
+    Patience::new(Deadline::after(now(), SOON), &patience::room())
+}
+
 async fn fork(sessions: &Arc<Sessions>, parent: &str, child: &str, op_seq: u64) -> Result<Applied, Error> {
     let kind = ChangeKind::Fork { child: Some(name(child)) };
     let change = Change { session: name(parent), mutation: Mutation { writer_epoch: 1, op_seq }, kind };
-    ChangeCall::line_up(sessions, change)?.run(sessions).await
+    ChangeCall::line_up(sessions, change)?.run(sessions, short()).await
 }
 
 fn not_kept(error: &Error) {

@@ -1,0 +1,129 @@
+//! Queries that are late: who else is asked, how often, and which answer counts.
+
+use attnd_plan::session::hedging::BURST;
+
+use super::*;
+
+/// Requests after which it is known how long they take; they pay for three that are sent twice.
+const ENOUGH: usize = 70;
+
+/// Looks at a session until it is known how long that takes; gives what is seen.
+async fn usual(cluster: &Cluster, session: &Session) -> Vec<StepResult> {
+    let mut results = Vec::new();
+    for _ in 0..ENOUGH {
+        results = cluster.run(vec![looking(session)]).await;
+    }
+    assert!(results[0].context.is_some(), "{results:?}");
+    results
+}
+
+fn hedges(cluster: &Cluster) -> (u64, u64) {
+    let counts = cluster.sessions.counts();
+    (counts.hedges_sent, counts.hedges_won)
+}
+
+/// Messages with parts of steps that came to a worker.
+fn works(node: &Node) -> usize {
+    node.arrived(CONTROL).iter().filter(|sent| matches!(sent, Sent::Works(_))).count()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_late_comes_from_another_replica_with_the_same_bits() {
+    let cluster = Cluster::start(2).await;
+    let session = cluster.open("s", 1, &[(cluster.all(), &[0, 1])]).await;
+    assert_eq!(applied(&cluster.run(vec![step(&session, 1, 3)]).await), (3, false));
+    let usual = usual(&cluster, &session).await;
+    let (slow, other) = (&cluster.nodes[0], &cluster.nodes[1]);
+    until("both have the rows", || session.is_computing(0, &other.link.holder)).await;
+    let (before, of_slow) = (hedges(&cluster), works(slow));
+    slow.answers[CONTROL].send_replace(false);
+    assert_eq!(cluster.run(vec![looking(&session)]).await, usual);
+    assert_eq!(works(slow), of_slow + 1, "it was asked first");
+    // An append that the other one acknowledges, and computes behind as well.
+    let stepped = cluster.run(vec![step(&session, 2, 1)]).await;
+    assert_eq!(applied(&stepped), (4, false));
+    let (sent, won) = hedges(&cluster);
+    assert_eq!((sent - before.0, won - before.1), (2, 2));
+    slow.answers[CONTROL].send_replace(true);
+    until("the slow one is level", || session.is_computing(0, &slow.link.holder)).await;
+    assert_eq!(cluster.run(vec![looking(&session)]).await[0].context, stepped[0].context);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_answer_that_comes_late_is_not_merged_again() {
+    let cluster = Cluster::start(3).await;
+    let [left, right] = halves().map(|slots| piece(0..2, slots));
+    let session = cluster.open("s", 1, &[(left, &[0, 1]), (right, &[2])]).await;
+    assert_eq!(applied(&cluster.run(vec![step(&session, 1, 600)]).await), (600, false));
+    let usual = usual(&cluster, &session).await;
+    let [slow, other, alone] = [0, 1, 2].map(|at| &cluster.nodes[at]);
+    until("both have the rows", || session.is_computing(0, &other.link.holder)).await;
+    let (before, of_other) = (hedges(&cluster).0, works(other));
+    slow.answers[CONTROL].send_replace(false);
+    alone.answers[CONTROL].send_replace(false);
+    let mut look = Box::pin(cluster.run(vec![looking(&session)]));
+    assert!(tokio::time::timeout(A_WHILE, &mut look).await.is_err());
+    // Of the half that nobody else has, nobody was asked.
+    assert_eq!((hedges(&cluster).0 - before, works(other)), (1, of_other + 1));
+    slow.answers[CONTROL].send_replace(true);
+    assert!(tokio::time::timeout(A_WHILE, &mut look).await.is_err());
+    alone.answers[CONTROL].send_replace(true);
+    assert_eq!(look.await, usual);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_requests_that_are_all_late_few_are_sent_twice() {
+    let cluster = Cluster::start(2).await;
+    let session = cluster.open("s", 2, &[(cluster.all(), &[0, 1])]).await;
+    assert_eq!(applied(&cluster.run(vec![step(&session, 1, 3)]).await), (3, false));
+    let usual = usual(&cluster, &session).await;
+    let (before, of_other) = (hedges(&cluster), works(&cluster.nodes[1]));
+    cluster.nodes[0].answers[CONTROL].send_replace(false);
+    let looks: Vec<_> = (0..100).map(|_| tokio::spawn(cluster.run(vec![looking(&session)]))).collect();
+    until("some are sent twice", || hedges(&cluster).0 > before.0).await;
+    tokio::time::sleep(A_WHILE).await;
+    cluster.nodes[0].answers[CONTROL].send_replace(true);
+    for look in looks {
+        assert_eq!(look.await.unwrap(), usual);
+    }
+    let sent = hedges(&cluster).0 - before.0;
+    assert!((1..=100 / 20 + u64::from(BURST)).contains(&sent), "{sent} of 100");
+    assert_eq!(works(&cluster.nodes[1]) as u64, of_other as u64 + sent);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replica_that_is_behind_is_not_asked() {
+    let cluster = Cluster::start(2).await;
+    let session = cluster.open("s", 1, &[(cluster.all(), &[0, 1])]).await;
+    let (slow, behind) = (&cluster.nodes[0], &cluster.nodes[1]);
+    behind.asks[CONTROL].send_replace(Gate::Shut);
+    assert_eq!(applied(&cluster.run(vec![step(&session, 1, 3)]).await), (3, false));
+    let usual = usual(&cluster, &session).await;
+    let before = hedges(&cluster);
+    slow.answers[CONTROL].send_replace(false);
+    let mut look = Box::pin(cluster.run(vec![looking(&session)]));
+    assert!(tokio::time::timeout(A_WHILE, &mut look).await.is_err());
+    assert_eq!(hedges(&cluster), before);
+    slow.answers[CONTROL].send_replace(true);
+    assert_eq!(look.await, usual);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_is_late_again_and_again_is_asked_last() {
+    let cluster = Cluster::start(2).await;
+    let session = cluster.open("s", 2, &[(cluster.all(), &[0, 1])]).await;
+    assert_eq!(applied(&cluster.run(vec![step(&session, 1, 3)]).await), (3, false));
+    let usual = usual(&cluster, &session).await;
+    let (slow, before) = (&cluster.nodes[0], hedges(&cluster).1);
+    slow.answers[CONTROL].send_replace(false);
+    let mut looks = 0;
+    while hedges(&cluster).1 - before < 3 {
+        assert_eq!(cluster.run(vec![looking(&session)]).await, usual);
+        looks += 1;
+    }
+    let (sent, of_slow) = (hedges(&cluster).0, works(slow));
+    for _ in 0..10 {
+        assert_eq!(cluster.run(vec![looking(&session)]).await, usual);
+    }
+    assert_eq!((looks, hedges(&cluster).0, works(slow)), (3, sent, of_slow), "it isn't asked any more");
+}
