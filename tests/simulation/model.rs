@@ -79,6 +79,8 @@ pub(super) struct Floor {
 #[derive(Debug)]
 pub(super) struct Model {
     pub(super) shape: RowShape,
+    /// So many workers have lost what they had, at once, that nobody may have it.
+    pub(super) may_be_lost: bool,
     now: State,
     /// What there is if the mutation that is under way, or of which nobody knows what became of it, is applied.
     open: Option<State>,
@@ -90,7 +92,7 @@ pub(super) struct Model {
 
 impl Model {
     pub(super) fn new(shape: RowShape, now: State) -> Self {
-        Self { shape, now, open: None, seen: false, before: BTreeMap::new() }
+        Self { shape, may_be_lost: false, now, open: None, seen: false, before: BTreeMap::new() }
     }
 
     pub(super) fn now(&self) -> &State {
