@@ -99,9 +99,9 @@ fn world(seed: u64) -> Result<Ran, String> {
             Ok(())
         });
     }
-    let auditor = Auditor::new(Rc::clone(&scene), chance.surroundings(), Arc::clone(&store), all);
+    let (of_auditor, surroundings, kept) = (Rc::clone(&scene), chance.surroundings(), Arc::clone(&store));
     sim.client("auditor", async move {
-        auditor.run().await;
+        Auditor::new(of_auditor, surroundings, kept, all).run().await;
         Ok(())
     });
     let (of_zombie, surroundings) = (Rc::clone(&scene), chance.surroundings());

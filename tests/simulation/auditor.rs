@@ -5,11 +5,11 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use attnd_client::Client;
-use attnd_client::session::Sessions;
+use attnd_client::{Client, Reason};
+use attnd_client::session::{Sessions, ShardHealth};
 use attnd_node::coordinator::meta_store::{MetaStore, SessionRecord, ShardRecord};
 use attnd_wire::hold::{HoldAnswer, HoldAsk, HoldRequest, ShardAt, ShardState};
-use attnd_wire::{Surroundings, proto};
+use attnd_wire::Surroundings;
 
 use super::client::{HEALED_WITHIN, PATIENCE};
 use super::cluster::COORDINATOR_URL;
@@ -19,6 +19,11 @@ use super::zombie::say;
 const OFTEN: Duration = Duration::from_millis(100);
 /// Time until nothing is left of what was closed: workers are asked every five seconds what they hold.
 const GONE_WITHIN: Duration = Duration::from_secs(12);
+
+/// How often a worker is asked that doesn't answer.
+const TRIES: usize = 5;
+/// What a worker without shards may have.
+const CHUNK: u64 = 2 << 20;
 
 pub(super) struct Auditor {
     scene: Rc<Scene>,
@@ -94,7 +99,13 @@ impl Auditor {
     /// Asks a worker what it has.
     async fn ask(&self, worker: usize, ask: HoldAsk) -> Option<HoldAnswer> {
         let request = HoldRequest { request: 1, term: self.scene.term.get(), ask };
-        say(&self.surroundings, worker, proto::HoldRequest::try_from(request).ok()?).await
+        for _ in 0..TRIES {
+            if let Some(answer) = say(&self.surroundings, worker, request.clone().into()).await {
+                return Some(answer);
+            }
+            tokio::time::sleep(OFTEN).await;
+        }
+        None
     }
 
     /// Enough replicas of a shard have all of it, and two that have as much have the same.
@@ -103,8 +114,9 @@ impl Auditor {
         let mut states: Vec<ShardState> = Vec::new();
         for member in &kept.members {
             let worker = member.worker.as_str().trim_start_matches('w').parse().unwrap();
-            if let Some(HoldAnswer::State(state)) = self.ask(worker, HoldAsk::Look(at)).await {
-                states.push(state);
+            match self.ask(worker, HoldAsk::Look(at)).await {
+                Some(HoldAnswer::State(state)) => states.push(state),
+                other => self.scene.history.tell("auditor", format!("w{worker} says {other:?} of {at:?}")),
             }
         }
         let most = states.iter().map(|state| state.op_seq).max().unwrap_or(0);
@@ -122,9 +134,17 @@ impl Auditor {
         }
     }
 
+    /// Whether nobody has the session any more, and nobody must.
     async fn is_lost(&self, record: &SessionRecord) -> bool {
-        let error = self.sessions.describe(record.name.as_str()).await.err();
-        error.is_some_and(|error| error.reason == attnd_client::Reason::SessionLost)
+        let name = record.name.as_str();
+        let is_lost = match self.sessions.describe(name).await {
+            Ok(description) => description.shards.iter().any(|shard| shard.health == ShardHealth::Lost),
+            Err(error) => error.reason == Reason::SessionLost,
+        };
+        // Of one that nobody was told of, nobody knows what it may have lost.
+        let open = self.scene.open.borrow();
+        let known = open.iter().find(|known| known.name == name);
+        is_lost && known.is_none_or(|known| known.model.borrow().may_be_lost)
     }
 
     /// Closes all sessions that there are, those too of which nobody was told.
@@ -155,7 +175,8 @@ impl Auditor {
         }
         let status = self.client.status().await.map_err(|error| error.to_string())?;
         for worker in status.workers {
-            if worker.session_used_bytes > 0 || worker.memory_used_bytes > 0 {
+            // It keeps a chunk for what comes next.
+            if worker.session_used_bytes > CHUNK || worker.memory_used_bytes > 0 {
                 let (of_sessions, of_calls) = (worker.session_used_bytes, worker.memory_used_bytes);
                 return Err(format!("{} uses {of_sessions} and {of_calls} bytes", worker.worker));
             }

@@ -464,8 +464,9 @@ impl Writer {
                 return;
             }
             let Ok(session) = sessions.read(&name).await else { return };
+            let asked = model.borrow().now().clone();
             if let Ok(description) = sessions.describe(&name).await
-                && let Err(error) = model.borrow().described(&description)
+                && let Err(error) = model.borrow().described(&asked, &description)
             {
                 scene.history.violation(&who, format!("looks at {name}: {error}"));
             }

@@ -143,13 +143,20 @@ impl Model {
         self.refused()
     }
 
-    /// Somebody is told this, while mutations may be under way.
-    pub(super) fn described(&self, description: &SessionDescription) -> Result<(), String> {
-        let states = [Some(&self.now), self.open.as_ref()];
+    /// Somebody who asked when it was like that is told this, while mutations may be under way.
+    pub(super) fn described(&self, asked: &State, description: &SessionDescription) -> Result<(), String> {
+        let states = [Some(asked), Some(&self.now), self.open.as_ref()];
         let fits = states.into_iter().flatten().any(|state| state.is_described_by(description));
-        // One that raced with a cut.
+        // One that raced with others.
+        let is_between = || {
+            let lens = self.now.layers.iter().zip(&asked.layers).zip(&description.tokens);
+            let is_long = |((now, asked), len): ((&Vec<Token>, &Vec<Token>), &u64)| {
+                (asked.len() as u64..=now.len() as u64).contains(len)
+            };
+            [self.now.generation, asked.generation] == [description.generation; 2] && lens.map(is_long).all(|is| is)
+        };
         let early = self.before.contains_key(&description.generation);
-        if fits || early { Ok(()) } else { Err(self.contradiction(description)) }
+        if fits || early || is_between() { Ok(()) } else { Err(self.contradiction(description)) }
     }
 
     fn contradiction(&self, description: &SessionDescription) -> String {

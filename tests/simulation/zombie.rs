@@ -13,7 +13,8 @@ use attnd_wire::proto::hold_request::Ask;
 use attnd_wire::{Link, Surroundings, limits, proto};
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
-use tokio_stream::StreamExt;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
 
 use super::cluster::worker_url;
 use super::scene::Scene;
@@ -127,8 +128,7 @@ impl Zombie {
     /// Makes sure that a worker has heard of the last coordinator.
     async fn introduce(&self, worker: usize, term: u64) -> bool {
         let list = HoldRequest { request: 1, term, ask: HoldAsk::List };
-        let Ok(list) = proto::HoldRequest::try_from(list) else { return false };
-        matches!(say(&self.surroundings, worker, list).await, Some(HoldAnswer::Shards(_)))
+        matches!(say(&self.surroundings, worker, list.into()).await, Some(HoldAnswer::Shards(_)))
     }
 
     /// Says to a worker what was said once.
@@ -156,13 +156,16 @@ pub(super) async fn say(
     worker: usize,
     frame: proto::HoldRequest,
 ) -> Option<HoldAnswer> {
+    // Dropped at the end, and the stream with it: one that waits for more to say would stay open.
+    let (frames, requests) = mpsc::channel(1);
+    frames.try_send(proto::HoldRequest { request: 1, ..frame }).ok();
     let exchange = async {
         let endpoint = limits::endpoint(&worker_url(worker), Link::Cluster).ok()?;
         let mut stub = limits::shards_client(surroundings.channel(&endpoint));
-        let frames = tokio_stream::once(proto::HoldRequest { request: 1, ..frame });
-        let mut replies = stub.hold(frames.chain(tokio_stream::pending())).await.ok()?.into_inner();
+        let mut replies = stub.hold(ReceiverStream::new(requests)).await.ok()?.into_inner();
         HoldReply::try_from(replies.message().await.ok().flatten()?).ok()
     };
     let reply = tokio::time::timeout(SOON, exchange).await.ok().flatten();
+    drop(frames);
     reply.map(|reply| reply.answer)
 }
