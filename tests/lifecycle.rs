@@ -12,7 +12,7 @@ use tokio::sync::oneshot;
 use crate::support::cases::{Answer, Case};
 use crate::support::cluster::Cluster;
 use crate::support::eventually;
-use crate::support::process::{Process, ProcessName, alone, descendants, program, signal};
+use crate::support::process::{Machine, Process, ProcessName, descendants, program, signal};
 
 fn case(seed: u64) -> Case {
     let dims =
@@ -58,7 +58,7 @@ async fn wait_until_gone(parts: &[ProcessName], limit: Duration) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn ctrl_c_ends_a_local_cluster_and_all_its_processes() {
-    let _alone = alone();
+    let _machine = Machine::shared();
     let (mut local, parts) = local().await;
     signal(&format!("-{}", local.id()), "INT");
     let status = local.wait_for_end(Duration::from_secs(5)).await;
@@ -69,7 +69,7 @@ async fn ctrl_c_ends_a_local_cluster_and_all_its_processes() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn kill_9_of_a_local_cluster_leaves_no_process_behind() {
-    let _alone = alone();
+    let _machine = Machine::shared();
     let (mut local, parts) = local().await;
     local.kill();
     wait_until_gone(&parts, Duration::from_secs(2)).await;
@@ -77,7 +77,8 @@ async fn kill_9_of_a_local_cluster_leaves_no_process_behind() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_worker_that_comes_before_its_coordinator_joins_it_later() {
-    let _alone = alone();
+    // Nobody else may take the port meanwhile.
+    let _machine = Machine::alone();
     // Stands in for the coordinator until the worker has knocked once.
     let early = TcpListener::bind("127.0.0.1:0").expect("a free port");
     let address = early.local_addr().expect("a bound socket").to_string();
@@ -221,7 +222,7 @@ async fn a_coordinator_that_stands_still_for_a_while_loses_neither_workers_nor_c
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_process_whose_parent_is_gone_ends() {
-    let _alone = alone();
+    let _machine = Machine::shared();
     // A shell between this test and the worker: when it is killed, the pipe to the worker closes.
     let url = "http://127.0.0.1:9";
     let mut command = Command::new("sh");

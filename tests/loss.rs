@@ -13,7 +13,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request};
 
 use crate::support::cases::{Answer, Case};
-use crate::support::cluster::Cluster;
+use crate::support::cluster::{Cluster, WorkerSpec};
 use crate::support::dense::{random_bias, random_mask};
 use crate::support::{eventually, raw_call};
 
@@ -54,7 +54,7 @@ async fn duration(client: &Client, case: &Case, wanted: &Answer, workers: Worker
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn killing_one_of_three_workers_at_any_moment_leaves_the_bits_alone() {
     const KILLS: u32 = 20;
-    let mut cluster = Cluster::start(3).await;
+    let mut cluster = Cluster::alone(vec![WorkerSpec::default(); 3], None).await;
     let client = cluster.client();
     let case = call(1);
     let wanted = computed_here(&case);
@@ -99,7 +99,7 @@ async fn killing_one_of_three_workers_at_any_moment_leaves_the_bits_alone() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn killing_a_worker_in_the_middle_of_a_masked_call_leaves_the_bits_alone() {
     const KILLS: u32 = 6;
-    let mut cluster = Cluster::start(2).await;
+    let mut cluster = Cluster::alone(vec![WorkerSpec::default(); 2], None).await;
     let client = cluster.client();
     let mut case = call(3);
     let mut rng = SmallRng::seed_from_u64(22);
@@ -131,7 +131,7 @@ async fn killing_a_worker_in_the_middle_of_a_masked_call_leaves_the_bits_alone()
 async fn losing_the_only_worker_is_a_clear_error_within_a_second() {
     const KILLS: u32 = 8;
     const LIMIT: Duration = Duration::from_secs(1);
-    let mut cluster = Cluster::start(1).await;
+    let mut cluster = Cluster::alone(vec![WorkerSpec::default(); 1], None).await;
     let client = cluster.client();
     let case = call(2);
     let wanted = computed_here(&case);
@@ -174,7 +174,7 @@ async fn losing_the_only_worker_is_a_clear_error_within_a_second() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_paused_worker_is_given_up_and_the_call_comes_right() {
     const LIMIT: Duration = Duration::from_secs(6);
-    let mut cluster = Cluster::start(3).await;
+    let mut cluster = Cluster::alone(vec![WorkerSpec::default(); 3], None).await;
     let client = cluster.client();
     let case = call(3);
     let wanted = computed_here(&case);
@@ -209,7 +209,7 @@ async fn a_paused_worker_is_given_up_and_the_call_comes_right() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn losing_the_coordinator_is_an_error_at_once() {
     for moment in [0.2, 0.6] {
-        let mut cluster = Cluster::start(2).await;
+        let mut cluster = Cluster::alone(vec![WorkerSpec::default(); 2], None).await;
         let client = cluster.client();
         let case = call(4);
         let wanted = computed_here(&case);
@@ -239,7 +239,7 @@ enum Vanish {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_client_that_vanishes_in_its_upload_leaves_nothing_behind() {
-    let cluster = Cluster::start(2).await;
+    let cluster = Cluster::alone(vec![WorkerSpec::default(); 2], None).await;
     let case = call(5);
     let wanted = computed_here(&case);
     let mut rng = SmallRng::seed_from_u64(22);
@@ -289,7 +289,7 @@ async fn a_client_that_vanishes_in_its_upload_leaves_nothing_behind() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn dropping_a_call_cancels_it_in_the_cluster() {
-    let cluster = Cluster::start(2).await;
+    let cluster = Cluster::alone(vec![WorkerSpec::default(); 2], None).await;
     let client = cluster.client();
     // Seconds of work, so that the cluster is still at it when the deadline of this test comes.
     let dims =

@@ -5,7 +5,7 @@ use attnd_kernel::slot::{cover, keys_in_slots};
 use attnd_kernel::{AttnShape, Dims, Kernels};
 
 use crate::support::cases::{Answer, Case};
-use crate::support::cluster::Cluster;
+use crate::support::cluster::{Cluster, WorkerSpec};
 use crate::support::nightly;
 
 /// What the coordinator may take beside the partials, its own program included.
@@ -26,7 +26,7 @@ fn partial_bytes(plan: &PlanSummary, shape: &AttnShape) -> u64 {
 
 /// Makes the call on a fresh cluster and holds the coordinator's peak memory against the bound.
 async fn check(case: &Case, workers: usize, calls: usize) -> Attended {
-    let mut cluster = Cluster::start(workers).await;
+    let mut cluster = Cluster::alone(vec![WorkerSpec::default(); workers], None).await;
     let client = cluster.client();
     let options = case.options(WorkerChoice::Exactly(workers));
     let mut last = None;

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
-use crate::support::process::{alone, program};
+use crate::support::process::{Machine, program};
 
 /// Nothing listens there: an input that is found to be unusable only after a connection would show.
 const NOWHERE: &str = "http://127.0.0.1:1";
@@ -92,7 +92,7 @@ fn refused(directory: &Path, inputs: [&str; 3], extra: &[&str], words: &[&str]) 
 /// Each is tried as Q, as K and as V, beside good files.
 #[test]
 fn files_that_cannot_be_read() {
-    let _alone = alone();
+    let _machine = Machine::shared();
     let directory = TempDir::new().unwrap();
     let put = |name: &str, bytes: &[u8]| std::fs::write(directory.path().join(name), bytes).unwrap();
     let good = zeros(&[2, 3, 4]);
@@ -196,7 +196,7 @@ fn files_that_cannot_be_read() {
 /// Rows 31 and 32, and their kin: each file is readable, together they are no call.
 #[test]
 fn files_that_do_not_belong_together() {
-    let _alone = alone();
+    let _machine = Machine::shared();
     let directory = TempDir::new().unwrap();
     for (q, k, v, words) in [
         (&[2, 3, 64][..], &[2, 3, 128][..], &[2, 3, 4][..], &["q and k", "64", "128"][..]),

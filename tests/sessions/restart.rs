@@ -58,7 +58,7 @@ fn applied(said: Result<Said, Error>) -> (bool, u64) {
 async fn a_coordinator_that_was_killed_goes_on_with_all_its_sessions() {
     let state = tempfile::tempdir().unwrap();
     let sequence = Sequence::new(31, Dtype::F32, dims(4, 2, 400, 32, 16));
-    let mut cluster = Cluster::keeping(vec![WorkerSpec::default(); 2], Some(state.path())).await;
+    let mut cluster = Cluster::alone(vec![WorkerSpec::default(); 2], Some(state.path())).await;
     let sessions = cluster.client().sessions();
     let options = sequence.options();
     let named = |name: &str| OpenOptions { name: Some(name.into()), ..sequence.open(1) };
@@ -151,7 +151,7 @@ async fn a_coordinator_that_was_killed_goes_on_with_all_its_sessions() {
 async fn what_died_with_its_worker_while_nobody_looked_is_lost_and_said_so() {
     let state = tempfile::tempdir().unwrap();
     let sequence = Sequence::new(32, Dtype::F32, dims(4, 2, 40, 16, 16));
-    let mut cluster = Cluster::keeping(vec![WorkerSpec::default(); 2], Some(state.path())).await;
+    let mut cluster = Cluster::alone(vec![WorkerSpec::default(); 2], Some(state.path())).await;
     let sessions = cluster.client().sessions();
     let options = sequence.options();
     let mut once = sessions.open(sequence.open(1)).await.unwrap();

@@ -49,6 +49,7 @@ struct Writer {
     next: u64,
     rng: SmallRng,
     counts: Counts,
+    has_failed: Arc<AtomicBool>,
 }
 
 fn spec(name: String) -> OpenOptions {
@@ -65,10 +66,18 @@ fn options(at_len: Option<u64>) -> QueryOptions {
 }
 
 impl Writer {
-    fn new(url: &str, id: u64, seed: u64) -> Self {
+    fn new(url: &str, id: u64, seed: u64, has_failed: &Arc<AtomicBool>) -> Self {
         let client = Client::connect(url).expect("a URL");
         let rng = SmallRng::seed_from_u64(seed << 8 | id);
-        Self { id, sessions: client.sessions(), open: Vec::new(), next: id << 40, rng, counts: Counts::new() }
+        Self {
+            id,
+            sessions: client.sessions(),
+            open: Vec::new(),
+            next: id << 40,
+            rng,
+            counts: Counts::new(),
+            has_failed: Arc::clone(has_failed),
+        }
     }
 
     fn new_tokens(&mut self, n: usize) -> Vec<u64> {
@@ -77,8 +86,10 @@ impl Writer {
         (first..self.next).collect()
     }
 
-    /// Writes down how an operation failed: nothing may, but then its outcome must be true.
+    /// Writes down how an operation failed: nothing may, but then its outcome must be true. The first one ends the run, while processes
+    /// still have their logs.
     fn failed(&mut self, what: &str, error: &ClientError) {
+        self.has_failed.store(true, Ordering::Relaxed);
         count(&mut self.counts, format!("{what} of client {} FAILED: {error}, {:?}", self.id, error.outcome));
     }
 
@@ -283,16 +294,17 @@ async fn random_operations_come_right_whatever_happens_to_the_processes() {
     let seed = std::env::var("ATTND_SEED").map_or(1, |seed| seed.parse().expect("ATTND_SEED is a number"));
     println!("ATTND_SEED={seed} ATTND_SOAK={seconds}");
     let state = tempfile::tempdir().unwrap();
-    let mut cluster = Cluster::keeping(vec![WorkerSpec::default(); WORKERS], Some(state.path())).await;
-    let ends = Arc::new(AtomicBool::new(false));
+    let mut cluster = Cluster::alone(vec![WorkerSpec::default(); WORKERS], Some(state.path())).await;
+    let [ends, has_failed] = [(); 2].map(|()| Arc::new(AtomicBool::new(false)));
     let writers: Vec<_> = (0..CLIENTS)
-        .map(|id| tokio::spawn(Writer::new(cluster.url(), id + 1, seed).run(Arc::clone(&ends))))
+        .map(|id| tokio::spawn(Writer::new(cluster.url(), id + 1, seed, &has_failed).run(Arc::clone(&ends))))
         .collect();
     let sessions = cluster.client().sessions();
     let mut rng = SmallRng::seed_from_u64(seed);
     let (begun, mut counts) = (Instant::now(), Counts::new());
-    while begun.elapsed() < Duration::from_secs(seconds) && !writers.iter().any(|writer| writer.is_finished())
-    {
+    let goes_on =
+        || !has_failed.load(Ordering::Relaxed) && !writers.iter().any(|writer| writer.is_finished());
+    while begun.elapsed() < Duration::from_secs(seconds) && goes_on() {
         tokio::time::sleep(Duration::from_millis(rng.random_range(50..1000))).await;
         let victim = rng.random_range(0..WORKERS);
         let what = match rng.random_range(0..10) {

@@ -93,7 +93,7 @@ async fn killing_workers_in_the_middle_of_appends_loses_and_doubles_nothing() {
         Err(_) if nightly("1,000 kills in the middle of appends, 8 of them are tested") => 1000,
         Err(_) => 8,
     };
-    let mut cluster = Cluster::start(3).await;
+    let mut cluster = Cluster::alone(vec![WorkerSpec::default(); 3], None).await;
     let sessions = cluster.client().sessions();
     let mut session = sessions.open(open("survivor", 2, 2)).await.unwrap();
     let (mut tokens, mut next) = (Vec::<u64>::new(), 0..);
@@ -192,7 +192,7 @@ impl Stepping {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_rolling_restart_of_everything_fails_no_step() {
     let state = tempfile::tempdir().unwrap();
-    let mut cluster = Cluster::keeping(vec![WorkerSpec::default(); 3], Some(state.path())).await;
+    let mut cluster = Cluster::alone(vec![WorkerSpec::default(); 3], Some(state.path())).await;
     let ends = Arc::new(AtomicBool::new(false));
     let mut clients = Vec::new();
     for id in 0..2 {
@@ -242,7 +242,7 @@ async fn a_rolling_restart_of_everything_fails_no_step() {
 /// A worker is killed, and another one stops to run, while a client steps: it sees a slower answer.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn steps_go_on_while_a_worker_is_killed_or_stands_still() {
-    let mut cluster = Cluster::start(3).await;
+    let mut cluster = Cluster::alone(vec![WorkerSpec::default(); 3], None).await;
     let sessions = cluster.client().sessions();
     let mut stepping = Stepping::open(&sessions, "goes-on", 0).await;
     for what in ["killed", "paused"] {
@@ -288,7 +288,7 @@ fn resident(process: u32) -> u64 {
 async fn sessions_that_come_and_go_leave_nothing_behind() {
     let rounds =
         if nightly("10,000 sessions that come and go, of which 300 are tested") { 10_000 } else { 300 };
-    let mut cluster = Cluster::start(2).await;
+    let mut cluster = Cluster::alone(vec![WorkerSpec::default(); 2], None).await;
     let sessions = cluster.client().sessions();
     let tokens: Vec<u64> = (0..600).collect();
     let [k, v] = SHAPE.keys_and_values(0, &tokens);

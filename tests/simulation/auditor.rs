@@ -5,11 +5,11 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use attnd_client::{Client, Reason};
 use attnd_client::session::{Sessions, ShardHealth};
+use attnd_client::{Client, Reason};
 use attnd_node::coordinator::meta_store::{MetaStore, SessionRecord, ShardRecord};
-use attnd_wire::hold::{HoldAnswer, HoldAsk, HoldRequest, ShardAt, ShardState};
 use attnd_wire::Surroundings;
+use attnd_wire::hold::{HoldAnswer, HoldAsk, HoldRequest, ShardAt, ShardState};
 
 use super::client::{HEALED_WITHIN, PATIENCE};
 use super::cluster::COORDINATOR_URL;
@@ -122,8 +122,11 @@ impl Auditor {
         let most = states.iter().map(|state| state.op_seq).max().unwrap_or(0);
         let have: Vec<&ShardState> = states.iter().filter(|state| state.op_seq == most).collect();
         let what = format!("{} shard {shard}: {kept:?} has {states:?}", record.name);
-        // One that is lost has none, and whoever uses it says whether it may be.
-        if have.len() < record.spec.acks && !self.is_lost(record).await {
+        // One that is lost may have less, and in epochs that nobody kept.
+        if self.is_lost(record).await {
+            return;
+        }
+        if have.len() < record.spec.acks {
             self.violation(format!("I2: {what}"));
         }
         if have.iter().any(|state| state.chain != have[0].chain || state.tokens != have[0].tokens) {

@@ -81,8 +81,7 @@ pub(super) fn build(sim: &mut Sim<'_>, chance: &Arc<Chance>, workers: usize) -> 
     let lives = Lives::default();
     let meta: Arc<dyn MetaStore> = Arc::new(InMemory::counting_from(chance.random() >> 2));
     let computing = Computing::Tasks { gflops: 10.0 };
-    let platform =
-        Platform { surroundings: chance.surroundings(), computing, meta: Some(Arc::clone(&meta)) };
+    let platform = Platform { surroundings: chance.surroundings(), computing, meta: Some(Arc::clone(&meta)) };
     let (on, all) = (platform.clone(), lives.clone());
     sim.host(COORDINATOR, move || {
         let (platform, lives) = (on.clone(), all.clone());

@@ -153,7 +153,8 @@ impl Model {
             let is_long = |((now, asked), len): ((&Vec<Token>, &Vec<Token>), &u64)| {
                 (asked.len() as u64..=now.len() as u64).contains(len)
             };
-            [self.now.generation, asked.generation] == [description.generation; 2] && lens.map(is_long).all(|is| is)
+            [self.now.generation, asked.generation] == [description.generation; 2]
+                && lens.map(is_long).all(|is| is)
         };
         let early = self.before.contains_key(&description.generation);
         if fits || early || is_between() { Ok(()) } else { Err(self.contradiction(description)) }

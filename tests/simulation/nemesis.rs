@@ -193,7 +193,8 @@ impl Nemesis {
             self.broken.push(due);
         }
         let is_over = |broken: &mut Planned| {
-            broken.to <= now && !matches!(&broken.fault, Fault::Leave(host) if !has_left(sim, now, scene, lives, host, broken.from))
+            broken.to <= now
+                && !matches!(&broken.fault, Fault::Leave(host) if !has_left(sim, now, scene, lives, host, broken.from))
         };
         let over: Vec<Planned> = self.broken.extract_if(.., is_over).collect();
         for mended in over {

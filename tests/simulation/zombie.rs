@@ -58,7 +58,8 @@ impl Zombie {
             self.check_epochs();
             let term = self.scene.term.get();
             let is_over = |(at, frame): &&(ShardAt, proto::HoldRequest)| {
-                frame.term < term || self.epochs.get(&(at.session, at.shard)).is_some_and(|epoch| *epoch > at.epoch)
+                frame.term < term
+                    || self.epochs.get(&(at.session, at.shard)).is_some_and(|epoch| *epoch > at.epoch)
             };
             let over: Vec<_> = self.appends.iter().filter(is_over).collect();
             if over.is_empty() {
@@ -119,7 +120,10 @@ impl Zombie {
             let Some(record) = kept.get(&at.session).filter(|record| !record.pending) else { continue };
             let kept = record.shards.get(at.shard as usize).map(|shard| shard.epoch);
             if kept.is_some_and(|kept| kept < at.epoch) {
-                let what = format!("{} shard {}: appended in epoch {}, kept {kept:?}", record.name, at.shard, at.epoch);
+                let what = format!(
+                    "{} shard {}: appended in epoch {}, kept {kept:?}",
+                    record.name, at.shard, at.epoch
+                );
                 self.scene.history.violation("I1", what);
             }
         }

@@ -10,7 +10,7 @@ use attnd_client::{Client, ClusterStatus, Reason};
 use attnd_kernel::Isa;
 
 use super::eventually;
-use super::process::{Alone, Process, alone};
+use super::process::{Machine, Process};
 use super::proxy::Proxy;
 use super::tap::Tap;
 
@@ -46,7 +46,7 @@ pub(crate) struct Cluster {
     state: Option<PathBuf>,
     url: String,
     client: Client,
-    _alone: Alone,
+    _machine: Machine,
 }
 
 struct Worker {
@@ -109,12 +109,15 @@ impl Cluster {
 
     /// A cluster with these workers, `w0`, `w1` and so on, all of them joined.
     pub(crate) async fn with(specs: Vec<WorkerSpec>) -> Self {
-        Self::keeping(specs, None).await
+        Self::on(Machine::shared(), specs, None).await
     }
 
-    /// The same, whose coordinator keeps its state in this directory.
-    pub(crate) async fn keeping(specs: Vec<WorkerSpec>, state: Option<&Path>) -> Self {
-        let alone = alone();
+    /// The same, whose coordinator keeps its state in this directory, or nowhere, and with no other test's beside it.
+    pub(crate) async fn alone(specs: Vec<WorkerSpec>, state: Option<&Path>) -> Self {
+        Self::on(Machine::alone(), specs, state).await
+    }
+
+    async fn on(machine: Machine, specs: Vec<WorkerSpec>, state: Option<&Path>) -> Self {
         let coordinator = start_coordinator("127.0.0.1:0", state);
         let url = coordinator.url();
         let client = Client::connect(&url).expect("the coordinator prints a URL");
@@ -124,7 +127,7 @@ impl Cluster {
             workers.push(Worker { spec, id: format!("w{i}"), proxy, lives: 0, running: None });
         }
         let state = state.map(Path::to_owned);
-        let mut cluster = Self { workers, coordinator, state, url, client, _alone: alone };
+        let mut cluster = Self { workers, coordinator, state, url, client, _machine: machine };
         for i in 0..cluster.workers.len() {
             cluster.start_worker(i);
         }

@@ -4,7 +4,7 @@ use std::io::{BufRead, BufReader, Read, Seek, SeekFrom};
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{self, Receiver};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
 
 use tempfile::NamedTempFile;
@@ -35,16 +35,30 @@ pub(crate) fn program() -> PathBuf {
     program
 }
 
-/// Keeps clusters of different tests apart: each is meant to have the machine for itself.
-pub(crate) struct Alone {
-    _guard: MutexGuard<'static, ()>,
+/// What a test has of the machine.
+pub(crate) struct Machine {
+    _of: Of,
 }
 
-/// Waits until no other test has processes.
-pub(crate) fn alone() -> Alone {
-    static ALONE: Mutex<()> = Mutex::new(());
-    // A test that failed has left nothing behind that the next one could see.
-    Alone { _guard: ALONE.lock().unwrap_or_else(PoisonError::into_inner) }
+#[allow(dead_code, reason = "they are held")]
+enum Of {
+    All(RwLockWriteGuard<'static, ()>),
+    Some(RwLockReadGuard<'static, ()>),
+}
+
+static MACHINE: RwLock<()> = RwLock::new(());
+
+impl Machine {
+    /// Waits until no other test has processes: for whoever measures.
+    pub(crate) fn alone() -> Self {
+        // A test that failed has left nothing behind that the next one could see.
+        Self { _of: Of::All(MACHINE.write().unwrap_or_else(PoisonError::into_inner)) }
+    }
+
+    /// Beside the processes of as many tests as run at once.
+    pub(crate) fn shared() -> Self {
+        Self { _of: Of::Some(MACHINE.read().unwrap_or_else(PoisonError::into_inner)) }
+    }
 }
 
 /// A running process. It is killed when this is dropped, and ends by itself when this process does.

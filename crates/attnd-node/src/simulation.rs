@@ -7,18 +7,24 @@ use attnd_plan::WorkerId;
 use attnd_wire::proto;
 
 thread_local! {
-    static SENT: RefCell<Vec<proto::HoldRequest>> = const { RefCell::new(Vec::new()) };
+    /// Nothing on a thread on which nobody has asked yet: a program that was built with this for tests keeps no requests.
+    static SENT: RefCell<Option<Vec<proto::HoldRequest>>> = const { RefCell::new(None) };
     static LEFT: RefCell<BTreeMap<WorkerId, usize>> = const { RefCell::new(BTreeMap::new()) };
 }
 
 /// A coordinator on this thread sends a request to a worker.
 pub(crate) fn sent(request: &proto::HoldRequest) {
-    SENT.with_borrow_mut(|sent| sent.push(request.clone()));
+    SENT.with_borrow_mut(|sent| {
+        if let Some(sent) = sent {
+            sent.push(request.clone());
+        }
+    });
 }
 
-/// The first messages of all requests that coordinators on this thread have sent since this was last asked.
+/// The first messages of all requests that coordinators on this thread have sent since this was last asked; none the first time, before
+/// which nobody listens.
 pub fn take_sent() -> Vec<proto::HoldRequest> {
-    SENT.take()
+    SENT.replace(Some(Vec::new())).unwrap_or_default()
 }
 
 /// A worker on this thread has handed over what it can, and still has so many shards.

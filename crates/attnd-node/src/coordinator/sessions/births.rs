@@ -39,6 +39,7 @@ impl State {
             return false;
         };
         self.children.insert(number, name.clone());
+        self.unsettled.insert(name.clone());
         let applied = self.applied(*answer, !is_awaited);
         let (ledger, links) = (self.ledger.fork(self.ledger.idle_since()), self.links.clone());
         let rooms = self.rooms.remove(&number).unwrap_or_default();
@@ -119,11 +120,26 @@ impl Sessions {
             }
             sessions.give_up(rooms);
             sessions.give_back(&name, Some(number));
+            parent.lock().unsettled.remove(&name);
+            parent.settled.notify_waiters();
             if let Some(waits) = waits {
                 // Whoever asked may be gone.
                 drop(waits.send(result));
             }
         });
+    }
+
+    /// Waits until this child is a session, or will be none: whoever asks for its fork again is told of it no earlier than anybody else.
+    pub(super) async fn is_settled(parent: &Session, child: &SessionName) {
+        loop {
+            let settled = parent.settled.notified();
+            tokio::pin!(settled);
+            settled.as_mut().enable();
+            if !parent.lock().unsettled.contains(child) {
+                return;
+            }
+            settled.await;
+        }
     }
 
     async fn settle_child(self: &Arc<Self>, number: u64, child: SessionParts) -> Result<(), Error> {
@@ -145,8 +161,13 @@ impl Sessions {
                 }
             }
         }
-        child.lock().ledger.touch(self.now());
+        let actions = {
+            let mut state = child.lock();
+            state.ledger.touch(self.now());
+            state.ledger.start()
+        };
         self.insert(&child);
+        child.perform(self, actions);
         Ok(())
     }
 

@@ -86,6 +86,9 @@ async fn apply(sessions: &Arc<Sessions>, session: &Arc<Session>, change: Change)
             } else {
                 settle(sessions, session, &request(Ask::Fork { child: 1 }, content)).await
             };
+            if let Ok(Applied { child: Some(child), .. }) = &result {
+                Sessions::is_settled(session, child).await;
+            }
             // The child of a fork that comes again may be gone by now, and its name forgotten.
             result.map(|applied| Applied { child: applied.child.clone().or(named), ..applied })
         }

@@ -15,6 +15,7 @@ use attnd_wire::hold::{
 use attnd_wire::{Error, Reason};
 
 use super::Sessions;
+use super::open::release;
 use super::session::Session;
 use super::upkeep::{ask, encode, state_of};
 use crate::coordinator::hold_link::{Answer, HoldLink, Parts};
@@ -107,9 +108,9 @@ impl Sessions {
                 session.handle(self, LedgerEvent::Copied { shard, holder: to, state: state.into() });
                 // Who closed the session may have looked before the replica was there.
                 if let Some(Copy { term, at, target, .. }) = copy.filter(|_| is_closed) {
-                    self.tasks.spawn(async move {
-                        ask(term, target, HoldAsk::Release(at)).await.ok();
-                    });
+                    // What the ledger just asked for is of this epoch, and may come first.
+                    let epoch = session.lock().ledger.epoch(shard);
+                    self.tasks.spawn(release(term, target, ShardAt { epoch, ..at }));
                 }
             }
             // The ledger chooses another source.

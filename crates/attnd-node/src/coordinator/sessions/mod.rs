@@ -3,7 +3,7 @@
 //! * `exchange.rs` serves the stream of a client. Its requests become an `open.rs`, `steps.rs`, `append.rs` or `change.rs`, each of which
 //!   lines up (`turns.rs`) where it changes a session. `feed.rs` is the way of an append's chunks, before its turn and since.
 //! * `session.rs` is a session: a shell around [`attnd_plan::session::Ledger`], which decides. `upkeep.rs` does what it wants done
-//!   beside answering, `copies.rs` has replicas copied, and `repair.rs` says where to.
+//!   beside answering, `description.rs` is what is told of it, `copies.rs` has replicas copied, and `repair.rs` says where to.
 //! * `links.rs` keeps links to workers, and tells sessions of those that break and of workers that are gone.
 //! * What outlives this process is in its store: `open.rs` and `births.rs` write sessions there before anybody is told of them,
 //!   `saves.rs` who holds them; `start.rs` reads it.
@@ -33,6 +33,7 @@ mod births;
 mod change;
 mod collector;
 mod copies;
+mod description;
 mod exchange;
 mod feed;
 mod links;

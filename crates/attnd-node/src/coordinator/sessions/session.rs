@@ -3,19 +3,19 @@
 //! The ledger decides, under a lock that is held for a few steps and never across an await. What it wants done besides answering runs in
 //! tasks (`upkeep.rs`), whose ends are events again.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use attnd_plan::Piece;
 use attnd_plan::session::{
     Ask, Begun as LedgerBegun, Change, Closed, Holder, Ledger, LedgerAction, LedgerError, LedgerEvent, Op,
-    Phase, Read, ReadRequest, Request, SessionName, SessionSpec,
+    Read, ReadRequest, Request, SessionName, SessionSpec,
 };
 use attnd_wire::hold::{ShardAt, ShardState};
-use attnd_wire::session::{Applied, SessionDescription, ShardDescription, ShardHealth, StepQueries};
+use attnd_wire::session::{Applied, StepQueries};
 use attnd_wire::{Error, Reason};
-use tokio::sync::{oneshot, watch};
+use tokio::sync::{Notify, oneshot, watch};
 
 use super::births::Born;
 use super::repair::Repair;
@@ -38,6 +38,8 @@ pub(crate) struct Session {
     pub(super) turns: Arc<Turns>,
     /// Whoever becomes the writer, or finds out what became of old forks, does so alone.
     pub(super) alone: tokio::sync::Mutex<()>,
+    /// A child is a session now, or there will be none.
+    pub(super) settled: Notify,
     /// The epoch of whoever writes, for those who take long over what they write.
     pub(super) writer: watch::Sender<u64>,
     state: Mutex<State>,
@@ -77,6 +79,8 @@ pub(super) struct State {
     pub(super) has_old_forks: bool,
     /// Those whose forks have been applied, and that become sessions now.
     pub(super) born: Vec<Born>,
+    /// The names of those of them that aren't yet.
+    pub(super) unsettled: BTreeSet<SessionName>,
     /// The epoch of each shard in the store.
     pub(super) saved: Vec<u64>,
     /// Where the append in flight is on its way in chunks.
@@ -135,13 +139,24 @@ impl Session {
             rooms: BTreeMap::new(),
             has_old_forks: false,
             born: Vec::new(),
+            unsettled: BTreeSet::new(),
             saved,
             repair: Repair::default(),
             uploads: Vec::new(),
             closed: None,
         };
-        let (turns, alone) = (Arc::default(), tokio::sync::Mutex::default());
-        Self { number, name, spec, pieces, parent, turns, alone, writer, state: Mutex::new(state) }
+        Self {
+            number,
+            name,
+            spec,
+            pieces,
+            parent,
+            turns: Arc::default(),
+            alone: tokio::sync::Mutex::default(),
+            settled: Notify::new(),
+            writer,
+            state: Mutex::new(state),
+        }
     }
 
     /// No critical section can panic half-way but in the ledger, which then is as it was or broken; either way it is what there is.
@@ -366,60 +381,11 @@ impl Session {
             sessions.upkeep(self, action);
         }
     }
-
-    /// How its worst shard is.
-    pub(super) fn health(&self) -> ShardHealth {
-        let state = self.lock();
-        let shards = (0..self.pieces.len()).map(|shard| health(&state.ledger, shard));
-        shards.max().unwrap_or(ShardHealth::Open)
-    }
-
-    /// What a client is told of it.
-    ///
-    /// # Errors
-    /// [`Reason::Recovering`] as long as nobody knows what it has.
-    pub(super) fn describe(&self, sessions: &Sessions, created: bool) -> Result<SessionDescription, Error> {
-        let state = self.lock();
-        let ledger = &state.ledger;
-        if ledger.is_restarting() && !ledger.is_lost() {
-            return Err(Error::new(Reason::Recovering, ""));
-        }
-        let shard = |(shard, pieces): (usize, &Arc<[Piece]>)| ShardDescription {
-            pieces: pieces.to_vec(),
-            epoch: ledger.epoch(shard),
-            health: health(ledger, shard),
-            workers: readers(ledger, shard).map(|holder| holder.worker.clone()).collect(),
-            bytes: self.bytes_of(ledger, shard),
-        };
-        let idle = sessions.now().saturating_sub(ledger.idle_since());
-        Ok(SessionDescription {
-            name: self.name.clone(),
-            spec: self.spec.clone(),
-            created,
-            generation: ledger.generation(),
-            sealed: ledger.is_sealed(),
-            writer_epoch: ledger.writer_epoch(),
-            next_op_seq: ledger.next_seq(),
-            tokens: ledger.tokens().iter().map(|tokens| *tokens as u64).collect(),
-            shards: self.pieces.iter().enumerate().map(shard).collect(),
-            ttl_left: self.spec.ttl.saturating_sub(idle),
-        })
-    }
-}
-
-fn health(ledger: &Ledger<Error>, shard: usize) -> ShardHealth {
-    match ledger.phase(shard) {
-        Phase::Open if ledger.is_short(shard) => ShardHealth::Repairing,
-        Phase::Open => ShardHealth::Open,
-        Phase::Recovering => ShardHealth::Recovering,
-        Phase::Degraded => ShardHealth::Degraded,
-        Phase::Lost => ShardHealth::Lost,
-    }
 }
 
 /// Who has a shard: whoever has all that was acknowledged, who can be read from also while the shard changes its members, and then the
 /// other members.
-fn readers(ledger: &Ledger<Error>, shard: usize) -> impl Iterator<Item = &Holder> + '_ {
+pub(super) fn readers(ledger: &Ledger<Error>, shard: usize) -> impl Iterator<Item = &Holder> + '_ {
     let is_computing = move |member: &&Holder| ledger.computing(shard).any(|other| other == *member);
     let others = ledger.members(shard).filter(move |member| !is_computing(member));
     ledger.computing(shard).chain(others)

@@ -99,7 +99,13 @@ impl<E: Clone> Ledger<E> {
             return;
         }
         match self.find(shard, state) {
-            Found::Level(applied) => self.mark_level(index, holder, applied, state.chain),
+            Found::Level(applied) => {
+                self.mark_level(index, holder, applied, state.chain);
+                let member = self.shards.get_mut(index).and_then(|shard| shard.get_mut(holder));
+                if let Some(member) = member {
+                    member.done = member.done.max(Some(applied));
+                }
+            }
             // Behind the others, who are enough.
             Found::Behind if state.op_seq < self.window.last() => {
                 let member = self.shards.get_mut(index).and_then(|shard| shard.get_mut(holder));

@@ -21,9 +21,10 @@ pub(super) enum Past {
 
 impl<E: Clone> Ledger<E> {
     /// The child of this session, as soon as the fork is answered: its shards have the same holders, and epoch 1. The caller saves it
-    /// before anybody is told of it; better, before it begins the fork, and forgets it if that doesn't come about.
+    /// before anybody is told of it; better, before it begins the fork, and forgets it if that doesn't come about. Then it has done what
+    /// [`Self::start`] says.
     pub fn fork(&self, now: Duration) -> Self {
-        let last = Some(self.window.last());
+        let last = self.window.last();
         let child_of = |shard: &Shard| {
             let holders = shard.members.iter().filter(|member| {
                 matches!(
@@ -33,10 +34,15 @@ impl<E: Clone> Ledger<E> {
             });
             // Who hasn't the fork yet will have it before it has anything of the child.
             let member = |member: &Member| {
-                let applied = (member.applied >= last).then_some(0);
+                let applied = (member.applied >= Some(last)).then_some(0);
                 Member::new(member.holder.clone(), Standing::Member, applied)
             };
-            Shard { members: holders.map(member).collect(), ..Shard::open(1, Vec::new(), shard.chain) }
+            Shard {
+                members: holders.clone().map(member).collect(),
+                // Whoever was copied has what the parent had, and nothing of the child: it is asked.
+                is_dirty: holders.clone().any(|member| !member.has_child(last)),
+                ..Shard::open(1, Vec::new(), shard.chain)
+            }
         };
         Self {
             writer_epoch: 1,
@@ -56,6 +62,12 @@ impl<E: Clone> Ledger<E> {
             skips_fences: false,
             ..*self
         }
+    }
+
+    /// What a child does first.
+    pub fn start(&mut self) -> Vec<LedgerAction<E>> {
+        self.settle();
+        std::mem::take(&mut self.actions)
     }
 
     /// A session of a coordinator that has just started, from what is in the durable store. It answers `RECOVERING` until all holders

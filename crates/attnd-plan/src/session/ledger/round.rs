@@ -165,7 +165,7 @@ impl<E: Clone> Ledger<E> {
             }
             Found::Behind => {
                 member.standing = Standing::Cold { in_round: waits };
-                member.applied = None;
+                (member.applied, member.done) = (None, None);
             }
         }
     }

@@ -54,6 +54,8 @@ pub(super) struct Member {
     pub(super) standing: Standing,
     /// The last op that it is known to have, if all those before are what was acknowledged.
     pub(super) applied: Option<u64>,
+    /// The last of those that it has said it applied: others came with a copy, without what they made elsewhere, as a fork does.
+    pub(super) done: Option<u64>,
     pub(super) asked: Asked,
     /// It wants to leave.
     pub(super) is_leaving: bool,
@@ -69,6 +71,7 @@ impl Member {
             holder,
             standing,
             applied,
+            done: None,
             asked: Asked::Nothing,
             is_leaving: false,
             is_fresh: false,
@@ -78,6 +81,11 @@ impl Member {
 
     pub(super) fn is_member(&self) -> bool {
         self.standing == Standing::Member
+    }
+
+    /// Whether it has the child of a fork of this number, or gets it before anything else of it.
+    pub(super) fn has_child(&self, fork: u64) -> bool {
+        self.done >= Some(fork) || (self.is_member() && self.applied < Some(fork))
     }
 }
 

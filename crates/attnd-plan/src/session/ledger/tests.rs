@@ -188,6 +188,7 @@ impl Cluster {
 
 const TRUNCATE: Ask = Ask::Truncate { len: 10 };
 
+mod forks;
 mod late;
 mod moves;
 
@@ -456,22 +457,6 @@ fn a_restart_waits_for_enough_to_know_what_was_acknowledged() {
     // What only `a` may have had is gone with it.
     cluster.tell(Event::Lost(holder("a")));
     assert_eq!(cluster.append(2, 1).unwrap_err().to_string(), "prefix 4 of 4");
-}
-
-#[test]
-fn a_child_begins_where_its_parent_is() {
-    let mut cluster = Cluster::new(2, &["ab"]);
-    cluster.append(1, 4).unwrap();
-    cluster.op(2, Ask::Fork { child: 7 }).unwrap();
-    assert_eq!(cluster.answers.pop(), Some((2, Ok(Answer { len: 4, generation: 0, child: Some(7) }))));
-    let child: Ledger<&'static str> = cluster.ledger.fork(Duration::from_secs(3));
-    assert_eq!((child.tokens(), child.next_seq(), child.epoch(0)), (&[4, 0][..], 1, 1));
-    cluster.replicas.values_mut().for_each(|replica| *replica = replica.fork());
-    cluster.ledger = child;
-    cluster.append(1, 2).unwrap();
-    assert_eq!(cluster.answers.pop(), Some((1, Ok(Answer { len: 6, generation: 0, child: None }))));
-    cluster.op(2, Ask::Seal).unwrap();
-    assert_eq!(cluster.append(3, 1), Err(Error::Sealed));
 }
 
 #[test]

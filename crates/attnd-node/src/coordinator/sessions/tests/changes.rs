@@ -1,9 +1,11 @@
 //! Forks and other changes, and the end of sessions that nobody uses.
 
 use attnd_plan::session::{Ask, Closed};
+use attnd_wire::hold::HoldAsk;
 use attnd_wire::session::{Applied, Change as Asked, ChangeKind};
 
 use super::super::change::ChangeCall;
+use super::super::upkeep::ask;
 use super::*;
 
 /// Makes a change as a client does.
@@ -131,4 +133,29 @@ async fn who_asks_before_a_session_is_closed_keeps_it() {
     let late = session.begin(&request, |_len| Ok(())).err().unwrap();
     assert_eq!(late.reason, Reason::SessionExpired);
     until("its memory is back", || cluster.nodes[0].store.len() == 0).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_copy_of_a_session_that_was_closed_meanwhile_leaves_nothing() {
+    let cluster = Cluster::start(3).await;
+    let session = cluster.open("s", 2, &[(cluster.all(), &[0, 1])]).await;
+    assert_eq!(applied(&cluster.run(vec![step(&session, 1, 3)]).await), (3, false));
+    let (sessions, [_, leaves, takes]) = (&cluster.sessions, &cluster.nodes[..]) else {
+        panic!("three workers");
+    };
+    takes.asks[BULK].send_replace(Gate::Shut);
+    session.lock().links.insert(takes.link.holder.clone(), Arc::clone(&takes.link));
+    session.handle(sessions, LedgerEvent::Draining(leaves.link.holder.clone()));
+    session.handle(sessions, LedgerEvent::Replacement { shard: 0, holder: takes.link.holder.clone() });
+    let is_read = |node: &Node| node.arrived(BULK).iter().any(|ask| matches!(ask, Sent::Export(_)));
+    until("the copy is begun", || cluster.nodes.iter().any(is_read)).await;
+    sessions.end(&session, Closed::Released).await.unwrap();
+    takes.answers[BULK].send_replace(false);
+    takes.asks[BULK].send_replace(Gate::Open);
+    until("the copy is made", || takes.store.len() == 1).await;
+    // What the end of the copy begins may be there before the release.
+    let begun = ShardAt { session: session.number, shard: 0, epoch: 2 };
+    ask(sessions.term, Arc::clone(&takes.link), HoldAsk::Fence(begun)).await.unwrap();
+    takes.answers[BULK].send_replace(true);
+    until("nothing is left", || cluster.nodes.iter().all(|node| node.store.len() == 0)).await;
 }

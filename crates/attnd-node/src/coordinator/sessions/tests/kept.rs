@@ -322,11 +322,15 @@ async fn a_child_is_told_of_once_it_is_kept_be_it_by_the_next_coordinator() {
     scene.meta.create(&record).unwrap();
     unheard.abort();
     drop(life);
-    scene.meta.fail(&[]);
     let life = scene.begin().await;
-    eventually("the child is there", || life.sessions.describe(&name("later")).is_ok()).await;
-    let again = fork(&life.sessions, "a", "later", 3).await.unwrap();
+    eventually("what it has is known", || life.sessions.describe(&name("a")).is_ok()).await;
+    let waits = fork(&life.sessions, "a", "later", 3);
+    tokio::pin!(waits);
+    assert!(tokio::time::timeout(Duration::from_millis(300), &mut waits).await.is_err());
+    scene.meta.fail(&[]);
+    let again = waits.await.unwrap();
     assert_eq!((again.replayed, again.child), (true, Some(name("later"))));
+    eventually("the child is open", || life.sessions.describe(&name("later")).is_ok()).await;
     append(&life, "later", 1, 1).await.unwrap();
     append(&life, "a", 1, 4).await.unwrap();
     append(&life, "late", 1, 2).await.unwrap();
@@ -367,4 +371,20 @@ async fn a_session_whose_members_can_not_be_kept_takes_no_appends_until_they_are
     let saved: Vec<u64> = kept.shards.iter().map(|shard| shard.epoch).collect();
     let open: Vec<u64> = described.shards.iter().map(|shard| shard.epoch).collect();
     assert!(saved == open && epochs(&saved), "{saved:?}, {open:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn shards_that_come_late_over_a_connection_of_before_are_given_back() {
+    let scene = Scene::new().await;
+    let life = scene.begin().await;
+    life.sessions.open(open("a", true)).await.unwrap();
+    let parent = life.sessions.find(&name("a")).unwrap();
+    let nobodys = scene.meta.reserve_number().unwrap();
+    let counts = || -> Vec<usize> { scene.workers.iter().map(|(_, store)| store.len()).collect() };
+    let before = counts();
+    // Behind the listing of its link.
+    life.sessions.hold(rooms_for(&parent, nobodys), |_any| true).await.unwrap();
+    assert_ne!(counts(), before);
+    eventually("those that nobody knows are gone", || counts() == before).await;
+    append(&life, "a", 1, 1).await.unwrap();
 }
