@@ -4,6 +4,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::io::Write;
 use std::ops::AddAssign;
 use std::rc::Rc;
 use std::time::Duration;
@@ -73,7 +74,7 @@ impl History {
         (self.0.hash.get(), &line).hash(&mut hasher);
         self.0.hash.set(hasher.finish());
         if self.0.is_told.get() {
-            println!("{line}");
+            std::io::stdout().write_all(format!("{line}\n").as_bytes()).ok();
         }
         let mut last = self.0.last.borrow_mut();
         if last.len() == KEPT {
