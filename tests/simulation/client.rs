@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::rc::Rc;
 use std::time::Duration;
 
-use attnd_client::session::{BatchStep, Session, Sessions};
+use attnd_client::session::{BatchStep, Session, Sessions, ShardHealth};
 use attnd_client::{Client, ClientError, Outcome, Reason};
 use attnd_wire::Surroundings;
 use attnd_wire::session::SessionDescription;
@@ -465,7 +465,11 @@ impl Writer {
             }
             let Ok(session) = sessions.read(&name).await else { return };
             let asked = model.borrow().now().clone();
+            // Of one that is lost nobody knows what it had.
+            let is_lost =
+                |told: &SessionDescription| told.shards.iter().any(|shard| shard.health == ShardHealth::Lost);
             if let Ok(description) = sessions.describe(&name).await
+                && !(is_lost(&description) && model.borrow().may_be_lost)
                 && let Err(error) = model.borrow().described(&asked, &description)
             {
                 scene.history.violation(&who, format!("looks at {name}: {error}"));
