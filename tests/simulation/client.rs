@@ -1,10 +1,10 @@
 //! A client of a simulation: seeded requests about sessions of its own and of others, each answer of which is held against the model.
 
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::rc::Rc;
 use std::time::Duration;
 
-use attnd_client::session::{BatchStep, Session, Sessions};
+use attnd_client::session::{BatchStep, Session, Sessions, ShardHealth};
 use attnd_client::{Client, ClientError, Outcome, Reason};
 use attnd_wire::Surroundings;
 use attnd_wire::session::SessionDescription;
@@ -12,47 +12,17 @@ use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 
 use super::cluster::COORDINATOR_URL;
-use super::history::History;
 use super::model::{Model, Op, State};
+use super::scene::{Known, Scene};
 use crate::support::tokens::{RowShape, Token, query_options};
 
 /// Time of a request, all attempts included.
 pub(super) const PATIENCE: Duration = Duration::from_secs(4);
 /// Time in which everything must work again once nothing is broken any more.
-const HEALED_WITHIN: Duration = Duration::from_secs(8);
+pub(super) const HEALED_WITHIN: Duration = Duration::from_secs(8);
 const MOST_SESSIONS: usize = 3;
 /// Tokens of a layer beyond which a session isn't appended to.
 const MOST_TOKENS: usize = 700;
-
-/// What all clients of a run share.
-#[derive(Debug)]
-pub(super) struct Scene {
-    pub(super) history: History,
-    /// Nothing is broken from now on.
-    pub(super) is_calm: Cell<bool>,
-    /// Workers say some things twice.
-    pub(super) repeats: bool,
-    /// Replicas are restored, so sessions take everything again.
-    pub(super) repairs: bool,
-    /// Workers that lost what they had, or were given up, until that was repaired.
-    pub(super) lost_workers: Cell<usize>,
-    /// Whose sessions are whose.
-    pub(super) open: RefCell<Vec<(String, Rc<RefCell<Model>>)>>,
-    tokens: Cell<Token>,
-}
-
-impl Scene {
-    pub(super) fn new(history: History, repairs: bool, repeats: bool) -> Rc<Self> {
-        let (is_calm, lost_workers, open) = (Cell::new(false), Cell::new(0), RefCell::new(Vec::new()));
-        Rc::new(Self { history, is_calm, repeats, repairs, lost_workers, open, tokens: Cell::new(1) })
-    }
-
-    /// Tokens that nobody had before.
-    pub(super) fn new_tokens(&self, n: usize) -> Vec<Token> {
-        let first = self.tokens.replace(self.tokens.get() + n as Token);
-        (first..first + n as Token).collect()
-    }
-}
 
 /// A session that this client writes.
 pub(super) struct Held {
@@ -60,9 +30,11 @@ pub(super) struct Held {
     pub(super) session: Session,
     pub(super) model: Rc<RefCell<Model>>,
     /// Replicas that have what was acknowledged.
-    pub(super) acks: usize,
+    acks: usize,
     /// What the coordinator has is what the model has.
     pub(super) is_settled: bool,
+    /// It is to end, or has: nobody knows.
+    is_closing: bool,
     /// It is gone, and may be.
     pub(super) is_lost: bool,
 }
@@ -94,7 +66,7 @@ impl Writer {
 
     /// Works until nothing is broken any more, and then sees to it that everything is there.
     pub(super) async fn run(mut self) {
-        while !self.scene.is_calm.get() && !self.scene.history.has_violations() {
+        while !self.scene.is_calm() && !self.scene.history.has_violations() {
             self.act().await;
             self.held.retain(|held| !held.is_lost);
         }
@@ -126,7 +98,8 @@ impl Writer {
                 57..64 => self.truncate(&mut held).await,
                 64..69 => self.fork(&mut held).await,
                 69..70 => self.mutate(&mut held, &Op::Seal).await,
-                70..78 => self.look(),
+                70..72 => self.close(&mut held).await,
+                72..78 => self.look(),
                 78..85 => self.send_twice(&mut held).await,
                 85..95 => self.append_in_chunks(&mut held).await,
                 _ => {
@@ -146,15 +119,19 @@ impl Writer {
         let who = format!("{} {}", held.name, what);
         self.scene.history.tell(&self.name, format!("{who}: {:?} {error}", error.outcome));
         match error.outcome {
-            Outcome::NotExecuted => self.scene.history.count(|counts| counts.refused += 1),
-            Outcome::Applied | Outcome::Unknown => self.scene.history.count(|counts| counts.unknown += 1),
+            Outcome::NotExecuted => self.scene.history.count("refused", 1),
+            Outcome::Applied | Outcome::Unknown => self.scene.history.count("unknown", 1),
         }
         if error.reason == Reason::SessionLost {
             held.is_lost = true;
-            if self.scene.lost_workers.get() < held.acks {
+            if !held.model.borrow().may_be_lost {
                 self.scene.history.violation(&self.name, format!("{who}, {} acks", held.acks));
             }
-            self.scene.history.count(|counts| counts.lost += 1);
+            self.scene.history.count("sessions lost", 1);
+            return;
+        }
+        if error.reason == Reason::Session && held.is_closing {
+            held.is_lost = true;
             return;
         }
         self.excuse(&who, error, false);
@@ -222,7 +199,7 @@ impl Writer {
         match ended {
             Ok(len) => {
                 model.applied();
-                self.scene.history.count(|counts| counts.applied += 1);
+                self.scene.history.count("applied", 1);
                 self.scene.history.tell(&self.name, format!("{} {what}", held.name));
                 let longest = model.now().longest() as u64;
                 if len.is_some_and(|len| len > longest) {
@@ -254,25 +231,51 @@ impl Writer {
         };
         let mut open = shape.open();
         let (replicas, acks) = [(2, 2), (2, 2), (2, 1), (3, 2), (1, 1)][self.random.random_range(0..5)];
+        // A worker that leaves needs somebody to have what it holds.
+        let replicas = self.scene.most_replicas.min(replicas);
         (open.spec.replicas, open.spec.acks) = (replicas, acks);
         self.opened += 1;
         let name = format!("{}-{}", self.name, self.opened);
         open.name = Some(name.clone());
+        let losses = self.scene.losses();
         match self.sessions.open(open).await {
             Ok(session) => {
+                self.scene.history.count("sessions opened", 1);
                 self.scene
                     .history
                     .tell(&self.name, format!("{name} is open, {replicas} replicas, {acks} acks"));
-                self.keep(name, session, shape, State::empty(shape.layers), acks);
+                self.keep(name, session, Model::new(shape, State::empty(shape.layers)), acks, losses);
             }
             Err(error) => self.judge(None, &format!("open {name}"), &error),
         }
     }
 
-    fn keep(&mut self, name: String, session: Session, shape: RowShape, state: State, acks: usize) {
-        let model = Rc::new(RefCell::new(Model::new(shape, state)));
-        self.scene.open.borrow_mut().push((name.clone(), Rc::clone(&model)));
-        self.held.push(Held { name, session, model, acks, is_settled: true, is_lost: false });
+    /// Has a session that came about since so many losses.
+    fn keep(&mut self, name: String, session: Session, mut model: Model, acks: usize, losses: u64) {
+        model.may_be_lost |= acks < 2 && self.scene.may_have_lost_since(losses);
+        let model = Rc::new(RefCell::new(model));
+        self.scene.open.borrow_mut().push(Known { name: name.clone(), model: Rc::clone(&model), acks });
+        let (is_settled, is_closing, is_lost) = (true, false, false);
+        self.held.push(Held { name, session, model, acks, is_settled, is_closing, is_lost });
+    }
+
+    /// Ends a session.
+    async fn close(&mut self, held: &mut Held) {
+        held.is_closing = true;
+        match self.sessions.close(&held.name).await {
+            Ok(already) => {
+                self.scene.history.tell(&self.name, format!("{} is closed, already: {already}", held.name));
+                self.scene.history.count("sessions closed", 1);
+                held.is_lost = true;
+            }
+            Err(error) => {
+                held.is_settled = false;
+                self.judge(Some(held), "close", &error);
+            }
+        }
+        if held.is_lost {
+            self.scene.open.borrow_mut().retain(|known| known.name != held.name);
+        }
     }
 
     /// A layer, and tokens for it; none where it takes no more.
@@ -303,11 +306,10 @@ impl Writer {
                 let floor = model.floor(layer);
                 let at_len = Some(stepped.appended.len);
                 let verdict = model.attended(layer, &tokens, floor, at_len, &stepped.attended);
-                self.scene.history.count(|counts| {
-                    counts.attended += 1;
-                    counts.again += u64::from(stepped.attended.attempts > 1);
-                    counts.replayed += u64::from(stepped.appended.replayed);
-                });
+                let history = &self.scene.history;
+                history.count("attended", 1);
+                history.count("sent again", u64::from(stepped.attended.attempts > 1));
+                history.count("replayed", u64::from(stepped.appended.replayed));
                 self.hold(&format!("{} {what}", held.name), verdict);
             }
             Err(error) => self.ended(held, &what, Err(error)),
@@ -353,11 +355,14 @@ impl Writer {
         self.opened += 1;
         let name = format!("{}-{}", self.name, self.opened);
         held.model.borrow_mut().begin(&Op::Fork);
+        let losses = self.scene.losses();
         match held.session.fork(Some(&name)).await {
             Ok(child) => {
                 self.ended(held, &format!("fork {name}"), Ok(None));
-                let state = held.model.borrow().now().forked();
-                self.keep(name, child, held.shape(), state, held.acks);
+                self.scene.history.count("sessions forked", 1);
+                let mut model = Model::new(held.shape(), held.model.borrow().now().forked());
+                model.may_be_lost = held.model.borrow().may_be_lost;
+                self.keep(name, child, model, held.acks, losses);
             }
             Err(error) => {
                 // Of the child nothing is known, and its parent is as it was.
@@ -392,7 +397,7 @@ impl Writer {
             Ok(answer) => {
                 self.scene.history.tell(&self.name, format!("{what}: {}", answer.at_len));
                 let verdict = held.model.borrow_mut().attended(layer, &tokens, floor, at_len, &answer);
-                self.scene.history.count(|counts| counts.attended += 1);
+                self.scene.history.count("attended", 1);
                 self.hold(&what, verdict);
                 true
             }
@@ -434,7 +439,7 @@ impl Writer {
                     let floor = model.floor(*layer);
                     let at_len = Some(stepped.appended.len);
                     let verdict = model.attended(*layer, tokens, floor, at_len, &stepped.attended);
-                    self.scene.history.count(|counts| counts.attended += 1);
+                    self.scene.history.count("attended", 1);
                     self.hold(&format!("{} {what}", held.name), verdict);
                 }
                 Err(error) => self.ended(held, &what, Err(error)),
@@ -447,7 +452,10 @@ impl Writer {
     fn look(&mut self) {
         // In a task of its own, so that this client goes on.
         let open = self.scene.open.borrow();
-        let (name, model) = open[self.random.random_range(0..open.len())].clone();
+        if open.is_empty() {
+            return;
+        }
+        let Known { name, model, .. } = open[self.random.random_range(0..open.len())].clone();
         let (sessions, scene, who) = (self.sessions.clone(), Rc::clone(&self.scene), self.name.clone());
         let layer = self.random.random_range(0..model.borrow().shape.layers);
         tokio::task::spawn_local(async move {
@@ -456,8 +464,13 @@ impl Writer {
                 return;
             }
             let Ok(session) = sessions.read(&name).await else { return };
+            let asked = model.borrow().now().clone();
+            // Of one that is lost nobody knows what it had.
+            let is_lost =
+                |told: &SessionDescription| told.shards.iter().any(|shard| shard.health == ShardHealth::Lost);
             if let Ok(description) = sessions.describe(&name).await
-                && let Err(error) = model.borrow().described(&description)
+                && !(is_lost(&description) && model.borrow().may_be_lost)
+                && let Err(error) = model.borrow().described(&asked, &description)
             {
                 scene.history.violation(&who, format!("looks at {name}: {error}"));
             }
@@ -465,7 +478,7 @@ impl Writer {
             let q = shape.queries(layer, &tokens);
             if let Ok(answer) = session.attend(layer, q, &query_options(None)).await {
                 scene.history.tell(&who, format!("looks at {name}, layer {layer}: {}", answer.at_len));
-                scene.history.count(|counts| counts.attended += 1);
+                scene.history.count("attended", 1);
                 let verdict = model.borrow_mut().attended(layer, &tokens, floor, None, &answer);
                 if let Err(error) = verdict {
                     scene.history.violation(&who, format!("looks at {name}, layer {layer}: {error}"));
@@ -493,7 +506,7 @@ impl Writer {
                     }
                 }
             }
-            if self.scene.repairs && !held.is_lost {
+            if !held.is_lost {
                 self.append_at_last(&mut held, begun + HEALED_WITHIN).await;
             }
             let is_whole = held.is_settled && !held.model.borrow().is_open();
@@ -510,10 +523,10 @@ impl Writer {
             if !held.is_settled {
                 self.settle(held).await;
             } else {
-                let before = self.scene.history.counts().applied;
+                let before = self.scene.history.counts().of("applied");
                 let op = Op::Append { layer: 0, tokens: self.scene.new_tokens(1) };
                 self.mutate(held, &op).await;
-                if self.scene.history.counts().applied > before {
+                if self.scene.history.counts().of("applied") > before {
                     return;
                 }
             }

@@ -1,9 +1,10 @@
 //! What happened in a run: a hash of all of it, the last of it in words, and what should not have happened.
 
 use std::cell::{Cell, RefCell};
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::io::Write;
 use std::ops::AddAssign;
 use std::rc::Rc;
 use std::time::Duration;
@@ -22,33 +23,41 @@ struct Inner {
     last: RefCell<VecDeque<String>>,
     violations: RefCell<Vec<String>>,
     counts: RefCell<Counts>,
+    /// Everything is printed as it happens.
+    is_told: Cell<bool>,
 }
 
-/// What there was of each, so that a run in which nothing happens doesn't pass for a good one.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Counts {
-    pub(super) applied: u64,
-    pub(super) attended: u64,
-    pub(super) refused: u64,
-    pub(super) unknown: u64,
-    pub(super) replayed: u64,
-    pub(super) again: u64,
-    pub(super) lost: u64,
+/// How often there was what: faults, operations, and what came of them. So a run in which nothing happens doesn't pass for a good one.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Counts(BTreeMap<&'static str, u64>);
+
+impl Counts {
+    pub(super) fn of(&self, what: &str) -> u64 {
+        self.0.get(what).copied().unwrap_or(0)
+    }
 }
 
 impl AddAssign for Counts {
     fn add_assign(&mut self, other: Self) {
-        self.applied += other.applied;
-        self.attended += other.attended;
-        self.refused += other.refused;
-        self.unknown += other.unknown;
-        self.replayed += other.replayed;
-        self.again += other.again;
-        self.lost += other.lost;
+        for (what, n) in other.0 {
+            *self.0.entry(what).or_default() += n;
+        }
+    }
+}
+
+impl fmt::Display for Counts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let words: Vec<String> = self.0.iter().map(|(what, n)| format!("{n} {what}")).collect();
+        f.write_str(&words.join(", "))
     }
 }
 
 impl History {
+    /// Prints everything from now on.
+    pub(super) fn print(&self) {
+        self.0.is_told.set(true);
+    }
+
     /// It is that late in the run.
     pub(super) fn tick(&self, now: Duration) {
         self.0.now.set(now);
@@ -64,6 +73,9 @@ impl History {
         let mut hasher = DefaultHasher::new();
         (self.0.hash.get(), &line).hash(&mut hasher);
         self.0.hash.set(hasher.finish());
+        if self.0.is_told.get() {
+            std::io::stdout().write_all(format!("{line}\n").as_bytes()).ok();
+        }
         let mut last = self.0.last.borrow_mut();
         if last.len() == KEPT {
             last.pop_front();
@@ -78,12 +90,15 @@ impl History {
         self.0.violations.borrow_mut().push(line);
     }
 
-    pub(super) fn count(&self, change: impl FnOnce(&mut Counts)) {
-        change(&mut self.0.counts.borrow_mut());
+    /// So many more of that.
+    pub(super) fn count(&self, what: &'static str, n: u64) {
+        if n > 0 {
+            *self.0.counts.borrow_mut().0.entry(what).or_default() += n;
+        }
     }
 
     pub(super) fn counts(&self) -> Counts {
-        *self.0.counts.borrow()
+        self.0.counts.borrow().clone()
     }
 
     pub(super) fn hash(&self) -> u64 {

@@ -79,6 +79,8 @@ pub(super) struct Floor {
 #[derive(Debug)]
 pub(super) struct Model {
     pub(super) shape: RowShape,
+    /// So many workers have lost what they had, at once, that nobody may have it.
+    pub(super) may_be_lost: bool,
     now: State,
     /// What there is if the mutation that is under way, or of which nobody knows what became of it, is applied.
     open: Option<State>,
@@ -90,7 +92,7 @@ pub(super) struct Model {
 
 impl Model {
     pub(super) fn new(shape: RowShape, now: State) -> Self {
-        Self { shape, now, open: None, seen: false, before: BTreeMap::new() }
+        Self { shape, may_be_lost: false, now, open: None, seen: false, before: BTreeMap::new() }
     }
 
     pub(super) fn now(&self) -> &State {
@@ -141,13 +143,21 @@ impl Model {
         self.refused()
     }
 
-    /// Somebody is told this, while mutations may be under way.
-    pub(super) fn described(&self, description: &SessionDescription) -> Result<(), String> {
-        let states = [Some(&self.now), self.open.as_ref()];
+    /// Somebody who asked when it was like that is told this, while mutations may be under way.
+    pub(super) fn described(&self, asked: &State, description: &SessionDescription) -> Result<(), String> {
+        let states = [Some(asked), Some(&self.now), self.open.as_ref()];
         let fits = states.into_iter().flatten().any(|state| state.is_described_by(description));
-        // One that raced with a cut.
+        // One that raced with others.
+        let is_between = || {
+            let lens = self.now.layers.iter().zip(&asked.layers).zip(&description.tokens);
+            let is_long = |((now, asked), len): ((&Vec<Token>, &Vec<Token>), &u64)| {
+                (asked.len() as u64..=now.len() as u64).contains(len)
+            };
+            [self.now.generation, asked.generation] == [description.generation; 2]
+                && lens.map(is_long).all(|is| is)
+        };
         let early = self.before.contains_key(&description.generation);
-        if fits || early { Ok(()) } else { Err(self.contradiction(description)) }
+        if fits || early || is_between() { Ok(()) } else { Err(self.contradiction(description)) }
     }
 
     fn contradiction(&self, description: &SessionDescription) -> String {

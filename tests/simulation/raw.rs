@@ -95,10 +95,8 @@ impl Writer {
                 let what = format!("{} twice: told {lens:?}, {replays} replayed, has {len}", held.name);
                 self.scene.history.violation(&self.name, what);
             }
-            self.scene.history.count(|counts| {
-                counts.applied += 1;
-                counts.replayed += replays as u64;
-            });
+            self.scene.history.count("applied", 1);
+            self.scene.history.count("replayed", replays as u64);
         }
     }
 
@@ -128,12 +126,13 @@ impl Writer {
                         let what = format!("{what}: told {}, expected {len}", applied.len);
                         self.scene.history.violation(&self.name, what);
                     }
-                    self.scene.history.count(|counts| counts.applied += 1);
+                    self.scene.history.count("applied", 1);
                 }
                 Answer::Failed(error) => self.said(held, &error),
                 other => self.scene.history.violation(&self.name, format!("{other:?} of an append")),
             }
         }
+        self.scene.history.count("appends cut", u64::from(is_cut));
         if is_cut && held.model.borrow().is_open() {
             let verdict = held.model.borrow_mut().refused();
             self.scene.history.tell(&self.name, &what);

@@ -82,6 +82,12 @@ impl Calls {
         self.cut.cancelled().await;
     }
 
+    /// Completes when the node drains and no call is in flight: then none will be.
+    pub async fn drained(&self) {
+        let is_drained = |state: &State| state.draining && state.in_flight == 0;
+        let _closed = self.state.subscribe().wait_for(is_drained).await.is_err();
+    }
+
     /// Completes when no call is in flight.
     pub async fn idle(&self) {
         // The sender lives in self, so waiting can't fail.
@@ -204,6 +210,18 @@ mod tests {
         let (ended, ()) = tokio::join!(served, leave);
         assert!(ended.is_ok());
         assert!(begun.elapsed() < Duration::from_secs(4));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_node_is_drained_once_it_takes_nothing_and_has_nothing() {
+        let calls = Calls::new();
+        let is_drained = async || tokio::time::timeout(Duration::from_secs(1), calls.drained()).await.is_ok();
+        assert!(!is_drained().await, "more may come");
+        let call = calls.enter().unwrap();
+        calls.drain();
+        assert!(!is_drained().await, "one is there");
+        drop(call);
+        assert!(is_drained().await);
     }
 
     #[tokio::test(start_paused = true)]

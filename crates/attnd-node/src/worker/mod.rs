@@ -157,6 +157,8 @@ pub async fn run_on<L: Listener>(
     };
     tracing::info!(id = %worker, host = %config.host, %address, isa = %kernels.isa(), threads = pool.threads(), gflops, "worker starts");
 
+    #[cfg(feature = "simulation")]
+    let name = worker.clone();
     let hello = Hello {
         worker,
         incarnation,
@@ -195,6 +197,8 @@ pub async fn run_on<L: Listener>(
         health.set_service_status("", tonic_health::ServingStatus::NotServing).await;
         supervisor.tell(Leave).send().await.ok();
         sessions.handed_over().await;
+        #[cfg(feature = "simulation")]
+        crate::simulation::left(&name, sessions.len());
     };
     let served = serve_until(shutdown, &gauges.calls, DRAIN_DEADLINE, serve, on_drain);
 

@@ -38,6 +38,9 @@ pub(crate) mod works;
 
 /// How often a worker that leaves looks whether it still has shards.
 const HANDED_OVER: Duration = Duration::from_millis(50);
+/// How long a worker that leaves waits for a coordinator to come back, which alone could take its shards away. One that starts again is
+/// back within three seconds, and a stream that broke sooner.
+const COMES_BACK: Duration = Duration::from_secs(5);
 /// Shards at most; each takes some memory of its own, however empty it is.
 const MAX_SHARDS: usize = 65_536;
 /// Bytes that the account of an empty shard takes, with the ops that it remembers.
@@ -282,12 +285,12 @@ impl Store {
         Some(Present { store: self.clone(), stream, term })
     }
 
-    /// Completes once there are no shards here, or nobody who could take them away.
+    /// Completes once there are no shards here, or nobody for a while who could take them away.
     pub(crate) async fn handed_over(&self) {
         let mut told = usize::MAX;
         loop {
-            let (shards, streams) = (self.len(), self.presence().streams.len());
-            if shards == 0 || streams == 0 {
+            let (shards, is_left) = (self.len(), self.presence().is_left_for(COMES_BACK));
+            if shards == 0 || is_left {
                 return;
             }
             if shards < told {
@@ -372,6 +375,13 @@ impl Drop for Turn {
         for (ticket, job) in next {
             self.store.run(ticket, job);
         }
+    }
+}
+
+impl Presence {
+    /// Whether no coordinator has been here for so long.
+    fn is_left_for(&self, long: Duration) -> bool {
+        self.streams.is_empty() && now().saturating_duration_since(self.last) >= long
     }
 }
 

@@ -315,7 +315,11 @@ impl<E: Clone> Ledger<E> {
     /// Takes one event and says what to do about it.
     pub fn handle(&mut self, event: LedgerEvent<E>) -> Vec<LedgerAction<E>> {
         if self.lost.is_some() {
-            return Vec::new();
+            if let LedgerEvent::Draining(holder) = event {
+                self.drain(&holder);
+                self.release_leaving();
+            }
+            return std::mem::take(&mut self.actions);
         }
         match event {
             LedgerEvent::Applied { shard, holder, state, .. } => self.take_applied(shard, &holder, &state),

@@ -61,10 +61,12 @@ impl sessions_server::Sessions for SessionsService {
         let (sessions, calls) = (Arc::clone(&self.sessions), self.calls.clone());
         let mut frames = request.into_inner();
         self.tasks.spawn(async move {
-            let mut exchange = Exchange::new(sessions, calls, answer.queue().clone());
+            let mut exchange = Exchange::new(sessions, calls.clone(), answer.queue().clone());
             let ended = tokio::select! {
                 biased;
                 ended = exchange.run(&mut frames) => ended,
+                // Before this task is ended from outside, of which a client couldn't know that it may come again.
+                () = calls.drained() => Err(Error::new(Reason::Draining, "")),
                 () = answer.queue().closed() => Err(Error::new(Reason::Cancelled, "the client is gone")),
             };
             drop(exchange);

@@ -254,7 +254,7 @@ impl Session {
         match state.ledger.check_read(&ReadRequest::default()) {
             Err(error @ (LedgerError::SessionLost { .. } | LedgerError::Recovering { .. })) => error.into(),
             // Others are found.
-            _ if last.reason == Reason::Transport => {
+            _ if matches!(last.reason, Reason::Transport | Reason::Shard) => {
                 LedgerError::<Error>::Recovering { is_in_flight: false }.into()
             }
             _ => last.clone(),

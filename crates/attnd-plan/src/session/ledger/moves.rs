@@ -1,7 +1,7 @@
 //! Replicas that are to be elsewhere: somebody leaves who stays a member until there is another one in its place.
 
 use super::shard::{Member, Shard, Standing, Step};
-use super::{Ledger, Phase};
+use super::{Ledger, LedgerAction, Phase};
 use crate::session::op::Holder;
 
 impl<E: Clone> Ledger<E> {
@@ -10,6 +10,16 @@ impl<E: Clone> Ledger<E> {
         for shard in &mut self.shards {
             if let Some(member) = shard.get_mut(holder) {
                 member.is_leaving = true;
+            }
+        }
+    }
+
+    /// Of a session that is lost nobody takes what is left from those who want to leave, and nobody needs it.
+    pub(super) fn release_leaving(&mut self) {
+        for (index, shard) in self.shards.iter_mut().enumerate() {
+            let epoch = shard.epoch;
+            for member in shard.members.extract_if(.., |member| member.is_leaving) {
+                self.actions.push(LedgerAction::Release { shard: index, holder: member.holder, epoch });
             }
         }
     }

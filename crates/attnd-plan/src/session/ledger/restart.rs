@@ -126,7 +126,7 @@ impl<E: Clone> Ledger<E> {
                     return false;
                 }
                 // What is known of its length is what somebody still has.
-                self.tokens = vec![all_tokens.unwrap_or(0)];
+                self.tokens.fill(all_tokens.unwrap_or(0));
                 return self.wait_or_lose(index, prefix);
             }
         }

@@ -357,6 +357,7 @@ impl<E: Clone> Ledger<E> {
             let result = Err(LedgerError::SessionLost { prefix, tokens });
             self.actions.push(LedgerAction::Answer { seq: flight.op.seq, result });
         }
+        self.release_leaving();
     }
 }
 

@@ -153,3 +153,24 @@ async fn who_leaves_waits_for_its_shards_as_long_as_somebody_could_take_them() {
     waits.await;
     drop(stream);
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_worker_that_leaves_waits_for_a_coordinator_that_comes_back() {
+    let store = store(2 * MIB);
+    let session = Session::open(&store, 1, large(), vec![piece(0..2, 0..64)]);
+    let is_over =
+        async |after| tokio::time::timeout(Duration::from_secs(after), store.handed_over()).await.is_ok();
+    let present = store.present(1);
+    assert!(!is_over(20).await, "somebody is there");
+    drop(present);
+    assert!(!is_over(4).await, "it may start again");
+    let present = store.present(1);
+    assert!(!is_over(20).await, "it is back");
+    drop(present);
+    assert!(!is_over(4).await, "once more");
+    assert!(is_over(2).await, "nobody comes");
+    let present = store.present(1);
+    store.release(&session.at).unwrap();
+    assert!(is_over(1).await, "nothing is left");
+    drop(present);
+}

@@ -94,3 +94,14 @@ fn who_was_left_out_is_asked_before_a_session_is_lost() {
     cluster.tell(Event::Saved { shard: 0, epoch });
     assert_eq!(cluster.ledger.phase(0), Phase::Lost);
 }
+
+#[test]
+fn a_session_that_is_lost_at_a_restart_has_the_layers_that_it_had() {
+    let mut cluster = Cluster::new(1, &["a", "b"]);
+    cluster.append(1, 4).unwrap();
+    cluster.silent = vec![holder("a")];
+    cluster.restart(&[(1, "a"), (1, "b")]);
+    cluster.tell(Event::Lost(holder("a")));
+    assert!(cluster.ledger.is_lost());
+    assert_eq!(cluster.ledger.tokens().len(), 2);
+}

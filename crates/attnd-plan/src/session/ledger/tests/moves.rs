@@ -59,3 +59,20 @@ fn a_move_that_fails_leaves_all_as_it_was() {
     cluster.tell(Event::Stays { shard: 0, holder: holder("b") });
     assert!(cluster.ledger.is_settled());
 }
+
+#[test]
+fn who_leaves_is_released_by_a_session_that_is_lost() {
+    for leaves_first in [true, false] {
+        let mut cluster = Cluster::new(1, &["a", "b"]);
+        cluster.append(1, 4).unwrap();
+        let drains = Event::Draining(holder("b"));
+        let loses = Event::Lost(holder("a"));
+        let [first, second] = if leaves_first { [drains, loses] } else { [loses, drains] };
+        cluster.tell(first);
+        assert!(!cluster.said.iter().any(|action| matches!(action, Action::Release { .. })));
+        cluster.tell(second);
+        assert!(cluster.ledger.is_lost());
+        assert!(cluster.said.contains(&Action::Release { shard: 1, holder: holder("b"), epoch: 1 }));
+        assert_eq!(cluster.ledger.holders(1).count(), 0);
+    }
+}
