@@ -113,7 +113,6 @@ impl<E: Clone> Ledger<E> {
         }
         let best = |shard: &Shard| shard.heard().map(|state| state.op_seq).max();
         let most = self.shards.iter().filter_map(best).max().unwrap_or(0);
-        let all_tokens = self.shards.iter().flat_map(Shard::heard).map(|state| longest(&state.tokens)).max();
         for index in 0..self.shards.len() {
             let Some(shard) = self.shards.get(index) else { return false };
             let heard = shard.heard().count();
@@ -126,7 +125,9 @@ impl<E: Clone> Ledger<E> {
                     return false;
                 }
                 // What is known of its length is what somebody still has.
-                self.tokens.fill(all_tokens.unwrap_or(0));
+                let all = || self.shards.iter().flat_map(Shard::heard);
+                let most = |layer: usize| all().filter_map(|state| state.tokens.get(layer)).max();
+                self.tokens = (0..self.layers).map(|layer| most(layer).copied().unwrap_or(0)).collect();
                 return self.wait_or_lose(index, prefix);
             }
         }
