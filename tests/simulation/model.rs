@@ -149,12 +149,11 @@ impl Model {
         let fits = states.into_iter().flatten().any(|state| state.is_described_by(description));
         // One that raced with others.
         let is_between = || {
-            let lens = self.now.layers.iter().zip(&asked.layers).zip(&description.tokens);
+            let mut lens = self.now.layers.iter().zip(&asked.layers).zip(&description.tokens);
             let is_long = |((now, asked), len): ((&Vec<Token>, &Vec<Token>), &u64)| {
                 (asked.len() as u64..=now.len() as u64).contains(len)
             };
-            [self.now.generation, asked.generation] == [description.generation; 2]
-                && lens.map(is_long).all(|is| is)
+            [self.now.generation, asked.generation] == [description.generation; 2] && lens.all(is_long)
         };
         let early = self.before.contains_key(&description.generation);
         if fits || early || is_between() { Ok(()) } else { Err(self.contradiction(description)) }
