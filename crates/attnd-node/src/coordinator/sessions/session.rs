@@ -203,6 +203,14 @@ impl Session {
                 check(have.saturating_add(tokens))?;
             }
         }
+        if let Ask::Fork { child } = request.ask
+            && !state.forks.contains_key(&child)
+            && state.ledger.in_flight().is_none()
+            && request.seq == state.ledger.next_seq()
+        {
+            // It seemed to come again, as long as it wasn't known what had been before: as a new one it needs a child first.
+            return Err(Error::new(Reason::Recovering, ""));
+        }
         match state.ledger.begin(request).map_err(Error::from)? {
             // Soon it is there.
             LedgerBegun::Replayed(answer)

@@ -258,6 +258,24 @@ async fn fork(sessions: &Arc<Sessions>, parent: &str, child: &str, op_seq: u64) 
     ChangeCall::line_up(sessions, change)?.run(sessions, short()).await
 }
 
+/// The same, or as soon as the session has recovered.
+async fn fork_in_time(
+    sessions: &Arc<Sessions>,
+    parent: &str,
+    child: &str,
+    op_seq: u64,
+) -> Result<Applied, Error> {
+    let begun = Instant::now();
+    loop {
+        match fork(sessions, parent, child, op_seq).await {
+            Err(error) if error.pushback().is_some() && begun.elapsed() < SOON => {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+            answer => return answer,
+        }
+    }
+}
+
 fn not_kept(error: &Error) {
     assert_eq!(error.message(), "STATE_STORE: no space left", "no path of the coordinator's");
     assert_eq!(error.outcome, Outcome::NotExecuted);
@@ -330,7 +348,7 @@ async fn a_child_is_told_of_once_it_is_kept_be_it_by_the_next_coordinator() {
     drop(life);
     let life = scene.begin().await;
     eventually("what it has is known", || life.sessions.describe(&name("a")).is_ok()).await;
-    let waits = fork(&life.sessions, "a", "later", 3);
+    let waits = fork_in_time(&life.sessions, "a", "later", 3);
     tokio::pin!(waits);
     assert!(tokio::time::timeout(Duration::from_millis(300), &mut waits).await.is_err());
     scene.meta.fail(&[]);
@@ -393,4 +411,17 @@ async fn shards_that_come_late_over_a_connection_of_before_are_given_back() {
     assert_ne!(counts(), before);
     eventually("those that nobody knows are gone", || counts() == before).await;
     append(&life, "a", 1, 1).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_fork_that_comes_before_it_is_known_what_was_before_has_a_child() {
+    let scene = Scene::new().await;
+    let life = scene.begin().await;
+    life.sessions.open(open("a", true)).await.unwrap();
+    append(&life, "a", 1, 1).await.unwrap();
+    drop(life);
+    let life = scene.begin().await;
+    let forked = fork_in_time(&life.sessions, "a", "early", 2).await.unwrap();
+    assert_eq!((forked.replayed, forked.child), (false, Some(name("early"))));
+    assert_eq!(life.sessions.describe(&name("early")).unwrap().tokens, [1]);
 }
