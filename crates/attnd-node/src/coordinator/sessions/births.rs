@@ -129,19 +129,6 @@ impl Sessions {
         });
     }
 
-    /// Waits until this child is a session, or will be none: whoever asks for its fork again is told of it no earlier than anybody else.
-    pub(super) async fn is_settled(parent: &Session, child: &SessionName) {
-        loop {
-            let settled = parent.settled.notified();
-            tokio::pin!(settled);
-            settled.as_mut().enable();
-            if !parent.lock().unsettled.contains(child) {
-                return;
-            }
-            settled.await;
-        }
-    }
-
     async fn settle_child(self: &Arc<Self>, number: u64, child: SessionParts) -> Result<(), Error> {
         let child = Arc::new(Session::new(child));
         let record = {
@@ -203,6 +190,21 @@ impl Sessions {
         parent.perform(self, Vec::new());
         for child in unborn {
             self.forget(parent, child).await;
+        }
+    }
+}
+
+impl Session {
+    /// Waits until this child is a session, or will be none: whoever asks for its fork again is told of it no earlier than anybody else.
+    pub(super) async fn wait_until_settled(&self, child: &SessionName) {
+        loop {
+            let settled = self.settled.notified();
+            tokio::pin!(settled);
+            settled.as_mut().enable();
+            if !self.lock().unsettled.contains(child) {
+                return;
+            }
+            settled.await;
         }
     }
 }

@@ -94,7 +94,7 @@ async fn apply(
                 settle(sessions, session, &request(Ask::Fork { child: 1 }, content), patience).await
             };
             if let Ok(Applied { child: Some(child), .. }) = &result {
-                Sessions::is_settled(session, child).await;
+                session.wait_until_settled(child).await;
             }
             // The child of a fork that comes again may be gone by now, and its name forgotten.
             result.map(|applied| Applied { child: applied.child.clone().or(named), ..applied })
@@ -167,7 +167,7 @@ async fn settle(
         tries += 1;
         let Request { writer_epoch, seq, ask, .. } = request;
         match until {
-            Some(until) if session.is_writable(*writer_epoch, *seq, ask, until).await => {}
+            Some(until) if session.becomes_writable(*writer_epoch, *seq, ask, until).await => {}
             // A refusal says nothing of what was begun before.
             _ if may_be_done && error.outcome == Outcome::NotExecuted => {
                 return Err(error.with_outcome(Outcome::Unknown));

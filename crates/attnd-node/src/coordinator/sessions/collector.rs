@@ -101,7 +101,7 @@ pub(super) struct Collector {
     /// What ledgers will say.
     settled: FuturesUnordered<Settled>,
     /// After that nobody waits for partials.
-    deadline: Option<Deadline>,
+    deadline: Deadline,
     /// Nobody waits for any partials that are still to come.
     unwanted: CancellationToken,
     /// It is what is left of another one, of which nobody wants an answer.
@@ -109,7 +109,7 @@ pub(super) struct Collector {
 }
 
 impl Collector {
-    pub(super) fn new(sessions: Arc<Sessions>, deadline: Option<Deadline>) -> Self {
+    pub(super) fn new(sessions: Arc<Sessions>, deadline: Deadline) -> Self {
         Self {
             sessions,
             deadline,
@@ -169,11 +169,9 @@ impl Collector {
         while let Some(Message { link, sent, mut works, is_hedge, .. }) = self.unsent.pop_front() {
             let (number, since) = (self.last, now());
             self.last += 1;
-            if let Some(deadline) = self.deadline {
-                let left = deadline.for_next_hop().remaining(since).unwrap_or_default();
-                for queries in works.iter_mut().filter_map(|work| work.queries.as_mut()) {
-                    queries.timeout_ms = timeout_ms(left);
-                }
+            let left = self.deadline.for_next_hop().remaining(since).unwrap_or_default();
+            for queries in works.iter_mut().filter_map(|work| work.queries.as_mut()) {
+                queries.timeout_ms = timeout_ms(left);
             }
             let computes = sent.iter().any(|sent| sent.computes);
             let (term, ask) = (self.sessions.term, Ask::Works(proto::ShardWorks { works }));

@@ -338,7 +338,7 @@ impl Sessions {
         };
         if !unknown.is_empty() {
             let (worker, shards) = (&link.holder.worker, unknown.len());
-            tracing::info!(%worker, shards, "shards that no session knows are released");
+            tracing::debug!(%worker, shards, "shards that no session knows are released");
         }
         self.give_up(unknown.into_iter().map(|at| (at, Arc::clone(link))).collect());
     }

@@ -64,7 +64,13 @@ impl Session {
     }
 
     /// Waits until the session would take this op, or refuse it for good.
-    pub(super) async fn is_writable(&self, writer_epoch: u64, seq: u64, ask: &Ask, until: Instant) -> bool {
+    pub(super) async fn becomes_writable(
+        &self,
+        writer_epoch: u64,
+        seq: u64,
+        ask: &Ask,
+        until: Instant,
+    ) -> bool {
         self.wait(until, |state| match state.ledger.check(writer_epoch, seq, ask) {
             Err(error) => !error.is_retryable(),
             Ok(()) => true,
@@ -73,7 +79,7 @@ impl Session {
     }
 
     /// Waits until every shard can be read, or none of them ever again.
-    pub(super) async fn is_readable(&self, until: Instant) -> bool {
+    pub(super) async fn becomes_readable(&self, until: Instant) -> bool {
         self.wait(until, |state| {
             let ledger = &state.ledger;
             let has_reader = |shard| ledger.computing(shard).any(|holder| state.links.contains_key(holder));

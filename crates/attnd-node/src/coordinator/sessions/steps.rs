@@ -143,7 +143,7 @@ impl StepsCall {
         sessions: &Arc<Sessions>,
         mut patience: Patience,
     ) -> Result<Vec<StepResult>, Error> {
-        let mut collector = Collector::new(Arc::clone(sessions), Some(patience.deadline));
+        let mut collector = Collector::new(Arc::clone(sessions), patience.deadline);
         let mut results = Vec::with_capacity(self.steps.len());
         let mut refused: Vec<Box<Refused>> = Vec::new();
         let (mut waiting, mut delayed) = (FuturesUnordered::new(), FuturesUnordered::new());
@@ -283,9 +283,9 @@ impl Refused {
         let is_due = match rows {
             Some(rows) if applied.is_none() => {
                 let Request { writer_epoch, seq, ask, .. } = request(*layer, rows);
-                session.is_writable(writer_epoch, seq, &ask, until).await
+                session.becomes_writable(writer_epoch, seq, &ask, until).await
             }
-            _ => session.is_readable(until).await,
+            _ => session.becomes_readable(until).await,
         };
         (self, is_due)
     }
