@@ -310,7 +310,7 @@ impl Sessions {
 
     /// What is at the other end of a link that was just opened: shards that nobody knows are released, and those of whose replicas
     /// their sessions don't know are offered to them.
-    fn take_stock(self: &Arc<Self>, link: &Arc<HoldLink>, shards: &[ShardAt]) {
+    pub(super) fn take_stock(self: &Arc<Self>, link: &Arc<HoldLink>, shards: &[ShardAt]) {
         for at in shards {
             let (is_reserved, session) = {
                 let table = self.table();
@@ -377,10 +377,12 @@ impl Session {
         let (actions, is_wanted) = {
             let mut state = self.lock();
             let knows = |state: &State| state.ledger.holders(shard).any(|holder| *holder == link.holder);
-            if state.closed.is_some() || shard >= state.ledger.shards() || link.is_lost() {
+            if shard >= state.ledger.shards() {
                 return false;
             }
-            if knows(&state) {
+            // Of a link that is broken already the next one says what is there; and who is closing the session may fail. What is nobody's
+            // then is found later.
+            if state.closed.is_some() || link.is_lost() || knows(&state) {
                 return true;
             }
             let holder = link.holder.clone();

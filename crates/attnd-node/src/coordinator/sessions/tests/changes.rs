@@ -3,6 +3,7 @@
 use attnd_plan::session::{Ask, Closed};
 use attnd_wire::hold::HoldAsk;
 use attnd_wire::session::{Applied, Change as Asked, ChangeKind};
+use tokio_util::task::AbortOnDropHandle;
 
 use super::super::change::ChangeCall;
 use super::super::upkeep::ask;
@@ -158,4 +159,28 @@ async fn a_copy_of_a_session_that_was_closed_meanwhile_leaves_nothing() {
     ask(sessions.term, Arc::clone(&takes.link), HoldAsk::Fence(begun)).await.unwrap();
     takes.answers[BULK].send_replace(true);
     until("nothing is left", || cluster.nodes.iter().all(|node| node.store.len() == 0)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_found_over_a_link_that_is_half_broken_stays() {
+    let cluster = Cluster::start(1).await;
+    let session = cluster.open("s", 1, &[(cluster.all(), &[0])]).await;
+    assert_eq!(applied(&cluster.run(vec![step(&session, 1, 3)]).await), (3, false));
+    let (sessions, node) = (&cluster.sessions, &cluster.nodes[0]);
+    session.disconnected(sessions, &node.link);
+    let (link, [control, bulk]) = HoldLink::new(node.link.holder.clone());
+    drop(bulk);
+    let endpoint = limits::endpoint(&node.url, Link::Cluster).unwrap();
+    let stub = limits::shards_client(endpoint.connect().await.unwrap());
+    let gates = (node.asks[CONTROL].subscribe(), node.answers[CONTROL].subscribe());
+    let log = Arc::default();
+    let _lane = AbortOnDropHandle::new(tokio::spawn(carry(CONTROL, control, stub, gates, Arc::clone(&log))));
+    let link = Arc::new(link);
+    assert!(link.is_lost());
+    let found = ShardAt { session: session.number, shard: 0, epoch: 1 };
+    sessions.take_stock(&link, &[found]);
+    // Behind whatever that sends.
+    let look = || ask(sessions.term, Arc::clone(&link), HoldAsk::Look(found));
+    tokio::time::sleep(A_WHILE).await;
+    assert_eq!(look().await.unwrap().tokens, [3]);
 }
