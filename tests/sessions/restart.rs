@@ -15,6 +15,7 @@ use super::links::step;
 use super::{Sequence, dims};
 use crate::support::cases::Answer;
 use crate::support::cluster::{Cluster, WorkerSpec};
+use crate::support::eventually;
 
 /// Asks once, on a stream of its own; again as long as the session recovers.
 async fn ask(url: &str, ask: Ask) -> Result<Said, Error> {
@@ -198,8 +199,11 @@ async fn without_a_state_sessions_end_with_their_coordinator_and_workers_let_go_
         let status = cluster.status().await;
         status.workers.iter().map(|worker| worker.session_used_bytes).sum::<u64>()
     };
-    let before = used(&cluster).await;
-    assert!(before > 4 << 20, "{before}");
+    // Workers say what is used when they next say that they live.
+    eventually("the sessions use memory", Duration::from_secs(5), async || {
+        (used(&cluster).await > 4 << 20).then_some(())
+    })
+    .await;
     cluster.kill_coordinator();
     cluster.start_coordinator();
     cluster.wait_until_settled().await;
