@@ -4,6 +4,7 @@ use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 
 use attnd_node::coordinator::meta_store::{InMemory, MetaStore};
 use attnd_node::coordinator::{self, CoordinatorConfig};
@@ -109,6 +110,7 @@ pub(super) fn build(sim: &mut Sim<'_>, chance: &Arc<Chance>, workers: usize) -> 
                     memory_budget: 64 << 20,
                     host: name.clone(),
                     session_memory: 64 << 20,
+                    scrub_interval: Duration::ZERO,
                 };
                 let port = Port::open(WORKER_PORT).await?;
                 let ended = worker::run_on(platform, port, config, stop.notified()).await;

@@ -21,6 +21,7 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::buffer::{Buffer, OutOfMemory};
@@ -210,7 +211,8 @@ impl Arena {
         if chunk.returned.is_empty() && chunk.fresh == carving.frames {
             of_size.with_free.remove(&at);
         }
-        Ok((Frame { start, words, chunk: at, frame, arena: self.clone() }, is_fresh))
+        let (sum, arena) = (AtomicU64::new(0), self.clone());
+        Ok((Frame { start, words, chunk: at, frame, sum, arena }, is_fresh))
     }
 }
 
@@ -300,13 +302,30 @@ pub(crate) struct Frame {
     /// Which chunk of frames of this size, and which frame of it.
     chunk: usize,
     frame: usize,
+    /// See [`Frame::sum`]: 0 for none, else it and the bit above.
+    sum: AtomicU64,
     arena: Arena,
+}
+
+const HAS_SUM: u64 = 1 << 32;
+
+impl Frame {
+    /// What somebody said of the words as they are: nobody has written to them since.
+    pub(crate) fn sum(&self) -> Option<u32> {
+        let sum = self.sum.load(Ordering::Relaxed);
+        (sum & HAS_SUM != 0).then_some(sum as u32)
+    }
+
+    /// Says something of the words as they are.
+    pub(crate) fn set_sum(&self, sum: u32) {
+        self.sum.store(HAS_SUM | u64::from(sum), Ordering::Relaxed);
+    }
 }
 
 // SAFETY: a Frame alone owns its words, as a Box<[f32]> does: a frame that is taken isn't taken again before it is given back,
 // frames of a chunk don't overlap, and the arena itself never reads or writes a chunk. Its handle on the arena is Send.
 unsafe impl Send for Frame {}
-// SAFETY: shared access only reads.
+// SAFETY: shared access only reads words, and what is said of them is an atomic.
 unsafe impl Sync for Frame {}
 
 impl Deref for Frame {
@@ -320,6 +339,7 @@ impl Deref for Frame {
 
 impl DerefMut for Frame {
     fn deref_mut(&mut self) -> &mut [f32] {
+        *self.sum.get_mut() = 0;
         // SAFETY: as in deref, and &mut self makes the access exclusive.
         unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.words) }
     }

@@ -20,6 +20,7 @@ use crate::pages::{KvView, NonFinite, PageLayout, PageTable, Part};
 use crate::shape::MAX_KEYS;
 use crate::slot::{N_SLOTS, PAGE_KEYS, n_pages, slot_of_page};
 
+mod sealed;
 mod stored;
 
 /// Keys and values of one kv head in the pages of a range of slots, of a sequence that grows.

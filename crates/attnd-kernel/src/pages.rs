@@ -232,6 +232,14 @@ impl KvView {
         self.layout.value_dim
     }
 
+    /// The frame of a page, if it is resident in one.
+    pub(crate) fn frame(&self, page: usize) -> Option<&Frame> {
+        match &self.pages {
+            Pages::Whole { .. } => None,
+            Pages::Framed(table) => table.get(page).filter(|_| page < n_pages(self.n_keys))?.as_deref(),
+        }
+    }
+
     /// A page, if it is resident.
     pub(crate) fn page(&self, page: usize) -> Option<PageView<'_>> {
         let memory = match &self.pages {
@@ -240,7 +248,7 @@ impl KvView {
                 let words = self.layout.page_words();
                 &memory[place as usize * words..][..words]
             }
-            Pages::Framed(table) => table.get(page).filter(|_| page < n_pages(self.n_keys))?.as_deref()?,
+            Pages::Framed(_) => self.frame(page)?,
         };
         Some(self.layout.view(memory))
     }

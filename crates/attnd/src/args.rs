@@ -8,6 +8,7 @@ use std::ffi::OsString;
 use std::net::SocketAddr;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, CommandFactory as _, Parser, Subcommand, ValueEnum};
 
@@ -27,7 +28,7 @@ pub use self::site::SiteArgs;
 pub use self::sparse::SparseArgs;
 pub use self::tables::TableArgs;
 pub use self::values::Sides;
-use self::values::{parse_count, parse_size, parse_workers};
+use self::values::{parse_count, parse_interval, parse_size, parse_workers};
 
 mod attend;
 mod bench;
@@ -270,6 +271,10 @@ pub struct WorkerArgs {
     /// Memory that keys and values of sessions may take, such as 512MiB or 8GiB [default: a quarter of this machine's]
     #[arg(long, value_name = "SIZE", env = "ATTND_SESSION_MEMORY", value_parser = parse_size)]
     pub session_memory: Option<u64>,
+    /// Seconds within which each page of sessions is looked at whether it is as it was written, at most a day; 0 turns it off. A replica
+    /// with one that isn't is given up, and made again from another [default: 600]
+    #[arg(long, value_name = "SECONDS", env = "ATTND_SCRUB_INTERVAL", value_parser = parse_interval)]
+    pub scrub_interval: Option<Duration>,
     /// Failure domain of this worker, 1 to 64 of A-Z a-z 0-9 . _ -: replicas of a session are in different ones. Containers
     /// on one machine have host names of their own and need the machine's here [default: this machine's host name]
     #[arg(long, value_name = "LABEL", env = "ATTND_HOST")]

@@ -78,7 +78,12 @@ pub struct WorkerConfig {
     pub host: String,
     /// Bytes that keys and values of all sessions may take, beside those of calls.
     pub session_memory: u64,
+    /// Each page of sessions is looked at in this time whether it is as it was written; zero: never.
+    pub scrub_interval: Duration,
 }
+
+/// What [`WorkerConfig::scrub_interval`] is unless somebody says otherwise.
+pub const SCRUB_INTERVAL: Duration = Duration::from_secs(600);
 
 /// What a worker knows about itself at any moment.
 #[derive(Clone, Debug)]
@@ -211,6 +216,7 @@ pub async fn run_on<L: Listener>(
         () = supervisor.wait_for_shutdown() => Err(NodeError::ActorGone("supervisor")),
         // Never ends by itself.
         () = sessions.forget_when_left(KEEP_WITHOUT_COORDINATOR) => Ok(()),
+        () = sessions.scrub(config.scrub_interval) => Ok(()),
     };
     supervisor.kill();
     supervisor.wait_for_shutdown().await;

@@ -5,6 +5,7 @@
 //!   from what it appends to its encoded answer, without a change of threads in between.
 //! * [`works`] are the steps of a message: rows first, then all that is asked over them ([`attention`]).
 //! * [`export`] and [`import`] are the two halves of a copy of a replica to another worker.
+//! * [`scrub`] looks whether pages are still as they were written.
 //! * [`memory`] is what all of it may take.
 
 use std::collections::BTreeMap;
@@ -31,6 +32,7 @@ pub(crate) mod export;
 pub(crate) mod import;
 pub(crate) mod memory;
 pub(crate) mod pages;
+pub(crate) mod scrub;
 pub(crate) mod shard;
 pub(crate) mod staged;
 pub(crate) mod turns;
@@ -213,6 +215,19 @@ impl Store {
         self.lines().shards.remove(&key)
     }
 
+    /// The same for this one, and no other of its key.
+    fn remove_only(&self, resident: &Arc<Resident>) {
+        let mut lines = self.lines();
+        if lines.shards.get(&resident.key).is_some_and(|there| Arc::ptr_eq(there, resident)) {
+            lines.shards.remove(&resident.key);
+        }
+    }
+
+    /// All shards that are here.
+    fn keys(&self) -> Vec<ShardKey> {
+        self.lines().shards.keys().copied().collect()
+    }
+
     /// Memory for the account of a shard.
     ///
     /// # Errors
@@ -327,7 +342,7 @@ impl Store {
 
     /// Gives all shards up.
     fn forget_all(&self) {
-        let shards: Vec<ShardKey> = self.lines().shards.keys().copied().collect();
+        let shards = self.keys();
         if !shards.is_empty() {
             tracing::warn!(
                 shards = shards.len(),

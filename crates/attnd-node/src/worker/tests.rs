@@ -38,6 +38,7 @@ fn config() -> WorkerConfig {
         memory_budget: BUDGET,
         host: "h1".into(),
         session_memory: SESSION_MEMORY,
+        scrub_interval: Duration::ZERO,
     }
 }
 

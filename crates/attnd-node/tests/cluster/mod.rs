@@ -201,6 +201,7 @@ impl Cluster {
             memory_budget: 1 << 30,
             host: format!("h{}", self.workers.len()),
             session_memory: 1 << 30,
+            scrub_interval: worker::SCRUB_INTERVAL,
         };
         let node = start(
             |listener, stopped| worker::run(listener, config, async { stopped.await.unwrap_or(()) }),

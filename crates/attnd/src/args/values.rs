@@ -59,6 +59,17 @@ pub(super) fn parse_seconds(text: &str) -> Result<Duration, String> {
     }
 }
 
+/// A time in seconds, at most a day; 0 for never.
+pub(super) fn parse_interval(text: &str) -> Result<Duration, String> {
+    const MOST: Duration = Duration::from_secs(24 * 3600);
+    let seconds =
+        text.parse::<f64>().map_err(|_error| "expected a number of seconds, such as 600, or 0".to_owned())?;
+    match Duration::try_from_secs_f64(seconds) {
+        Ok(interval) if interval <= MOST => Ok(interval),
+        _ => Err(format!("must be 0 to {}", MOST.as_secs())),
+    }
+}
+
 /// A size with a binary unit, in bytes.
 pub(super) fn parse_size(text: &str) -> Result<u64, String> {
     let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());

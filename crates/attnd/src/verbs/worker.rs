@@ -28,6 +28,7 @@ pub async fn run(args: &WorkerArgs) -> anyhow::Result<()> {
         memory_budget: args.memory.unwrap_or_else(|| memory() / 2),
         host: args.host.clone().unwrap_or_else(host_name),
         session_memory: args.session_memory.unwrap_or_else(|| memory() / 4),
+        scrub_interval: args.scrub_interval.unwrap_or(worker::SCRUB_INTERVAL),
     };
     let stop = StopSignal::install(args.exit_with_parent)?;
     let listener =

@@ -115,10 +115,15 @@ enum Happened {
     /// It is there, and these are the shards at its other end.
     Opened(Arc<HoldLink>, Vec<ShardAt>),
     Failed(Error),
-    /// It is there still, and these are the shards now.
-    Listed(Arc<HoldLink>, Vec<ShardAt>),
+    /// It is there still; which replicas should have been there, and the shards that are.
+    Listed(Arc<HoldLink>, Vec<Expected>, Vec<ShardAt>),
+    /// It is there still, and nothing is known of shards.
+    Lives(Arc<HoldLink>),
     Broke,
 }
+
+/// A replica that a worker has as far as is known: a shard of a session, in this epoch.
+pub(super) type Expected = (Arc<Session>, usize, u64);
 
 type Next = BoxFuture<'static, (Holder, Happened)>;
 
@@ -189,12 +194,14 @@ fn follow(sessions: &Arc<Sessions>, holder: Holder, member: &mut Kept, happened:
             sessions.linked.notify_waiters();
             sessions.reconcile();
             sessions.take_stock(&link, &shards);
-            follow_link(sessions.term, holder, link)
+            follow_link(sessions, holder, link)
         }
-        Happened::Listed(link, shards) => {
+        Happened::Listed(link, expected, shards) => {
             sessions.release_unknown(&link, &shards);
-            follow_link(sessions.term, holder, link)
+            sessions.miss(&holder, expected, &shards);
+            follow_link(sessions, holder, link)
         }
+        Happened::Lives(link) => follow_link(sessions, holder, link),
         Happened::Broke => {
             // Most often the worker ends, and the membership hears of it next.
             tracing::debug!(worker = %holder.worker, "the streams to a worker that holds sessions broke");
@@ -222,16 +229,21 @@ fn follow(sessions: &Arc<Sessions>, holder: Holder, member: &mut Kept, happened:
 
 /// Waits until a link breaks, and asks now and then what is at its other end: what was on its way over the link before may come to the
 /// worker after this one was opened.
-fn follow_link(term: u64, holder: Holder, link: Arc<HoldLink>) -> Next {
+fn follow_link(sessions: &Arc<Sessions>, holder: Holder, link: Arc<HoldLink>) -> Next {
+    let sessions = Arc::clone(sessions);
     Box::pin(async move {
         tokio::select! {
             biased;
             () = link.ended() => return (holder, Happened::Broke),
             () = tokio::time::sleep(STOCK) => {}
         }
+        let expected = sessions.expected_at(&holder);
         // What isn't said now is said the next time.
-        let shards = list(term, &link).await.unwrap_or_default();
-        (holder, Happened::Listed(link, shards))
+        let happened = match list(sessions.term, &link).await {
+            Ok(shards) => Happened::Listed(link, expected, shards),
+            Err(_later) => Happened::Lives(link),
+        };
+        (holder, happened)
     })
 }
 
@@ -325,6 +337,35 @@ impl Sessions {
             }
         }
         self.release_unknown(link, shards);
+    }
+
+    /// The replicas that a worker has, as far as is known.
+    pub(super) fn expected_at(&self, holder: &Holder) -> Vec<Expected> {
+        let mut expected = Vec::new();
+        for session in self.open_sessions() {
+            let state = session.lock();
+            let has = |shard: &usize| state.ledger.computing(*shard).any(|other| other == holder);
+            let shards: Vec<(usize, u64)> = (0..state.ledger.shards())
+                .filter(has)
+                .map(|shard| (shard, state.ledger.epoch(shard)))
+                .collect();
+            drop(state);
+            expected.extend(shards.into_iter().map(|(shard, epoch)| (Arc::clone(&session), shard, epoch)));
+        }
+        expected
+    }
+
+    /// Tells sessions of replicas that were expected and aren't among the shards that a worker was asked for after that: it has given them
+    /// up.
+    pub(super) fn miss(self: &Arc<Self>, holder: &Holder, expected: Vec<Expected>, shards: &[ShardAt]) {
+        let there: BTreeSet<(u64, usize)> = shards.iter().map(|at| (at.session, at.shard as usize)).collect();
+        for (session, shard, epoch) in expected {
+            if there.contains(&(session.number, shard)) || session.lock().closed.is_some() {
+                continue;
+            }
+            tracing::warn!(session = %session.name, shard, worker = %holder.worker, "a replica is gone from its worker");
+            session.handle(self, LedgerEvent::Gone { shard, holder: holder.clone(), epoch });
+        }
     }
 
     /// Has those of a worker's shards released whose session isn't there, and isn't about to be.

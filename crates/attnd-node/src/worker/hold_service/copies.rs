@@ -65,8 +65,14 @@ impl Copies {
         };
         match store.reserve(export.chunk_bytes()) {
             Ok(memory) => {
-                let give =
-                    move || asked.answer(export.chunk(read.index).map(HoldAnswer::Chunk), Some(memory));
+                let of = store.clone();
+                let give = move || {
+                    let chunk = export.chunk(read.index);
+                    if let Some((resident, at)) = export.damaged() {
+                        of.give_up_damaged(resident, at);
+                    }
+                    asked.answer(chunk.map(HoldAnswer::Chunk), Some(memory));
+                };
                 store.submit(Vec::new(), Box::new(give));
             }
             Err(error) => asked.answer(Err(error), None),

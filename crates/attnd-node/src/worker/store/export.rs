@@ -1,13 +1,14 @@
 //! The half of a copy that gives: a replica as it was at one moment, whose pages are asked for in chunks. Views of them are all that is
 //! held, so the replica goes on meanwhile; it copies the last page of each sequence when it next grows, and nothing else.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use attnd_kernel::KvView;
 use attnd_plan::session::{CopyPages, ReplicaSnapshot};
 use attnd_wire::hold::{CopyBase, CopyChunk, CopySum, ShardSnapshot, pages_of_chunk};
 use attnd_wire::{Error, Reason};
 
+use super::pages::{PageAt, checksum};
 use super::shard::Resident;
 
 /// A replica that is being given.
@@ -19,6 +20,8 @@ pub(crate) struct Export {
     stored_bytes: usize,
     /// Of each chunk that was given its checksum and length.
     given: Mutex<Vec<Option<(u32, usize)>>>,
+    resident: Arc<Resident>,
+    damaged: OnceLock<PageAt>,
 }
 
 impl Export {
@@ -27,7 +30,10 @@ impl Export {
     ///
     /// # Errors
     /// [`Reason::Shard`] if it was released.
-    pub(crate) fn new(resident: &Resident, base: Option<CopyBase>) -> Result<(Self, ShardSnapshot), Error> {
+    pub(crate) fn new(
+        resident: &Arc<Resident>,
+        base: Option<CopyBase>,
+    ) -> Result<(Self, ShardSnapshot), Error> {
         let (snapshot, views, continued) = {
             let shard = resident.look();
             let (snapshot, views) = shard.snapshot()?;
@@ -47,7 +53,8 @@ impl Export {
         let stored_bytes = resident.spec.page_layout().stored_bytes();
         let chunks = pages.len().div_ceil(pages_of_chunk(stored_bytes));
         let given = Mutex::new(vec![None; chunks]);
-        Ok((Self { views, pages, stored_bytes, given }, snapshot))
+        let (resident, damaged) = (Arc::clone(resident), OnceLock::new());
+        Ok((Self { views, pages, stored_bytes, given, resident, damaged }, snapshot))
     }
 
     /// Bytes of a chunk at most.
@@ -55,10 +62,16 @@ impl Export {
         (pages_of_chunk(self.stored_bytes) * self.stored_bytes) as u64
     }
 
+    /// What a copy is made of, and a page of it that was found to have changed by itself.
+    pub(crate) fn damaged(&self) -> Option<(&Arc<Resident>, PageAt)> {
+        self.damaged.get().map(|at| (&self.resident, *at))
+    }
+
     /// A chunk.
     ///
     /// # Errors
-    /// [`Reason::ChunkOrder`] if there are fewer.
+    /// [`Reason::ChunkOrder`] if there are fewer; [`Reason::Checksum`] if a page has changed by itself ([`Self::damaged`]), which must not
+    /// go on to others.
     pub(crate) fn chunk(&self, index: u32) -> Result<CopyChunk, Error> {
         let n = pages_of_chunk(self.stored_bytes);
         let (at, chunks) = (index as usize, self.pages.len().div_ceil(n));
@@ -71,6 +84,11 @@ impl Export {
             let view = self.views.get(page.layer).and_then(|views| views.get(page.head));
             if !view.is_some_and(|view| view.stored_page(page.page, &mut data)) {
                 return Err(Error::new(Reason::Internal, format!("a replica lacks {page:?}")));
+            }
+            if view.and_then(|view| view.is_sound(page.page, checksum)) == Some(false) {
+                let at = PageAt { layer: page.layer, head: page.head, page: page.page };
+                self.damaged.get_or_init(|| at);
+                return Err(Error::new(Reason::Checksum, format!("{at:?} of the replica that is copied")));
             }
         }
         let chunk = CopyChunk::new(index, data.into());

@@ -59,6 +59,24 @@ pub(crate) struct TokenRows<'a> {
     pub(crate) check_finite: bool,
 }
 
+/// A page of a shard.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct PageAt {
+    pub(crate) layer: usize,
+    /// Which of the kv heads of the pieces.
+    pub(crate) head: usize,
+    pub(crate) page: usize,
+}
+
+/// What was looked at of a shard, which is as it was written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Scrubbed {
+    /// Bytes of pages.
+    pub(crate) bytes: u64,
+    /// Where to go on, if there is more.
+    pub(crate) next: Option<PageAt>,
+}
+
 /// Why rows were not taken. Nothing of them is there then.
 #[derive(Clone, Copy, Debug, PartialEq, thiserror::Error)]
 pub(crate) enum PagesError {
@@ -262,6 +280,41 @@ impl Pages {
         tokens.iter().enumerate().map(of_layer).collect()
     }
 
+    /// Looks at about so many bytes of full pages, from one on, whether they are as they were written.
+    ///
+    /// # Errors
+    /// The first one that isn't.
+    pub(crate) fn scrub(&self, from: PageAt, bytes: u64) -> Result<Scrubbed, PageAt> {
+        let (mut at, mut done) = (from, 0);
+        while let Some(caches) = self.layers.get(at.layer) {
+            let Some(cache) = caches.get(at.head) else {
+                at = PageAt { layer: at.layer + 1, head: 0, page: 0 };
+                continue;
+            };
+            if at.page >= cache.len() / PAGE_KEYS {
+                at = PageAt { head: at.head + 1, page: 0, ..at };
+                continue;
+            }
+            if done >= bytes {
+                return Ok(Scrubbed { bytes: done, next: Some(at) });
+            }
+            match cache.is_sound(at.page, checksum) {
+                Some(true) => done += self.format.layout.stored_bytes() as u64,
+                Some(false) => return Err(at),
+                // In the slots of another shard.
+                None => {}
+            }
+            at.page += 1;
+        }
+        Ok(Scrubbed { bytes: done, next: None })
+    }
+
+    /// Changes a bit of a page that nobody else holds, as failing memory does.
+    #[cfg(test)]
+    pub(crate) fn damage(&mut self, at: PageAt, word: usize) {
+        assert!(self.layers[at.layer][at.head].damage(at.page, word, 3), "{at:?}");
+    }
+
     /// Writes a page of a copy as it is stored, in the place of what is there of it. It is part of its sequence with [`Self::commit`].
     ///
     /// # Errors
@@ -271,7 +324,10 @@ impl Pages {
     /// If there is no such layer or head, if it isn't the next page of that, or these aren't the bytes of a page.
     pub(crate) fn put(&mut self, page: &CopyPage, bytes: &[u8]) -> Result<(), PagesError> {
         let (caches, _) = self.caches(page.layer);
-        caches[page.head].put_page(page.page, page.end, bytes).map_err(|_refused| PagesError::Full)
+        let cache = &mut caches[page.head];
+        cache.put_page(page.page, page.end, bytes).map_err(|_refused| PagesError::Full)?;
+        cache.seal(page.page * PAGE_KEYS, checksum);
+        Ok(())
     }
 
     /// The sequences of a layer, which are made if it has none.
@@ -296,6 +352,8 @@ impl RowFormat {
         check_finite: bool,
     ) -> Result<(), (Tensor, AppendError)> {
         let dtype = self.dtype;
+        let first = [k.and_then(|_| cache.next_key()), v.and_then(|_| cache.next_value())];
+        let first = first.into_iter().flatten().min();
         if let Some(k) = k.filter(|k| !k.is_empty())
             && let Some(at) = cache.next_key()
         {
@@ -315,8 +373,16 @@ impl RowFormat {
         {
             cache.append_v(at, v, dtype, check_finite).map_err(|error| (Tensor::V, error))?;
         }
+        if let Some(first) = first {
+            cache.seal(first, checksum);
+        }
         Ok(())
     }
+}
+
+/// CRC32C of a page as it lies in memory. It is compared where it was made, so the order of bytes doesn't matter.
+pub(crate) fn checksum(words: &[f32]) -> u32 {
+    crc32c::crc32c(bytemuck::cast_slice(words))
 }
 
 fn refused(tensor: Tensor, head: usize, error: AppendError) -> PagesError {

@@ -1,6 +1,7 @@
 //! One shard that is resident here: what its replica knows, its keys and values, and an append that is on its way in chunks.
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockError};
 
 use attnd_kernel::KvView;
@@ -11,7 +12,7 @@ use attnd_wire::hold::{
 };
 use attnd_wire::{Commit, Error, Reason, SliceChunk, refusal};
 
-use super::pages::{Pages, PagesError, TokenRows};
+use super::pages::{PageAt, Pages, PagesError, Scrubbed, TokenRows};
 use super::staged::{BulkId, Staged};
 use super::{Store, no_memory, no_shard};
 use crate::worker::budget::{OverBudget, Reservation};
@@ -28,6 +29,8 @@ pub(crate) struct Resident {
     /// From the first of its kv heads to the last.
     pub(crate) kv_heads: Range<usize>,
     shard: RwLock<Shard>,
+    /// A page has changed by itself: nothing is true that is computed from it.
+    is_damaged: AtomicBool,
     /// For its account.
     _record: Option<Reservation>,
 }
@@ -75,7 +78,8 @@ impl Resident {
         let first = pieces.iter().map(|piece| piece.groups.start).min().unwrap_or(0);
         let end = pieces.iter().map(|piece| piece.groups.end).max().unwrap_or(0);
         let shard = RwLock::new(Shard { key, replica, pages: Some(pages), staged: None });
-        Self { key, spec, pieces, kv_heads: first..end, shard, _record: record }
+        let is_damaged = AtomicBool::new(false);
+        Self { key, spec, pieces, kv_heads: first..end, shard, is_damaged, _record: record }
     }
 
     /// For whoever has the turn to change it.
@@ -95,6 +99,21 @@ impl Resident {
             Err(TryLockError::Poisoned(shard)) => Some(shard.into_inner().replica.epoch()),
             Err(TryLockError::WouldBlock) => None,
         }
+    }
+
+    /// Which kv head is number `head` of those of the pieces.
+    pub(crate) fn kv_head(&self, head: usize) -> usize {
+        self.pieces.iter().flat_map(|piece| piece.groups.clone()).nth(head).unwrap_or(head)
+    }
+
+    /// From now on nothing that is computed from it may be answered.
+    pub(super) fn mark_damaged(&self) {
+        self.is_damaged.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether one of its pages has changed by itself.
+    pub(super) fn is_damaged(&self) -> bool {
+        self.is_damaged.load(Ordering::SeqCst)
     }
 
     /// Gives all keys and values up.
@@ -330,6 +349,17 @@ impl Shard {
         let views: Option<Vec<_>> =
             heads.map(|(at, place)| Some((place.kv_head, pages.view(layer, at, at_len)?))).collect();
         views.ok_or_else(|| Error::new(Reason::Internal, "a layer has fewer tokens than its replica says"))
+    }
+
+    /// See [`Pages::scrub`]; nothing of what was released.
+    pub(super) fn scrub(&self, from: PageAt, bytes: u64) -> Option<Result<Scrubbed, PageAt>> {
+        Some(self.pages.as_ref()?.scrub(from, bytes))
+    }
+
+    /// See [`Pages::damage`].
+    #[cfg(test)]
+    pub(crate) fn damage(&mut self, at: PageAt, word: usize) {
+        self.pages.as_mut().unwrap().damage(at, word);
     }
 
     /// Takes the tokens of a parent, if nothing has ever been here.

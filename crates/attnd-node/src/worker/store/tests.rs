@@ -25,6 +25,7 @@ mod bulk;
 mod copies;
 mod memory;
 mod ops;
+mod scrub;
 
 pub(crate) const MIB: u64 = 1 << 20;
 

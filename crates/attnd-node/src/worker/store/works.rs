@@ -15,10 +15,10 @@ use attnd_wire::surroundings::now;
 use attnd_wire::{CallShape, Deadline, Error, Reason, refusal};
 use rayon::prelude::*;
 
-use super::Store;
 use super::attention::{self, Attention, Run};
 use super::shard::{Resident, ShardKey, key_of};
 use super::turns::Access;
+use super::{Store, no_shard};
 use crate::compute_pool::is_pool_thread;
 
 /// A step of one shard, which fits it.
@@ -144,7 +144,9 @@ pub(crate) fn run(store: &Store, works: Vec<Work>, wanted: impl Fn() -> bool + S
     }
     if !attentions.is_empty() {
         for (at, partials) in asked.into_iter().zip(attention::attend(store.kernels(), &attentions, wanted)) {
-            done[at].partials = partials;
+            // What was found out meanwhile counts too.
+            let is_damaged = works[at].resident.is_damaged();
+            done[at].partials = if is_damaged { Err(no_shard(works[at].resident.key)) } else { partials };
         }
     }
     done

@@ -77,7 +77,10 @@ async fn of_requests_that_are_all_late_few_are_sent_twice() {
     let session = cluster.open("s", 2, &[(cluster.all(), &[0, 1])]).await;
     assert_eq!(applied(&cluster.run(vec![step(&session, 1, 3)]).await), (3, false));
     let usual = usual(&cluster, &session).await;
-    let (before, of_other) = (hedges(&cluster), works(&cluster.nodes[1]));
+    // Also what was sent twice already has come then.
+    tokio::time::sleep(A_WHILE).await;
+    let all_works = || cluster.nodes.iter().map(works).sum::<usize>() as u64;
+    let (before, works_before) = (hedges(&cluster), all_works());
     cluster.nodes[0].answers[CONTROL].send_replace(false);
     let looks: Vec<_> = (0..100).map(|_| tokio::spawn(cluster.run(vec![looking(&session)]))).collect();
     until("some are sent twice", || hedges(&cluster).0 > before.0).await;
@@ -88,7 +91,8 @@ async fn of_requests_that_are_all_late_few_are_sent_twice() {
     }
     let sent = hedges(&cluster).0 - before.0;
     assert!((1..=100 / 20 + u64::from(BURST)).contains(&sent), "{sent} of 100");
-    assert_eq!(works(&cluster.nodes[1]) as u64, of_other as u64 + sent);
+    // Whoever is late again and again is asked last: some may have been asked of the other one in the first place.
+    until("nothing else is sent", || all_works() == works_before + 100 + sent).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -113,17 +117,30 @@ async fn who_is_late_again_and_again_is_asked_last() {
     let cluster = Cluster::start(2).await;
     let session = cluster.open("s", 2, &[(cluster.all(), &[0, 1])]).await;
     assert_eq!(applied(&cluster.run(vec![step(&session, 1, 3)]).await), (3, false));
-    let usual = usual(&cluster, &session).await;
-    let (slow, before) = (&cluster.nodes[0], hedges(&cluster).1);
-    slow.answers[CONTROL].send_replace(false);
+    let slow = &cluster.nodes[0];
+    let is_slow = || cluster.sessions.hedging().is_slow(&slow.link.holder, cluster.sessions.now());
     let mut looks = 0;
-    while hedges(&cluster).1 - before < 3 {
-        assert_eq!(cluster.run(vec![looking(&session)]).await, usual);
-        looks += 1;
-    }
+    // On a busy machine the other one is late too, and may use hedges up: then it begins anew.
+    let usual = 'known: loop {
+        slow.answers[CONTROL].send_replace(true);
+        let usual = usual(&cluster, &session).await;
+        slow.answers[CONTROL].send_replace(false);
+        for _ in 0..BURST {
+            let Ok(answer) = tokio::time::timeout(A_WHILE, cluster.run(vec![looking(&session)])).await else {
+                break;
+            };
+            assert_eq!(answer, usual);
+            looks += 1;
+            if is_slow() {
+                break 'known usual;
+            }
+        }
+    };
+    assert!(looks >= 3, "{looks} were enough");
     let (sent, of_slow) = (hedges(&cluster).0, works(slow));
     for _ in 0..10 {
         assert_eq!(cluster.run(vec![looking(&session)]).await, usual);
     }
-    assert_eq!((looks, hedges(&cluster).0, works(slow)), (3, sent, of_slow), "it isn't asked any more");
+    let not_hedged = works(slow) as u64 - of_slow as u64 - (hedges(&cluster).0 - sent);
+    assert_eq!(not_hedged, 0, "it isn't asked any more in the first place");
 }

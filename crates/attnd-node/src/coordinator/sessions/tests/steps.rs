@@ -3,6 +3,8 @@
 use attnd_kernel::{Bias, OperatorParts, Relative};
 use attnd_wire::Deadline;
 
+use crate::worker::store::pages::PageAt;
+
 use super::*;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -234,4 +236,38 @@ async fn workers_know_how_long_somebody_waits_for_partials() {
     let late = tokio::time::timeout(SOON, run).await.unwrap().unwrap().unwrap_err();
     assert_eq!((late.message().as_str(), late.outcome), ("DEADLINE: expired", Outcome::Unknown));
     until("its rows are there all the same", || node.state_of(&session, 0) == (1, vec![3])).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replica_that_its_worker_gave_up_is_missed() {
+    let cluster = Cluster::start(2).await;
+    let session = cluster.open("s", 2, &[(cluster.all(), &[0, 1])]).await;
+    let alone = cluster.open("alone", 1, &[(cluster.all(), &[0])]).await;
+    for session in [&session, &alone] {
+        assert_eq!(applied(&cluster.run(vec![step(session, 1, 300)]).await), (300, false));
+    }
+    let before = cluster.run(vec![looking(&session)]).await;
+    assert!(before[0].context.is_some(), "{before:?}");
+    let node = &cluster.nodes[0];
+    let asked = cluster.sessions.expected_at(&node.link.holder);
+    assert_eq!(asked.len(), 2);
+    cluster.sessions.miss(&node.link.holder, asked, &node.store.list());
+    assert_eq!(session.lock().ledger.epoch(0), 1, "nothing is missing");
+    let asked = cluster.sessions.expected_at(&node.link.holder);
+    for session in [&session, &alone] {
+        let key = (session.number, 0);
+        node.store.resident(key).unwrap().change().damage(PageAt::default(), 7);
+        assert_eq!(node.store.scrub_piece(key, PageAt::default()).await, None);
+    }
+    // Whoever asks gets it from the other one, with the same bits.
+    let after = cluster.run(vec![looking(&session)]).await;
+    assert_eq!(after, before);
+    // There is no other one, but that isn't known yet.
+    let none = cluster.run(vec![looking(&alone)]).await;
+    assert_eq!(failure(&none).reason, Reason::Recovering);
+    cluster.sessions.miss(&node.link.holder, asked, &node.store.list());
+    until("it is no member", || session.lock().ledger.members(0).count() == 1).await;
+    assert_eq!(cluster.run(vec![looking(&session)]).await, before);
+    let lost = cluster.run(vec![looking(&alone)]).await;
+    assert_eq!(failure(&lost).message(), "SESSION_LOST: prefix 0 of 300");
 }

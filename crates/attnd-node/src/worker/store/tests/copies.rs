@@ -8,14 +8,14 @@ use super::*;
 
 /// A copy as it travels.
 #[derive(Clone)]
-struct Travels {
+pub(super) struct Travels {
     import: ShardImport,
     chunks: Vec<CopyChunk>,
     sum: CopySum,
 }
 
 /// What a store gives of a session to who has `base`, for a replica of this epoch.
-fn export(store: &Store, session: &Session, base: Option<CopyBase>, epoch: u64) -> Travels {
+pub(super) fn export(store: &Store, session: &Session, base: Option<CopyBase>, epoch: u64) -> Travels {
     let resident = store.resident(key_of(&session.at)).unwrap();
     let (export, snapshot) = Export::new(&resident, base).unwrap();
     read(&export, session, snapshot, epoch)
@@ -35,7 +35,7 @@ fn read(export: &Export, session: &Session, snapshot: ShardSnapshot, epoch: u64)
     Travels { import: ShardImport { at, spec, pieces, snapshot }, chunks, sum: export.sum().unwrap() }
 }
 
-fn take(store: &Store, travels: &Travels) -> Result<ShardState, String> {
+pub(super) fn take(store: &Store, travels: &Travels) -> Result<ShardState, String> {
     let taken = Import::new(store, travels.import.clone()).and_then(|mut import| {
         travels.chunks.iter().try_for_each(|chunk| import.take(store, chunk))?;
         import.finish(store, travels.sum)
