@@ -33,7 +33,7 @@ use scene::Scene;
 use zombie::Zombie;
 
 /// Seeds that a change must pass.
-const SEEDS: u64 = 40;
+const SEEDS: u64 = 100;
 /// What the hash of all that happened in a run is printed behind.
 const HASH: &str = "all that happened: ";
 /// What a run is broken for.

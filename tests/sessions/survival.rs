@@ -155,7 +155,8 @@ async fn killing_workers_in_the_middle_of_appends_loses_and_doubles_nothing() {
 struct Stepping {
     session: Session,
     tokens: Vec<u64>,
-    times: Vec<Duration>,
+    /// Of each step, and how often it was sent.
+    times: Vec<(Duration, u32)>,
 }
 
 impl Stepping {
@@ -173,18 +174,19 @@ impl Stepping {
         let ([k, v], q) = (SHAPE.keys_and_values(0, &[token]), SHAPE.queries(0, &[token]));
         let begun = Instant::now();
         let stepped = self.session.step(0, k, v, q, &query_options(None)).await;
-        self.times.push(begun.elapsed());
+        let took = begun.elapsed();
         let stepped = stepped.unwrap_or_else(|error| panic!("token {token}: {error} ({:?})", error.outcome));
+        self.times.push((took, stepped.attended.attempts));
         assert_eq!(stepped.appended.len, self.tokens.len() as u64, "token {token}");
         let answer = Answer { context: stepped.attended.context, lse: stepped.attended.lse };
         answer.assert_bits_of(&SHAPE.answer(0, &self.tokens, &[token]), &format!("token {token}"));
     }
 
-    /// Median and longest time since this was last asked.
-    fn took(&mut self) -> (Duration, Duration) {
+    /// Median and longest time since this was last asked, the latter with how often the step was sent.
+    fn took(&mut self) -> (Duration, (Duration, u32)) {
         let mut times = std::mem::take(&mut self.times);
         times.sort();
-        (times[times.len() / 2], times[times.len() - 1])
+        (times[times.len() / 2].0, times[times.len() - 1])
     }
 }
 
@@ -268,9 +270,9 @@ async fn steps_go_on_while_a_worker_is_killed_or_stands_still() {
                 _ => cluster.resume(victim),
             }
             cluster.wait_until_repaired(&sessions, REPAIR, what).await;
-            let (median, longest) = stepping.took();
+            let (median, (longest, sent)) = stepping.took();
             println!(
-                "w{victim} {what}: 0 steps failed, 0 wrong; usual {usual:?}, then median {median:?}, longest {longest:?}"
+                "w{victim} {what}: 0 steps failed, 0 wrong; usual {usual:?}, then median {median:?}, longest {longest:?}, sent {sent} times"
             );
         }
     }

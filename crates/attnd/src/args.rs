@@ -271,7 +271,7 @@ pub struct WorkerArgs {
     /// Memory that keys and values of sessions may take, such as 512MiB or 8GiB [default: a quarter of this machine's]
     #[arg(long, value_name = "SIZE", env = "ATTND_SESSION_MEMORY", value_parser = parse_size)]
     pub session_memory: Option<u64>,
-    /// Seconds within which each page of sessions is looked at whether it is as it was written, at most a day; 0 turns it off. A replica
+    /// Seconds within which each full page of sessions is looked at whether it is as it was written, at most a day; 0 turns it off. A replica
     /// with one that isn't is given up, and made again from another [default: 600]
     #[arg(long, value_name = "SECONDS", env = "ATTND_SCRUB_INTERVAL", value_parser = parse_interval)]
     pub scrub_interval: Option<Duration>,
@@ -347,6 +347,7 @@ mod tests {
             "HOST",
             "LISTEN",
             "MEMORY",
+            "SCRUB_INTERVAL",
             "SESSION_MEMORY",
             "STATE",
             "THREADS",

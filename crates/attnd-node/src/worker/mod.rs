@@ -78,7 +78,7 @@ pub struct WorkerConfig {
     pub host: String,
     /// Bytes that keys and values of all sessions may take, beside those of calls.
     pub session_memory: u64,
-    /// Each page of sessions is looked at in this time whether it is as it was written; zero: never.
+    /// Each full page of sessions is looked at about once in this time whether it is as it was written; zero: never.
     pub scrub_interval: Duration,
 }
 

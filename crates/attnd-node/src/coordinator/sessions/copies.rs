@@ -117,6 +117,15 @@ impl Sessions {
             (Err(Failed::Source(error)), Some(copy)) if error.reason == Reason::Transport => {
                 session.disconnected(self, &copy.source);
             }
+            // It is damaged, or gone.
+            (Err(Failed::Source(error)), Some(copy))
+                if matches!(error.reason, Reason::Checksum | Reason::Shard) =>
+            {
+                let (holder, epoch) = (copy.source.holder.clone(), copy.at.epoch);
+                tracing::warn!(session = %name, shard, worker = %holder.worker, %error, "a replica can't be copied");
+                session.handle(self, LedgerEvent::Gone { shard, holder, epoch });
+                session.handle(self, LedgerEvent::CopyFailed { shard, holder: to });
+            }
             (Err(Failed::Target(error)), Some(copy)) if error.reason == Reason::Transport => {
                 fails(&error);
                 session.disconnected(self, &copy.target);

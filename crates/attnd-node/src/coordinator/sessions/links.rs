@@ -194,6 +194,8 @@ fn follow(sessions: &Arc<Sessions>, holder: Holder, member: &mut Kept, happened:
             sessions.linked.notify_waiters();
             sessions.reconcile();
             sessions.take_stock(&link, &shards);
+            // Behind that: what it has already is not copied to it.
+            sessions.begin_repairs();
             follow_link(sessions, holder, link)
         }
         Happened::Listed(link, expected, shards) => {
@@ -344,6 +346,9 @@ impl Sessions {
         let mut expected = Vec::new();
         for session in self.open_sessions() {
             let state = session.lock();
+            if state.ledger.is_lost() {
+                continue;
+            }
             let has = |shard: &usize| state.ledger.computing(*shard).any(|other| other == holder);
             let shards: Vec<(usize, u64)> = (0..state.ledger.shards())
                 .filter(has)
@@ -360,7 +365,16 @@ impl Sessions {
     pub(super) fn miss(self: &Arc<Self>, holder: &Holder, expected: Vec<Expected>, shards: &[ShardAt]) {
         let there: BTreeSet<(u64, usize)> = shards.iter().map(|at| (at.session, at.shard as usize)).collect();
         for (session, shard, epoch) in expected {
-            if there.contains(&(session.number, shard)) || session.lock().closed.is_some() {
+            if there.contains(&(session.number, shard)) {
+                continue;
+            }
+            // It may have been meant to go.
+            let is_missed = {
+                let state = session.lock();
+                let is_same = state.closed.is_none() && state.ledger.epoch(shard) == epoch;
+                is_same && state.ledger.computing(shard).any(|other| other == holder)
+            };
+            if !is_missed {
                 continue;
             }
             tracing::warn!(session = %session.name, shard, worker = %holder.worker, "a replica is gone from its worker");

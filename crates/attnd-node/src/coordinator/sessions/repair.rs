@@ -59,6 +59,8 @@ pub(super) struct Repair {
     moving: Option<Move>,
     /// Somebody looks for workers that can have what is missing.
     is_running: bool,
+    /// More is missing since it was begun.
+    is_due_again: bool,
 }
 
 impl Repair {
@@ -123,11 +125,28 @@ impl Drop for Expected {
 }
 
 /// Workers are looked for that can have what a session lacks, until this is dropped.
-struct Running(Arc<Session>);
+struct Running {
+    session: Arc<Session>,
+    /// Whoever comes next looks by itself.
+    is_over: bool,
+}
+
+impl Running {
+    /// Whether it is to look once more.
+    fn goes_on(&mut self) -> bool {
+        let mut state = self.session.lock();
+        state.repair.is_running = std::mem::take(&mut state.repair.is_due_again);
+        self.is_over = !state.repair.is_running;
+        state.repair.is_running
+    }
+}
 
 impl Drop for Running {
     fn drop(&mut self) {
-        self.0.lock().repair.is_running = false;
+        if !self.is_over {
+            let mut state = self.session.lock();
+            (state.repair.is_running, state.repair.is_due_again) = (false, false);
+        }
     }
 }
 
@@ -161,23 +180,45 @@ impl Sessions {
 
     /// Looks for workers that can have replicas of a session that are missing, now.
     pub(super) fn begin_repair(self: &Arc<Self>, session: &Arc<Session>) {
-        // Whoever looks already may have looked past it: the next round comes soon.
-        if std::mem::replace(&mut session.lock().repair.is_running, true) {
-            return;
+        {
+            let repair = &mut session.lock().repair;
+            // Whoever looks already may have looked past it.
+            if std::mem::replace(&mut repair.is_running, true) {
+                repair.is_due_again = true;
+                return;
+            }
         }
-        let (sessions, running) = (Arc::clone(self), Running(Arc::clone(session)));
+        let mut running = Running { session: Arc::clone(session), is_over: false };
+        let sessions = Arc::clone(self);
         self.tasks.spawn(async move {
-            if let Ok(present) = sessions.everybody().await {
-                sessions.repair(&running.0, &present).await;
+            while let Ok(present) = sessions.everybody().await {
+                sessions.repair(&running.session, &present).await;
+                if !running.goes_on() {
+                    break;
+                }
             }
         });
+    }
+
+    /// The same for all sessions that lack something: somebody has come who may have it.
+    pub(super) fn begin_repairs(self: &Arc<Self>) {
+        for session in self.open_sessions() {
+            let lacks = {
+                let state = session.lock();
+                let is_open = state.closed.is_none() && !state.ledger.is_lost();
+                is_open && (0..session.pieces.len()).any(|shard| state.ledger.missing_replicas(shard) > 0)
+            };
+            if lacks {
+                self.begin_repair(&session);
+            }
+        }
     }
 
     /// Has replicas made that are missing, as far as there are workers for them.
     async fn repair(self: &Arc<Self>, session: &Arc<Session>, present: &[Present]) {
         for shard in 0..session.pieces.len() {
-            let missing = session.lock().ledger.missing_replicas(shard);
-            for _ in 0..missing {
+            // Whoever can't be reached is left alone for a while, and isn't chosen again.
+            loop {
                 let chosen = {
                     let state = session.lock();
                     if state.closed.is_some() || state.ledger.missing_replicas(shard) == 0 {
@@ -191,8 +232,13 @@ impl Sessions {
                     session.lock().repair.fails(&holder, self.now());
                     continue;
                 }
-                if session.lock().ledger.missing_replicas(shard) > 0 {
+                let missing = || session.lock().ledger.missing_replicas(shard);
+                let before = missing();
+                if before > 0 {
                     session.handle(self, LedgerEvent::Replacement { shard, holder });
+                }
+                if missing() >= before {
+                    break;
                 }
             }
         }

@@ -69,7 +69,7 @@ impl Copies {
                 let give = move || {
                     let chunk = export.chunk(read.index);
                     if let Some((resident, at)) = export.damaged() {
-                        of.give_up_damaged(resident, at);
+                        of.look_again(&resident, at);
                     }
                     asked.answer(chunk.map(HoldAnswer::Chunk), Some(memory));
                 };

@@ -1,7 +1,7 @@
 //! The half of a copy that gives: a replica as it was at one moment, whose pages are asked for in chunks. Views of them are all that is
 //! held, so the replica goes on meanwhile; it copies the last page of each sequence when it next grows, and nothing else.
 
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 use attnd_kernel::KvView;
 use attnd_plan::session::{CopyPages, ReplicaSnapshot};
@@ -20,7 +20,8 @@ pub(crate) struct Export {
     stored_bytes: usize,
     /// Of each chunk that was given its checksum and length.
     given: Mutex<Vec<Option<(u32, usize)>>>,
-    resident: Arc<Resident>,
+    of: Weak<Resident>,
+    /// A page that was found to have changed by itself.
     damaged: OnceLock<PageAt>,
 }
 
@@ -53,8 +54,8 @@ impl Export {
         let stored_bytes = resident.spec.page_layout().stored_bytes();
         let chunks = pages.len().div_ceil(pages_of_chunk(stored_bytes));
         let given = Mutex::new(vec![None; chunks]);
-        let (resident, damaged) = (Arc::clone(resident), OnceLock::new());
-        Ok((Self { views, pages, stored_bytes, given, resident, damaged }, snapshot))
+        let (of, damaged) = (Arc::downgrade(resident), OnceLock::new());
+        Ok((Self { views, pages, stored_bytes, given, of, damaged }, snapshot))
     }
 
     /// Bytes of a chunk at most.
@@ -62,9 +63,10 @@ impl Export {
         (pages_of_chunk(self.stored_bytes) * self.stored_bytes) as u64
     }
 
-    /// What a copy is made of, and a page of it that was found to have changed by itself.
-    pub(crate) fn damaged(&self) -> Option<(&Arc<Resident>, PageAt)> {
-        self.damaged.get().map(|at| (&self.resident, *at))
+    /// What it is a copy of, if that is there still, and a page of the copy that was found to have changed by itself. What it is a copy
+    /// of may have another page in its place by now.
+    pub(crate) fn damaged(&self) -> Option<(Arc<Resident>, PageAt)> {
+        Some((self.of.upgrade()?, *self.damaged.get()?))
     }
 
     /// A chunk.

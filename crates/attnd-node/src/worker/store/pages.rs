@@ -301,12 +301,17 @@ impl Pages {
             match cache.is_sound(at.page, checksum) {
                 Some(true) => done += self.format.layout.stored_bytes() as u64,
                 Some(false) => return Err(at),
-                // In the slots of another shard.
+                // In the slots of another shard, or without a checksum.
                 None => {}
             }
             at.page += 1;
         }
         Ok(Scrubbed { bytes: done, next: None })
+    }
+
+    /// Whether a page is as it was written; `None` if that isn't known, or there is none.
+    pub(crate) fn is_sound(&self, at: PageAt) -> Option<bool> {
+        self.layers.get(at.layer)?.get(at.head)?.is_sound(at.page, checksum)
     }
 
     /// Changes a bit of a page that nobody else holds, as failing memory does.

@@ -1,9 +1,11 @@
-//! Looks at all pages again and again, whether they still have the checksums that they got when they were full. A replica with a page that
-//! doesn't is given up as a whole: it answers nothing any more, and its coordinator finds it missing and makes another one.
+//! Looks at all full pages again and again, whether they still have the checksums that they got when they were full. A replica with a page
+//! that doesn't is given up as a whole: it answers nothing any more, and its coordinator finds it missing and makes another one. So are
+//! forks with the same page. Its frame goes back to the arena with the others: memory that is broken for good breaks the next page in it,
+//! which is found in the same way.
 //!
-//! A pass over everything takes half of the interval, in pieces of about a MiB that wait for their turn as all work on shards does, with
-//! pauses between them as long as what is resident allows. So a page is looked at once in each interval, and scrubbing takes the bandwidth of
-//! what is resident over half of the interval, and never the pool for more than a fraction of a millisecond.
+//! A pass over everything shall take half of the interval. It goes in pieces of about a MiB, which wait for their turn as all work on shards
+//! does, with pauses between them as long as it is ahead of its time. How much there is to look at is what the pass before looked at: pages
+//! that forks share are looked at with each of them. A page that is cut and written to again gets another checksum, and nobody looks before.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,26 +22,36 @@ use super::turns::Access;
 const PIECE: u64 = 1 << 20;
 
 impl Store {
-    /// Completes never; looks at each page at least once in every `interval`, if that is more than nothing.
+    /// Completes never; looks at each full page about once in every `interval`, if that is more than nothing.
     pub(crate) async fn scrub(&self, interval: Duration) {
         let pass = interval / 2;
         if pass.is_zero() {
             return std::future::pending().await;
         }
+        let mut before = 0;
         loop {
-            let begun = now();
+            let (begun, total) = (now(), self.resident_bytes().max(before));
+            let mut done = 0;
             for key in self.keys() {
                 let mut next = Some(PageAt::default());
                 while let Some(from) = next {
-                    let piece_begun = now();
-                    let Some(done) = self.scrub_piece(key, from).await else { break };
-                    next = done.next;
-                    let pause = pause_after(done.bytes, self.resident_bytes(), pass);
-                    tokio::time::sleep(pause.saturating_sub(now().saturating_duration_since(piece_begun)))
-                        .await;
+                    let Some(piece) = self.scrub_piece(key, from).await else { break };
+                    (done, next) = (done + piece.bytes, piece.next);
+                    let ahead = due(done, total, pass).saturating_sub(since(begun));
+                    tokio::time::sleep(ahead).await;
                 }
             }
-            tokio::time::sleep(pass.saturating_sub(now().saturating_duration_since(begun))).await;
+            let took = since(begun);
+            if took > interval {
+                tracing::warn!(
+                    ?took,
+                    ?interval,
+                    bytes = done,
+                    "pages are looked at more rarely than they shall be"
+                );
+            }
+            tokio::time::sleep(pass.saturating_sub(took)).await;
+            before = done;
         }
     }
 
@@ -53,7 +65,7 @@ impl Store {
             let scrubbed = resident.look().scrub(from, PIECE);
             match scrubbed {
                 Some(Ok(scrubbed)) => drop(found.send(scrubbed)),
-                Some(Err(at)) => store.give_up_damaged(&resident, at),
+                Some(Err(at)) => store.found_damaged(&resident, at),
                 None => {}
             }
         };
@@ -61,8 +73,35 @@ impl Store {
         answer.await.ok()
     }
 
-    /// Gives up a replica one of whose pages has changed by itself. Nothing is answered from it any more, not even what is computed now.
-    pub(crate) fn give_up_damaged(&self, resident: &Arc<Resident>, at: PageAt) {
+    /// Looks at one page of a replica, in its turn.
+    pub(crate) fn look_again(&self, resident: &Arc<Resident>, at: PageAt) {
+        let (store, resident) = (self.clone(), Arc::clone(resident));
+        let key = resident.key;
+        let look = move || {
+            let is_sound = resident.look().is_sound(at);
+            if is_sound == Some(false) {
+                store.give_up_damaged(&resident, at);
+            }
+        };
+        self.submit(vec![(key, Access::Reads)], Box::new(look));
+    }
+
+    /// A page has changed by itself. Forks share pages at the same place, in shards of the same number.
+    fn found_damaged(&self, resident: &Arc<Resident>, at: PageAt) {
+        self.give_up_damaged(resident, at);
+        let alike = self.keys().into_iter().filter(|key| key.1 == resident.key.1);
+        for other in alike.filter_map(|key| self.resident(key).ok()) {
+            self.look_again(&other, at);
+        }
+    }
+
+    /// Gives up a replica one of whose pages has changed by itself. Nothing is answered from it any more, not even what is computed now, and
+    /// nothing is taken.
+    fn give_up_damaged(&self, resident: &Arc<Resident>, at: PageAt) {
+        if !resident.mark_damaged() {
+            return;
+        }
+        self.remove_only(resident);
         let (session, shard) = resident.key;
         let PageAt { layer, head, page } = at;
         let (session, head) = (format!("{session:016x}"), resident.kv_head(head));
@@ -74,15 +113,17 @@ impl Store {
             page,
             "a page has another checksum than when it was written: the replica is given up"
         );
-        resident.mark_damaged();
-        self.remove_only(resident);
-        // Its memory goes back once it is nobody's turn.
+        // Its memory goes back once it is nobody's turn, and nobody shares it.
         let of = Arc::clone(resident);
         self.submit(vec![(resident.key, Access::Changes)], Box::new(move || of.release()));
     }
 }
 
-/// How long a piece of so many bytes may take, so that all that is resident takes `pass`.
-fn pause_after(bytes: u64, resident: u64, pass: Duration) -> Duration {
-    pass.mul_f64((bytes as f64 / resident.max(1) as f64).min(1.0))
+/// When so many bytes of all shall have been looked at, from the beginning of a pass that takes so long.
+fn due(done: u64, total: u64, pass: Duration) -> Duration {
+    pass.mul_f64((done as f64 / total.max(1) as f64).min(1.0))
+}
+
+fn since(begun: std::time::Instant) -> Duration {
+    now().saturating_duration_since(begun)
 }

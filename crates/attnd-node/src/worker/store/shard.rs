@@ -82,9 +82,13 @@ impl Resident {
         Self { key, spec, pieces, kv_heads: first..end, shard, is_damaged, _record: record }
     }
 
-    /// For whoever has the turn to change it.
+    /// For whoever has the turn to change it. Whoever came before it was found to be damaged finds it released.
     pub(crate) fn change(&self) -> RwLockWriteGuard<'_, Shard> {
-        self.shard.write().unwrap_or_else(PoisonError::into_inner)
+        let mut shard = self.shard.write().unwrap_or_else(PoisonError::into_inner);
+        if self.is_damaged() {
+            shard.release();
+        }
+        shard
     }
 
     /// For whoever has the turn to look at it.
@@ -106,9 +110,9 @@ impl Resident {
         self.pieces.iter().flat_map(|piece| piece.groups.clone()).nth(head).unwrap_or(head)
     }
 
-    /// From now on nothing that is computed from it may be answered.
-    pub(super) fn mark_damaged(&self) {
-        self.is_damaged.store(true, Ordering::SeqCst);
+    /// From now on nothing that is computed from it may be answered, and nothing changes it any more. False if that was so already.
+    pub(super) fn mark_damaged(&self) -> bool {
+        !self.is_damaged.swap(true, Ordering::SeqCst)
     }
 
     /// Whether one of its pages has changed by itself.
@@ -118,9 +122,7 @@ impl Resident {
 
     /// Gives all keys and values up.
     pub(crate) fn release(&self) {
-        let mut shard = self.change();
-        shard.staged = None;
-        shard.pages = None;
+        self.change().release();
     }
 }
 
@@ -170,6 +172,9 @@ impl Shard {
     ) -> Result<ShardState, Error> {
         let op = rows.op(layer);
         let key = self.key;
+        if self.pages.is_none() {
+            return Err(no_shard(key));
+        }
         match self.replica.begin(epoch, rows.op.generation, &op).map_err(Error::from)? {
             Verdict::Replayed => return Ok(self.state(store, true)),
             Verdict::Apply => self.abandon(),
@@ -200,6 +205,9 @@ impl Shard {
         append: &ShardAppend,
     ) -> Result<Option<ShardState>, Error> {
         let key = self.key;
+        if self.pages.is_none() {
+            return Err(no_shard(key));
+        }
         let verdict = self.replica.begin(append.at.epoch, append.op.generation, &append.op());
         match verdict.map_err(Error::from)? {
             Verdict::Replayed => return Ok(Some(self.state(store, true))),
@@ -356,10 +364,20 @@ impl Shard {
         Some(self.pages.as_ref()?.scrub(from, bytes))
     }
 
+    /// See [`Pages::is_sound`]; of what was released nothing is known.
+    pub(super) fn is_sound(&self, at: PageAt) -> Option<bool> {
+        self.pages.as_ref()?.is_sound(at)
+    }
+
     /// See [`Pages::damage`].
     #[cfg(test)]
     pub(crate) fn damage(&mut self, at: PageAt, word: usize) {
         self.pages.as_mut().unwrap().damage(at, word);
+    }
+
+    fn release(&mut self) {
+        self.staged = None;
+        self.pages = None;
     }
 
     /// Takes the tokens of a parent, if nothing has ever been here.

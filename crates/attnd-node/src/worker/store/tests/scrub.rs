@@ -79,6 +79,48 @@ async fn a_replica_with_a_bit_that_flipped_answers_nothing_more() {
 }
 
 #[tokio::test]
+async fn forks_with_the_page_go_too_and_whoever_came_before_it_was_found_gets_nothing() {
+    let store = store(64 * MIB);
+    let mut session = Session::open(&store, 1, spec(Dtype::F32, Storage::F32), vec![HALF]);
+    session.append(&store, 1, &(0..1200).collect::<Vec<_>>());
+    damage(&store, &session, PageAt { layer: 1, head: 0, page: 2 }, 9);
+    session.change(&store, ShardChangeKind::Fork { child: 2 }).unwrap();
+    // One of before the page, which another shard has too.
+    let other = Session::open(&store, 3, spec(Dtype::F32, Storage::F32), vec![HALF]);
+    let resident = store.resident((1, 0)).unwrap();
+    let fork =
+        ShardChange { at: session.at, op: session.next_op(), kind: ShardChangeKind::Fork { child: 4 } };
+    assert_eq!(scrubbed(&store, &session).await, None);
+    let gone = "SHARD: session 0000000000000001 shard 0 is not here";
+    assert_eq!(shard::fork(&store, &resident, &fork, 4).unwrap_err().message(), gone);
+    assert_eq!(resident.change().fence(&store, 5).unwrap_err().message(), gone);
+    let child = Session { at: ShardAt { session: 2, shard: 0, epoch: 1 }, ..session.clone() };
+    while store.len() > 1 {
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    assert_eq!(scrubbed(&store, &child).await, None);
+    assert_eq!(store.list(), [other.at]);
+}
+
+#[tokio::test]
+async fn what_only_an_old_copy_has_is_nothing_against_the_replica() {
+    let store = store(64 * MIB);
+    let mut session = Session::open(&store, 1, spec(Dtype::F32, Storage::F32), vec![HALF]);
+    session.append(&store, 1, &(0..1200).collect::<Vec<_>>());
+    damage(&store, &session, PageAt { layer: 1, head: 0, page: 2 }, 9);
+    let (copy, _) = export::Export::new(&store.resident((1, 0)).unwrap(), None).unwrap();
+    session.change(&store, ShardChangeKind::Truncate { len: 300 }).unwrap();
+    session.generation += 1;
+    session.layers[1].truncate(300);
+    let chunks = (0..).map_while(|index| (copy.damaged().is_none()).then(|| copy.chunk(index)));
+    assert_eq!(chunks.last().unwrap().unwrap_err().reason, Reason::Checksum);
+    let (resident, at) = copy.damaged().unwrap();
+    store.look_again(&resident, at);
+    assert!(scrubbed(&store, &session).await.is_some(), "it comes behind, and finds it there");
+    session.check(&store, 1, 300);
+}
+
+#[tokio::test]
 async fn a_page_that_changed_by_itself_goes_to_nobody_else() {
     let store = store(64 * MIB);
     let mut session = Session::open(&store, 1, spec(Dtype::F32, Storage::F32), vec![HALF]);
