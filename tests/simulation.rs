@@ -21,6 +21,7 @@ mod model;
 mod nemesis;
 mod network;
 mod raw;
+mod replacement;
 mod scene;
 mod zombie;
 
