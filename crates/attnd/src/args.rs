@@ -271,8 +271,8 @@ pub struct WorkerArgs {
     /// Memory that keys and values of sessions may take, such as 512MiB or 8GiB [default: a quarter of this machine's]
     #[arg(long, value_name = "SIZE", env = "ATTND_SESSION_MEMORY", value_parser = parse_size)]
     pub session_memory: Option<u64>,
-    /// Seconds within which each full page of sessions is looked at whether it is as it was written, at most a day; 0 turns it off. A replica
-    /// with one that isn't is given up, and made again from another [default: 600]
+    /// Seconds in which each full page of sessions is looked at about once whether it is as it was written, 1 to 86400; 0 turns it off. A
+    /// replica with one that isn't is given up, and made again from another [default: 600]
     #[arg(long, value_name = "SECONDS", env = "ATTND_SCRUB_INTERVAL", value_parser = parse_interval)]
     pub scrub_interval: Option<Duration>,
     /// Failure domain of this worker, 1 to 64 of A-Z a-z 0-9 . _ -: replicas of a session are in different ones. Containers

@@ -1,6 +1,7 @@
 //! Values of flags as typed: each of these functions checks one, by itself, and says what it expected.
 
 use std::num::NonZeroUsize;
+use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use attnd_client::MAX_TIMEOUT;
@@ -59,14 +60,14 @@ pub(super) fn parse_seconds(text: &str) -> Result<Duration, String> {
     }
 }
 
-/// A time in seconds, at most a day; 0 for never.
+/// A time in seconds, from one to a day; 0 for never.
 pub(super) fn parse_interval(text: &str) -> Result<Duration, String> {
-    const MOST: Duration = Duration::from_secs(24 * 3600);
+    const RANGE: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(24 * 3600);
     let seconds =
         text.parse::<f64>().map_err(|_error| "expected a number of seconds, such as 600, or 0".to_owned())?;
     match Duration::try_from_secs_f64(seconds) {
-        Ok(interval) if interval <= MOST => Ok(interval),
-        _ => Err(format!("must be 0 to {}", MOST.as_secs())),
+        Ok(interval) if interval.is_zero() || RANGE.contains(&interval) => Ok(interval),
+        _ => Err(format!("must be 0, or {} to {}", RANGE.start().as_secs(), RANGE.end().as_secs())),
     }
 }
 

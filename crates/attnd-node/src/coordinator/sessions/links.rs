@@ -19,8 +19,8 @@ use kameo::actor::ActorRef;
 use tokio::sync::watch;
 
 use super::Sessions;
-use super::open::release;
 use super::session::{Session, State};
+use super::stock::ExpectedReplica;
 use super::upkeep::{encode, link_to};
 use crate::coordinator::hold_link::HoldLink;
 use crate::coordinator::membership_actor::Roll;
@@ -116,14 +116,11 @@ enum Happened {
     Opened(Arc<HoldLink>, Vec<ShardAt>),
     Failed(Error),
     /// It is there still; which replicas should have been there, and the shards that are.
-    Listed(Arc<HoldLink>, Vec<Expected>, Vec<ShardAt>),
+    Listed(Arc<HoldLink>, Vec<ExpectedReplica>, Vec<ShardAt>),
     /// It is there still, and nothing is known of shards.
     Lives(Arc<HoldLink>),
     Broke,
 }
-
-/// A replica that a worker has as far as is known: a shard of a session, in this epoch.
-pub(super) type Expected = (Arc<Session>, usize, u64);
 
 type Next = BoxFuture<'static, (Holder, Happened)>;
 
@@ -321,97 +318,6 @@ impl Sessions {
             session.reconcile(self);
         }
     }
-
-    /// What is at the other end of a link that was just opened: shards that nobody knows are released, and those of whose replicas
-    /// their sessions don't know are offered to them.
-    pub(super) fn take_stock(self: &Arc<Self>, link: &Arc<HoldLink>, shards: &[ShardAt]) {
-        for at in shards {
-            let (is_reserved, session) = {
-                let table = self.table();
-                (table.reserved.contains(&at.session), table.by_number.get(&at.session).cloned())
-            };
-            // It is being opened, or forked, at this moment; and still is, if nobody has given it up meanwhile.
-            if is_reserved && (self.take_room(link, at) || self.table().reserved.contains(&at.session)) {
-                continue;
-            }
-            if session.is_some_and(|session| !session.takes_in(self, link, at)) {
-                self.tasks.spawn(release(self.term, Arc::clone(link), *at));
-            }
-        }
-        self.release_unknown(link, shards);
-    }
-
-    /// The replicas that a worker has, as far as is known.
-    pub(super) fn expected_at(&self, holder: &Holder) -> Vec<Expected> {
-        let mut expected = Vec::new();
-        for session in self.open_sessions() {
-            let state = session.lock();
-            if state.ledger.is_lost() {
-                continue;
-            }
-            let has = |shard: &usize| state.ledger.computing(*shard).any(|other| other == holder);
-            let shards: Vec<(usize, u64)> = (0..state.ledger.shards())
-                .filter(has)
-                .map(|shard| (shard, state.ledger.epoch(shard)))
-                .collect();
-            drop(state);
-            expected.extend(shards.into_iter().map(|(shard, epoch)| (Arc::clone(&session), shard, epoch)));
-        }
-        expected
-    }
-
-    /// Tells sessions of replicas that were expected and aren't among the shards that a worker was asked for after that: it has given them
-    /// up.
-    pub(super) fn miss(self: &Arc<Self>, holder: &Holder, expected: Vec<Expected>, shards: &[ShardAt]) {
-        let there: BTreeSet<(u64, usize)> = shards.iter().map(|at| (at.session, at.shard as usize)).collect();
-        for (session, shard, epoch) in expected {
-            if there.contains(&(session.number, shard)) {
-                continue;
-            }
-            // It may have been meant to go.
-            let is_missed = {
-                let state = session.lock();
-                let is_same = state.closed.is_none() && state.ledger.epoch(shard) == epoch;
-                is_same && state.ledger.computing(shard).any(|other| other == holder)
-            };
-            if !is_missed {
-                continue;
-            }
-            tracing::warn!(session = %session.name, shard, worker = %holder.worker, "a replica is gone from its worker");
-            session.handle(self, LedgerEvent::Gone { shard, holder: holder.clone(), epoch });
-        }
-    }
-
-    /// Has those of a worker's shards released whose session isn't there, and isn't about to be.
-    fn release_unknown(&self, link: &Arc<HoldLink>, shards: &[ShardAt]) {
-        let unknown: Vec<ShardAt> = {
-            let table = self.table();
-            let is_known = |at: &ShardAt| {
-                table.reserved.contains(&at.session) || table.by_number.contains_key(&at.session)
-            };
-            shards.iter().filter(|at| !is_known(at)).copied().collect()
-        };
-        if !unknown.is_empty() {
-            let (worker, shards) = (&link.holder.worker, unknown.len());
-            tracing::debug!(%worker, shards, "shards that no session knows are released");
-        }
-        self.give_up(unknown.into_iter().map(|at| (at, Arc::clone(link))).collect());
-    }
-}
-
-impl Sessions {
-    /// Shards of a child that may come to be are given back if it doesn't, also where the coordinator before asked for room. Whether they
-    /// are of one.
-    fn take_room(&self, link: &Arc<HoldLink>, at: &ShardAt) -> bool {
-        self.open_sessions().iter().any(|parent| {
-            let mut state = parent.lock();
-            let is_child = state.forks.contains_key(&at.session);
-            if is_child {
-                state.rooms.entry(at.session).or_default().push((*at, Arc::clone(link)));
-            }
-            is_child
-        })
-    }
 }
 
 impl Session {
@@ -427,7 +333,12 @@ impl Session {
     }
 
     /// Offers a replica to the ledger, unless it knows of it; `false` if nobody wants it.
-    fn takes_in(self: &Arc<Self>, sessions: &Arc<Sessions>, link: &Arc<HoldLink>, at: &ShardAt) -> bool {
+    pub(super) fn takes_in(
+        self: &Arc<Self>,
+        sessions: &Arc<Sessions>,
+        link: &Arc<HoldLink>,
+        at: &ShardAt,
+    ) -> bool {
         let shard = at.shard as usize;
         let (actions, is_wanted) = {
             let mut state = self.lock();

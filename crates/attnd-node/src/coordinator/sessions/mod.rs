@@ -49,6 +49,7 @@ mod saves;
 mod session;
 mod start;
 mod steps;
+mod stock;
 #[cfg(test)]
 mod tests;
 mod turns;

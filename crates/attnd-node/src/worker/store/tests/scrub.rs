@@ -20,6 +20,16 @@ fn damage(store: &Store, session: &Session, at: PageAt, word: usize) {
     store.resident(key_of(&session.at)).unwrap().change().damage(at, word);
 }
 
+/// Waits until so many shards are left.
+async fn holds(store: &Store, shards: usize) {
+    let left = async {
+        while store.len() != shards {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), left).await.unwrap();
+}
+
 #[tokio::test]
 async fn what_is_as_it_was_written_is_left_alone_however_it_came() {
     for storage in [Storage::F32, Storage::Int4] {
@@ -95,9 +105,7 @@ async fn forks_with_the_page_go_too_and_whoever_came_before_it_was_found_gets_no
     assert_eq!(shard::fork(&store, &resident, &fork, 4).unwrap_err().message(), gone);
     assert_eq!(resident.change().fence(&store, 5).unwrap_err().message(), gone);
     let child = Session { at: ShardAt { session: 2, shard: 0, epoch: 1 }, ..session.clone() };
-    while store.len() > 1 {
-        tokio::time::sleep(Duration::from_millis(2)).await;
-    }
+    holds(&store, 1).await;
     assert_eq!(scrubbed(&store, &child).await, None);
     assert_eq!(store.list(), [other.at]);
 }
@@ -145,11 +153,6 @@ async fn all_is_looked_at_again_and_again() {
     tokio::time::sleep(Duration::from_millis(100)).await;
     assert_eq!(store.len(), 1);
     damage(&store, &session, PageAt::default(), 0);
-    let found = async {
-        while store.len() > 0 {
-            tokio::time::sleep(Duration::from_millis(2)).await;
-        }
-    };
-    tokio::time::timeout(Duration::from_secs(10), found).await.unwrap();
+    holds(&store, 0).await;
     looks.abort();
 }
