@@ -2,7 +2,8 @@
 //!
 //! Not a test: figures are printed. Two workers with one thread each, H 32/8, d=128, one layer: a step appends one token and attends over
 //! all of them. The time is that of the client library in this process, from the request to the rows. *Kernels* is the same
-//! attention over the same rows in this process, on two threads, whose rows are in memory of its own. Arguments: lengths.
+//! attention over the same rows in this process, on two threads, whose rows are in memory of its own. Arguments: lengths, and which of
+//! `appends`, `steps` and `batches` to measure; all by default.
 
 #![allow(clippy::print_stdout, clippy::unwrap_used, clippy::expect_used)]
 
@@ -243,24 +244,33 @@ async fn batches(sessions: &Sessions, len: usize, rng: &mut SmallRng) {
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() {
-    let lens: Vec<usize> = std::env::args().skip(1).filter_map(|arg| arg.parse().ok()).collect();
+    let arguments: Vec<String> = std::env::args().skip(1).filter(|arg| !arg.starts_with('-')).collect();
+    let lens: Vec<usize> = arguments.iter().filter_map(|arg| arg.parse().ok()).collect();
+    let named = |part: &str| arguments.iter().any(|arg| arg == part);
+    let all = !["appends", "steps", "batches"].into_iter().any(named);
     let lens = if lens.is_empty() { vec![1024, 8192, 32_768, 131_072] } else { lens };
     println!("load before: {}", load());
     let cluster = Cluster::start(2).await;
     let sessions = cluster.client().sessions();
     let mut rng = SmallRng::seed_from_u64(1);
     memory();
-    for replicas in [1, 2] {
-        appends(&sessions, replicas, &mut rng).await;
+    if all || named("appends") {
+        for replicas in [1, 2] {
+            appends(&sessions, replicas, &mut rng).await;
+        }
     }
-    for len in &lens {
-        steps(&sessions, *len, Dtype::F32, &mut rng).await;
+    if all || named("steps") {
+        for len in &lens {
+            steps(&sessions, *len, Dtype::F32, &mut rng).await;
+        }
+        if let Some(longest) = lens.iter().max() {
+            steps(&sessions, *longest, Dtype::Bf16, &mut rng).await;
+        }
     }
-    if let Some(longest) = lens.iter().max() {
-        steps(&sessions, *longest, Dtype::Bf16, &mut rng).await;
-    }
-    for len in [128, 8192] {
-        batches(&sessions, len, &mut rng).await;
+    if all || named("batches") {
+        for len in [128, 8192] {
+            batches(&sessions, len, &mut rng).await;
+        }
     }
     println!("load after: {}", load());
 }

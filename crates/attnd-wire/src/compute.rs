@@ -6,13 +6,13 @@ use std::sync::Arc;
 use attnd_kernel::slot::{Node, keys_in_slots};
 use attnd_kernel::{AttnShape, Compute, Dtype, Operator, Outputs, PartialRows};
 use attnd_plan::{AnyTensor, CellId, Piece, Sides, Tensor, most_report_bytes};
-use bytes::Bytes;
 
 use crate::attend::{Begin, Commit};
+use crate::checksum::{Checksummed, checksum};
 use crate::compute::rows::{RowBytes, keys_seen};
 use crate::convert::{self, quantity, small};
 use crate::error::{Error, Reason};
-use crate::floats::{self, checksum};
+use crate::floats;
 use crate::limits::MESSAGE_BYTES;
 use crate::operator::{self, Encoded};
 use crate::outputs::elements::Elements;
@@ -74,7 +74,7 @@ pub struct SliceChunk {
     /// elements.
     pub offset: u64,
     /// Whole elements, at least one, inside of the matrix of a head; the checksum was right.
-    pub data: Bytes,
+    pub data: Checksummed,
 }
 
 /// One frame from a worker.
@@ -252,9 +252,10 @@ impl SliceChunk {
     pub fn decode(message: proto::SliceChunk, begun: &ComputeBegin) -> Result<Self, Error> {
         let tensor = convert::tensor(message.tensor)?;
         let element = operator::element_bytes(tensor, begun.dtype, &begun.sides)?;
-        convert::chunk_data(message.index, &message.data, &[], Some(message.crc32c), element)?;
+        convert::chunk_data(message.index, &message.data, &[], None, element)?;
+        let data = Checksummed::received(message.index, message.data, message.crc32c)?;
         let head = convert::size(message.head);
-        let (index, offset, data) = (message.index, message.offset, message.data);
+        let (index, offset) = (message.index, message.offset);
         let (group, layout) = match tensor {
             AnyTensor::Operand(operand @ Tensor::Q) => {
                 (head / begun.shape.group_size(), operand.layout(&begun.shape))
@@ -287,8 +288,8 @@ impl From<SliceChunk> for proto::SliceChunk {
             tensor: proto::Tensor::from(chunk.tensor).into(),
             head: small(chunk.head),
             offset: chunk.offset,
-            crc32c: checksum(&[&chunk.data]),
-            data: chunk.data,
+            crc32c: chunk.data.crc32c(),
+            data: chunk.data.into_data(),
         }
     }
 }

@@ -9,8 +9,8 @@ use attnd_kernel::{AttnShape, Dims, Dtype};
 use attnd_plan::{AnyTensor, Piece, SideTensor, Tensor};
 use bytes::Bytes;
 
+use crate::checksum::checksum;
 use crate::error::{Error, Reason};
-use crate::floats::checksum;
 use crate::limits::{MAX_ENTRIES, MAX_TEXT};
 use crate::{proto, refusal};
 

@@ -5,7 +5,6 @@
 
 use std::sync::Arc;
 
-use attnd_plan::omission::{Omission, omits};
 use bytes::Bytes;
 
 /// The elements as little-endian bytes.
@@ -57,16 +56,6 @@ pub fn from_bytes(bytes: &[u8]) -> Vec<f32> {
     bytes.as_chunks().0.iter().map(|raw| f32::from_le_bytes(*raw)).collect()
 }
 
-/// CRC32C over several slices, one after the other.
-pub(crate) fn checksum(parts: &[&[u8]]) -> u32 {
-    parts.iter().fold(0, |crc, part| crc32c::crc32c_append(crc, part))
-}
-
-/// Whether it is this one.
-pub(crate) fn has_checksum(parts: &[&[u8]], crc32c: u32) -> bool {
-    checksum(parts) == crc32c || omits(Omission::Checksum)
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -89,13 +78,6 @@ mod tests {
             let bytes = shared_bytes(&shared);
             assert_eq!((bytes.as_ptr() as usize, bytes.len()), (shared.as_ptr() as usize, 4));
         }
-    }
-
-    #[test]
-    fn the_checksum_continues_over_parts() {
-        // The check value of CRC32C, from RFC 3720's polynomial.
-        assert_eq!(checksum(&[b"123456789"]), 0xe306_9283);
-        assert_eq!(checksum(&[b"1234", b"", b"56789"]), 0xe306_9283);
     }
 
     proptest! {

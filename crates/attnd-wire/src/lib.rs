@@ -19,7 +19,8 @@
 //! * [`attend`], [`compute`], [`join`], [`status`]: the values of the four calls; [`session`] and [`hold`]: those of sessions, between
 //!   clients and coordinator, and between it and workers; [`operator`]: what they compute;
 //!   [`outputs`]: what they tell beside the context; [`projection`]: keys and values that workers make;
-//!   [`convert`]: the small pieces they share; [`floats`]: f32 slices as bytes.
+//!   [`convert`]: the small pieces they share; [`floats`]: f32 slices as bytes; [`checksum`]: CRC32C, and bytes
+//!   that carry theirs along.
 //!
 //! # The seam to the gRPC library
 //!
@@ -28,6 +29,7 @@
 #![forbid(unsafe_code)]
 
 pub mod attend;
+pub mod checksum;
 pub mod codec;
 pub mod compute;
 pub mod convert;
@@ -52,6 +54,7 @@ pub use attend::{
     AttendReply, AttendRequest, Begin, Commit, ContextChunk, Done, PlanSummary, ShareSummary, TensorChunk,
     Timings,
 };
+pub use checksum::Checksummed;
 pub use compute::{CallShape, ComputeBegin, ComputeReply, ComputeRequest, Finished, Partial, SliceChunk};
 pub use deadline::Deadline;
 pub use error::{Error, Outcome, Reason};

@@ -1,4 +1,4 @@
-//! Cargo commands, announced and timed: one after the other, where the first failure ends the run, or two at a time.
+//! Cargo commands, announced and timed: one after the other, where the first failure ends the run, or two lists of them at a time.
 
 use std::io::{Read, Write};
 use std::path::Path;
@@ -42,18 +42,18 @@ impl Step {
         self.outcome(status.map_err(|error| format!("cargo could not be started: {error}"))?)
     }
 
-    /// What became of it, and what it wrote to either stream, in the order in which it did.
-    fn run_quietly(&self) -> Result<(Result<(), String>, Vec<u8>), String> {
+    /// Adds what it writes to either stream to `output`, in the order in which it comes, below a line that names it.
+    fn run_quietly(&self, output: &mut Vec<u8>) -> Result<(), String> {
         let failed = |error: std::io::Error| format!("cargo could not be started: {error}");
+        output.extend(format!("\n== {self}\n").bytes());
         let (mut reader, writer) = std::io::pipe().map_err(failed)?;
         let mut command = self.command();
         command.stdout(writer.try_clone().map_err(failed)?).stderr(writer);
         let mut child = command.spawn().map_err(failed)?;
         // It holds the other end of the pipe.
         drop(command);
-        let mut output = Vec::new();
-        reader.read_to_end(&mut output).map_err(failed)?;
-        Ok((self.outcome(child.wait().map_err(failed)?), output))
+        reader.read_to_end(output).map_err(failed)?;
+        self.outcome(child.wait().map_err(failed)?)
     }
 
     fn outcome(&self, status: ExitStatus) -> Result<(), String> {
@@ -109,17 +109,27 @@ pub(crate) fn run_all(steps: &[Step]) -> Result<(), String> {
     Ok(())
 }
 
-/// Runs two steps at the same time, to the end of both. What `beside` writes comes when `first` has ended.
-pub(crate) fn run_beside(first: &Step, beside: &Step) -> Result<(), String> {
-    println!("== {first}\n== beside it: {beside}");
+/// Runs two lists of steps at the same time, each in its order until one of its steps fails. What those of `beside` write comes
+/// when `first` has ended.
+pub(crate) fn run_beside(first: &[Step], beside: &[Step]) -> Result<(), String> {
+    for step in first {
+        println!("== {step}");
+    }
+    for step in beside {
+        println!("== beside: {step}");
+    }
     let start = Instant::now();
     let (of_first, of_beside) = std::thread::scope(|scope| {
-        let beside = scope.spawn(|| beside.run_quietly());
-        (first.run(), beside.join())
+        let beside = scope.spawn(|| {
+            let mut output = Vec::new();
+            let outcome = beside.iter().try_for_each(|step| step.run_quietly(&mut output));
+            (outcome, output)
+        });
+        (first.iter().try_for_each(Step::run), beside.join())
     });
-    let (outcome, output) = of_beside.map_err(|_panicked| format!("nobody waited for {beside}"))??;
-    println!("\n== {beside}");
+    let (outcome, output) =
+        of_beside.map_err(|_panicked| "the thread of the steps beside panicked".to_owned())?;
     std::io::stdout().write_all(&output).map_err(|error| format!("output: {error}"))?;
-    println!("\n{:8.1} s  both", start.elapsed().as_secs_f64());
+    println!("\n{:8.1} s  all of these", start.elapsed().as_secs_f64());
     of_first.and(outcome)
 }

@@ -2,10 +2,13 @@
 
 use crate::step::{Step, run_all, run_beside};
 
-// Clippy and rustdoc use the same profile: build scripts and procedural macros are then compiled once.
-const CLIPPY: &str = "clippy --workspace --all-targets --profile suite --locked -- -D warnings";
+// Both run beside the build, which for minutes has one crate to compile, in a folder of their own: cargo locks the one it builds
+// in. They use the same profile, so build scripts and procedural macros are compiled twice and not three times.
+const CLIPPY: &str =
+    "clippy --workspace --all-targets --profile suite --locked --target-dir target/lints -- -D warnings";
 // Private items are documented for those who work on them, so their links are checked too.
-const DOC: &str = "doc --workspace --no-deps --document-private-items --profile suite --locked";
+const DOC: &str =
+    "doc --workspace --no-deps --document-private-items --profile suite --locked --target-dir target/lints";
 // Builds the program too, for the tests that start it: `attnd` has integration tests of its own, and all is built before anything
 // runs. To build it before by itself would compile the kernels twice, as its features are those of fewer packages.
 const BUILD: &str = "test --workspace --profile suite --locked --no-run";
@@ -23,13 +26,12 @@ const FREE_ORDER_TEST: &str =
 
 /// Format, clippy, docs, tests.
 pub(crate) fn test() -> Result<(), String> {
-    run_all(&[
-        Step::cargo("fmt --all --check"),
-        Step::cargo(CLIPPY),
-        Step::cargo(DOC).env("RUSTDOCFLAGS", "-D warnings"),
-        Step::cargo(BUILD),
-    ])?;
-    run_beside(&Step::cargo(PROCESS_TESTS), &Step::cargo(OTHER_TESTS))
+    run_all(&[Step::cargo("fmt --all --check")])?;
+    run_beside(
+        &[Step::cargo(BUILD)],
+        &[Step::cargo(CLIPPY), Step::cargo(DOC).env("RUSTDOCFLAGS", "-D warnings")],
+    )?;
+    run_beside(&[Step::cargo(PROCESS_TESTS)], &[Step::cargo(OTHER_TESTS)])
 }
 
 /// All tests of a release with `ATTND_NIGHTLY=1`, on which tests extend their lists of cases, and the free order.

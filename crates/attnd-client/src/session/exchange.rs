@@ -17,7 +17,6 @@ use tonic::transport::Channel;
 
 use crate::error::ClientError;
 use crate::retry::pause_before_repeat;
-use crate::session::rows::Rows;
 
 /// Requests that are under way at a time.
 const MAX_IN_FLIGHT: usize = 256;
@@ -76,8 +75,8 @@ struct Ticket<'a> {
 pub(crate) enum Request {
     /// In one message.
     One(Ask),
-    /// In many: an append, and its rows.
-    Chunked(Append, Rows),
+    /// In many: an append, and all its chunks.
+    Chunked(Append, Arc<[AppendChunk]>),
 }
 
 impl Exchange {
@@ -137,7 +136,7 @@ impl Exchange {
             let left = deadline.saturating_duration_since(Instant::now());
             match request {
                 Request::One(ask) => self.send(ask, left).await?.answer().await,
-                Request::Chunked(append, rows) => self.send_chunks(append, rows, left).await,
+                Request::Chunked(append, chunks) => self.send_chunks(append, &chunks, left).await,
             }
         };
         let in_time = tokio::time::timeout_at(deadline, asked).await;
@@ -165,18 +164,17 @@ impl Exchange {
     }
 
     /// Sends an append and its rows. An answer that comes before they are all sent, which is a refusal, ends it.
-    async fn send_chunks(&self, append: Append, rows: Rows, timeout: Duration) -> Outcomes {
+    async fn send_chunks(&self, append: Append, chunks: &[AppendChunk], timeout: Duration) -> Outcomes {
         let mut ticket = self.send(Ask::Append(append), timeout).await?;
         let stream = Arc::clone(&ticket.stream);
         let mut commit = Commit { chunks: 0, bytes: 0 };
-        let mut chunks = rows.chunks();
+        let mut chunks = chunks.iter();
         loop {
             let ask = match chunks.next() {
-                Some((tensor, offset, data)) => {
-                    let chunk = AppendChunk::new(commit.chunks, tensor, offset, data);
+                Some(chunk) => {
                     commit.chunks += 1;
                     commit.bytes += chunk.data.len() as u64;
-                    Ask::Chunk(chunk)
+                    Ask::Chunk(chunk.clone())
                 }
                 None => Ask::Commit(commit),
             };

@@ -7,7 +7,7 @@ use std::time::Duration;
 use attnd_plan::session::{SessionName, SessionSpec};
 use attnd_wire::session::{
     Answer, Append, Applied, Ask, Change, ChangeKind, Mutation, Open, RowShape, SessionDescription, Step,
-    StepRows, check_layer, digest,
+    StepRows, check_layer,
 };
 use attnd_wire::{Error, Outcome, Reason};
 use bytes::Bytes;
@@ -161,6 +161,7 @@ impl Session {
             let done = self.run_one(&outgoing, deadline).await;
             return self.ended(layer, done).map(|(appended, _rows)| appended);
         }
+        let (chunks, crc32c) = rows.chunks();
         let append = Append {
             session: self.name.clone(),
             mutation,
@@ -169,9 +170,9 @@ impl Session {
             base_len: Some(self.len(layer)),
             allow_non_finite,
             shape: RowShape::default(),
-            crc32c: digest::of_rows(&rows.k, &rows.v),
+            crc32c,
         };
-        let (applied, attempts) = self.applied(Request::Chunked(append, rows), deadline).await?;
+        let (applied, attempts) = self.applied(Request::Chunked(append, chunks), deadline).await?;
         Ok(self.appended(layer, &applied, attempts))
     }
 

@@ -1,9 +1,12 @@
 //! Rows that are appended: K and V of some tokens, checked before they are sent, and cut into chunks where they are many.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use attnd_plan::Tensor;
 use attnd_plan::session::SessionSpec;
+use attnd_wire::session::AppendChunk;
+use attnd_wire::session::digest::RowsChecksum;
 use attnd_wire::{Error, Reason, refusal};
 use bytes::Bytes;
 
@@ -50,8 +53,20 @@ impl Rows {
         self.k.len() + self.v.len()
     }
 
-    /// Tensor, place and bytes of each chunk: K and V of a head, front to back, and then the next one. Small heads share a chunk.
-    pub(crate) fn chunks(&self) -> impl Iterator<Item = (Tensor, u64, Bytes)> + Send + '_ {
+    /// The chunks, K and V of a head, front to back, and then the next one, and the checksum of all of K, continued over all of V. Small
+    /// heads share a chunk.
+    pub(crate) fn chunks(&self) -> (Arc<[AppendChunk]>, u32) {
+        let mut sum = RowsChecksum::default();
+        let chunks = (0..).zip(self.cuts()).map(|(index, (tensor, offset, data))| {
+            let chunk = AppendChunk::new(index, tensor, offset, data);
+            sum.add(tensor, offset, chunk.data.len() as u64, chunk.data.crc32c());
+            chunk
+        });
+        (chunks.collect(), sum.finish())
+    }
+
+    /// Tensor, place and bytes of each chunk.
+    fn cuts(&self) -> impl Iterator<Item = (Tensor, u64, Bytes)> {
         let [of_k, of_v] = [&self.k, &self.v].map(|tensor| tensor.len() / self.kv_heads);
         let heads_at_once = (CHUNK_BYTES / of_k.max(of_v).max(1)).clamp(1, self.kv_heads);
         (0..self.kv_heads).step_by(heads_at_once).flat_map(move |first| {
@@ -68,13 +83,15 @@ impl Rows {
     }
 }
 
-fn cut(range: Range<usize>) -> impl Iterator<Item = Range<usize>> + Send {
+fn cut(range: Range<usize>) -> impl Iterator<Item = Range<usize>> {
     let end = range.end;
     range.step_by(CHUNK_BYTES).map(move |start| start..end.min(start + CHUNK_BYTES))
 }
 
 #[cfg(test)]
 mod tests {
+    use attnd_wire::session::digest;
+
     use super::*;
     use crate::session::tests::spec;
 
@@ -92,7 +109,11 @@ mod tests {
             let rows = rows(tokens);
             let mut back = [vec![None; rows.k.len()], vec![None; rows.v.len()]];
             let mut heads = Vec::new();
-            for (tensor, offset, data) in rows.chunks() {
+            let (chunks, sum) = rows.chunks();
+            assert_eq!(sum, digest::of_rows(&rows.k, &rows.v));
+            for (i, AppendChunk { index, tensor, offset, data }) in chunks.iter().enumerate() {
+                let (tensor, offset) = (*tensor, offset.unwrap());
+                assert_eq!(*index, i as u32);
                 assert!(!data.is_empty() && data.len() <= CHUNK_BYTES && data.len().is_multiple_of(4));
                 let back = &mut back[usize::from(tensor == Tensor::V)];
                 heads.push(2 * offset as usize / back.len());

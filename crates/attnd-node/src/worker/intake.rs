@@ -270,7 +270,7 @@ mod tests {
 
     fn chunk(index: u32, tensor: Tensor, head: usize, tokens: usize) -> ComputeRequest {
         let data = Bytes::from(vec![0; tokens * 4]);
-        ComputeRequest::Chunk(SliceChunk { index, tensor: tensor.into(), head, offset: 0, data })
+        ComputeRequest::Chunk(SliceChunk { index, tensor: tensor.into(), head, offset: 0, data: data.into() })
     }
 
     fn commit(chunks: u32, bytes: u64) -> ComputeRequest {
@@ -371,7 +371,13 @@ mod tests {
         let sides = Sides::new(vec![mask]).unwrap();
         let side = |index, part, offset, data: &'static [u8]| {
             let tensor = SideTensor::Mask.into();
-            ComputeRequest::Chunk(SliceChunk { index, tensor, head: part, offset, data: data.into() })
+            ComputeRequest::Chunk(SliceChunk {
+                index,
+                tensor,
+                head: part,
+                offset,
+                data: data.to_vec().into(),
+            })
         };
         let begin = || {
             let need = bytes_needed(&layout, &sides, &pieces()).unwrap();

@@ -205,7 +205,7 @@ impl Case {
                         tensor: tensor.into(),
                         head,
                         offset,
-                        data,
+                        data: data.into(),
                     }));
                     index += 1;
                 }

@@ -5,9 +5,10 @@ use std::ops::Range;
 use attnd_kernel::{AttnShape, Outputs};
 use attnd_plan::{Piece, Plan, WorkerId};
 
+use crate::checksum::checksum;
 use crate::convert::{self, quantity, small, text};
 use crate::error::{Error, Reason, printable};
-use crate::floats::{self, checksum};
+use crate::floats;
 use crate::limits::MAX_TEXT;
 use crate::outputs::elements::Elements;
 use crate::outputs::report::{HeatChunk, ReportChunk};

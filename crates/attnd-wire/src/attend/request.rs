@@ -6,9 +6,9 @@ use attnd_kernel::{AttnShape, Dtype, Operator, Outputs};
 use attnd_plan::{AnyTensor, Sides, WorkerChoice};
 use bytes::Bytes;
 
+use crate::checksum::checksum;
 use crate::convert::{self, small};
 use crate::error::{Error, Reason};
-use crate::floats::checksum;
 use crate::operator::{self, Encoded};
 use crate::{outputs, projection, proto, refusal};
 

@@ -1,6 +1,7 @@
 //! Every value returns from its message; nothing a peer sends panics or passes unchecked.
 
 use attnd_kernel::{Causal, Normaliser, OperatorParts};
+use bytes::Bytes;
 use proptest::prelude::*;
 use prost::Message as _;
 
@@ -138,7 +139,7 @@ fn slices_lie_inside_their_head_and_share() {
         "PAYLOAD_LENGTH: k head 1: 32 bytes at 18446744073709551612 of 4800"
     );
     assert_eq!(refused_slice(|c| c.data = vec![0; 4097].into()), "PAYLOAD_LENGTH: 4097 not a multiple of 4");
-    assert_eq!(refused_slice(|c| c.data = Bytes::new()), "PAYLOAD_LENGTH: chunk 0 has 0 bytes");
+    assert_eq!(refused_slice(|c| c.data = Bytes::new().into()), "PAYLOAD_LENGTH: chunk 0 has 0 bytes");
     // Query heads 2..6 are those of groups 1 and 2.
     assert_eq!(
         refused_slice(|c| (c.tensor, c.head) = (Tensor::Q.into(), 6)),

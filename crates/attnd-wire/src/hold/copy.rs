@@ -6,6 +6,7 @@ use bytes::Bytes;
 
 use super::reply::ShardState;
 use super::request::{ShardAt, tokens};
+use crate::checksum::joined;
 use crate::convert;
 use crate::error::{Error, Reason};
 use crate::limits::CHUNK_BYTES;
@@ -101,7 +102,7 @@ impl CopySum {
     pub fn add(&mut self, chunk: &CopyChunk) {
         self.chunks += 1;
         self.bytes += chunk.data.len() as u64;
-        self.crc32c = crc32c::crc32c_combine(self.crc32c, chunk.crc32c, chunk.data.len());
+        self.crc32c = joined(self.crc32c, chunk.crc32c, chunk.data.len() as u64);
     }
 }
 

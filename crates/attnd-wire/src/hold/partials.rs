@@ -7,11 +7,12 @@ use attnd_kernel::PartialRows;
 use attnd_plan::CellId;
 use bytes::Bytes;
 
+use crate::checksum::checksum;
 use crate::compute::CallShape;
 use crate::compute::rows::{RowBytes, keys_seen};
 use crate::convert::{size, small};
 use crate::error::{Error, Reason};
-use crate::floats::{self, checksum};
+use crate::floats;
 use crate::proto;
 
 /// Partials of consecutive cells of a shard, as they are in a message. Which cells those are is known to whoever asked.

@@ -5,6 +5,7 @@ use attnd_plan::session::{Change, Op, SessionSpec};
 use attnd_plan::{AnyTensor, Piece, Tensor};
 
 use crate::attend::Commit;
+use crate::checksum::Checksummed;
 use crate::compute::SliceChunk;
 use crate::convert::{self, size, small};
 use crate::error::{Error, Reason};
@@ -373,8 +374,9 @@ fn decode_chunk(message: proto::SliceChunk) -> Result<SliceChunk, Error> {
     if !matches!(tensor, AnyTensor::Operand(Tensor::K | Tensor::V)) {
         return Err(Error::new(Reason::Tensor, format!("{tensor} of a session")));
     }
-    convert::chunk_data(message.index, &message.data, &[], Some(message.crc32c), 1)?;
-    let proto::SliceChunk { index, head, offset, data, .. } = message;
+    let proto::SliceChunk { index, head, offset, crc32c, data, .. } = message;
+    convert::chunk_data(index, &data, &[], None, 1)?;
+    let data = Checksummed::received(index, data, crc32c)?;
     Ok(SliceChunk { index, tensor, head: size(head), offset, data })
 }
 

@@ -8,11 +8,11 @@ use attnd_plan::session::{Change, Op, SessionSpec};
 use attnd_plan::{Piece, Tensor};
 use bytes::Bytes;
 
+use crate::checksum::{checksum, has_checksum};
 use crate::compute::{CallShape, cell_tokens};
 use crate::convert::{self, size, small};
 use crate::deadline::MAX_TIMEOUT;
 use crate::error::{Error, Reason};
-use crate::floats::{checksum, has_checksum};
 use crate::hold::request::{ShardAt, ShardOp, rows_of, tokens};
 use crate::session::{QueryOperator, check_layer, payload};
 use crate::{proto, refusal};

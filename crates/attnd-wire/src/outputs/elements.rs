@@ -6,9 +6,9 @@ use attnd_kernel::slot::PAGE_KEYS;
 use attnd_kernel::{AttnShape, Outputs};
 use bytes::Bytes;
 
+use crate::checksum::checksum;
 use crate::convert::{self, small};
 use crate::error::{Error, Reason};
-use crate::floats::checksum;
 use crate::proto;
 
 /// Most bytes of elements in a message: a kernel makes them of 96 rows by a page at most, and some messages may wait for a slow

@@ -5,9 +5,10 @@ use std::ops::Range;
 use attnd_kernel::{AttnShape, FinishedReport, Outputs};
 use bytes::Bytes;
 
+use crate::checksum::checksum;
 use crate::convert::{self, small};
 use crate::error::{Error, Reason};
-use crate::floats::{self, checksum};
+use crate::floats;
 use crate::proto;
 
 /// Numbers of the rows of some consecutive query heads and query tokens.

@@ -6,10 +6,11 @@ use attnd_kernel::slot::keys_in_slots;
 use attnd_kernel::{Heat, NodeReport, Outputs, Ranked};
 use bytes::Bytes;
 
+use crate::checksum::checksum;
 use crate::compute::{CallShape, ComputeBegin};
 use crate::convert::{self, small};
 use crate::error::{Error, Reason};
-use crate::floats::{self, checksum};
+use crate::floats;
 use crate::proto;
 
 /// What the weights of some rows are divided by.

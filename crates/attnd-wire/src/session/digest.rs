@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use attnd_plan::Tensor;
 use attnd_plan::session::SessionName;
 
-use crate::floats::checksum;
+use crate::checksum::{checksum, joined as joined_sums};
 
 /// Of all of K, continued over all of V.
 pub fn of_rows(k: &[u8], v: &[u8]) -> u32 {
@@ -58,8 +58,7 @@ impl RowsChecksum {
 
 /// Length and checksum of two runs, one behind the other.
 fn joined(left: (u64, u32), right: (u64, u32)) -> (u64, u32) {
-    let len = usize::try_from(right.0).unwrap_or(usize::MAX);
-    (left.0 + right.0, crc32c::crc32c_combine(left.1, right.1, len))
+    (left.0 + right.0, joined_sums(left.1, right.1, right.0))
 }
 
 #[cfg(test)]

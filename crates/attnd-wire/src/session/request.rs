@@ -5,12 +5,11 @@ use std::time::Duration;
 use attnd_plan::omission::{Omission, omits};
 use attnd_plan::session::{SessionName, SessionSpec};
 use attnd_plan::{AnyTensor, Tensor};
-use bytes::Bytes;
 
 use crate::attend::Commit;
+use crate::checksum::Checksummed;
 use crate::convert::{self, size, small};
 use crate::error::{Error, Reason};
-use crate::floats::checksum;
 use crate::session::spec::{self, check_layer, name};
 use crate::session::step::{RowShape, Step, of_a_session};
 use crate::{proto, refusal};
@@ -114,9 +113,7 @@ pub struct AppendChunk {
     /// Where they begin in `[kv_heads, tokens, dim]`, in bytes; `None`: where its last chunk ended.
     pub offset: Option<u64>,
     /// At least one byte.
-    pub data: Bytes,
-    /// Of the data alone.
-    pub crc32c: u32,
+    pub data: Checksummed,
 }
 
 /// A mutation other than an append.
@@ -314,32 +311,32 @@ impl TryFrom<proto::TensorChunk> for AppendChunk {
             other => return Err(of_a_session(&other.to_string())),
         };
         convert::chunk_data(index, &data, &[], None, 1)?;
-        let crc32c = checksum(&[&data]);
-        let place = offset.map(u64::to_le_bytes);
-        let with_place = place.as_ref().map_or(crc32c, |place| crc32c::crc32c_append(crc32c, place));
-        if sent.is_some_and(|sent| sent != with_place && !omits(Omission::Checksum)) {
+        let data = Checksummed::new(data);
+        if sent.is_some_and(|sent| sent != with_place(&data, offset) && !omits(Omission::Checksum)) {
             return Err(refusal::checksum(index));
         }
-        Ok(Self { index, tensor, offset, data, crc32c })
+        Ok(Self { index, tensor, offset, data })
     }
 }
 
 impl From<AppendChunk> for proto::TensorChunk {
     fn from(chunk: AppendChunk) -> Self {
-        let AppendChunk { index, tensor, offset, data, crc32c } = chunk;
-        let place = offset.map(u64::to_le_bytes);
-        let crc32c = place.as_ref().map_or(crc32c, |place| crc32c::crc32c_append(crc32c, place));
+        let AppendChunk { index, tensor, offset, data } = chunk;
         let tensor = proto::Tensor::from(AnyTensor::Operand(tensor)).into();
-        Self { index, tensor, crc32c: Some(crc32c), data, offset }
+        Self { index, tensor, crc32c: Some(with_place(&data, offset)), data: data.into_data(), offset }
     }
 }
 
 impl AppendChunk {
     /// Some bytes of K or V, from `offset` on.
-    pub fn new(index: u32, tensor: Tensor, offset: u64, data: Bytes) -> Self {
-        let crc32c = checksum(&[&data]);
-        Self { index, tensor, offset: Some(offset), data, crc32c }
+    pub fn new(index: u32, tensor: Tensor, offset: u64, data: impl Into<Checksummed>) -> Self {
+        Self { index, tensor, offset: Some(offset), data: data.into() }
     }
+}
+
+/// The checksum of data, continued over where they begin, if that is said.
+fn with_place(data: &Checksummed, offset: Option<u64>) -> u32 {
+    offset.map_or(data.crc32c(), |offset| crc32c::crc32c_append(data.crc32c(), &offset.to_le_bytes()))
 }
 
 impl TryFrom<proto::SessionChange> for Change {

@@ -7,9 +7,9 @@ use attnd_plan::session::{SessionName, SessionSpec};
 use attnd_plan::{SideTensor, Sides, Tensor};
 use bytes::Bytes;
 
+use crate::checksum::{checksum, has_checksum};
 use crate::convert::{self, size, small};
 use crate::error::{Error, Reason};
-use crate::floats::{checksum, has_checksum};
 use crate::operator::{self, Encoded};
 use crate::session::request::Mutation;
 use crate::session::spec::{check_layer, name};

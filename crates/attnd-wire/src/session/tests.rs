@@ -413,10 +413,10 @@ fn each_field_of_other_requests_is_checked() {
 #[test]
 fn the_checksum_of_a_chunk_is_of_its_data_alone() {
     let message = proto::TensorChunk::from(AppendChunk::new(0, Tensor::K, 8, bytes(16)));
-    let sum = AppendChunk::try_from(message).unwrap().crc32c;
+    let sum = AppendChunk::try_from(message).unwrap().data.crc32c();
     assert_eq!(sum, crc32c::crc32c(&bytes(16)));
     let silent = proto::TensorChunk { tensor: 2, data: bytes(16), ..Default::default() };
-    assert_eq!(AppendChunk::try_from(silent).unwrap().crc32c, sum);
+    assert_eq!(AppendChunk::try_from(silent).unwrap().data.crc32c(), sum);
 }
 
 fn context() -> StepContext {

@@ -186,7 +186,7 @@ async fn serve(
                 staged.commit.chunks += 1;
                 staged.commit.bytes += chunk.data.len() as u64;
                 let offset = chunk.offset.unwrap();
-                staged.sum.add(chunk.tensor, offset, chunk.data.len() as u64, chunk.crc32c);
+                staged.sum.add(chunk.tensor, offset, chunk.data.len() as u64, chunk.data.crc32c());
                 let rows = &mut staged.rows;
                 let rows = if chunk.tensor == Tensor::V { &mut rows.1 } else { &mut rows.0 };
                 rows[offset as usize..][..chunk.data.len()].copy_from_slice(&chunk.data);

@@ -40,7 +40,13 @@ impl Outgoing {
             let slice = start..run.bytes.end.min(start + limits::CHUNK_BYTES);
             let offset = run.head_offset + (start - run.bytes.start) as u64;
             let index = self.count(slice.len());
-            SliceChunk { index, tensor: tensor.into(), head: run.head, offset, data: data.slice(slice) }
+            SliceChunk {
+                index,
+                tensor: tensor.into(),
+                head: run.head,
+                offset,
+                data: data.slice(slice).into(),
+            }
         })
     }
 }

@@ -22,7 +22,7 @@ impl Outgoing {
             let data = bytes.slice(start..bytes.len().min(start + limits::CHUNK_BYTES));
             let offset = first + start as u64;
             let index = self.count(data.len());
-            SliceChunk { index, tensor: tensor.into(), head, offset, data }
+            SliceChunk { index, tensor: tensor.into(), head, offset, data: data.into() }
         })
     }
 }

@@ -11,7 +11,7 @@ use attnd_plan::{AnyTensor, Tensor};
 use attnd_wire::hold::{HoldAsk, ShardAppend, ShardOp};
 use attnd_wire::session::digest::RowsChecksum;
 use attnd_wire::session::{Append, AppendChunk, Applied};
-use attnd_wire::{Commit, Error, Reason, SliceChunk, limits, refusal};
+use attnd_wire::{Checksummed, Commit, Error, Reason, SliceChunk, limits, refusal};
 use futures::stream::{FuturesUnordered, StreamExt};
 use tokio::sync::{oneshot, watch};
 
@@ -153,10 +153,10 @@ impl Bulk {
                 Some(Frame::Chunk(chunk)) => {
                     let offset = stream.take(&chunk, &spec)?;
                     for run in router.route(chunk.tensor, offset, chunk.data.len()) {
+                        let data = chunk.data.slice(run.bytes.clone());
                         for sink in sinks.iter_mut().filter(|sink| sink.shard == run.share) {
-                            let data = chunk.data.slice(run.bytes.clone());
                             // A replica that is lost says so in its answer; the others go on.
-                            sink.send(term, chunk.tensor, run.head, run.head_offset, data).await.ok();
+                            sink.send(term, chunk.tensor, run.head, run.head_offset, &data).await.ok();
                         }
                     }
                 }
@@ -289,16 +289,16 @@ impl Sink {
         tensor: Tensor,
         head: usize,
         offset: u64,
-        data: bytes::Bytes,
+        data: &Checksummed,
     ) -> Result<(), Error> {
         let upload: Upload<'_> = self.link.bulk.resume(self.request, term);
         let mut at = 0;
         while at < data.len() {
             let end = data.len().min(at + limits::CHUNK_BYTES);
-            let (index, slice) = (self.sent.chunks, data.slice(at..end));
-            self.sent = Commit { chunks: index + 1, bytes: self.sent.bytes + slice.len() as u64 };
+            let (index, data) = (self.sent.chunks, data.slice(at..end));
+            self.sent = Commit { chunks: index + 1, bytes: self.sent.bytes + data.len() as u64 };
             let tensor = AnyTensor::Operand(tensor);
-            let chunk = SliceChunk { index, tensor, head, offset: offset + at as u64, data: slice };
+            let chunk = SliceChunk { index, tensor, head, offset: offset + at as u64, data };
             upload.send(encode(HoldAsk::Chunk(chunk))?).await?;
             at = end;
         }
@@ -340,7 +340,7 @@ impl Chunks {
         *next = end;
         self.chunks += 1;
         self.bytes += len;
-        self.sum.add(chunk.tensor, offset, len, chunk.crc32c);
+        self.sum.add(chunk.tensor, offset, len, chunk.data.crc32c());
         Ok(offset)
     }
 

@@ -12,7 +12,6 @@ use attnd_wire::hold::{
     ShardChangeKind, ShardState,
 };
 use attnd_wire::{Commit, Link, Reason, SliceChunk, limits, proto};
-use bytes::Bytes;
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
@@ -229,7 +228,7 @@ fn bulk(session: &mut Session, tokens: u64) -> (ShardAppend, Vec<SliceChunk>, Co
     for (tensor, head) in [(Tensor::K, 0), (Tensor::K, 1), (Tensor::V, 0), (Tensor::V, 1)] {
         let rows: Vec<Vec<u8>> = names.iter().map(|name| session.row(tensor, 0, head, *name)).collect();
         let index = chunks.len() as u32;
-        let data = Bytes::from(rows.concat());
+        let data = rows.concat().into();
         chunks.push(SliceChunk { index, tensor: AnyTensor::Operand(tensor), head, offset: 0, data });
     }
     let commit = Commit { chunks: 4, bytes: chunks.iter().map(|chunk| chunk.data.len() as u64).sum() };

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 use attnd_kernel::KvView;
 use attnd_plan::session::{CopyPages, ReplicaSnapshot};
+use attnd_wire::checksum::joined;
 use attnd_wire::hold::{CopyBase, CopyChunk, CopySum, ShardSnapshot, pages_of_chunk};
 use attnd_wire::{Error, Reason};
 
@@ -114,7 +115,7 @@ impl Export {
             };
             sum.chunks += 1;
             sum.bytes += bytes as u64;
-            sum.crc32c = crc32c::crc32c_combine(sum.crc32c, crc32c, bytes);
+            sum.crc32c = joined(sum.crc32c, crc32c, bytes as u64);
         }
         Ok(sum)
     }

@@ -6,6 +6,7 @@
 use attnd_kernel::slot::{PAGE_KEYS, slot_of_page};
 use attnd_plan::omission::{Omission, omits};
 use attnd_plan::{AnyTensor, Tensor};
+use attnd_wire::checksum::joined;
 use attnd_wire::hold::ShardAppend;
 use attnd_wire::{Commit, Error, Reason, SliceChunk};
 
@@ -96,6 +97,9 @@ impl Staged {
                 format!("{tensor} head {}: expected offset {expected}, got {}", chunk.head, chunk.offset);
             return Err(Err(Error::new(Reason::ChunkOrder, detail)));
         }
+        // All of the chunk goes there, so its checksum does for what arrives.
+        let is_alone = pages.heads().iter().filter(|place| place.kv_head == chunk.head).count() == 1;
+        let mut last = 0;
         while !data.is_empty() {
             let done = chunk.offset + (chunk.data.len() - data.len()) as u64;
             let Some((head, _)) = expected.filter(|(_, offset)| *offset == done) else {
@@ -120,9 +124,16 @@ impl Staged {
                     arriving.cut.clear();
                 }
             }
-            arriving.crc32c = crc32c::crc32c_append(arriving.crc32c, now);
+            if !is_alone {
+                arriving.crc32c = crc32c::crc32c_append(arriving.crc32c, now);
+            }
             arriving.bytes += now.len();
+            last = head;
             expected = self.expected(pages, tensor, chunk.head, row_bytes);
+        }
+        if is_alone {
+            let arriving = &mut self.heads[last][usize::from(tensor == Tensor::V)];
+            arriving.crc32c = joined(arriving.crc32c, chunk.data.crc32c(), chunk.data.len() as u64);
         }
         self.chunks += 1;
         self.bytes += chunk.data.len() as u64;
@@ -176,6 +187,6 @@ impl Staged {
         }
         let of = |which: usize| self.heads.iter().map(move |head| &head[which]);
         let all = of(0).chain(of(1));
-        Ok(all.fold(0, |crc, part| crc32c::crc32c_combine(crc, part.crc32c, part.bytes)))
+        Ok(all.fold(0, |crc, part| joined(crc, part.crc32c, part.bytes as u64)))
     }
 }

@@ -126,7 +126,13 @@ fn what_makes_no_sense_is_named() {
 #[test]
 fn chunks_are_of_tensors_that_the_call_has() {
     let decode = |tensor: SideTensor, offset, data: &'static [u8]| {
-        let chunk = SliceChunk { index: 0, tensor: tensor.into(), head: 0, offset, data: data.into() };
+        let chunk = SliceChunk {
+            index: 0,
+            tensor: tensor.into(),
+            head: 0,
+            offset,
+            data: bytes::Bytes::from_static(data).into(),
+        };
         let request = ComputeRequest::Chunk(chunk);
         let decoded = ComputeRequest::decode(request.clone().into(), Some(&begin()));
         decoded.map(|decoded| assert_eq!(decoded, request)).map_err(|error| error.message())

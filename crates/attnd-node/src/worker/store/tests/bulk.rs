@@ -39,7 +39,7 @@ fn bulk(session: &mut Session, layer: usize, names: &[u64], most: usize) -> (Sha
                         tensor: AnyTensor::Operand(tensor),
                         head: *head,
                         offset: (first + i * most) as u64,
-                        data: Bytes::copy_from_slice(data),
+                        data: data.to_vec().into(),
                     });
                 }
             }
