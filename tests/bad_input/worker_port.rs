@@ -4,7 +4,6 @@ use attnd_kernel::Dtype;
 use attnd_plan::Tensor;
 use attnd_wire::proto::{self, compute_reply, compute_request::Part};
 use attnd_wire::{Link, SliceChunk, Status, limits};
-use bytes::Bytes;
 use prost::Message as _;
 use tonic::Code;
 use tonic::transport::Channel;
@@ -36,7 +35,7 @@ fn begin(begin: proto::ComputeBegin) -> Frame {
 
 /// A run of bytes with the right checksum.
 fn run(index: u32, tensor: Tensor, head: usize, offset: u64, data: Vec<u8>) -> Frame {
-    let chunk = SliceChunk { index, tensor: tensor.into(), head, offset, data: Bytes::from(data) };
+    let chunk = SliceChunk { index, tensor: tensor.into(), head, offset, data: data.into() };
     Frame { part: Some(Part::Chunk(chunk.into())) }
 }
 
