@@ -66,7 +66,7 @@ pub(crate) struct Tiles {
     /// Rows of the largest tile of that family over words of several elements, which take registers to widen: where rows are
     /// few, and where they are more.
     pub(crate) narrow_rows: [usize; 2],
-    /// Whether the rows-broadcast family asks memory for lines ahead of their use, where its entry can.
+    /// Whether memory is asked for lines ahead of their use, where an entry can.
     pub(crate) prefetch: bool,
     /// Vectors of query lanes of the largest tile of the other family.
     pub(crate) query_vectors: usize,
@@ -113,7 +113,7 @@ impl QueryLayout {
         let idle = n_rows.next_multiple_of(LANES) - n_rows;
         let fills_lanes = n_rows >= LANES * tiles.query_vectors.min(2) && idle * 8 <= n_rows;
         let place = if fills_lanes && compute != Compute::Int8 {
-            Place::Groups(Groups::new(n_rows, tiles.query_vectors))
+            Place::Groups(Groups::new(n_rows, tiles.query_vectors, tiles.prefetch))
         } else {
             let tile_rows = tiles.rows_for(n_rows, storage);
             Place::Tiles { n_rows, tile_rows, prefetch: tiles.prefetch }

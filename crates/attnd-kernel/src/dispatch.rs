@@ -151,7 +151,7 @@ impl Kernels {
     /// The largest register tiles, and how they come by what they read, as suits this CPU.
     ///
     /// A first-level cache of 48 KiB tells newer cores from older ones. Newer ones gain where memory is asked for lines
-    /// ahead of their use, and hold the scores of a page against two vectors of queries (32 KiB). Older ones lose up to a
+    /// and pages ahead of their use, and hold the scores of a page against two vectors of queries (32 KiB). Older ones lose up to a
     /// third of their bandwidth to such requests, and three vectors load less per multiply-add.
     pub(crate) fn tiles(&self) -> Tiles {
         #[cfg(all(target_arch = "x86_64", not(miri)))]

@@ -259,8 +259,10 @@ fn layouts(kernels: &Kernels, n_rows: usize, d: usize, storage: Storage) -> Vec<
         let tiles = prefetch.iter().map(|prefetch| Place::Tiles { n_rows, tile_rows, prefetch: *prefetch });
         layouts.extend(tiles.map(|place| QueryLayout { d, compute, place }));
         if compute != Compute::Int8 {
-            let groups = vectors.clone().map(|vectors| Place::Groups(Groups::new(n_rows, vectors)));
-            layouts.extend(groups.map(|place| QueryLayout { d, compute, place }));
+            let groups = vectors.clone().flat_map(|vectors| {
+                prefetch.iter().map(move |prefetch| Groups::new(n_rows, vectors, *prefetch))
+            });
+            layouts.extend(groups.map(|groups| QueryLayout { d, compute, place: Place::Groups(groups) }));
         }
     }
     layouts

@@ -242,15 +242,19 @@ impl KvView {
 
     /// A page, if it is resident.
     pub(crate) fn page(&self, page: usize) -> Option<PageView<'_>> {
-        let memory = match &self.pages {
+        Some(self.layout.view(self.page_memory(page)?))
+    }
+
+    /// All words of a page; `None` if it isn't resident.
+    pub(crate) fn page_memory(&self, page: usize) -> Option<&[f32]> {
+        match &self.pages {
             Pages::Whole { place, memory } => {
                 let place = *place.get(page).filter(|place| **place != ABSENT)?;
                 let words = self.layout.page_words();
-                &memory[place as usize * words..][..words]
+                Some(&memory[place as usize * words..][..words])
             }
-            Pages::Framed(_) => self.frame(page)?,
-        };
-        Some(self.layout.view(memory))
+            Pages::Framed(_) => self.frame(page).map(|frame| &frame[..]),
+        }
     }
 }
 

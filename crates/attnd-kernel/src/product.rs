@@ -45,12 +45,30 @@ pub(crate) enum Scales {
     OfElements(*const f32),
 }
 
+/// Cache lines that a reduction asks for on its way. Which of the three should be constant where it is inlined.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Ask {
+    /// None.
+    Nothing,
+    /// Those of `b`, so many words ahead of their use: for an operand that is swept forward and comes from memory.
+    Ahead(usize),
+    /// One for every [`words_of_ask`] words, for whoever comes later.
+    Later {
+        /// The first one.
+        at: *const f32,
+        /// Words from one to the next.
+        step: usize,
+    },
+}
+
+/// How many words of a reduction one line of [`Ask::Later`] comes to.
+pub(crate) const fn words_of_ask(parts: usize) -> usize {
+    if parts < UNROLL { UNROLL / parts } else { 1 }
+}
+
 /// Adds the products of `elements` to each accumulator. `A_ROW` is the distance from one broadcast word of a step to
 /// the next. `b` holds words of `A`, so one of its steps is as many elements as a word has; one of `a` is as many as a
 /// broadcast meets.
-///
-/// Where `ahead` is not 0, cache lines of `b` are asked for that many words ahead of their use, for operands that are
-/// swept forward and come from memory. It should be a constant where this is inlined.
 ///
 /// # Safety
 /// The ISA of `L`, and what `A` needs, is enabled. At every element `a` is valid for reading `MR` words at a distance of `A_ROW`, and `b` for
@@ -67,23 +85,32 @@ pub(crate) unsafe fn reduce<
     b: Operand,
     scales: Scales,
     elements: Range<usize>,
-    ahead: usize,
+    ask: Ask,
     acc: &mut [[L::V; NR]; MR],
 ) {
     // Whole words; an element more at either end where the range cuts one.
     let words = elements.start.div_ceil(A::PER_WORD)..elements.end / A::PER_WORD;
     let head = elements.start..elements.end.min(words.start * A::PER_WORD);
     let tail = (words.end * A::PER_WORD).max(head.end)..elements.end;
-    let unroll = const { if A::PARTS < UNROLL { UNROLL / A::PARTS } else { 1 } };
+    let unroll = const { words_of_ask(A::PARTS) };
     let unrolled = words.start + words.len() / unroll * unroll;
     // SAFETY: every element is one of `elements`, and every word holds one.
     unsafe {
         for x in head {
             element::<L, A, MR, NR, A_ROW>(a, b, scales, x, acc);
         }
-        for word in (words.start..unrolled).step_by(unroll) {
-            for word in word..word + unroll {
-                if ahead > 0 {
+        let mut later = match ask {
+            Ask::Later { at, .. } => at,
+            Ask::Nothing | Ask::Ahead(_) => std::ptr::null(),
+        };
+        for first in (words.start..unrolled).step_by(unroll) {
+            if let Ask::Later { step, .. } = ask {
+                L::prefetch_later(later);
+                later = later.wrapping_add(step);
+            }
+            for i in 0..unroll {
+                let word = first + i;
+                if let Ask::Ahead(ahead) = ask {
                     for n in 0..NR {
                         L::prefetch(b.at.wrapping_add(word * b.step + ahead + LANES * n));
                     }

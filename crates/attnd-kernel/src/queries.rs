@@ -41,12 +41,14 @@ const MAX_VECTORS: usize = 3;
 pub(crate) struct Groups {
     n_rows: usize,
     n_groups: usize,
+    /// Whether memory is asked for a page while the one before is worked on.
+    prefetch: bool,
 }
 
 impl Groups {
     /// Cuts `n_rows` rows into as few groups of at most `vectors` vectors as possible, evenly.
-    pub(crate) fn new(n_rows: usize, vectors: usize) -> Self {
-        Self { n_rows, n_groups: n_rows.div_ceil(LANES * vectors.min(MAX_VECTORS)) }
+    pub(crate) fn new(n_rows: usize, vectors: usize, prefetch: bool) -> Self {
+        Self { n_rows, n_groups: n_rows.div_ceil(LANES * vectors.min(MAX_VECTORS)), prefetch }
     }
 
     /// Rows of the block.
@@ -194,6 +196,10 @@ pub(crate) unsafe fn attend_queries<L: Lanes, A: Arithmetic<L>, const KEYS: usiz
         let Some(stored) = block.kv.page(*page) else {
             panic!("page {page} is not resident");
         };
+        // Behind the last page, the first one: that is where the block that comes next mostly begins.
+        let next = order.get(i + 1).or(order.first()).filter(|_| groups.prefetch);
+        let next = next.and_then(|page| block.kv.page_memory(*page));
+        let mut next = tile::Next::new(next.unwrap_or_default(), block.q);
         // SAFETY: the ISA is enabled, and scratch has been cut for the widest group.
         unsafe {
             let panels =
@@ -201,12 +207,12 @@ pub(crate) unsafe fn attend_queries<L: Lanes, A: Arithmetic<L>, const KEYS: usiz
             for group in &mut parts {
                 // Constant conditions keep the tiles that an ISA doesn't have from being compiled.
                 match group.lanes / LANES {
-                    1 => group.page::<L, A, KEYS, 1>(panels, *page, &order[i + 1..], scores),
+                    1 => group.page::<L, A, KEYS, 1>(panels, *page, &order[i + 1..], scores, &mut next),
                     2 if const { VECTORS >= 2 } => {
-                        group.page::<L, A, KEYS, 2>(panels, *page, &order[i + 1..], scores);
+                        group.page::<L, A, KEYS, 2>(panels, *page, &order[i + 1..], scores, &mut next);
                     }
                     3 if const { VECTORS >= 3 } => {
-                        group.page::<L, A, KEYS, 3>(panels, *page, &order[i + 1..], scores);
+                        group.page::<L, A, KEYS, 3>(panels, *page, &order[i + 1..], scores, &mut next);
                     }
                     vectors => panic!("a group of {vectors} vectors of queries, where {VECTORS} is the most"),
                 }
@@ -259,7 +265,7 @@ impl<'a> Group<'a> {
     }
 
     /// Computes the partial of a page, if any row sees a key of it, and merges it with those that wait. `later` are
-    /// the pages that follow.
+    /// the pages that follow, `ask` what is asked of memory meanwhile.
     ///
     /// # Safety
     /// The ISA of `L` is enabled; `scores` is valid for `256 * lanes` elements, and the group has `NR` vectors of lanes.
@@ -270,6 +276,7 @@ impl<'a> Group<'a> {
         page: usize,
         later: &[usize],
         scores: &mut [f32],
+        ask: &mut tile::Next,
     ) {
         let seen = self.visible.of_page(page);
         if seen == Seen::Nothing {
@@ -288,7 +295,7 @@ impl<'a> Group<'a> {
         // SAFETY: q, scores and the group's memory have been cut for `lanes` and `columns`; the panels are long
         // enough, as has been asserted; a stack of STACK partials has the places used here.
         unsafe {
-            let mut extremes = tile::scores::<L, A, MR, NR>(k.as_ptr(), d, &keys, self.q.as_ptr(), s);
+            let mut extremes = tile::scores::<L, A, MR, NR>(k.as_ptr(), d, &keys, self.q.as_ptr(), s, ask);
             if seen == Seen::Part {
                 extremes = softmax::hide::<L, NR>(s, &keys, self.seen.as_ptr());
             }
@@ -308,7 +315,7 @@ impl<'a> Group<'a> {
                 factors,
                 to: to.add(2 * self.lanes),
             };
-            tile::context::<L, A, MR, NR>(v.as_ptr(), self.columns, &keys, self.seen.as_ptr(), s, &o);
+            tile::context::<L, A, MR, NR>(v.as_ptr(), self.columns, &keys, self.seen.as_ptr(), s, &o, ask);
         }
     }
 

@@ -205,6 +205,12 @@ unsafe impl Lanes for Avx2 {
         // SAFETY: SSE is part of x86-64, and a prefetch never faults.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
     }
+
+    #[inline(always)]
+    fn prefetch_later(at: *const f32) {
+        // SAFETY: SSE is part of x86-64, and a prefetch never faults.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
+    }
     #[inline(always)]
     unsafe fn low_bf16(words: Self::V) -> Self::V {
         unsafe { [low_bf16_of_eight(words[0]), low_bf16_of_eight(words[1])] }

@@ -91,6 +91,8 @@ unsafe impl Lanes for Neon {
         // The intrinsic is not stable yet, and what runs ahead by itself does well on a forward sweep.
     }
     #[inline(always)]
+    fn prefetch_later(_at: *const f32) {}
+    #[inline(always)]
     unsafe fn low_bf16(words: V) -> V {
         words.map(|words| unsafe { vreinterpretq_f32_u32(vshlq_n_u32::<16>(vreinterpretq_u32_f32(words))) })
     }

@@ -114,6 +114,8 @@ unsafe impl Lanes for Portable {
     #[inline(always)]
     fn prefetch(_at: *const f32) {}
     #[inline(always)]
+    fn prefetch_later(_at: *const f32) {}
+    #[inline(always)]
     unsafe fn low_bf16(words: V) -> V {
         map(words, |word| f32::from_bits(word.to_bits() << 16))
     }

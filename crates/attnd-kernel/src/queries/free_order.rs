@@ -8,7 +8,7 @@ use crate::block::{RowBlock, RowPartials};
 use crate::free_order::{F32, check, exp2};
 use crate::lanes::{LANES, Lanes};
 use crate::pages::{PANEL_COLUMNS, PageView, padded_columns};
-use crate::product::{Operand, Scales, reduce};
+use crate::product::{Ask, Operand, Scales, reduce};
 use crate::slot::PAGE_KEYS;
 
 /// Independent sums of weights: enough to hide the latency of an addition.
@@ -88,8 +88,14 @@ impl Group<'_> {
         // has been asserted.
         unsafe {
             // Nothing asks for the smallest score, so nothing computes it.
-            let Extremes { largest, .. } =
-                tile::scores::<L, F32, MR, NR>(k.as_ptr(), d, &WHOLE_PAGE, self.q.as_ptr(), s);
+            let Extremes { largest, .. } = tile::scores::<L, F32, MR, NR>(
+                k.as_ptr(),
+                d,
+                &WHOLE_PAGE,
+                self.q.as_ptr(),
+                s,
+                &mut tile::Next::nothing(self.q),
+            );
             let (running, factors) = (self.partials.as_mut_ptr(), self.factors.as_mut_ptr());
             weigh::<L, NR, CLAMP>(s, largest, is_first, running, factors);
             let o = Running { o: running.add(2 * self.lanes), factors, is_first };
@@ -198,7 +204,7 @@ unsafe fn context_tile<L: Lanes, A: Arithmetic<L>, const MR: usize, const NR: us
         }
         let v = Operand { at: v.at.add(column), ..v };
         let p = Operand { at: p, step: LANES * NR };
-        reduce::<L, A, MR, NR, 1>(v, p, Scales::None, 0..PAGE_KEYS, 0, &mut acc);
+        reduce::<L, A, MR, NR, 1>(v, p, Scales::None, 0..PAGE_KEYS, Ask::Nothing, &mut acc);
         for r in 0..MR {
             for n in 0..NR {
                 L::store(o.add(LANES * (NR * r + n)), acc[r][n]);

@@ -7,7 +7,7 @@ use crate::arithmetic::Arithmetic;
 use crate::block::Span;
 use crate::lanes::{LANES, Lanes};
 use crate::pages::{PANEL_COLUMNS, PANEL_KEYS};
-use crate::product::{Operand, Scales, reduce};
+use crate::product::{Ask, Operand, Scales, reduce, words_of_ask};
 use crate::slot::PAGE_KEYS;
 
 /// All keys of a page, for every lane.
@@ -37,6 +37,40 @@ macro_rules! cover {
 #[cfg(all(feature = "free-order", target_arch = "x86_64"))]
 pub(super) use cover;
 
+/// What is asked of memory while a page is worked on: the cache lines of the one that comes next. A last-level cache that many
+/// cores share answers so late that a core which only runs ahead by itself waits for every page.
+pub(super) struct Next {
+    at: *const f32,
+    lines: usize,
+}
+
+impl Next {
+    /// The lines of `words`. Where there are no more, that of `other` is asked for again and again, which is in the cache: to look
+    /// whether one shall be asked for would take as long.
+    pub(super) fn new(words: &[f32], other: &[f32]) -> Self {
+        let lines = words.len() / LANES;
+        Self { at: if lines > 0 { words.as_ptr() } else { other.as_ptr() }, lines }
+    }
+
+    /// None.
+    #[cfg(all(feature = "free-order", target_arch = "x86_64"))]
+    pub(super) fn nothing(other: &[f32]) -> Self {
+        Self::new(&[], other)
+    }
+
+    /// Those that a reduction over some words of `A` asks for.
+    #[inline(always)]
+    fn take<L: Lanes, A: Arithmetic<L>>(&mut self, words: usize) -> Ask {
+        let (at, lines) = (self.at, words / words_of_ask(A::PARTS));
+        if self.lines < lines {
+            return Ask::Later { at, step: 0 };
+        }
+        self.lines -= lines;
+        self.at = at.wrapping_add(LANES * lines);
+        Ask::Later { at, step: LANES }
+    }
+}
+
 /// Scores of the keys of a page, `s[key * lanes + lane]`, at least for those in `keys.hull`; their extremes.
 ///
 /// # Safety
@@ -50,6 +84,7 @@ pub(super) unsafe fn scores<L: Lanes, A: Arithmetic<L>, const MR: usize, const N
     keys: &Span,
     q: *const f32,
     s: *mut f32,
+    next: &mut Next,
 ) -> Extremes<L, NR> {
     // SAFETY: every tile lies inside a panel of 64 keys.
     unsafe {
@@ -58,7 +93,16 @@ pub(super) unsafe fn scores<L: Lanes, A: Arithmetic<L>, const MR: usize, const N
             let first = panel * PANEL_KEYS;
             let (k, s) = (k.add(first * d.div_ceil(A::PER_WORD)), s.add(first * LANES * NR));
             let wanted = keys.hull.start.saturating_sub(first)..keys.hull.end - first;
-            cover!(PANEL_KEYS, |key| score_tile::<L, A, MR, NR>(k, d, q, s, key, &wanted, &mut extremes));
+            cover!(PANEL_KEYS, |key| score_tile::<L, A, MR, NR>(
+                k,
+                d,
+                q,
+                s,
+                key,
+                &wanted,
+                next,
+                &mut extremes
+            ));
         }
         extremes
     }
@@ -77,6 +121,7 @@ unsafe fn score_tile<L: Lanes, A: Arithmetic<L>, const MR: usize, const NR: usiz
     s: *mut f32,
     key: usize,
     wanted: &Range<usize>,
+    next: &mut Next,
     extremes: &mut Extremes<L, NR>,
 ) {
     if key + MR <= wanted.start || wanted.end <= key {
@@ -87,7 +132,8 @@ unsafe fn score_tile<L: Lanes, A: Arithmetic<L>, const MR: usize, const NR: usiz
         let mut acc = [[L::zero(); NR]; MR];
         let (k, q) = (Operand { at: k.add(key), step: PANEL_KEYS }, Operand { at: q, step: LANES * NR });
         // Keys and queries change places, so that it is the words of a query that lie in lanes.
-        reduce::<L, A, MR, NR, 1>(k, q, Scales::None, 0..A::reduced(d), 0, &mut acc);
+        let ask = next.take::<L, A>(d / A::PER_WORD);
+        reduce::<L, A, MR, NR, 1>(k, q, Scales::None, 0..A::reduced(d), ask, &mut acc);
         for n in 0..NR {
             for r in 0..MR {
                 L::store(s.add(LANES * (NR * (key + r) + n)), acc[r][n]);
@@ -127,6 +173,7 @@ pub(super) unsafe fn context<L: Lanes, A: Arithmetic<L>, const MR: usize, const 
     seen: *const f32,
     p: *const f32,
     merge: &Merge,
+    next: &mut Next,
 ) {
     let words = keys.hull.start / A::PER_WORD..keys.hull.end.div_ceil(A::PER_WORD);
     // SAFETY: column * 256 is where a panel starts, because all panels before it are 64 wide; tiles stay inside one.
@@ -138,11 +185,11 @@ pub(super) unsafe fn context<L: Lanes, A: Arithmetic<L>, const MR: usize, const 
             if is_careful {
                 // Small tiles, for want of registers beside the bounds of the lanes.
                 cover!(width, |column| context_tile::<L, A, 2, NR, true>(
-                    v, first, column, &words, seen, p, merge
+                    v, first, column, &words, seen, p, merge, next
                 ));
             } else {
                 cover!(width, |column| context_tile::<L, A, MR, NR, false>(
-                    v, first, column, &words, seen, p, merge
+                    v, first, column, &words, seen, p, merge, next
                 ));
             }
         }
@@ -188,10 +235,12 @@ unsafe fn context_tile<L: Lanes, A: Arithmetic<L>, const MR: usize, const NR: us
     seen: *const f32,
     p: *const f32,
     merge: &Merge,
+    next: &mut Next,
 ) {
     // SAFETY: the ranges above, element by element.
     unsafe {
         let mut acc = [[L::zero(); NR]; MR];
+        let at = LANES * NR * (first + column);
         let v = Operand { at: v.at.add(column), ..v };
         let p = Operand { at: p, step: LANES * NR };
         if CAREFUL {
@@ -200,9 +249,9 @@ unsafe fn context_tile<L: Lanes, A: Arithmetic<L>, const MR: usize, const NR: us
             }
         } else {
             let elements = words.start * A::PER_WORD..words.end * A::PER_WORD;
-            reduce::<L, A, MR, NR, 1>(v, p, Scales::None, elements, 0, &mut acc);
+            let ask = next.take::<L, A>(words.len());
+            reduce::<L, A, MR, NR, 1>(v, p, Scales::None, elements, ask, &mut acc);
         }
-        let at = LANES * NR * (first + column);
         for i in 0..merge.merges {
             let left = merge.left.sub((i + 1) * merge.size).add(at);
             for n in 0..NR {

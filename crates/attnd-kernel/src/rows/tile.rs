@@ -7,7 +7,7 @@ use std::ops::Range;
 use crate::arithmetic::Arithmetic;
 use crate::lanes::{LANES, Lanes};
 use crate::pages::{PANEL_COLUMNS, PANEL_KEYS};
-use crate::product::{Operand, Scales, reduce};
+use crate::product::{Ask, Operand, Scales, reduce};
 use crate::slot::PAGE_KEYS;
 
 /// Calls `$f::<L, A, rows, $nr, $ahead>($args)` for a run-time row count of 1 to `$mr`, which is at most 6. Constant conditions
@@ -34,8 +34,8 @@ pub(crate) const MAX_ROWS: usize = 6;
 /// With one or two rows a core runs far enough ahead by itself. With more, the multiply-adds between two lines fill its
 /// window before the lines of the next 4 KiB are on their way.
 #[inline(always)]
-const fn ahead_of(rows: usize, ahead: usize) -> usize {
-    if rows > 2 { ahead } else { 0 }
+const fn ahead_of(rows: usize, ahead: usize) -> Ask {
+    if rows > 2 && ahead > 0 { Ask::Ahead(ahead) } else { Ask::Nothing }
 }
 
 /// The queries of some rows.
