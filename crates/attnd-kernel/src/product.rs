@@ -34,6 +34,13 @@ pub(crate) struct Operand {
     pub(crate) step: usize,
 }
 
+impl Operand {
+    /// The same from a later word of each step on.
+    pub(crate) fn from(self, word: usize) -> Self {
+        Self { at: self.at.wrapping_add(word), ..self }
+    }
+}
+
 /// What the elements of `b` are multiplied by, where its [`Arithmetic`] says that they are.
 #[derive(Clone, Copy)]
 pub(crate) enum Scales {

@@ -123,6 +123,9 @@ pub(crate) fn run_beside(first: &[Step], beside: &[Step]) -> Result<(), String> 
         let beside = scope.spawn(|| {
             let mut output = Vec::new();
             let outcome = beside.iter().try_for_each(|step| step.run_quietly(&mut output));
+            if let Err(failure) = &outcome {
+                eprintln!("\nxtask: {failure}; what it said comes when the others have ended\n");
+            }
             (outcome, output)
         });
         (first.iter().try_for_each(Step::run), beside.join())

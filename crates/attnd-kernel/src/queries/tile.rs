@@ -91,39 +91,42 @@ pub(super) unsafe fn scores<L: Lanes, A: Arithmetic<L>, const MR: usize, const N
         let mut extremes = Extremes::none();
         for panel in keys.hull.start / PANEL_KEYS..keys.hull.end.div_ceil(PANEL_KEYS) {
             let first = panel * PANEL_KEYS;
-            let (k, s) = (k.add(first * d.div_ceil(A::PER_WORD)), s.add(first * LANES * NR));
-            let wanted = keys.hull.start.saturating_sub(first)..keys.hull.end - first;
-            cover!(PANEL_KEYS, |key| score_tile::<L, A, MR, NR>(
-                k,
+            let panel = Panel {
+                k: k.add(first * d.div_ceil(A::PER_WORD)),
                 d,
-                q,
-                s,
-                key,
-                &wanted,
-                next,
-                &mut extremes
-            ));
+                wanted: keys.hull.start.saturating_sub(first)..keys.hull.end - first,
+            };
+            let s = s.add(first * LANES * NR);
+            cover!(PANEL_KEYS, |key| score_tile::<L, A, MR, NR>(&panel, q, s, key, next, &mut extremes));
         }
         extremes
     }
 }
 
+/// 64 keys of a page.
+struct Panel {
+    k: *const f32,
+    /// Dimensions.
+    d: usize,
+    /// The keys whose scores somebody reads.
+    wanted: Range<usize>,
+}
+
 /// Scores of `MR` keys from `key` on, if one of them is wanted.
 ///
 /// # Safety
-/// The ISA of `L`, and what `A` needs, is enabled. `k` is a panel, valid for the words of `d` dimensions, and `key + MR <= 64`; `q` is valid for `d` rows of
-/// `16 * NR`, `s` for writing 64.
+/// The ISA of `L`, and what `A` needs, is enabled. The panel is valid for the words of its dimensions, and `key + MR <= 64`; `q` is
+/// valid for as many rows of `16 * NR`, `s` for writing 64.
 #[inline(always)]
 unsafe fn score_tile<L: Lanes, A: Arithmetic<L>, const MR: usize, const NR: usize>(
-    k: *const f32,
-    d: usize,
+    panel: &Panel,
     q: *const f32,
     s: *mut f32,
     key: usize,
-    wanted: &Range<usize>,
     next: &mut Next,
     extremes: &mut Extremes<L, NR>,
 ) {
+    let Panel { k, d, wanted } = panel;
     if key + MR <= wanted.start || wanted.end <= key {
         return;
     }
@@ -132,8 +135,8 @@ unsafe fn score_tile<L: Lanes, A: Arithmetic<L>, const MR: usize, const NR: usiz
         let mut acc = [[L::zero(); NR]; MR];
         let (k, q) = (Operand { at: k.add(key), step: PANEL_KEYS }, Operand { at: q, step: LANES * NR });
         // Keys and queries change places, so that it is the words of a query that lie in lanes.
-        let ask = next.take::<L, A>(d / A::PER_WORD);
-        reduce::<L, A, MR, NR, 1>(k, q, Scales::None, 0..A::reduced(d), ask, &mut acc);
+        let ask = next.take::<L, A>(*d / A::PER_WORD);
+        reduce::<L, A, MR, NR, 1>(k, q, Scales::None, 0..A::reduced(*d), ask, &mut acc);
         for n in 0..NR {
             for r in 0..MR {
                 L::store(s.add(LANES * (NR * (key + r) + n)), acc[r][n]);
@@ -185,11 +188,23 @@ pub(super) unsafe fn context<L: Lanes, A: Arithmetic<L>, const MR: usize, const 
             if is_careful {
                 // Small tiles, for want of registers beside the bounds of the lanes.
                 cover!(width, |column| context_tile::<L, A, 2, NR, true>(
-                    v, first, column, &words, seen, p, merge, next
+                    v.from(column),
+                    first + column,
+                    &words,
+                    seen,
+                    p,
+                    merge,
+                    next
                 ));
             } else {
                 cover!(width, |column| context_tile::<L, A, MR, NR, false>(
-                    v, first, column, &words, seen, p, merge, next
+                    v.from(column),
+                    first + column,
+                    &words,
+                    seen,
+                    p,
+                    merge,
+                    next
                 ));
             }
         }
@@ -221,15 +236,13 @@ unsafe fn are_finite<L: Lanes, A: Arithmetic<L>>(v: *const f32, columns: usize, 
     }
 }
 
-/// `MR` columns from `column` of a panel on; `first` is the panel's first column. `CAREFUL`: products of keys that a lane
-/// doesn't see are undone.
+/// `MR` columns of a panel, from `column` of all on, where `v` begins. `CAREFUL`: products of keys that a lane doesn't see are undone.
 ///
 /// # Safety
-/// As [`context`]; `v` is the panel, `column + MR` at most its width, and `words` are inside a page.
+/// As [`context`]; `v` is the panel from that column on, which has `MR` more, and `words` are inside a page.
 #[inline(always)]
 unsafe fn context_tile<L: Lanes, A: Arithmetic<L>, const MR: usize, const NR: usize, const CAREFUL: bool>(
     v: Operand,
-    first: usize,
     column: usize,
     words: &Range<usize>,
     seen: *const f32,
@@ -240,8 +253,7 @@ unsafe fn context_tile<L: Lanes, A: Arithmetic<L>, const MR: usize, const NR: us
     // SAFETY: the ranges above, element by element.
     unsafe {
         let mut acc = [[L::zero(); NR]; MR];
-        let at = LANES * NR * (first + column);
-        let v = Operand { at: v.at.add(column), ..v };
+        let at = LANES * NR * column;
         let p = Operand { at: p, step: LANES * NR };
         if CAREFUL {
             for word in words.clone() {
