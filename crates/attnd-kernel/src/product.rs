@@ -35,8 +35,8 @@ pub(crate) struct Operand {
 }
 
 impl Operand {
-    /// The same from a later word of each step on.
-    pub(crate) fn from(self, word: usize) -> Self {
+    /// The same from another word of each step on.
+    pub(crate) fn later(self, word: usize) -> Self {
         Self { at: self.at.wrapping_add(word), ..self }
     }
 }

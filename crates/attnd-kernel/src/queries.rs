@@ -188,16 +188,15 @@ pub(crate) unsafe fn attend_queries<L: Lanes, A: Arithmetic<L>, const KEYS: usiz
         let q = &block.q[lanes.start * d..lanes.end * d];
         parts.push(Group::new(block, rows, q, lanes.len(), own));
     }
-    let order: Vec<usize> = by_slot(block.pages).collect();
+    let order: Vec<usize> = by_slot(block.pages)
+        .filter(|page| parts.iter().any(|group| group.visible.of_page(*page) != Seen::Nothing))
+        .collect();
     for (i, page) in order.iter().enumerate() {
-        if parts.iter().all(|group| group.visible.of_page(*page) == Seen::Nothing) {
-            continue;
-        }
         let Some(stored) = block.kv.page(*page) else {
             panic!("page {page} is not resident");
         };
         // Behind the last page, the first one: that is where the block that comes next mostly begins.
-        let next = order.get(i + 1).or(order.first()).filter(|_| groups.prefetch);
+        let next = order.get(i + 1).or(order.first()).filter(|next| groups.prefetch && *next != page);
         let next = next.and_then(|page| block.kv.page_memory(*page));
         let mut next = tile::Next::new(next.unwrap_or_default(), block.q);
         // SAFETY: the ISA is enabled, and scratch has been cut for the widest group.
@@ -265,7 +264,7 @@ impl<'a> Group<'a> {
     }
 
     /// Computes the partial of a page, if any row sees a key of it, and merges it with those that wait. `later` are
-    /// the pages that follow, `ask` what is asked of memory meanwhile.
+    /// the pages that follow, `next_page` is asked for meanwhile.
     ///
     /// # Safety
     /// The ISA of `L` is enabled; `scores` is valid for `256 * lanes` elements, and the group has `NR` vectors of lanes.
@@ -276,7 +275,7 @@ impl<'a> Group<'a> {
         page: usize,
         later: &[usize],
         scores: &mut [f32],
-        ask: &mut tile::Next,
+        next_page: &mut tile::Next,
     ) {
         let seen = self.visible.of_page(page);
         if seen == Seen::Nothing {
@@ -295,7 +294,8 @@ impl<'a> Group<'a> {
         // SAFETY: q, scores and the group's memory have been cut for `lanes` and `columns`; the panels are long
         // enough, as has been asserted; a stack of STACK partials has the places used here.
         unsafe {
-            let mut extremes = tile::scores::<L, A, MR, NR>(k.as_ptr(), d, &keys, self.q.as_ptr(), s, ask);
+            let mut extremes =
+                tile::scores::<L, A, MR, NR>(k.as_ptr(), d, &keys, self.q.as_ptr(), s, next_page);
             if seen == Seen::Part {
                 extremes = softmax::hide::<L, NR>(s, &keys, self.seen.as_ptr());
             }
@@ -315,7 +315,15 @@ impl<'a> Group<'a> {
                 factors,
                 to: to.add(2 * self.lanes),
             };
-            tile::context::<L, A, MR, NR>(v.as_ptr(), self.columns, &keys, self.seen.as_ptr(), s, &o, ask);
+            tile::context::<L, A, MR, NR>(
+                v.as_ptr(),
+                self.columns,
+                &keys,
+                self.seen.as_ptr(),
+                s,
+                &o,
+                next_page,
+            );
         }
     }
 

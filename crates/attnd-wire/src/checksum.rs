@@ -1,7 +1,7 @@
 //! CRC32C of what travels, and bytes that carry theirs along.
 //!
-//! Rows pass through three programs. Whoever receives them looks at every byte once; that they are passed on, or are a part of something
-//! that has a checksum of its own, is no reason to look again: sums of parts are [`joined`].
+//! Rows pass through three programs. Whoever receives them looks at every byte; that a chunk is passed on whole, or is a part of
+//! something that has a checksum of its own, is no reason to look again: sums of parts are [`joined`].
 
 use std::ops::{Deref, Range};
 
@@ -155,8 +155,9 @@ mod tests {
 
     #[test]
     fn long_runs_are_joined_as_the_library_does_it() {
+        assert_eq!(joined(7, 0, 0), 7);
         // The last ones have bits beyond those that powers are listed for.
-        for len in [0, 1, 255, 512 << 10, (5 << 30) + 77, (1 << 35) + 1, usize::MAX] {
+        for len in [1, 255, 512 << 10, (5 << 30) + 77, (1 << 35) + 1, usize::MAX] {
             for (left, right) in [(0, 0), (1, 0), (0xe306_9283, 0x1234_5678), (u32::MAX, u32::MAX)] {
                 assert_eq!(
                     joined(left, right, len as u64),

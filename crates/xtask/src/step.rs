@@ -128,11 +128,15 @@ pub(crate) fn run_beside(first: &[Step], beside: &[Step]) -> Result<(), String> 
             }
             (outcome, output)
         });
-        (first.iter().try_for_each(Step::run), beside.join())
+        let of_first = first.iter().try_for_each(Step::run);
+        if let Err(failure) = &of_first {
+            eprintln!("\nxtask: {failure}; the others go on to their end\n");
+        }
+        (of_first, beside.join())
     });
     let (outcome, output) =
         of_beside.map_err(|_panicked| "the thread of the steps beside panicked".to_owned())?;
-    std::io::stdout().write_all(&output).map_err(|error| format!("output: {error}"))?;
+    let written = std::io::stdout().write_all(&output).map_err(|error| format!("output: {error}"));
     println!("\n{:8.1} s  all of these", start.elapsed().as_secs_f64());
-    of_first.and(outcome)
+    of_first.and(outcome).and(written)
 }

@@ -94,7 +94,7 @@ impl Group<'_> {
                 &WHOLE_PAGE,
                 self.q.as_ptr(),
                 s,
-                &mut tile::Next::nothing(self.q),
+                &mut tile::Next::new(&[], self.q),
             );
             let (running, factors) = (self.partials.as_mut_ptr(), self.factors.as_mut_ptr());
             weigh::<L, NR, CLAMP>(s, largest, is_first, running, factors);

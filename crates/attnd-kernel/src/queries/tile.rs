@@ -42,28 +42,22 @@ pub(super) use cover;
 pub(super) struct Next {
     at: *const f32,
     lines: usize,
+    other: *const f32,
 }
 
 impl Next {
     /// The lines of `words`. Where there are no more, that of `other` is asked for again and again, which is in the cache: to look
     /// whether one shall be asked for would take as long.
     pub(super) fn new(words: &[f32], other: &[f32]) -> Self {
-        let lines = words.len() / LANES;
-        Self { at: if lines > 0 { words.as_ptr() } else { other.as_ptr() }, lines }
+        Self { at: words.as_ptr(), lines: words.len() / LANES, other: other.as_ptr() }
     }
 
-    /// None.
-    #[cfg(all(feature = "free-order", target_arch = "x86_64"))]
-    pub(super) fn nothing(other: &[f32]) -> Self {
-        Self::new(&[], other)
-    }
-
-    /// Those that a reduction over some words of `A` asks for.
+    /// Those that a reduction over `elements` elements asks for. The last ones, too few for a reduction, are left to the core.
     #[inline(always)]
-    fn take<L: Lanes, A: Arithmetic<L>>(&mut self, words: usize) -> Ask {
-        let (at, lines) = (self.at, words / words_of_ask(A::PARTS));
+    fn take<L: Lanes, A: Arithmetic<L>>(&mut self, elements: usize) -> Ask {
+        let (at, lines) = (self.at, elements / A::PER_WORD / words_of_ask(A::PARTS));
         if self.lines < lines {
-            return Ask::Later { at, step: 0 };
+            return Ask::Later { at: self.other, step: 0 };
         }
         self.lines -= lines;
         self.at = at.wrapping_add(LANES * lines);
@@ -135,7 +129,7 @@ unsafe fn score_tile<L: Lanes, A: Arithmetic<L>, const MR: usize, const NR: usiz
         let mut acc = [[L::zero(); NR]; MR];
         let (k, q) = (Operand { at: k.add(key), step: PANEL_KEYS }, Operand { at: q, step: LANES * NR });
         // Keys and queries change places, so that it is the words of a query that lie in lanes.
-        let ask = next.take::<L, A>(*d / A::PER_WORD);
+        let ask = next.take::<L, A>(A::reduced(*d));
         reduce::<L, A, MR, NR, 1>(k, q, Scales::None, 0..A::reduced(*d), ask, &mut acc);
         for n in 0..NR {
             for r in 0..MR {
@@ -179,7 +173,7 @@ pub(super) unsafe fn context<L: Lanes, A: Arithmetic<L>, const MR: usize, const 
     next: &mut Next,
 ) {
     let words = keys.hull.start / A::PER_WORD..keys.hull.end.div_ceil(A::PER_WORD);
-    // SAFETY: column * 256 is where a panel starts, because all panels before it are 64 wide; tiles stay inside one.
+    // SAFETY: first * 256 is where a panel starts, because all panels before it are 64 wide; tiles stay inside one.
     unsafe {
         let is_careful = *keys != WHOLE_PAGE && !are_finite::<L, A>(v, columns, words.clone());
         for first in (0..columns).step_by(PANEL_COLUMNS) {
@@ -188,7 +182,7 @@ pub(super) unsafe fn context<L: Lanes, A: Arithmetic<L>, const MR: usize, const 
             if is_careful {
                 // Small tiles, for want of registers beside the bounds of the lanes.
                 cover!(width, |column| context_tile::<L, A, 2, NR, true>(
-                    v.from(column),
+                    v.later(column),
                     first + column,
                     &words,
                     seen,
@@ -198,7 +192,7 @@ pub(super) unsafe fn context<L: Lanes, A: Arithmetic<L>, const MR: usize, const 
                 ));
             } else {
                 cover!(width, |column| context_tile::<L, A, MR, NR, false>(
-                    v.from(column),
+                    v.later(column),
                     first + column,
                     &words,
                     seen,
@@ -261,7 +255,7 @@ unsafe fn context_tile<L: Lanes, A: Arithmetic<L>, const MR: usize, const NR: us
             }
         } else {
             let elements = words.start * A::PER_WORD..words.end * A::PER_WORD;
-            let ask = next.take::<L, A>(words.len());
+            let ask = next.take::<L, A>(elements.len());
             reduce::<L, A, MR, NR, 1>(v, p, Scales::None, elements, ask, &mut acc);
         }
         for i in 0..merge.merges {

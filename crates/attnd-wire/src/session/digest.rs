@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use attnd_plan::Tensor;
 use attnd_plan::session::SessionName;
 
-use crate::checksum::{checksum, joined as joined_sums};
+use crate::checksum::{self, checksum};
 
 /// Of all of K, continued over all of V.
 pub fn of_rows(k: &[u8], v: &[u8]) -> u32 {
@@ -58,7 +58,7 @@ impl RowsChecksum {
 
 /// Length and checksum of two runs, one behind the other.
 fn joined(left: (u64, u32), right: (u64, u32)) -> (u64, u32) {
-    (left.0 + right.0, joined_sums(left.1, right.1, right.0))
+    (left.0 + right.0, checksum::joined(left.1, right.1, right.0))
 }
 
 #[cfg(test)]

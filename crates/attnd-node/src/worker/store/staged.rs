@@ -97,9 +97,15 @@ impl Staged {
                 format!("{tensor} head {}: expected offset {expected}, got {}", chunk.head, chunk.offset);
             return Err(Err(Error::new(Reason::ChunkOrder, detail)));
         }
-        // All of the chunk goes there, so its checksum does for what arrives.
-        let is_alone = pages.heads().iter().filter(|place| place.kv_head == chunk.head).count() == 1;
-        let mut last = 0;
+        let mut places = pages
+            .heads()
+            .iter()
+            .enumerate()
+            .filter(|(_, place)| place.kv_head == chunk.head)
+            .map(|(at, _)| at);
+        // All of the chunk goes there, so the checksum that it came with does for what arrives. Where a head has more places, what each
+        // gets is summed anew.
+        let only = places.next().filter(|_| places.next().is_none());
         while !data.is_empty() {
             let done = chunk.offset + (chunk.data.len() - data.len()) as u64;
             let Some((head, _)) = expected.filter(|(_, offset)| *offset == done) else {
@@ -124,15 +130,14 @@ impl Staged {
                     arriving.cut.clear();
                 }
             }
-            if !is_alone {
+            if only.is_none() {
                 arriving.crc32c = crc32c::crc32c_append(arriving.crc32c, now);
             }
             arriving.bytes += now.len();
-            last = head;
             expected = self.expected(pages, tensor, chunk.head, row_bytes);
         }
-        if is_alone {
-            let arriving = &mut self.heads[last][usize::from(tensor == Tensor::V)];
+        if let Some(only) = only {
+            let arriving = &mut self.heads[only][usize::from(tensor == Tensor::V)];
             arriving.crc32c = joined(arriving.crc32c, chunk.data.crc32c(), chunk.data.len() as u64);
         }
         self.chunks += 1;
