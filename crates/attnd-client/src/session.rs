@@ -176,7 +176,11 @@ impl Sessions {
     }
 
     async fn described(&self, ask: Ask) -> Result<SessionDescription, ClientError> {
-        match self.one(Request::One(ask)).await? {
+        self.described_by(ask, self.deadline(None)).await
+    }
+
+    async fn described_by(&self, ask: Ask, deadline: Instant) -> Result<SessionDescription, ClientError> {
+        match self.one_by(Request::One(ask), deadline).await? {
             (Answer::Description(description), _) => Ok(*description),
             (other, attempts) => Err(unexpected(&other, attempts)),
         }
@@ -184,7 +188,11 @@ impl Sessions {
 
     /// The only answer to a request that may come twice, and how often it did.
     async fn one(&self, request: Request) -> Result<(Answer, u32), ClientError> {
-        let (answers, attempts) = self.insist(request).await?;
+        self.one_by(request, self.deadline(None)).await
+    }
+
+    async fn one_by(&self, request: Request, deadline: Instant) -> Result<(Answer, u32), ClientError> {
+        let (answers, attempts) = self.exchange.insist(request, deadline).await?;
         match <[Answer; 1]>::try_from(answers) {
             Ok([answer]) => Ok((answer, attempts)),
             Err(answers) => {

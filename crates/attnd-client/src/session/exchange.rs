@@ -61,7 +61,7 @@ struct Waiting {
 
 type Outcomes = Result<Vec<Answer>, Error>;
 
-/// A request that was sent; dropped, its answer is dropped too.
+/// A request that was sent; dropped before it is answered, it is given up.
 #[derive(Debug)]
 struct Ticket<'a> {
     stream: Arc<Stream>,
@@ -285,7 +285,12 @@ impl Ticket<'_> {
 
 impl Drop for Ticket<'_> {
     fn drop(&mut self) {
-        lock(&self.stream.routes).waiting.remove(&self.request);
+        let is_unanswered = lock(&self.stream.routes).waiting.remove(&self.request).is_some();
+        if is_unanswered {
+            let give_up = SessionRequest { request: self.request, timeout: Duration::ZERO, ask: Ask::GiveUp };
+            // Where the queue is full, it is computed until its time is over.
+            self.stream.frames.try_send(give_up.into()).ok();
+        }
     }
 }
 

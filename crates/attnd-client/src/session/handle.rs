@@ -153,7 +153,7 @@ impl Session {
         check_layer(layer, &self.spec)?;
         let rows = Rows::new(k, v, &self.spec)?;
         let deadline = self.sessions.deadline(timeout);
-        let mutation = self.begin_mutation().await?;
+        let mutation = self.begin_mutation(deadline).await?;
         if rows.bytes() <= ONE_MESSAGE {
             let rows = self.step_rows(layer, rows, mutation, allow_non_finite);
             let step = Step { session: self.name.clone(), layer, rows: Some(rows), queries: None };
@@ -263,7 +263,7 @@ impl Session {
         options: &QueryOptions,
     ) -> Result<Stepped, ClientError> {
         let deadline = self.sessions.deadline(options.attend.timeout);
-        if let Some(outgoing) = self.ready(layer, k.clone(), v.clone(), q.clone(), options).await? {
+        if let Some(outgoing) = self.ready(layer, k.clone(), v.clone(), q.clone(), options, deadline).await? {
             let done = self.run_one(&outgoing, deadline).await;
             return self.stepped(&outgoing, done);
         }
@@ -290,6 +290,7 @@ impl Session {
         v: Bytes,
         q: Bytes,
         options: &QueryOptions,
+        deadline: Instant,
     ) -> Result<Option<Outgoing>, ClientError> {
         check_layer(layer, &self.spec)?;
         let spec = Arc::clone(&self.spec);
@@ -300,7 +301,7 @@ impl Session {
         }
         let mut block = queries.whole();
         block.queries.min_len = self.len(layer);
-        let mutation = self.begin_mutation().await?;
+        let mutation = self.begin_mutation(deadline).await?;
         let rows = self.step_rows(layer, rows, mutation, options.attend.allow_non_finite);
         let queries = Some(block.queries.clone());
         let step = Step { session: self.name.clone(), layer, rows: Some(rows), queries };
@@ -380,10 +381,10 @@ impl Session {
     // === mutations ===
 
     /// The number of the next mutation. From here on nobody knows what becomes of it, until it is known.
-    async fn begin_mutation(&mut self) -> Result<Mutation, ClientError> {
+    async fn begin_mutation(&mut self, deadline: Instant) -> Result<Mutation, ClientError> {
         if self.writer_epoch.is_some() && self.unsettled {
             let open = Open { name: Some(self.name.clone()), spec: None, write: true };
-            let description = self.sessions.described(Ask::Open(open)).await?;
+            let description = self.sessions.described_by(Ask::Open(open), deadline).await?;
             self.settle(&description, true);
         }
         let Some(writer_epoch) = self.writer_epoch else {
@@ -414,7 +415,7 @@ impl Session {
 
     async fn change(&mut self, kind: ChangeKind) -> Result<(Applied, u32), ClientError> {
         let deadline = self.sessions.deadline(None);
-        let mutation = self.begin_mutation().await?;
+        let mutation = self.begin_mutation(deadline).await?;
         let change = Change { session: self.name.clone(), mutation, kind };
         self.applied(Request::One(Ask::Change(change)), deadline).await
     }

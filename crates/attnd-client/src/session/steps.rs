@@ -237,7 +237,8 @@ impl Sessions {
         for (at, step) in steps.iter_mut().enumerate() {
             let BatchStep { session, layer, k, v, q, options } = step;
             let ready = if session.is_of(self) {
-                session.ready(*layer, k.clone(), v.clone(), q.clone(), options).await
+                let by = self.deadline(options.attend.timeout);
+                session.ready(*layer, k.clone(), v.clone(), q.clone(), options, by).await
             } else {
                 let error =
                     Error::new(Reason::Combination, "a session and steps of others, which are elsewhere");

@@ -53,6 +53,22 @@ async fn step(session: &mut Session, layer: usize, tokens: usize) -> Result<Step
 }
 
 #[tokio::test]
+async fn what_nobody_waits_for_is_given_up() {
+    let fake = Fake::start().await;
+    let session = session(&fake).await;
+    fake.next([Fault::Silent]);
+    let options = QueryOptions::default();
+    let read = session.attend(0, q(1), &options);
+    assert!(tokio::time::timeout(Duration::from_millis(200), read).await.is_err());
+    while fake.given_up().is_empty() {
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    assert_eq!(fake.given_up(), fake.numbers()[1..]);
+    assert!(!session.close().await.unwrap());
+    assert_eq!((fake.given_up().len(), fake.streams()), (1, 1), "what is answered isn't given up");
+}
+
+#[tokio::test]
 async fn a_session_lives_on_one_stream() {
     let fake = Fake::start().await;
     let sessions = fake.sessions();

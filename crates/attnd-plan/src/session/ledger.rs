@@ -312,6 +312,20 @@ impl<E: Clone> Ledger<E> {
         (self.writer_epoch, std::mem::take(&mut self.actions))
     }
 
+    /// Whether nothing is under way that can't be taken back: what a new writer is told of the session then holds until it changes it.
+    ///
+    /// # Errors
+    /// [`LedgerError::UnderReplicated`] and [`LedgerError::Recovering`].
+    pub fn check_settled(&self) -> Result<(), LedgerError<E>> {
+        match &self.flight {
+            Some(flight) if !flight.op.change.is_undoable() => {
+                self.check_open(false)?;
+                Err(LedgerError::Recovering { is_in_flight: false })
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Takes one event and says what to do about it.
     pub fn handle(&mut self, event: LedgerEvent<E>) -> Vec<LedgerAction<E>> {
         if self.lost.is_some() {

@@ -20,7 +20,7 @@ pub const DEFAULT_REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
 /// One frame from a client.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SessionRequest {
-    /// Ascending on a stream, from 1. Chunks and a Commit have the number of their append.
+    /// Ascending on a stream, from 1. Chunks and a Commit have the number of their append, what gives a request up has that one's.
     pub request: u64,
     /// Time that it has from its arrival.
     pub timeout: Duration,
@@ -60,6 +60,8 @@ pub enum Ask<S = Step> {
     List,
     /// The end of a session.
     Close(SessionName),
+    /// Nobody waits any more for the answer to the request with this number.
+    GiveUp,
 }
 
 /// Which session to open.
@@ -174,6 +176,7 @@ fn decode_ask(ask: proto::session_request::Ask) -> Result<Ask<Result<Step, Error
         Message::Describe(describe) => Ask::Describe(name(describe.session)?),
         Message::List(proto::SessionListing {}) => Ask::List,
         Message::Close(close) => Ask::Close(name(close.session)?),
+        Message::GiveUp(proto::SessionGiveUp {}) => Ask::GiveUp,
     })
 }
 
@@ -192,6 +195,7 @@ impl From<SessionRequest> for proto::SessionRequest {
             Ask::Describe(name) => Message::Describe(proto::SessionDescribe { session: name.to_string() }),
             Ask::List => Message::List(proto::SessionListing {}),
             Ask::Close(name) => Message::Close(proto::SessionClose { session: name.to_string() }),
+            Ask::GiveUp => Message::GiveUp(proto::SessionGiveUp {}),
         };
         // No time would mean the default.
         let timeout_ms = u32::try_from(request.timeout.as_millis()).unwrap_or(u32::MAX).max(1);

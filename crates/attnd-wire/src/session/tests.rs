@@ -117,6 +117,7 @@ fn every_request_returns() {
         change(ChangeKind::Seal),
         Ask::Describe(session()),
         Ask::List,
+        Ask::GiveUp,
         Ask::Close(session()),
     ] {
         let message = proto::SessionRequest::from(SessionRequest {

@@ -63,6 +63,7 @@ struct State {
     /// Of all requests but chunks and commits, as they came.
     numbers: Vec<u64>,
     answered: Vec<u64>,
+    given_up: Vec<u64>,
     steps: Vec<usize>,
     rows: (Vec<u8>, Vec<u8>),
 }
@@ -106,6 +107,10 @@ impl Fake {
 
     pub(super) fn numbers(&self) -> Vec<u64> {
         self.state().numbers.clone()
+    }
+
+    pub(super) fn given_up(&self) -> Vec<u64> {
+        self.state().given_up.clone()
     }
 
     pub(super) fn answered(&self) -> Vec<u64> {
@@ -190,6 +195,10 @@ async fn serve(
                 let rows = &mut staged.rows;
                 let rows = if chunk.tensor == Tensor::V { &mut rows.1 } else { &mut rows.0 };
                 rows[offset as usize..][..chunk.data.len()].copy_from_slice(&chunk.data);
+                continue;
+            }
+            Ok(Ask::GiveUp) => {
+                fake.state().given_up.push(request);
                 continue;
             }
             Ok(Ask::Commit(commit)) => {
@@ -386,7 +395,7 @@ impl State {
                 }
                 applied.map(Answer::Applied)
             }
-            Ask::Append(_) | Ask::Chunk(_) | Ask::Commit(_) => Err(refusal::empty_frame()),
+            Ask::Append(_) | Ask::Chunk(_) | Ask::Commit(_) | Ask::GiveUp => Err(refusal::empty_frame()),
         };
         vec![answered.unwrap_or_else(Answer::Failed)]
     }

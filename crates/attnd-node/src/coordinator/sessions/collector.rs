@@ -36,6 +36,8 @@ const MAX_AGAIN: u8 = 5;
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Sent {
     pub(super) step: usize,
+    /// Which attempt of the step: what comes of an earlier one may be over other tokens.
+    pub(super) attempt: u8,
     pub(super) shard: usize,
     /// Of the shard, when it was sent.
     pub(super) epoch: u64,
@@ -272,7 +274,8 @@ impl Collector {
                 }
             }
         }
-        let Some(step) = self.steps.get_mut(&sent.step).filter(|_| sent.computes) else {
+        let Some(step) = self.steps.get_mut(&sent.step).filter(|step| sent.computes && step.is_of(&sent))
+        else {
             return Came::Nothing;
         };
         let QueriesState::Asked(asked) = &mut step.queries else { return Came::Nothing };
@@ -320,7 +323,7 @@ impl Collector {
         let of_step = self.steps.get(&sent.step).map(|step| &step.of.session);
         let Some(session) = of_step.or(self.ops.get(&sent.step).map(|(session, _)| session)) else { return };
         session.disconnected(&self.sessions, link);
-        if sent.computes {
+        if sent.computes && self.steps.get(&sent.step).is_some_and(|step| step.is_of(&sent)) {
             self.ask_another(link, sent, error);
         }
     }

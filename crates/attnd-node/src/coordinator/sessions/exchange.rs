@@ -16,6 +16,7 @@ use attnd_wire::{Deadline, Error, Outcome, Reason, Status, refusal};
 use futures::future::BoxFuture;
 use futures::stream::{FuturesUnordered, StreamExt};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Streaming};
 
 use super::Sessions;
@@ -84,6 +85,8 @@ struct Exchange {
     calls: Calls,
     replies: mpsc::Sender<proto::SessionReply>,
     running: FuturesUnordered<Running>,
+    /// Of each that runs, what ends it when nobody waits for its answer any more.
+    unwanted: BTreeMap<u64, CancellationToken>,
     /// Where the chunks of appends go that have begun.
     appends: BTreeMap<u64, Feeder>,
     /// Room for chunks that come before the turns of their appends.
@@ -97,9 +100,9 @@ struct Exchange {
 
 impl Exchange {
     fn new(sessions: Arc<Sessions>, calls: Calls, replies: mpsc::Sender<proto::SessionReply>) -> Self {
-        let (running, appends, ahead) = (FuturesUnordered::new(), BTreeMap::new(), feed::ahead());
-        let patient = patience::room();
-        Self { sessions, calls, replies, running, appends, ahead, patient, held: None, last: 0 }
+        let (running, unwanted) = (FuturesUnordered::new(), BTreeMap::new());
+        let (appends, ahead, patient) = (BTreeMap::new(), feed::ahead(), patience::room());
+        Self { sessions, calls, replies, running, unwanted, appends, ahead, patient, held: None, last: 0 }
     }
 
     /// Serves until the client says that nothing more comes, and all it asked for is answered.
@@ -115,6 +118,7 @@ impl Exchange {
                 biased;
                 Some(request) = self.running.next() => {
                     self.appends.remove(&request);
+                    self.unwanted.remove(&request);
                     self.held = self.held.take().filter(|(held, _)| *held != request);
                 }
                 room = wait_for(room), if self.held.is_some() => {
@@ -144,6 +148,13 @@ impl Exchange {
     /// # Errors
     /// If its number can't be right, after which frames can't be told apart.
     fn take(&mut self, Asked { request, timeout, ask }: Asked) -> Result<(), Error> {
+        if matches!(ask, Ok(Ask::GiveUp)) && request <= self.last {
+            // It may have been answered already.
+            if let Some(unwanted) = self.unwanted.get(&request) {
+                unwanted.cancel();
+            }
+            return Ok(());
+        }
         let feeder = self.appends.get_mut(&request);
         let goes_on = feeder.is_some();
         let frame = match ask {
@@ -224,7 +235,7 @@ impl Exchange {
             }
             Ok(Ask::List) => self.start(request, deadline, in_flight, ready(Ok(sessions.list()))),
             // Taken above.
-            Ok(Ask::Chunk(_) | Ask::Commit(_)) => {
+            Ok(Ask::Chunk(_) | Ask::Commit(_) | Ask::GiveUp) => {
                 self.start(request, deadline, in_flight, ready(Err(refusal::expected_begin())));
             }
         }
@@ -233,7 +244,7 @@ impl Exchange {
 
     /// Runs a request until it is answered, the answer on its way, or its time is over; `held` lives as long.
     fn start(
-        &self,
+        &mut self,
         request: u64,
         deadline: Deadline,
         held: impl Send + 'static,
@@ -248,14 +259,16 @@ impl Exchange {
 
     /// The same for work that ends when its time is over.
     fn serve(
-        &self,
+        &mut self,
         request: u64,
         held: impl Send + 'static,
         work: impl Future<Output = Result<Vec<Answer>, Error>> + Send + 'static,
     ) {
-        let replies = self.replies.clone();
+        let (replies, unwanted) = (self.replies.clone(), CancellationToken::new());
+        self.unwanted.insert(request, unwanted.clone());
         self.running.push(Box::pin(async move {
-            let answers = match work.await {
+            let given_up = || Error::new(Reason::Cancelled, "given up").with_outcome(Outcome::Unknown);
+            let answers = match unwanted.run_until_cancelled(work).await.unwrap_or_else(|| Err(given_up())) {
                 Ok(answers) => answers,
                 Err(error) => vec![Answer::Failed(error)],
             };
@@ -282,7 +295,7 @@ pub(super) fn answer_with(
     held: impl Send + 'static,
     answers: Vec<Answer>,
 ) -> Running {
-    let exchange = Exchange::new(sessions, Calls::new(), replies);
+    let mut exchange = Exchange::new(sessions, Calls::new(), replies);
     exchange.start(1, deadline, held, ready(Ok(answers)));
     let mut running = exchange.running.into_iter();
     running.next().unwrap_or_else(|| Box::pin(ready(0)))

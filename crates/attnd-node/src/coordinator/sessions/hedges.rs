@@ -83,7 +83,8 @@ impl Collector {
             return;
         }
         let is_same = |sent: &Sent| {
-            let is_it = |other: &Sent| (other.step, other.shard) == (sent.step, sent.shard);
+            let which = |sent: &Sent| (sent.step, sent.attempt, sent.shard);
+            let is_it = |other: &Sent| which(other) == which(sent);
             sent.computes && answered.sent.iter().any(is_it)
         };
         hedging.won();
@@ -105,7 +106,7 @@ impl Collector {
 
     /// What a part's queries wait for, if another replica may be asked for that.
     fn late(&self, sent: &Sent) -> Option<&Asked> {
-        match self.steps.get(&sent.step).filter(|_| sent.computes) {
+        match self.steps.get(&sent.step).filter(|step| sent.computes && step.is_of(sent)) {
             Some(Running { rows: RowsState::None | RowsState::Settled(Ok(_)), queries, .. }) => match queries
             {
                 QueriesState::Asked(asked) => {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use attnd_plan::session::{Closed, Holder, Keeper, Ledger, PlacementError, SessionName, SessionSpec, place};
 use attnd_wire::hold::{HoldAsk, HoldShard, ShardAt};
 use attnd_wire::session::{Open, SessionDescription};
-use attnd_wire::{Error, Reason};
+use attnd_wire::{Error, Reason, refusal};
 use futures::future::join_all;
 use tokio::sync::oneshot;
 
@@ -61,6 +61,8 @@ impl Sessions {
                         session.turns.line_up()?
                     };
                     drop(place.turn().await);
+                    // A cut or a fork that was left unfinished can't be taken back: it still comes.
+                    session.lock().ledger.check_settled()?;
                 }
                 session.describe(self, false)
             }
@@ -98,8 +100,12 @@ impl Sessions {
                 }
             },
         };
-        if table.open.contains_key(&name) || !table.opening.insert(name.clone()) {
+        if table.open.contains_key(&name) {
             return Err(Error::new(Reason::SessionExists, ""));
+        }
+        // By somebody else, or by the same request, whose answer was lost: soon it is there, and has parameters.
+        if !table.opening.insert(name.clone()) {
+            return Err(refusal::recovering());
         }
         Ok(name)
     }
@@ -234,6 +240,17 @@ impl Sessions {
             state.closed = Some(how);
         }
         session.changed.notify_waiters();
+        // In a task: whoever asked may go, and what is marked as closed has to come to its end.
+        let (done, ended) = oneshot::channel();
+        let (sessions, session) = (Arc::clone(self), Arc::clone(session));
+        self.tasks.spawn(async move {
+            drop(done.send(sessions.finish(&session, how).await));
+        });
+        ended.await.unwrap_or_else(|_gone| Err(Error::new(Reason::Internal, "the task of a close died")))
+    }
+
+    /// What is left to do of a session that is marked as closed.
+    async fn finish(self: &Arc<Self>, session: &Arc<Session>, how: Closed) -> Result<(), Error> {
         let (number, now) = (session.number, since_1970());
         if let Err(error) = self.meta.run(move |store| store.remove(number, now)).await {
             session.lock().closed = None;
@@ -262,14 +279,7 @@ impl Sessions {
             self.forget(session, child).await;
         }
         tracing::trace!(session = number, ?how, releases = releases.len(), "a session is closed");
-        // In a task: whoever asked may go, the memory must come back.
-        let (done, all) = tokio::sync::oneshot::channel::<()>();
-        let term = self.term;
-        self.tasks.spawn(async move {
-            join_all(releases.into_iter().map(|(at, link)| release(term, link, at))).await;
-            drop(done);
-        });
-        all.await.ok();
+        join_all(releases.into_iter().map(|(at, link)| release(self.term, link, at))).await;
         Ok(())
     }
 

@@ -229,6 +229,11 @@ impl Running {
         self.rows = RowsState::Settled(ended);
     }
 
+    /// Whether a part was sent for what it asks now, and not before it began anew.
+    pub(super) fn is_of(&self, sent: &Sent) -> bool {
+        self.of.tries == sent.attempt
+    }
+
     /// Nobody wants its answer any more, nor that it begins anew.
     pub(super) fn give_up(&mut self) {
         self.queries = QueriesState::None;
@@ -400,8 +405,8 @@ fn add(
             if appends || computes {
                 let work = asked.map_or(0, |asked| asked.queries.work(of_shard, &session.spec));
                 let epoch = of_shard.at.epoch;
-                let sent =
-                    Sent { step: at, shard, epoch, appends, computes, work, again: 0, is_hedge: false };
+                let (step, attempt, again, is_hedge) = (at, of.tries, 0, false);
+                let sent = Sent { step, attempt, shard, epoch, appends, computes, work, again, is_hedge };
                 let queries = asked.map(|asked| asked.queries.of_shard(of_shard, &session.spec));
                 collector.add(link, sent, works::work(of_shard.at, *layer, rows.cloned(), queries));
             }

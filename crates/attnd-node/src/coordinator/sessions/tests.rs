@@ -38,6 +38,7 @@ use crate::worker::store::tests::{MIB, piece, spec};
 
 mod appends;
 mod changes;
+mod giving_up;
 mod hedges;
 mod kept;
 mod patience;

@@ -334,6 +334,22 @@ fn another_writer_takes_back_what_is_unfinished() {
 }
 
 #[test]
+fn a_writer_waits_for_a_cut_that_cannot_be_taken_back() {
+    let mut cluster = Cluster::new(2, &["ab", "cd"]);
+    cluster.append(1, 40).unwrap();
+    assert_eq!(cluster.ledger.check_settled(), Ok(()));
+    cluster.silent = vec![holder("d")];
+    cluster.op(2, TRUNCATE).unwrap();
+    cluster.tell(Event::Lost(holder("d")));
+    let (_, actions) = cluster.ledger.take_writer();
+    cluster.run(actions);
+    let under = Error::UnderReplicated { have: 1, need: 2, is_in_flight: false };
+    assert_eq!(cluster.ledger.check_settled(), Err(under));
+    cluster.tell(Event::Replacement { shard: 1, holder: holder("e") });
+    assert_eq!((cluster.ledger.check_settled(), cluster.ledger.generation()), (Ok(()), 1));
+}
+
+#[test]
 fn row_69_a_session_without_all_of_its_tokens_is_lost() {
     let mut cluster = Cluster::new(1, &["ab"]);
     cluster.append(1, 96).unwrap();

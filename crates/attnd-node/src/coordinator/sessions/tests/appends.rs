@@ -13,7 +13,12 @@ use super::super::feed;
 use super::*;
 
 /// Of a session, its frames but for the beginning: K and V in so many chunks each, and a Commit.
-fn frames(session: &Session, seq: u64, tokens: usize, cuts: usize) -> (Append, Vec<AppendChunk>, Commit) {
+pub(super) fn frames(
+    session: &Session,
+    seq: u64,
+    tokens: usize,
+    cuts: usize,
+) -> (Append, Vec<AppendChunk>, Commit) {
     let rows = rows(&session.spec, seq, tokens);
     let append = Append {
         session: session.name.clone(),
@@ -92,14 +97,14 @@ async fn an_append_is_answered_when_enough_have_it_and_keeps_the_turn_for_the_ot
 }
 
 /// A client's stream.
-struct Client {
+pub(super) struct Client {
     frames: mpsc::Sender<proto::SessionRequest>,
     replies: Streaming<proto::SessionReply>,
     early: BTreeMap<u64, Answer>,
 }
 
 impl Client {
-    async fn connect(cluster: &Cluster) -> Self {
+    pub(super) async fn connect(cluster: &Cluster) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let service = SessionsService::new(Arc::clone(&cluster.sessions), Calls::new(), Tasks::default());
@@ -112,12 +117,12 @@ impl Client {
         Self { frames, replies, early: BTreeMap::new() }
     }
 
-    async fn send(&self, request: u64, ask: Ask) {
+    pub(super) async fn send(&self, request: u64, ask: Ask) {
         let frame = SessionRequest { request, timeout: Duration::from_secs(20), ask };
         tokio::time::timeout(SOON, self.frames.send(frame.into())).await.expect("it is read").unwrap();
     }
 
-    async fn answer(&mut self, request: u64) -> Answer {
+    pub(super) async fn answer(&mut self, request: u64) -> Answer {
         loop {
             if let Some(answer) = self.early.remove(&request) {
                 return answer;

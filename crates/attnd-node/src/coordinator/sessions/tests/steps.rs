@@ -177,7 +177,7 @@ async fn partials_of_a_replica_that_was_dropped_are_asked_of_another() {
 }
 
 /// Takes the one thread of a node, until it is dropped.
-fn occupied(node: &Node) -> std::sync::mpsc::Sender<()> {
+pub(super) fn occupied(node: &Node) -> std::sync::mpsc::Sender<()> {
     let (free, gate) = std::sync::mpsc::channel::<()>();
     node.store.submit(Vec::new(), Box::new(move || assert!(gate.recv().is_err())));
     free
