@@ -115,8 +115,8 @@ pub(crate) unsafe fn reduce<
                 L::prefetch_later(later);
                 later = later.wrapping_add(step);
             }
-            for i in 0..unroll {
-                let word = first + i;
+            // Counted from 0, LLVM spills two accumulators of the tiles over words of two elements.
+            for word in first..first + unroll {
                 if let Ask::Ahead(ahead) = ask {
                     for n in 0..NR {
                         L::prefetch(b.at.wrapping_add(word * b.step + ahead + LANES * n));

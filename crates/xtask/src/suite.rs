@@ -13,9 +13,10 @@ const DOC: &str =
 // runs. To build it before by itself would compile the kernels twice, as its features are those of fewer packages.
 const BUILD: &str = "test --workspace --profile suite --locked --no-run";
 // The tests of processes run one after the other, and mostly wait: all others run beside them. Both have the features of the
-// build before, so nothing is compiled again.
+// build before, which the tests of processes give those of the others, so nothing is compiled again.
 const PROCESS_TESTS: &str = "test --workspace --profile suite --locked --test attnd";
-const OTHER_TESTS: &str = "test --workspace --exclude attnd-tests --profile suite --locked";
+const OTHER_TESTS: &str =
+    "test --workspace --exclude attnd-tests --features attnd-node/simulation --profile suite --locked";
 // As it is shipped.
 const RELEASE_TEST: &str = "test --workspace --release --locked";
 // The free order, which only a measurement needs, is compiled nowhere else. It is written for x86-64. Its features are others, so

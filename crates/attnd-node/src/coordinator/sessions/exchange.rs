@@ -15,6 +15,7 @@ use attnd_wire::surroundings::now;
 use attnd_wire::{Deadline, Error, Outcome, Reason, Status, refusal};
 use futures::future::BoxFuture;
 use futures::stream::{FuturesUnordered, StreamExt};
+use tokio::sync::mpsc::error::SendTimeoutError;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Streaming};
@@ -77,8 +78,8 @@ impl sessions_server::Sessions for SessionsService {
     }
 }
 
-/// One request while it runs: its end gives its number back.
-type Running = BoxFuture<'static, u64>;
+/// One request while it runs: its end gives its number back, or ends the stream of a client that doesn't take its answer.
+type Running = BoxFuture<'static, Result<u64, Error>>;
 
 struct Exchange {
     sessions: Arc<Sessions>,
@@ -117,6 +118,7 @@ impl Exchange {
             tokio::select! {
                 biased;
                 Some(request) = self.running.next() => {
+                    let request = request?;
                     self.appends.remove(&request);
                     self.unwanted.remove(&request);
                     self.held = self.held.take().filter(|(held, _)| *held != request);
@@ -275,13 +277,15 @@ impl Exchange {
             let last = answers.len().saturating_sub(1);
             for (at, answer) in answers.into_iter().enumerate() {
                 let reply = SessionReply { request, more: at < last, answer };
-                // A client that is gone needs no answer.
-                if replies.send(reply.into()).await.is_err() {
-                    break;
+                match replies.send_timeout(reply.into(), STALL).await {
+                    Ok(()) => {}
+                    Err(SendTimeoutError::Timeout(_)) => return Err(refusal::stalled(STALL)),
+                    // A client that is gone needs no answer.
+                    Err(SendTimeoutError::Closed(_)) => break,
                 }
             }
             drop(held);
-            request
+            Ok(request)
         }));
     }
 }
@@ -298,7 +302,7 @@ pub(super) fn answer_with(
     let mut exchange = Exchange::new(sessions, Calls::new(), replies);
     exchange.start(1, deadline, held, ready(Ok(answers)));
     let mut running = exchange.running.into_iter();
-    running.next().unwrap_or_else(|| Box::pin(ready(0)))
+    running.next().unwrap_or_else(|| Box::pin(ready(Ok(0))))
 }
 
 /// Room for a frame; `None` if its append is gone.

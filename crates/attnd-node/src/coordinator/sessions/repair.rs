@@ -69,8 +69,10 @@ impl Repair {
     }
 
     fn fails(&mut self, holder: &Holder, now: Duration) {
-        let (times, until) = self.failed.entry(holder.clone()).or_default();
         let [first, most] = LEFT_ALONE;
+        // Whoever is gone for good is forgotten.
+        self.failed.retain(|_, (_, until)| now < *until + most);
+        let (times, until) = self.failed.entry(holder.clone()).or_default();
         *until = now + first.saturating_mul(1 << (*times).min(10)).min(most);
         *times += 1;
     }

@@ -31,7 +31,7 @@ use super::Sessions;
 use super::collector::{Collector, Sent};
 use super::patience::{MAX_TRIES, Patience, may_pass};
 use super::results::answer;
-use super::session::{After, Begun, Session, ShardView};
+use super::session::{After, Begun, InUse, Session, ShardView};
 use super::turns::{Place, Turn};
 use super::works::{self, Queries};
 
@@ -54,6 +54,7 @@ pub(super) struct Lined {
     may_be_done: bool,
     /// How often it was.
     tries: u8,
+    _in_use: InUse,
 }
 
 /// A step that was sent, until it is answered.
@@ -322,7 +323,8 @@ fn find(sessions: &Sessions, step: Step) -> Result<Lined, Error> {
     }
     let queries = queries.map(Arc::new);
     let (place, applied, may_be_done, tries) = (None, None, false, 0);
-    Ok(Lined { session, layer, rows, queries, place, applied, may_be_done, tries })
+    let _in_use = session.in_use();
+    Ok(Lined { session, layer, rows, queries, place, applied, may_be_done, tries, _in_use })
 }
 
 /// What a ledger is asked for the rows of a step.

@@ -235,6 +235,6 @@ async fn a_request_is_in_flight_until_its_answer_is_on_its_way() {
     assert!(futures::poll!(&mut answers).is_pending());
     assert_eq!(calls.in_flight(), 1);
     queue.recv().await.unwrap();
-    assert_eq!(answers.await, 1);
+    assert_eq!(answers.await, Ok(1));
     assert_eq!(calls.in_flight(), 0);
 }
