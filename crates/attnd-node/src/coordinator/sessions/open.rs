@@ -6,7 +6,7 @@ use std::sync::Arc;
 use attnd_plan::session::{Closed, Holder, Keeper, Ledger, PlacementError, SessionName, SessionSpec, place};
 use attnd_wire::hold::{HoldAsk, HoldShard, ShardAt};
 use attnd_wire::session::{Open, SessionDescription};
-use attnd_wire::{Error, Reason, refusal};
+use attnd_wire::{Error, Reason};
 use futures::future::join_all;
 use tokio::sync::oneshot;
 
@@ -100,12 +100,8 @@ impl Sessions {
                 }
             },
         };
-        if table.open.contains_key(&name) {
+        if table.open.contains_key(&name) || !table.opening.insert(name.clone()) {
             return Err(Error::new(Reason::SessionExists, ""));
-        }
-        // By somebody else, or by the same request, whose answer was lost: soon it is there, and has parameters.
-        if !table.opening.insert(name.clone()) {
-            return Err(refusal::recovering());
         }
         Ok(name)
     }

@@ -4,7 +4,6 @@
 //! tasks (`upkeep.rs`), whose ends are events again.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -37,8 +36,8 @@ pub(crate) struct Session {
     /// The session that it was forked from.
     pub(super) parent: Option<u64>,
     pub(super) turns: Arc<Turns>,
-    /// How many wait for something that it has.
-    in_use: AtomicUsize,
+    /// Who waits for something that it has holds one of these.
+    pub(super) in_use: Arc<()>,
     /// Whoever becomes the writer, or finds out what became of old forks, does so alone.
     pub(super) alone: tokio::sync::Mutex<()>,
     /// A child is a session now, or there will be none.
@@ -131,15 +130,6 @@ pub(super) struct ShardOf {
     pub(super) lack: Vec<Holder>,
 }
 
-/// Somebody who waits for something of a session.
-pub(super) struct InUse(Arc<Session>);
-
-impl Drop for InUse {
-    fn drop(&mut self) {
-        self.0.in_use.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
 impl Session {
     /// A session whose shards have the epochs that are in the store.
     pub(super) fn new(parts: SessionParts) -> Self {
@@ -171,7 +161,7 @@ impl Session {
             pieces,
             parent,
             turns: Arc::default(),
-            in_use: AtomicUsize::new(0),
+            in_use: Arc::default(),
             alone: tokio::sync::Mutex::default(),
             settled: Notify::new(),
             writer,
@@ -194,13 +184,7 @@ impl Session {
 
     /// Whether it may be closed for want of use. Not as long as somebody is changing it, or waits for what it has.
     pub(super) fn is_expired(&self, state: &State, now: Duration) -> bool {
-        state.ledger.is_expired(now) && self.turns.is_free() && self.in_use.load(Ordering::Relaxed) == 0
-    }
-
-    /// It doesn't expire as long as this is there.
-    pub(super) fn in_use(self: &Arc<Self>) -> InUse {
-        self.in_use.fetch_add(1, Ordering::Relaxed);
-        InUse(Arc::clone(self))
+        state.ledger.is_expired(now) && self.turns.is_free() && Arc::strong_count(&self.in_use) == 1
     }
 
     /// Begins a mutation. `check` says, for the tokens that a layer has after an append, whether what shall follow makes sense.

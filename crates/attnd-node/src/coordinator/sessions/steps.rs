@@ -31,7 +31,7 @@ use super::Sessions;
 use super::collector::{Collector, Sent};
 use super::patience::{MAX_TRIES, Patience, may_pass};
 use super::results::answer;
-use super::session::{After, Begun, InUse, Session, ShardView};
+use super::session::{After, Begun, Session, ShardView};
 use super::turns::{Place, Turn};
 use super::works::{self, Queries};
 
@@ -54,7 +54,8 @@ pub(super) struct Lined {
     may_be_done: bool,
     /// How often it was.
     tries: u8,
-    _in_use: InUse,
+    /// The session doesn't expire as long as this is here.
+    _in_use: Arc<()>,
 }
 
 /// A step that was sent, until it is answered.
@@ -323,7 +324,7 @@ fn find(sessions: &Sessions, step: Step) -> Result<Lined, Error> {
     }
     let queries = queries.map(Arc::new);
     let (place, applied, may_be_done, tries) = (None, None, false, 0);
-    let _in_use = session.in_use();
+    let _in_use = Arc::clone(&session.in_use);
     Ok(Lined { session, layer, rows, queries, place, applied, may_be_done, tries, _in_use })
 }
 
