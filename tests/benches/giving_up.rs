@@ -1,7 +1,8 @@
 //! How long workers compute for an answer that nobody waits for any more: `cargo bench -p attnd-tests --bench giving_up`.
 //!
 //! Not a test: figures are printed. Two workers with one thread each are in the middle of seconds of work, of a one-shot call and of a
-//! session's queries, when the client drops the call, its process ends, or its time is over. Every two milliseconds their processor time is read. Wanted: no processor time 100 ms after the client has gone, and 50 ms after the deadline.
+//! session's queries, when the client drops the call, its process ends, or its time is over. Every two milliseconds their processor
+//! time is read. Wanted: no processor time 100 ms after the client has gone, and 50 ms after the deadline.
 
 #![allow(clippy::print_stdout, clippy::unwrap_used, clippy::expect_used)]
 
@@ -20,7 +21,8 @@ use bytes::Bytes;
 use support::cases::Case;
 use support::cluster::Cluster;
 
-/// When the call is dropped, or how much time it is given. The one-shot call has sent its operands by then.
+/// When the call is dropped, or how much time it is given. A one-shot call has mostly sent its operands by then, but for the first ones,
+/// whose memory is new.
 const INTO_THE_WORK: Duration = Duration::from_millis(1500);
 const INTERVAL: Duration = Duration::from_millis(2);
 /// Less than this in an interval is what idle workers take.
@@ -161,7 +163,7 @@ async fn main() {
 
     let sessions = client.sessions();
     let mut session = sessions.open(OpenOptions::new(1, 16, 4, 128, Dtype::F32)).await.expect("a session");
-    let [q, k, v] = [&case.operands.q, &case.operands.k, &case.operands.v].map(|operand| operand.clone());
+    let [q, k, v] = [&case.operands.q, &case.operands.k, &case.operands.v].map(Bytes::clone);
     session.append(0, k, v).await.expect("appended");
     for end in [End::Dropped, End::Gone, End::Deadline] {
         let mut went_on = Vec::new();

@@ -27,8 +27,7 @@ pub(crate) unsafe trait Lanes: Copy {
     unsafe fn store(to: *mut f32, v: Self::V);
     /// Asks for the cache line at an address, which need not be readable.
     fn prefetch(at: *const f32);
-
-    /// Asks for a cache line that is used later, in the second-level cache. Any address will do.
+    /// Asks for a cache line that is used later, in the second-level cache. It need not be readable.
     fn prefetch_later(at: *const f32);
     /// The lower halves of 16 words as bf16.
     unsafe fn low_bf16(words: Self::V) -> Self::V;

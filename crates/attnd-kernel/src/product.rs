@@ -36,7 +36,7 @@ pub(crate) struct Operand {
 
 impl Operand {
     /// The same from another word of each step on.
-    pub(crate) fn later(self, word: usize) -> Self {
+    pub(crate) fn at_word(self, word: usize) -> Self {
         Self { at: self.at.wrapping_add(word), ..self }
     }
 }

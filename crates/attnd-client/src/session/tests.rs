@@ -60,9 +60,12 @@ async fn what_nobody_waits_for_is_given_up() {
     let options = QueryOptions::default();
     let read = session.attend(0, q(1), &options);
     assert!(tokio::time::timeout(Duration::from_millis(200), read).await.is_err());
-    while fake.given_up().is_empty() {
-        tokio::time::sleep(Duration::from_millis(2)).await;
-    }
+    let told = async {
+        while fake.given_up().is_empty() {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(5), told).await.expect("it is told so");
     assert_eq!(fake.given_up(), fake.numbers()[1..]);
     assert!(!session.close().await.unwrap());
     assert_eq!((fake.given_up().len(), fake.streams()), (1, 1), "what is answered isn't given up");

@@ -36,7 +36,6 @@ unsafe impl Lanes for Avx512 {
         // SAFETY: SSE is part of x86-64, and a prefetch never faults.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
     }
-
     #[inline(always)]
     fn prefetch_later(at: *const f32) {
         // SAFETY: SSE is part of x86-64, and a prefetch never faults.

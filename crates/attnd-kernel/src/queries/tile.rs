@@ -182,7 +182,7 @@ pub(super) unsafe fn context<L: Lanes, A: Arithmetic<L>, const MR: usize, const 
             if is_careful {
                 // Small tiles, for want of registers beside the bounds of the lanes.
                 cover!(width, |column| context_tile::<L, A, 2, NR, true>(
-                    v.later(column),
+                    v.at_word(column),
                     first + column,
                     &words,
                     seen,
@@ -192,7 +192,7 @@ pub(super) unsafe fn context<L: Lanes, A: Arithmetic<L>, const MR: usize, const 
                 ));
             } else {
                 cover!(width, |column| context_tile::<L, A, MR, NR, false>(
-                    v.later(column),
+                    v.at_word(column),
                     first + column,
                     &words,
                     seen,

@@ -139,6 +139,14 @@ impl Client {
     }
 }
 
+/// Sends the beginning of an append, as request 1, and waits until its ledger has begun it.
+pub(super) async fn begin_append(client: &Client, session: &Session) {
+    let (append, chunks, _) = frames(session, 1, 300, 2);
+    client.send(1, Ask::Append(append)).await;
+    client.send(1, Ask::Chunk(chunks[0].clone())).await;
+    until("it has begun", || session.lock().ledger.in_flight().is_some()).await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_append_without_its_turn_holds_no_other_request_up() {
     let cluster = Cluster::start(1).await;
@@ -203,10 +211,7 @@ async fn whoever_writes_anew_finds_nothing_of_before_under_way() {
     let cluster = Cluster::start(2).await;
     let session = cluster.open("s", 2, &[(cluster.all(), &[0, 1])]).await;
     let mut client = Client::connect(&cluster).await;
-    let (append, chunks, _) = frames(&session, 1, 300, 2);
-    client.send(1, Ask::Append(append)).await;
-    client.send(1, Ask::Chunk(chunks[0].clone())).await;
-    until("it has begun", || session.lock().ledger.in_flight().is_some()).await;
+    begin_append(&client, &session).await;
     let open = Open { name: Some(session.name.clone()), spec: None, write: true };
     client.send(2, Ask::Open(open)).await;
     let Answer::Description(description) = client.answer(2).await else { panic!("it is there") };

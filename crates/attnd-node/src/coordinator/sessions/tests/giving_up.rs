@@ -2,7 +2,7 @@
 
 use attnd_wire::session::{Answer, Ask};
 
-use super::appends::{Client, frames};
+use super::appends::{Client, begin_append};
 use super::steps::occupied;
 use super::*;
 
@@ -38,10 +38,7 @@ async fn an_append_that_is_given_up_is_taken_back() {
     let cluster = Cluster::start(2).await;
     let session = cluster.open("s", 2, &[(cluster.all(), &[0, 1])]).await;
     let mut client = Client::connect(&cluster).await;
-    let (append, chunks, _) = frames(&session, 1, 300, 2);
-    client.send(1, Ask::Append(append)).await;
-    client.send(1, Ask::Chunk(chunks[0].clone())).await;
-    until("it has begun", || session.lock().ledger.in_flight().is_some()).await;
+    begin_append(&client, &session).await;
     client.send(1, Ask::GiveUp).await;
     assert!(matches!(client.answer(1).await, Answer::Failed(_)));
     until("it is taken back", || session.lock().ledger.in_flight().is_none()).await;
