@@ -42,6 +42,7 @@ mod handle;
 mod queries;
 mod rows;
 mod steps;
+mod told;
 
 pub use self::handle::{AppendOptions, Appended, Session, Stepped};
 pub use self::queries::{QueryOptions, SessionAttended};

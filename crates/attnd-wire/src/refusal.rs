@@ -42,6 +42,11 @@ pub fn duplicate_begin() -> Error {
     Error::new(Reason::StreamOrder, "duplicate Begin")
 }
 
+/// Something came behind the last frame.
+pub fn frame_after_commit() -> Error {
+    Error::new(Reason::StreamOrder, "frame after Commit")
+}
+
 /// A frame without a part that this version knows.
 pub fn empty_frame() -> Error {
     Error::new(Reason::StreamOrder, "empty frame")

@@ -1,7 +1,6 @@
 //! One session, as whoever opened it sees it.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use attnd_plan::session::{SessionName, SessionSpec};
@@ -19,6 +18,7 @@ use crate::session::exchange::Request;
 use crate::session::queries::{Block, BlockRows, MOST_BYTES, Queries, QueryOptions, SessionAttended};
 use crate::session::rows::Rows;
 use crate::session::steps::{Done, Failed, Outgoing, run};
+use crate::session::told::{Told, ToldOfLayer};
 use crate::session::{Sessions, unexpected};
 
 /// Rows up to so many bytes travel in one message.
@@ -39,9 +39,7 @@ pub struct Session {
     next_op_seq: u64,
     /// A mutation was sent of which nobody knows what became of it.
     unsettled: bool,
-    generation: u64,
-    /// Of each layer, the most tokens that this side was told of in this generation.
-    lens: Vec<AtomicU64>,
+    told: Told,
 }
 
 /// How to append. The default: finite rows only, in the time of all requests.
@@ -84,8 +82,7 @@ impl Session {
             writer_epoch: None,
             next_op_seq: 1,
             unsettled: false,
-            generation: 0,
-            lens: Vec::new(),
+            told: Told::of(description),
         };
         session.settle(description, write);
         session
@@ -95,8 +92,7 @@ impl Session {
     fn settle(&mut self, description: &SessionDescription, write: bool) {
         self.writer_epoch = write.then_some(description.writer_epoch);
         self.next_op_seq = description.next_op_seq;
-        self.generation = description.generation;
-        self.lens = description.tokens.iter().map(|len| AtomicU64::new(*len)).collect();
+        self.told = Told::of(description);
         self.unsettled = false;
     }
 
@@ -112,12 +108,12 @@ impl Session {
 
     /// Tokens of a layer, as far as this side was told; none of a layer that isn't there.
     pub fn len(&self, layer: usize) -> u64 {
-        self.lens.get(layer).map_or(0, |len| len.load(Ordering::Relaxed))
+        self.told.layer(layer).len
     }
 
-    /// Grows whenever the session is cut.
+    /// Grows whenever the session is cut; the latest that this side was told of.
     pub fn generation(&self) -> u64 {
-        self.generation
+        self.told.generation()
     }
 
     /// The number of the next mutation.
@@ -226,6 +222,12 @@ impl Session {
         Ok(SessionAttended { context, lse, at_len, generation, kernel_id, attempts: most })
     }
 
+    /// Queries see what this side was told of, unless the session was cut since.
+    fn expect(&self, layer: usize, block: &mut Block) {
+        let ToldOfLayer { generation, len } = self.told.layer(layer);
+        (block.queries.min_len, block.queries.min_len_generation) = (len, generation);
+    }
+
     /// One message of queries.
     async fn ask(
         &self,
@@ -233,13 +235,13 @@ impl Session {
         mut block: Block,
         deadline: Instant,
     ) -> Result<(BlockRows, u32), ClientError> {
-        block.queries.min_len = self.len(layer);
+        self.expect(layer, &mut block);
         let queries = Some(block.queries.clone());
         let step = Step { session: self.name.clone(), layer, rows: None, queries };
         let outgoing = Outgoing { step, spec: Arc::clone(&self.spec), block: Some(block) };
         match self.run_one(&outgoing, deadline).await {
             Ok(Done { rows: Some(rows), attempts, .. }) => {
-                self.saw(layer, rows.at_len);
+                self.told.saw(layer, rows.at_len, rows.generation);
                 Ok((rows, attempts))
             }
             Ok(Done { attempts, .. }) => {
@@ -300,7 +302,7 @@ impl Session {
             return Ok(None);
         }
         let mut block = queries.whole();
-        block.queries.min_len = self.len(layer);
+        self.expect(layer, &mut block);
         let mutation = self.begin_mutation(deadline).await?;
         let rows = self.step_rows(layer, rows, mutation, options.attend.allow_non_finite);
         let queries = Some(block.queries.clone());
@@ -344,10 +346,7 @@ impl Session {
     /// As [`Self::append`].
     pub async fn truncate(&mut self, len: u64) -> Result<(), ClientError> {
         let (applied, _) = self.change(ChangeKind::Truncate { len }).await?;
-        self.generation = applied.generation;
-        for of_layer in &self.lens {
-            of_layer.fetch_min(len, Ordering::Relaxed);
-        }
+        self.told.cut(len, applied.generation);
         Ok(())
     }
 
@@ -365,8 +364,7 @@ impl Session {
     /// What got lost.
     pub async fn describe(&mut self) -> Result<SessionDescription, ClientError> {
         let description = self.sessions.described(Ask::Describe(self.name.clone())).await?;
-        self.generation = description.generation;
-        self.lens = description.tokens.iter().map(|len| AtomicU64::new(*len)).collect();
+        self.told = Told::of(&description);
         Ok(description)
     }
 
@@ -477,15 +475,7 @@ impl Session {
 
     fn appended(&mut self, layer: usize, applied: &Applied, attempts: u32) -> Appended {
         let Applied { len, generation, replayed, .. } = *applied;
-        self.saw(layer, len);
-        self.generation = generation;
+        self.told.saw(layer, len, generation);
         Appended { len, generation, replayed, attempts }
-    }
-
-    /// A layer has at least so many tokens.
-    fn saw(&self, layer: usize, len: u64) {
-        if let Some(known) = self.lens.get(layer) {
-            known.fetch_max(len, Ordering::Relaxed);
-        }
     }
 }

@@ -102,6 +102,31 @@ async fn a_session_lives_on_one_stream() {
 }
 
 #[tokio::test]
+async fn a_reader_goes_on_behind_a_cut_of_somebody_else() {
+    let fake = Fake::start().await;
+    let mut writer = session(&fake).await;
+    for layer in [0, 1] {
+        append(&mut writer, layer, 7).await.unwrap();
+    }
+    let reader = fake.sessions().read("a").await.unwrap();
+    let options = QueryOptions::default();
+    assert_eq!(reader.attend(0, q(1), &options).await.unwrap().at_len, 7);
+    writer.truncate(4).await.unwrap();
+    append(&mut writer, 0, 1).await.unwrap();
+    assert_eq!((reader.len(0), reader.generation()), (7, 1), "nobody has told it");
+    let attended = reader.attend(0, q(1), &options).await.unwrap();
+    assert_eq!((attended.at_len, attended.generation), (5, 2));
+    assert_eq!((reader.len(0), reader.generation()), (5, 2));
+    // Of the other layer it still knows what was before.
+    assert_eq!(reader.len(1), 7);
+    assert_eq!(reader.attend(1, q(1), &options).await.unwrap().at_len, 4);
+    // And where there is less than it was told of since, that isn't the session it knows.
+    fake.cut("a", 3);
+    let behind = reader.attend(0, q(1), &options).await.unwrap_err();
+    assert_eq!(behind.reason, Reason::AtLen, "{behind}");
+}
+
+#[tokio::test]
 async fn each_answer_finds_its_question_in_any_order() {
     let fake = Fake::start().await;
     let mut session = session(&fake).await;

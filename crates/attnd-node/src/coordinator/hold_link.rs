@@ -6,10 +6,13 @@
 //! requests leave in the order of their numbers.
 
 use std::collections::BTreeMap;
+use std::future::poll_fn;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
 
 use attnd_plan::session::Holder;
 use attnd_wire::{Error, Reason, limits, proto};
+use futures::FutureExt as _;
 use proto::hold_request::Ask;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_stream::wrappers::ReceiverStream;
@@ -200,8 +203,14 @@ impl Answer {
     ///
     /// # Errors
     /// Why the stream ended before the last one came.
-    pub(crate) async fn parts(self) -> Result<Parts, Error> {
-        self.0.await.unwrap_or_else(|_gone| Err(Error::new(Reason::Transport, "the worker is gone")))
+    pub(crate) async fn parts(mut self) -> Result<Parts, Error> {
+        poll_fn(|cx| self.poll_parts(cx)).await
+    }
+
+    /// The same for whoever waits for something else too. Not to be asked again once it is ready.
+    pub(crate) fn poll_parts(&mut self, cx: &mut Context<'_>) -> Poll<Result<Parts, Error>> {
+        let gone = |_| Err(Error::new(Reason::Transport, "the worker is gone"));
+        self.0.poll_unpin(cx).map(|answered| answered.unwrap_or_else(gone))
     }
 }
 
@@ -314,7 +323,6 @@ impl Waiting {
 #[cfg(test)]
 mod tests {
     use attnd_plan::WorkerId;
-    use futures::FutureExt as _;
 
     use super::*;
 

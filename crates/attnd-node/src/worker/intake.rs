@@ -114,7 +114,7 @@ impl Intake {
             return Ok(Progress::Sums(sums));
         }
         if self.committed {
-            return Err(Error::new(Reason::StreamOrder, "frame after Commit"));
+            return Err(refusal::frame_after_commit());
         }
         match frame {
             ComputeRequest::Sums(_) => Ok(Progress::More),

@@ -81,8 +81,10 @@ pub struct StepQueries {
     pub at_len: Option<u64>,
     /// Which generation of the session; `None`: whichever it has.
     pub generation: Option<u64>,
-    /// Tokens that the layer must have at least.
+    /// Tokens that the layer must have at least, unless the session was cut since.
     pub min_len: u64,
+    /// Generation in which it had as many.
+    pub min_len_generation: u64,
     /// What the client takes the queries for.
     pub shape: RowShape,
 }
@@ -222,6 +224,7 @@ impl StepQueries {
             at_len: None,
             generation: None,
             min_len: 0,
+            min_len_generation: 0,
             shape: RowShape::default(),
         }
     }
@@ -334,6 +337,7 @@ impl TryFrom<proto::StepQueries> for StepQueries {
             at_len,
             generation,
             min_len,
+            min_len_generation,
             shape,
         } = message;
         let dtype = convert::dtype(dtype)?;
@@ -346,7 +350,19 @@ impl TryFrom<proto::StepQueries> for StepQueries {
         }
         let operator = QueryOperator { scale, causal, operator };
         let shape = RowShape::decode(shape)?;
-        Ok(Self { tokens, dtype, crc32c, q, operator, allow_non_finite, at_len, generation, min_len, shape })
+        Ok(Self {
+            tokens,
+            dtype,
+            crc32c,
+            q,
+            operator,
+            allow_non_finite,
+            at_len,
+            generation,
+            min_len,
+            min_len_generation,
+            shape,
+        })
     }
 }
 
@@ -365,6 +381,7 @@ impl From<StepQueries> for proto::StepQueries {
             at_len: queries.at_len,
             generation: queries.generation,
             min_len: queries.min_len,
+            min_len_generation: queries.min_len_generation,
             shape: queries.shape.encode(),
         }
     }

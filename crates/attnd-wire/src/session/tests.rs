@@ -53,6 +53,7 @@ fn queries() -> StepQueries {
     StepQueries {
         at_len: Some(8),
         min_len: 7,
+        min_len_generation: 2,
         ..StepQueries::new(3, Dtype::F32, bytes(8 * 3 * 16), operator)
     }
 }

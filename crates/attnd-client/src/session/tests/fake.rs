@@ -92,6 +92,13 @@ impl Fake {
         Client::connect(&self.url).unwrap().sessions().with_timeout(Duration::from_secs(20))
     }
 
+    /// A session loses tokens behind everybody's back.
+    pub(super) fn cut(&self, name: &str, len: u64) {
+        let mut state = self.state();
+        let held = state.sessions.get_mut(&SessionName::new(name).unwrap()).unwrap();
+        held.tokens.iter_mut().for_each(|tokens| *tokens = len.min(*tokens));
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap()
     }
@@ -435,7 +442,7 @@ impl State {
         let held = self.sessions.get_mut(&session).ok_or_else(refusal::no_session)?;
         let len = held.tokens[layer];
         queries.check(layer, &spec)?;
-        if queries.min_len > len {
+        if queries.min_len > len && queries.min_len_generation == held.generation {
             return Err(refusal::at_len(queries.min_len, len));
         }
         let at_len = queries.at_len.unwrap_or(len);

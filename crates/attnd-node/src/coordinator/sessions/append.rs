@@ -1,14 +1,16 @@
 //! An append whose rows come in chunks: each run of bytes goes to the replicas of its shard as it comes, and nothing of it counts before
 //! the Commit.
 
+use std::future::poll_fn;
 use std::sync::Arc;
+use std::task::Poll;
 
 use attnd_plan::call::STREAM_IDLE;
 use attnd_plan::omission::{Omission, omits};
 use attnd_plan::route::Router;
 use attnd_plan::session::{Ask, LedgerError, LedgerEvent, Op, Request, SessionSpec};
 use attnd_plan::{AnyTensor, Tensor};
-use attnd_wire::hold::{HoldAsk, ShardAppend, ShardOp};
+use attnd_wire::hold::{HoldAsk, ShardAppend, ShardOp, ShardState};
 use attnd_wire::session::digest::RowsChecksum;
 use attnd_wire::session::{Append, AppendChunk, Applied};
 use attnd_wire::{Checksummed, Commit, Error, Reason, SliceChunk, limits, refusal};
@@ -81,8 +83,10 @@ impl AppendCall {
         };
         let sessions = Arc::clone(sessions);
         let mut begun = Bulk { sessions, session, op, held: Some((turn, answer)) };
-        let sinks = begun.take(&append, bytes, frames).await?;
-        begun.commit(sinks).await
+        match begun.take(&append, bytes, frames).await? {
+            Taken::All(sinks) => begun.commit(sinks).await,
+            Taken::Ended(ended) => ended,
+        }
     }
 }
 
@@ -93,6 +97,14 @@ struct Bulk {
     op: Op,
     /// Who has the turn, and hears how it ends. Nobody, once Commit is on its way: that is somebody else's then.
     held: Option<(Turn, Ended)>,
+}
+
+/// What becomes of its chunks.
+enum Taken {
+    /// They are with these, who wait for the Commit.
+    All(Vec<Sink>),
+    /// The op ended before that, as replicas refused it.
+    Ended(Result<Applied, Error>),
 }
 
 /// How an op ends.
@@ -106,17 +118,14 @@ struct Sink {
     /// Of the upload on its link.
     request: u64,
     answer: Answer,
+    /// It had the op when it was asked to begin it.
+    has: Option<ShardState>,
     sent: Commit,
 }
 
 impl Bulk {
-    /// Takes chunks until the Commit.
-    async fn take(
-        &mut self,
-        append: &Append,
-        bytes: (u64, u64),
-        mut frames: Frames,
-    ) -> Result<Vec<Sink>, Error> {
+    /// Takes chunks until the Commit, or until enough replicas have refused them.
+    async fn take(&mut self, append: &Append, bytes: (u64, u64), mut frames: Frames) -> Result<Taken, Error> {
         let writer_epoch = append.mutation.writer_epoch;
         let mut writer = self.session.writer.subscribe();
         let mut sinks = self.open_all(append).await?;
@@ -138,10 +147,16 @@ impl Bulk {
                 current = fenced(&mut writer, writer_epoch) => {
                     return Err(LedgerError::<Error>::WriterFenced { got: writer_epoch, current }.into());
                 }
+                ended = ended(&mut self.held) => return Ok(Taken::Ended(self.end(ended))),
+                (sink, why) = refusal_of(&mut sinks) => {
+                    let Sink { shard, epoch, link, .. } = sink;
+                    tell(&self.sessions, &self.session, (shard, epoch), &link, &self.op, Err(why));
+                    continue;
+                }
                 frame = tokio::time::timeout(STREAM_IDLE, frames.next()) => frame,
             };
             match frame.map_err(|_elapsed| refusal::stream_idle(STREAM_IDLE))?? {
-                None if omits(Omission::Commit) => return Ok(sinks),
+                None if omits(Omission::Commit) => return Ok(Taken::All(sinks)),
                 None => {
                     return Err(refusal::stream_truncated(
                         stream.chunks.into(),
@@ -154,7 +169,7 @@ impl Bulk {
                     let offset = stream.take(&chunk, &spec)?;
                     for run in router.route(chunk.tensor, offset, chunk.data.len()) {
                         let data = chunk.data.slice(run.bytes.clone());
-                        for sink in sinks.iter_mut().filter(|sink| sink.shard == run.share) {
+                        for sink in sinks.iter_mut().filter(|sink| sink.lacks(run.share)) {
                             // A replica that is lost says so in its answer; the others go on.
                             sink.send(term, chunk.tensor, run.head, run.head_offset, &data).await.ok();
                         }
@@ -162,7 +177,7 @@ impl Bulk {
                 }
                 Some(Frame::Commit(commit)) => {
                     stream.finish(&commit, append.crc32c)?;
-                    return Ok(sinks);
+                    return Ok(Taken::All(sinks));
                 }
             }
         }
@@ -198,7 +213,10 @@ impl Bulk {
             let term = sessions.term;
             let mut answers: FuturesUnordered<_> = sinks
                 .into_iter()
-                .map(|Sink { shard, epoch, link, request, answer, sent }| async move {
+                .map(|Sink { shard, epoch, link, request, answer, has, sent }| async move {
+                    if let Some(state) = has {
+                        return (shard, epoch, link, Ok(state));
+                    }
                     if let Ok(commit) = encode(HoldAsk::Commit(sent)) {
                         // A stream that ended says so in the answer.
                         link.bulk.resume(request, term).send(commit).await.ok();
@@ -224,6 +242,13 @@ impl Bulk {
             Ok(Ok(applied)) => applied,
             _ => silent(),
         }
+    }
+
+    /// The op has ended without its Commit.
+    fn end(&mut self, ended: Result<Applied, Error>) -> Result<Applied, Error> {
+        self.held = None;
+        self.session.lock().uploads.clear();
+        ended
     }
 
     async fn open(
@@ -252,7 +277,7 @@ impl Bulk {
         let (request, epoch, link) = (upload.request(), of_shard.at.epoch, Arc::clone(link));
         // Before anything else is awaited: whoever takes the op back has to know.
         self.session.lock().uploads.push(Uploading { shard, link: Arc::clone(&link), request });
-        Ok(Sink { shard, epoch, link, request, answer, sent: Commit { chunks: 0, bytes: 0 } })
+        Ok(Sink { shard, epoch, link, request, answer, has: None, sent: Commit { chunks: 0, bytes: 0 } })
     }
 }
 
@@ -272,6 +297,39 @@ impl Drop for Bulk {
     }
 }
 
+/// Completes once the op has ended.
+async fn ended(held: &mut Option<(Turn, Ended)>) -> Result<Applied, Error> {
+    match held {
+        Some((_turn, ended)) => ended
+            .await
+            .unwrap_or_else(|_gone| Err(Error::new(Reason::Internal, "a ledger that says nothing"))),
+        None => std::future::pending().await,
+    }
+}
+
+/// Completes once one of the replicas has refused its chunks, which gets no more of them.
+async fn refusal_of(sinks: &mut Vec<Sink>) -> (Sink, Error) {
+    poll_fn(|cx| {
+        let refused = sinks.iter_mut().enumerate().find_map(|(at, sink)| {
+            if sink.has.is_some() {
+                return None;
+            }
+            match sink.answer.poll_parts(cx) {
+                Poll::Pending => None,
+                Poll::Ready(answer) => match answer.and_then(state_of) {
+                    Ok(state) => {
+                        sink.has = Some(state);
+                        None
+                    }
+                    Err(why) => Some((at, why)),
+                },
+            }
+        });
+        refused.map_or(Poll::Pending, |(at, why)| Poll::Ready((sinks.swap_remove(at), why)))
+    })
+    .await
+}
+
 /// Completes once somebody else writes, with their epoch.
 async fn fenced(writer: &mut watch::Receiver<u64>, epoch: u64) -> u64 {
     let current = writer.wait_for(|current| *current > epoch).await.map(|current| *current);
@@ -283,6 +341,11 @@ async fn fenced(writer: &mut watch::Receiver<u64>, epoch: u64) -> u64 {
 }
 
 impl Sink {
+    /// Whether it needs the rows of a shard.
+    fn lacks(&self, shard: usize) -> bool {
+        self.shard == shard && self.has.is_none()
+    }
+
     async fn send(
         &mut self,
         term: u64,

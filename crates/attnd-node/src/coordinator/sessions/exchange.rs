@@ -4,7 +4,7 @@
 //! Mutations line up behind each other as their frames are read, before anything else is awaited: this is what "in the order
 //! in which they come" means. The chunks of an append go to it by `feed.rs`, so that one whose turn isn't there yet holds nobody back.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::future::ready;
 use std::sync::Arc;
 
@@ -96,6 +96,8 @@ struct Exchange {
     patient: Arc<Semaphore>,
     /// A frame for which its append, which has its turn, has no room yet.
     held: Option<(u64, Frame)>,
+    /// The last [`MAX_APPENDS`] appends whose Commit came.
+    commits: VecDeque<u64>,
     last: u64,
 }
 
@@ -103,7 +105,8 @@ impl Exchange {
     fn new(sessions: Arc<Sessions>, calls: Calls, replies: mpsc::Sender<proto::SessionReply>) -> Self {
         let (running, unwanted) = (FuturesUnordered::new(), BTreeMap::new());
         let (appends, ahead, patient) = (BTreeMap::new(), feed::ahead(), patience::room());
-        Self { sessions, calls, replies, running, unwanted, appends, ahead, patient, held: None, last: 0 }
+        let (held, commits, last) = (None, VecDeque::new(), 0);
+        Self { sessions, calls, replies, running, unwanted, appends, ahead, patient, held, commits, last }
     }
 
     /// Serves until the client says that nothing more comes, and all it asked for is answered.
@@ -148,7 +151,8 @@ impl Exchange {
     /// Takes a frame.
     ///
     /// # Errors
-    /// If its number can't be right, after which frames can't be told apart.
+    /// If its number can't be right, after which frames can't be told apart; and for what comes behind a Commit, whose append may have been
+    /// answered by then.
     fn take(&mut self, Asked { request, timeout, ask }: Asked) -> Result<(), Error> {
         if matches!(ask, Ok(Ask::GiveUp)) && request <= self.last {
             // It may have been answered already.
@@ -156,6 +160,9 @@ impl Exchange {
                 unwanted.cancel();
             }
             return Ok(());
+        }
+        if self.commits.contains(&request) {
+            return Err(refusal::frame_after_commit());
         }
         let feeder = self.appends.get_mut(&request);
         let goes_on = feeder.is_some();
@@ -166,6 +173,10 @@ impl Exchange {
             Err(error) if goes_on => Frame::Broken(error),
             ask => return self.begin(request, Deadline::after(now(), timeout), ask),
         };
+        if goes_on && matches!(frame, Frame::Commit(_)) {
+            self.commits.push_back(request);
+            self.commits.drain(..self.commits.len().saturating_sub(MAX_APPENDS));
+        }
         match feeder {
             Some(feeder) => self.held = feeder.offer(frame).map(|frame| (request, frame)),
             // It has been answered already.

@@ -21,6 +21,7 @@ use attnd_wire::surroundings::now;
 use attnd_wire::{Error, Reason, SessionCounts};
 
 use tokio::sync::{Notify, watch};
+use tokio_util::sync::CancellationToken;
 
 use super::Hub;
 use super::meta_store::{MetaError, MetaThread};
@@ -94,6 +95,8 @@ struct Table {
     by_number: BTreeMap<u64, Arc<Session>>,
     /// Names of sessions that are being opened, or forked.
     opening: BTreeSet<SessionName>,
+    /// Of those that are being opened, what whoever opens the same one waits for.
+    being_opened: BTreeMap<SessionName, CancellationToken>,
     /// And their numbers, whose shards workers may hold by now.
     reserved: BTreeSet<u64>,
     closed: ClosedSessions,

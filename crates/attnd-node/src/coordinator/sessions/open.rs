@@ -9,26 +9,34 @@ use attnd_wire::session::{Open, SessionDescription};
 use attnd_wire::{Error, Reason};
 use futures::future::join_all;
 use tokio::sync::oneshot;
+use tokio_util::sync::CancellationToken;
 
 use super::births::{record_of, since_1970};
 use super::session::{Session, SessionParts};
 use super::upkeep::ask;
-use super::{MAX_SESSIONS, Sessions, not_kept};
+use super::{MAX_SESSIONS, Sessions, Table, not_kept};
 use crate::coordinator::hold_link::HoldLink;
 use crate::coordinator::membership_actor::{Candidate, Capacities};
 use attnd_wire::join::SESSIONS;
 
 /// The name and the number of a session that is being opened, until it is open or not.
-struct Reserved<'a> {
-    sessions: &'a Sessions,
+struct Reserved {
+    sessions: Arc<Sessions>,
     name: SessionName,
     number: Option<u64>,
 }
 
-impl Drop for Reserved<'_> {
+impl Drop for Reserved {
     fn drop(&mut self) {
         self.sessions.give_back(&self.name, self.number);
     }
+}
+
+/// Whose name it is.
+enum Naming {
+    Ours(Reserved),
+    /// Somebody else opens a session of this name, until then.
+    Theirs(CancellationToken),
 }
 
 impl Sessions {
@@ -39,45 +47,66 @@ impl Sessions {
     /// [`Reason::Placement`], [`Reason::NoWorkers`], and what workers refuse.
     pub(super) async fn open(self: &Arc<Self>, open: Open) -> Result<SessionDescription, Error> {
         let Open { name, spec, write } = open;
-        let found = match &name {
-            Some(name) => match (self.find(name), &spec) {
-                (Ok(session), _) => Some(session),
-                (Err(missing), None) => return Err(missing),
-                (Err(_), Some(_)) => None,
-            },
-            None => None,
+        let reserved = loop {
+            let missing = match name.as_ref().map(|name| self.find(name)) {
+                Some(Ok(session)) => return self.join(&session, spec.as_ref(), write).await,
+                Some(Err(missing)) => missing,
+                None => Error::new(Reason::SessionId, "1..64 of [A-Za-z0-9._-]"),
+            };
+            if spec.is_none() {
+                return Err(missing);
+            }
+            match self.name_for_open(name.clone())? {
+                Naming::Ours(reserved) => break reserved,
+                // Perhaps the same request, whose answer got lost. Then it is there, or it can be opened.
+                Naming::Theirs(ended) => ended.cancelled().await,
+            }
         };
-        match (found, spec) {
-            (Some(session), spec) => {
-                if spec.is_some_and(|spec| spec != session.spec) {
-                    return Err(Error::new(Reason::SessionExists, "parameters differ"));
-                }
-                session.describe(self, false)?;
-                if write {
-                    session.become_writer(self).await?;
-                    // What the one before has under way has its end when this is answered, so nothing of that comes between.
-                    let place = {
-                        let _all_at_once = self.line_up();
-                        session.turns.line_up()?
-                    };
-                    drop(place.turn().await);
-                    // A cut or a fork that was left unfinished can't be taken back: it still comes.
-                    session.lock().ledger.check_settled()?;
-                }
-                session.describe(self, false)
-            }
-            (None, Some(spec)) => {
-                // Workers hold what was begun, whoever waits for it: it is opened to the end, and closed again for want of use.
-                let (sessions, (done, created)) = (Arc::clone(self), oneshot::channel());
-                self.tasks.spawn(async move {
-                    drop(done.send(sessions.create(name, &spec).await));
-                });
-                let gone = |_| Err(Error::new(Reason::Internal, "the task of an open died"));
-                let session = created.await.unwrap_or_else(gone)?;
-                session.describe(self, true)
-            }
-            (None, None) => Err(Error::new(Reason::SessionId, "1..64 of [A-Za-z0-9._-]")),
+        let Some(spec) = spec else { return Err(Error::new(Reason::Internal, "a session of nothing")) };
+        // Workers hold what was begun, whoever waits for it: it is opened to the end, and closed again for want of use.
+        let (sessions, (done, created)) = (Arc::clone(self), oneshot::channel());
+        self.tasks.spawn(async move {
+            drop(done.send(sessions.create(reserved, &spec).await));
+        });
+        let gone = |_| Err(Error::new(Reason::Internal, "the task of an open died"));
+        let session = created.await.unwrap_or_else(gone)?;
+        session.describe(self, true)
+    }
+
+    /// Opens a session that is there.
+    async fn join(
+        self: &Arc<Self>,
+        session: &Arc<Session>,
+        spec: Option<&SessionSpec>,
+        write: bool,
+    ) -> Result<SessionDescription, Error> {
+        if spec.is_some_and(|spec| *spec != session.spec) {
+            return Err(Error::new(Reason::SessionExists, "parameters differ"));
         }
+        session.describe(self, false)?;
+        if write {
+            session.become_writer(self).await?;
+            // What the one before has under way has its end when this is answered, so nothing of that comes between.
+            let place = {
+                let _all_at_once = self.line_up();
+                session.turns.line_up()?
+            };
+            drop(place.turn().await);
+            // A cut or a fork that was left unfinished can't be taken back: it still comes.
+            session.lock().ledger.check_settled()?;
+        }
+        session.describe(self, false)
+    }
+
+    fn name_for_open(self: &Arc<Self>, name: Option<SessionName>) -> Result<Naming, Error> {
+        let mut table = self.table();
+        let being_opened = name.as_ref().and_then(|name| table.being_opened.get(name));
+        if let Some(ended) = being_opened {
+            return Ok(Naming::Theirs(ended.clone()));
+        }
+        let name = self.reserve_in(&mut table, name)?;
+        table.being_opened.insert(name.clone(), CancellationToken::new());
+        Ok(Naming::Ours(Reserved { sessions: Arc::clone(self), name, number: None }))
     }
 
     /// Takes a name, that of a session which isn't there, or makes one. It is given up by [`Self::give_back`].
@@ -85,7 +114,10 @@ impl Sessions {
     /// # Errors
     /// [`Reason::SessionExists`], [`Reason::Overloaded`].
     pub(super) fn reserve(&self, name: Option<SessionName>) -> Result<SessionName, Error> {
-        let mut table = self.table();
+        self.reserve_in(&mut self.table(), name)
+    }
+
+    fn reserve_in(&self, table: &mut Table, name: Option<SessionName>) -> Result<SessionName, Error> {
         if table.open.len() + table.opening.len() >= MAX_SESSIONS {
             return Err(Error::new(Reason::Overloaded, format!("{MAX_SESSIONS} sessions")));
         }
@@ -108,10 +140,9 @@ impl Sessions {
 
     async fn create(
         self: &Arc<Self>,
-        name: Option<SessionName>,
+        mut reserved: Reserved,
         spec: &SessionSpec,
     ) -> Result<Arc<Session>, Error> {
-        let mut reserved = Reserved { sessions: self, name: self.reserve(name)?, number: None };
         let number = self.meta.run(|store| store.reserve_number()).await.map_err(|error| not_kept(&error))?;
         self.table().reserved.insert(number);
         reserved.number = Some(number);
@@ -283,8 +314,13 @@ impl Sessions {
     pub(super) fn give_back(&self, name: &SessionName, number: Option<u64>) {
         let mut table = self.table();
         table.opening.remove(name);
+        let ended = table.being_opened.remove(name);
         if let Some(number) = number {
             table.reserved.remove(&number);
+        }
+        drop(table);
+        if let Some(ended) = ended {
+            ended.cancel();
         }
     }
 }

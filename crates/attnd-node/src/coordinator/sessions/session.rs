@@ -251,8 +251,8 @@ impl Session {
                 (Some(tokens(len)), Some(generation), None)
             }
         };
-        let min_len = tokens(queries.min_len);
-        let request = ReadRequest { layer, at_len, generation, min_len, after };
+        let (min_len, min_len_generation) = (tokens(queries.min_len), queries.min_len_generation);
+        let request = ReadRequest { layer, at_len, generation, min_len, min_len_generation, after };
         state.ledger.check_read(&request).map_err(Error::from)
     }
 

@@ -460,7 +460,7 @@ impl Reader {
     }
 
     async fn after_commit(&mut self, request: u64) -> Result<(), Gone> {
-        self.refuse(request, Error::new(Reason::StreamOrder, "frame after Commit")).await
+        self.refuse(request, refusal::frame_after_commit()).await
     }
 }
 

@@ -85,6 +85,8 @@ pub struct ReadRequest {
     pub generation: Option<u64>,
     /// Tokens that the reader knows of.
     pub min_len: usize,
+    /// Generation in which it was told of them: of a later one it knows nothing.
+    pub min_len_generation: u64,
     /// The append of the same step, which is in flight: its tokens are looked at too. Whoever computes reads behind it.
     pub after: Option<Op>,
 }

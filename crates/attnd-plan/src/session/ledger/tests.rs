@@ -258,6 +258,14 @@ fn rows_60_to_62_reads_of_what_is_not_there() {
     }
     let old = ReadRequest { generation: Some(3), ..all };
     assert_eq!(read(&cluster, old).unwrap_err().to_string(), "session 4, request 3");
+    // Whoever was told of more tokens before a cut isn't behind for that; of a generation that never was, nobody was told.
+    let len = cluster.ledger.tokens()[0];
+    let cut = ReadRequest { min_len: 128, min_len_generation: 3, ..all };
+    assert_eq!(read(&cluster, cut), Ok(Read { generation: 4, at_len: len }));
+    let behind = ReadRequest { min_len_generation: 4, ..cut };
+    assert_eq!(read(&cluster, behind).unwrap_err().to_string(), format!("committed {len}, min_len 128"));
+    let other = ReadRequest { min_len_generation: 5, ..all };
+    assert_eq!(read(&cluster, other).unwrap_err().to_string(), "session 4, request 5");
     // A step looks at what it appends, before that has happened.
     cluster.silent = vec![holder("b")];
     let Ok(Begun::Started(op)) = cluster.append(6, 2) else { panic!("it doesn't begin") };

@@ -96,6 +96,54 @@ async fn an_append_is_answered_when_enough_have_it_and_keeps_the_turn_for_the_ot
     assert_eq!(session.lock().ledger.members(0).count(), 2);
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_append_that_is_refused_is_answered_before_its_commit() {
+    let cluster = Cluster::start(2).await;
+    let session = cluster.open("s", 2, &[(cluster.all(), &[0, 1])]).await;
+    let mut client = Client::connect(&cluster).await;
+    let (append, chunks, commit) = frames(&session, 1, 300, 2);
+    client.send(1, Ask::Append(append)).await;
+    let nan: Vec<u8> = f32::NAN.to_le_bytes().repeat(chunks[0].data.len() / 4);
+    client.send(1, Ask::Chunk(AppendChunk::new(0, Tensor::K, 0, nan))).await;
+    let Answer::Failed(refused) = client.answer(1).await else { panic!("these are no numbers") };
+    assert_eq!((refused.reason, refused.outcome), (Reason::NonFinite, Outcome::NotExecuted));
+    assert!(session.lock().uploads.is_empty() && session.lock().ledger.members(0).count() == 2);
+    // What was on its way is nobody's.
+    client.send(1, Ask::Chunk(chunks[1].clone())).await;
+    client.send(1, Ask::Commit(commit)).await;
+    assert_eq!(applied(&cluster.run(vec![step(&session, 1, 4)]).await), (4, false));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_frame_behind_a_commit_ends_the_stream() {
+    let cluster = Cluster::start(1).await;
+    for (name, waits) in [("s", false), ("t", true)] {
+        let session = cluster.open(name, 1, &[(cluster.all(), &[0])]).await;
+        let mut client = Client::connect(&cluster).await;
+        let (append, chunks, commit) = frames(&session, 1, 300, 1);
+        client.send(1, Ask::Append(append)).await;
+        for chunk in &chunks {
+            client.send(1, Ask::Chunk(chunk.clone())).await;
+        }
+        client.send(1, Ask::Commit(commit)).await;
+        if waits {
+            assert!(matches!(client.answer(1).await, Answer::Applied(_)));
+        }
+        client.send(1, Ask::Chunk(chunks[0].clone())).await;
+        let ended = loop {
+            match client.replies.message().await {
+                Ok(Some(_applied)) => {}
+                ended => break Error::from(ended.unwrap_err()),
+            }
+        };
+        assert_eq!(ended.message(), "STREAM_ORDER: frame after Commit");
+        // Whole or not at all, as with any stream that ends.
+        until("it has its end", || session.lock().ledger.in_flight().is_none()).await;
+        let len = session.lock().ledger.tokens()[0];
+        assert!(len == 300 || (len == 0 && !waits), "{len}");
+    }
+}
+
 /// A client's stream.
 pub(super) struct Client {
     frames: mpsc::Sender<proto::SessionRequest>,

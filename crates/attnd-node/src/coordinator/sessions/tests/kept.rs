@@ -313,6 +313,31 @@ async fn what_can_not_be_kept_is_refused_and_changes_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_session_that_is_opened_twice_at_once_is_one() {
+    let scene = Scene::new().await;
+    let life = scene.begin().await;
+    let opened = |open| life.sessions.open(open);
+    let mut other = open("a", false);
+    other.spec.as_mut().unwrap().max_tokens += 1;
+    let (first, second, third) =
+        tokio::join!(opened(open("a", true)), opened(open("a", true)), opened(other.clone()));
+    let epochs =
+        |of: Result<SessionDescription, Error>| of.map(|opened| (opened.created, opened.writer_epoch));
+    assert_eq!((epochs(first).unwrap(), epochs(second).unwrap()), ((true, 1), (false, 2)));
+    let differs = third.unwrap_err();
+    assert_eq!(differs.message(), "SESSION_EXISTS: parameters differ");
+    // Where the first one fails, the second is for whoever waits for it.
+    scene.meta.fail(&["create_as"]);
+    other.name = Some(name("b"));
+    let (first, second) = tokio::join!(opened(open("b", true)), opened(other.clone()));
+    not_kept(&first.unwrap_err());
+    not_kept(&second.unwrap_err());
+    scene.meta.fail(&[]);
+    assert!(opened(other).await.unwrap().created);
+    assert!(life.sessions.table().being_opened.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_child_is_told_of_once_it_is_kept_be_it_by_the_next_coordinator() {
     let scene = Scene::new().await;
     let life = scene.begin().await;
