@@ -7,6 +7,7 @@
 //! Either role is `run(listener, config, shutdown)`: the caller owns the socket and the end. `run_on` is the same on another
 //! [`Platform`] than this machine, which is how simulations have them.
 
+mod budget;
 pub mod compute_pool;
 pub mod coordinator;
 pub mod error;

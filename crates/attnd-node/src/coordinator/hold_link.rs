@@ -23,6 +23,9 @@ const CONTROL_QUEUE: usize = 16;
 /// Chunks that wait to be sent; a full queue holds the client back.
 const BULK_QUEUE: usize = 4;
 
+/// Bytes of one answer: more than the largest step's partials, and a worker that says more makes no sense.
+const ANSWER_BYTES: usize = 1 << 30;
+
 /// All parts of the answer to one request.
 pub(crate) type Parts = Vec<proto::HoldReply>;
 
@@ -62,6 +65,8 @@ struct State {
 #[derive(Debug)]
 struct Asked {
     parts: Parts,
+    /// Of all of them.
+    bytes: usize,
     answer: oneshot::Sender<Result<Parts, Error>>,
     /// Who waits for there to be an answer, whatever it is: they are dropped then.
     others: Vec<oneshot::Sender<()>>,
@@ -148,7 +153,7 @@ impl Lane {
         }
         state.last += 1;
         let request = state.last;
-        state.asked.insert(request, Asked { parts: Parts::new(), answer, others: Vec::new() });
+        state.asked.insert(request, Asked { parts: Parts::new(), bytes: 0, answer, others: Vec::new() });
         let message = proto::HoldRequest { request, term, ask: Some(ask) };
         #[cfg(feature = "simulation")]
         crate::simulation::sent(&message);
@@ -267,7 +272,7 @@ impl Waiting {
     /// Takes a reply; with the last part, whoever waits is told.
     ///
     /// # Errors
-    /// [`Reason::ReplyInvalid`] for an answer that nobody asked for.
+    /// [`Reason::ReplyInvalid`] for an answer that nobody asked for, or that has no end.
     fn take(&self, reply: proto::HoldReply) -> Result<(), Error> {
         let (number, more) = (reply.request, reply.more);
         let mut state = self.lock();
@@ -282,13 +287,18 @@ impl Waiting {
                 format!("an answer to request {number}, which isn't open"),
             ));
         };
+        asked.bytes += limits::entry_bytes(&reply);
+        if asked.bytes > ANSWER_BYTES {
+            let detail = format!("{} bytes of an answer, at most {ANSWER_BYTES}", asked.bytes);
+            return Err(Error::new(Reason::ReplyInvalid, detail));
+        }
         asked.parts.push(reply);
         if more {
             return Ok(());
         }
         let asked = state.asked.remove(&number);
         drop(state);
-        if let Some(Asked { parts, answer, others: _ }) = asked {
+        if let Some(Asked { parts, answer, .. }) = asked {
             // Whoever asked may be gone.
             drop(answer.send(Ok(parts)));
         }
@@ -357,6 +367,23 @@ mod tests {
         waiting.take(reply(2, false)).unwrap();
         let unknown = waiting.take(reply(3, false)).unwrap_err();
         assert_eq!(unknown.message(), "REPLY_INVALID: an answer to request 3, which isn't open");
+    }
+
+    #[tokio::test]
+    async fn an_answer_without_an_end_ends_its_stream() {
+        let (link, [task, _bulk]) = link();
+        let _asked = link.control.ask(3, release()).await.unwrap();
+        // The same memory each time.
+        let chunk = proto::CopyChunk { data: vec![0; 8 << 20].into(), ..Default::default() };
+        let part = || {
+            let answer = Some(proto::hold_reply::Answer::Chunk(chunk.clone()));
+            proto::HoldReply { answer, ..reply(1, true) }
+        };
+        let taken =
+            (0..1000).map_while(|_| task.waiting.0.take(part()).err().is_none().then_some(())).count();
+        assert_eq!(taken, 127);
+        let endless = task.waiting.0.take(part()).unwrap_err();
+        assert_eq!(endless.reason, Reason::ReplyInvalid, "{endless}");
     }
 
     #[tokio::test]

@@ -34,8 +34,8 @@ use tokio::time::{Interval, MissedTickBehavior};
 use tonic::transport::Channel;
 
 use super::worker_actor::{WorkerActor, WorkerActorArgs};
+use crate::budget::Budget;
 use crate::listen::MAX_CONNECTIONS;
-use crate::worker::budget::Budget;
 
 /// How often silence is looked for: twice per beat.
 const TICK: Duration = Duration::from_millis(100);

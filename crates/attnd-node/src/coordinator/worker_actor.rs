@@ -29,7 +29,7 @@ use tonic::transport::Channel;
 
 use super::hold_link::HoldLink;
 use super::tasks;
-use crate::worker::budget::Reservation;
+use crate::budget::Reservation;
 
 /// Messages of one share that wait to be sent; a full queue holds the client back.
 const REQUESTS: usize = 4;

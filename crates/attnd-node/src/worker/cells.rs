@@ -15,11 +15,11 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::assembly::Operands;
-use super::budget::Reservation;
 use super::projection::project;
 use super::second_pass::{self, Kept};
 use super::side::SidePlanes;
 use super::slices::Slicer;
+use crate::budget::Reservation;
 use crate::compute_pool::{BusyClock, ComputePool, WorkError};
 
 /// Finished or running cells of one call: one is computed while the other is sent.

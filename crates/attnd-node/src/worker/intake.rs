@@ -8,10 +8,10 @@ use attnd_plan::{AnyTensor, Piece, SideTensor, Sides, Tensor};
 use attnd_wire::{Commit, ComputeRequest, Error, MergedSums, Reason, SliceChunk, refusal};
 
 use super::assembly::{AssemblyError, GroupAssembly, Layout, Operands};
-use super::budget::Reservation;
 use super::cells::ReadyGroup;
 use super::second_pass::SumsDue;
 use super::side::{self, SideAssembly, SidePlanes};
+use crate::budget::Reservation;
 
 /// The state of one stream after its Begin.
 #[derive(Debug)]
@@ -255,7 +255,7 @@ mod tests {
     use bytes::Bytes;
 
     use super::*;
-    use crate::worker::budget::Budget;
+    use crate::budget::Budget;
 
     fn layout() -> Layout {
         let dims = Dims { batch: 1, heads: 2, kv_heads: 2, queries: 1, keys: 4, head_dim: 1, value_dim: 1 };

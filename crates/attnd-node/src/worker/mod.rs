@@ -28,7 +28,6 @@ use crate::shutdown::{Calls, DRAIN_DEADLINE, serve_until};
 use crate::{NodeError, Platform};
 
 mod assembly;
-pub(crate) mod budget;
 mod cells;
 pub(crate) mod hold_service;
 mod intake;
@@ -45,7 +44,7 @@ mod supervisor;
 #[cfg(test)]
 mod tests;
 
-use budget::Budget;
+use crate::budget::Budget;
 use hold_service::HoldService;
 use membership::{Leave, MembershipArgs};
 use service::WorkerService;

@@ -243,9 +243,9 @@ mod tests {
     use kameo::actor::Spawn;
 
     use super::*;
+    use crate::budget::Budget;
     use crate::compute_pool::{BusyClock, ComputePool};
     use crate::shutdown::Calls;
-    use crate::worker::budget::Budget;
 
     #[tokio::test]
     async fn memory_is_free_before_the_peer_knows_that_all_is_done() {

@@ -13,8 +13,8 @@ use attnd_kernel::{AttnShape, DensePlane, OutOfMemory, first_non_finite, widen};
 use attnd_plan::{Element, Piece, PlanePart, SideLayout, SideTensor, Sides, Tensor};
 use attnd_wire::{Error, Reason, refusal};
 
-use super::budget::Reservation;
 use super::projection::HeadMatrix;
+use crate::budget::Reservation;
 
 /// Memory that the parts of a share take, in bytes.
 pub(crate) fn bytes_needed(sides: &Sides, pieces: &[Piece], shape: &AttnShape) -> u64 {

@@ -24,8 +24,8 @@ use attnd_wire::{Error, Reason, refusal};
 use self::memory::SessionMemory;
 use self::shard::{Resident, ShardKey, key_of};
 use self::turns::{Access, Ticket, Turns};
+use crate::budget::{Budget, OverBudget, Reservation};
 use crate::compute_pool::ComputePool;
-use crate::worker::budget::{Budget, OverBudget, Reservation};
 
 pub(crate) mod attention;
 pub(crate) mod export;

@@ -8,7 +8,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use attnd_plan::session::{Answer, Change, Holder, Ledger, SessionName};
 use attnd_wire::hold::ShardAt;
 use attnd_wire::session::Applied;
-use attnd_wire::{Error, Reason};
+use attnd_wire::{Error, Reason, refusal};
 use tokio::sync::oneshot;
 
 use super::saves::TRY_AGAIN;
@@ -16,6 +16,11 @@ use super::session::{Session, SessionParts, State};
 use super::{Sessions, not_kept};
 use crate::coordinator::hold_link::HoldLink;
 use crate::coordinator::meta_store::{MetaError, SessionRecord, ShardRecord};
+
+/// Forks of forks: so many sessions above a child may be there, each a fork of the next.
+const MAX_DEPTH: usize = 64;
+/// Children of a session that may be there at a time.
+const MAX_FORKS: usize = 10_000;
 
 /// A child whose fork has been applied.
 #[derive(Debug)]
@@ -32,6 +37,11 @@ pub(super) struct Born {
 }
 
 impl State {
+    /// Children that are there, or may come to be.
+    fn forks_and_children(&self) -> usize {
+        self.children.len() + self.forks.keys().filter(|child| !self.children.contains_key(child)).count()
+    }
+
     /// Whether this is the answer to a fork that was begun here: then its child is what the session is at this moment, and whoever waits
     /// is told once it is kept.
     pub(super) fn bear(&mut self, answer: &Answer, is_awaited: bool) -> bool {
@@ -53,12 +63,18 @@ impl Sessions {
     /// Takes a name and a number for a child, and keeps both as pending.
     ///
     /// # Errors
-    /// [`Reason::SessionExists`], [`Reason::Overloaded`], [`Reason::StateStore`].
+    /// [`Reason::SessionExists`], [`Reason::ForkLimit`], [`Reason::Overloaded`], [`Reason::StateStore`].
     pub(super) async fn conceive(
         &self,
         parent: &Session,
         name: Option<SessionName>,
     ) -> Result<(SessionName, u64), Error> {
+        if self.depth(parent) >= MAX_DEPTH {
+            return Err(refusal::fork_depth(MAX_DEPTH));
+        }
+        if parent.lock().forks_and_children() >= MAX_FORKS {
+            return Err(refusal::fork_count(MAX_FORKS));
+        }
         let name = self.reserve(name)?;
         let ledger = parent.lock().ledger.fork(self.now());
         let mut record = record_of(&name, parent, &ledger);
@@ -74,6 +90,18 @@ impl Sessions {
                 Err(not_kept(&error))
             }
         }
+    }
+
+    /// How many sessions above this one are there, each the parent of the next.
+    fn depth(&self, session: &Session) -> usize {
+        let table = self.table();
+        let mut parent = session.parent;
+        let above = std::iter::from_fn(|| {
+            let found = table.by_number.get(&parent?)?;
+            parent = found.parent;
+            Some(())
+        });
+        above.take(MAX_DEPTH).count()
     }
 
     /// Forgets a child whose fork didn't come about.

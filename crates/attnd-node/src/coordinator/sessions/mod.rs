@@ -26,6 +26,7 @@ use tokio_util::sync::CancellationToken;
 use super::Hub;
 use super::meta_store::{MetaError, MetaThread};
 use super::tasks::Tasks;
+use crate::budget::{Budget, Reservation};
 use links::View;
 use repair::Repairs;
 use saves::Saves;
@@ -62,6 +63,9 @@ pub(crate) use links::keep_links;
 pub(crate) use saves::write_members;
 pub(crate) use upkeep::watch;
 
+/// Memory that all steps under way may take: what they say, and the answers and partials that come of it.
+const STEP_BYTES: u64 = 512 << 20;
+
 /// Sessions that may be open at a time.
 const MAX_SESSIONS: usize = 100_000;
 
@@ -81,6 +85,8 @@ pub(crate) struct Sessions {
     table: Mutex<Table>,
     lines: Mutex<()>,
     repairs: Repairs,
+    /// Memory for steps.
+    room: Arc<Budget>,
     /// How long answers take, and what may be asked of a second replica.
     hedging: Mutex<Hedging<Holder>>,
     /// How long whoever asks is kept waiting for a session that isn't whole.
@@ -107,6 +113,7 @@ impl Sessions {
         let (started, table, lines) = (now(), Mutex::default(), Mutex::default());
         let (saves, links, repairs) = (Saves::default(), watch::Sender::default(), Repairs::new());
         let (linked, hedging, patience) = (Notify::new(), Mutex::default(), patience::PATIENCE);
+        let room = Budget::new(STEP_BYTES);
         Self {
             hub,
             tasks,
@@ -119,6 +126,7 @@ impl Sessions {
             table,
             lines,
             repairs,
+            room,
             hedging,
             patience,
         }
@@ -142,6 +150,15 @@ impl Sessions {
     /// No critical section leaves it half-changed.
     fn hedging(&self) -> MutexGuard<'_, Hedging<Holder>> {
         self.hedging.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Memory for a step, until it is dropped. One that needs more than all there is has it to itself.
+    ///
+    /// # Errors
+    /// [`Reason::Overloaded`] with both numbers: it is free again once other steps are answered.
+    fn room_for(&self, bytes: u64) -> Result<Reservation, Error> {
+        let room = self.room.reserve(bytes.min(self.room.limit()));
+        room.map_err(|over| Error::new(Reason::Overloaded, format!("steps: {over}")))
     }
 
     fn open_sessions(&self) -> Vec<Arc<Session>> {

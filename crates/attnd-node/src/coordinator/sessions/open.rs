@@ -305,6 +305,10 @@ impl Sessions {
         for child in forks {
             self.forget(session, child).await;
         }
+        let parent = session.parent.and_then(|parent| self.table().by_number.get(&parent).cloned());
+        if let Some(parent) = parent {
+            parent.lock().children.remove(&number);
+        }
         tracing::trace!(session = number, ?how, releases = releases.len(), "a session is closed");
         join_all(releases.into_iter().map(|(at, link)| release(self.term, link, at))).await;
         Ok(())

@@ -71,7 +71,7 @@ pub(super) struct State {
     pub(super) seen: u64,
     /// Who waits for the op in flight.
     pub(super) waits: Option<oneshot::Sender<Result<Applied, Error>>>,
-    /// Names of children, by number.
+    /// Names of children that are there, by number.
     pub(super) children: BTreeMap<u64, SessionName>,
     /// What is known about replicas that are missing, or to be elsewhere.
     pub(super) repair: Repair,

@@ -34,6 +34,7 @@ use super::results::answer;
 use super::session::{After, Begun, Session, ShardView};
 use super::turns::{Place, Turn};
 use super::works::{self, Queries};
+use crate::budget::Reservation;
 
 /// Steps that have their places.
 pub(super) struct StepsCall {
@@ -56,6 +57,8 @@ pub(super) struct Lined {
     tries: u8,
     /// The session doesn't expire as long as this is here.
     _in_use: Arc<()>,
+    /// Memory for it.
+    _room: Reservation,
 }
 
 /// A step that was sent, until it is answered.
@@ -322,10 +325,12 @@ fn find(sessions: &Sessions, step: Step) -> Result<Lined, Error> {
     if let Some(queries) = &queries {
         queries.check(layer, &session.spec)?;
     }
-    let queries = queries.map(Arc::new);
+    let room =
+        sessions.room_for(works::step_bytes(rows.as_ref(), queries.as_ref(), &session.spec, &session.pieces));
+    let (_room, queries) = (room?, queries.map(Arc::new));
     let (place, applied, may_be_done, tries) = (None, None, false, 0);
     let _in_use = Arc::clone(&session.in_use);
-    Ok(Lined { session, layer, rows, queries, place, applied, may_be_done, tries, _in_use })
+    Ok(Lined { session, layer, rows, queries, place, applied, may_be_done, tries, _in_use, _room })
 }
 
 /// What a ledger is asked for the rows of a step.

@@ -4,10 +4,10 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use attnd_kernel::Compute;
-use attnd_kernel::slot::N_SLOTS;
+use attnd_kernel::slot::{self, N_SLOTS};
 use attnd_plan::session::rows::bytes_for;
 use attnd_plan::session::{Change, Op, Read, SessionSpec};
-use attnd_plan::{CellId, cells, tokens_per_cell};
+use attnd_plan::{CellId, Piece, cells, tokens_per_cell};
 use attnd_wire::hold::{ShardAt, ShardOp, ShardQueries, ShardRows, ShardWork};
 use attnd_wire::session::{StepQueries, StepRows};
 use attnd_wire::{CallShape, limits, proto};
@@ -77,6 +77,24 @@ impl Queries {
     pub(super) fn cells_of(&self, shard: &ShardOf, call: &CallShape) -> Vec<CellId> {
         cells(&shard.pieces, &call.shape, self.tokens_per_cell)
     }
+}
+
+/// Memory that a step takes as long as it runs: what it says, the partials that come of it, and the answer that is made of these.
+pub(super) fn step_bytes(
+    rows: Option<&StepRows>,
+    queries: Option<&StepQueries>,
+    spec: &SessionSpec,
+    shards: &[Arc<[Piece]>],
+) -> u64 {
+    let said = rows.map_or(0, |rows| rows.k.len() + rows.v.len());
+    let asked = queries.map_or(0, |queries| {
+        let row = (spec.value_dim + 2) * size_of::<f32>();
+        let group = spec.heads / spec.kv_heads.max(1) * queries.tokens * row;
+        let of_piece = |piece: &Piece| piece.groups.len() * slot::cover(piece.slots.clone()).len() * group;
+        let partials: usize = shards.iter().flat_map(|pieces| pieces.iter()).map(of_piece).sum();
+        queries.q.len() + partials + spec.kv_heads * group
+    });
+    (said + asked) as u64
 }
 
 /// Tokens of the layer that an op appends to, after it; 0 where it appends nothing.
@@ -157,7 +175,11 @@ pub(super) fn blocks(
 
 #[cfg(test)]
 mod tests {
+    use attnd_kernel::{Dtype, Storage};
+    use attnd_wire::session::{Mutation, QueryOperator};
+
     use super::*;
+    use crate::worker::store::tests::{piece, spec};
 
     #[test]
     fn blocks_tile_the_rows_and_are_small() {
@@ -177,6 +199,35 @@ mod tests {
             assert!(seen.iter().all(|seen| *seen == 1), "{heads} x {tokens} x {dim}");
         }
         assert_eq!(blocks(32, 1, 128).count(), 1, "a decode step is one message");
+    }
+
+    #[test]
+    fn a_step_takes_what_it_says_its_partials_and_its_answer() {
+        let spec = SessionSpec {
+            heads: 8,
+            kv_heads: 2,
+            head_dim: 4,
+            value_dim: 6,
+            ..spec(Dtype::F32, Storage::F32)
+        };
+        let rows = StepRows::new(
+            Mutation { writer_epoch: 1, op_seq: 1 },
+            3,
+            vec![0; 96].into(),
+            vec![0; 144].into(),
+        );
+        let queries = StepQueries::new(5, Dtype::F32, vec![0; 640].into(), QueryOperator::default());
+        let whole: [Arc<[Piece]>; 1] = [Arc::from([piece(0..2, 0..64)])];
+        let bytes = |rows, queries, shards: &[Arc<[Piece]>]| step_bytes(rows, queries, &spec, shards);
+        assert_eq!(bytes(Some(&rows), None, &whole), 240);
+        let row_bytes = 8 * 5 * (6 + 2) * 4;
+        assert_eq!(bytes(None, Some(&queries), &whole), 640 + 2 * row_bytes);
+        assert_eq!(bytes(Some(&rows), Some(&queries), &whole), 240 + 640 + 2 * row_bytes);
+        // Two nodes of each head, one in either shard; then three, as no two slots that aren't a pair are one node.
+        let halves: [Arc<[Piece]>; 2] = [Arc::from([piece(0..2, 0..32)]), Arc::from([piece(0..2, 32..64)])];
+        assert_eq!(bytes(None, Some(&queries), &halves), 640 + 3 * row_bytes);
+        let uneven: [Arc<[Piece]>; 2] = [Arc::from([piece(0..2, 0..48)]), Arc::from([piece(0..2, 48..64)])];
+        assert_eq!(bytes(None, Some(&queries), &uneven), 640 + 4 * row_bytes);
     }
 
     #[test]

@@ -9,8 +9,8 @@ use attnd_wire::proto::{self, hold_reply};
 use attnd_wire::{Error, Reason, floats, limits};
 use tokio::sync::mpsc::OwnedPermit;
 
+use crate::budget::Reservation;
 use crate::shutdown::InFlight;
-use crate::worker::budget::Reservation;
 use crate::worker::store::attention::{RUN_BYTES, Run};
 use crate::worker::store::works::WorkDone;
 

@@ -16,9 +16,9 @@ use rayon::prelude::*;
 use tokio::sync::mpsc;
 
 use super::reader::Reader;
+use crate::budget::Budget;
 use crate::compute_pool::ComputePool;
 use crate::shutdown::Calls;
-use crate::worker::budget::Budget;
 use crate::worker::store::Store;
 use crate::worker::store::shard::key_of;
 use crate::worker::store::tests::{MIB, Session, encode, number, piece, spec};

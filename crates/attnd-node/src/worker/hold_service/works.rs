@@ -9,7 +9,7 @@ use tokio::sync::OwnedSemaphorePermit;
 
 use super::QUEUE;
 use super::answers::Asked;
-use crate::worker::budget::Reservation;
+use crate::budget::Reservation;
 use crate::worker::store::Store;
 use crate::worker::store::attention::unwanted;
 use crate::worker::store::works::{self, Work};

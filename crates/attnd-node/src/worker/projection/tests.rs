@@ -11,7 +11,7 @@ use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
 use super::*;
-use crate::worker::budget::Budget;
+use crate::budget::Budget;
 use crate::worker::side::{SideAssembly, bytes_needed};
 
 const KEYS: usize = 2000;

@@ -10,7 +10,7 @@ use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
 use super::*;
-use crate::worker::budget::Budget;
+use crate::budget::Budget;
 
 const DIMS: Dims =
     Dims { batch: 2, heads: 4, kv_heads: 2, queries: 5, keys: 1900, head_dim: 3, value_dim: 2 };

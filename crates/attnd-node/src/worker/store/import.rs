@@ -14,7 +14,7 @@ use super::memory::Claim;
 use super::pages::Pages;
 use super::shard::{Resident, ShardKey, key_of};
 use super::{Store, no_memory, no_shard};
-use crate::worker::budget::{OverBudget, Reservation};
+use crate::budget::{OverBudget, Reservation};
 
 /// A replica that is on its way here.
 #[derive(Debug)]

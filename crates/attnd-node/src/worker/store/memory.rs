@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use attnd_kernel::{Arena, PageLayout};
 
-use crate::worker::budget::OverBudget;
+use crate::budget::OverBudget;
 
 /// Where the pages of all sessions lie.
 #[derive(Clone, Debug)]

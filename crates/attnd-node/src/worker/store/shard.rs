@@ -15,7 +15,7 @@ use attnd_wire::{Commit, Error, Reason, SliceChunk, refusal};
 use super::pages::{PageAt, Pages, PagesError, Scrubbed, TokenRows};
 use super::staged::{BulkId, Staged};
 use super::{Store, no_memory, no_shard};
-use crate::worker::budget::{OverBudget, Reservation};
+use crate::budget::{OverBudget, Reservation};
 
 /// Number of the session, number of the shard.
 pub(crate) type ShardKey = (u64, u32);

@@ -22,6 +22,15 @@ pub(super) async fn change(
         Change::Fork { .. } => ChangeKind::Fork { child: Some(SessionName::new("child").unwrap()) },
         Change::Append { .. } => panic!("{change:?}"),
     };
+    change_as(cluster, session, op_seq, kind).await
+}
+
+async fn change_as(
+    cluster: &Cluster,
+    session: &Session,
+    op_seq: u64,
+    kind: ChangeKind,
+) -> Result<Applied, Error> {
     let mutation = Mutation { writer_epoch: 1, op_seq };
     let asked = Asked { session: session.name.clone(), mutation, kind };
     let call = ChangeCall::line_up(&cluster.sessions, asked)?;
@@ -105,6 +114,37 @@ async fn a_fork_that_a_worker_has_no_room_for_changes_nothing() {
     let born = cluster.sessions.find(&child()).unwrap();
     assert_eq!(applied(&cluster.run(vec![step(&born, 1, 1)]).await), (4, false));
     assert_eq!(applied(&cluster.run(vec![step(&session, 3, 2)]).await), (5, false));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn row_65_forks_of_forks_and_forks_of_one_session_have_a_limit() {
+    let cluster = Cluster::start(1).await;
+    let root = cluster.open("s", 1, &[(cluster.all(), &[0])]).await;
+    let fork = |parent: Arc<Session>, child: String, seq| {
+        let child = Some(SessionName::new(child).unwrap());
+        let cluster = &cluster;
+        async move { change_as(cluster, &parent, seq, ChangeKind::Fork { child }).await }
+    };
+    let find = |name: &str| cluster.sessions.find(&SessionName::new(name).unwrap()).unwrap();
+    let mut above = Arc::clone(&root);
+    for depth in 1..=64 {
+        let name = format!("depth-{depth}");
+        fork(above, name.clone(), 1).await.unwrap();
+        above = find(&name);
+    }
+    let refused = fork(Arc::clone(&above), "deeper".into(), 1).await.unwrap_err();
+    assert_eq!((refused.message().as_str(), refused.outcome), ("FORK_LIMIT: depth 64", Outcome::NotExecuted));
+    // Who is closed is above nobody.
+    cluster.sessions.close(&SessionName::new("depth-1").unwrap()).await.unwrap();
+    assert!(root.lock().children.is_empty());
+    fork(above, "deeper".into(), 1).await.unwrap();
+    let other = || SessionName::new("other").unwrap();
+    root.lock().children.extend((1..10_000).map(|child| (child, other())));
+    fork(Arc::clone(&root), "last".into(), 2).await.unwrap();
+    let refused = fork(Arc::clone(&root), "more".into(), 3).await.unwrap_err();
+    assert_eq!((refused.message().as_str(), refused.outcome), ("FORK_LIMIT: 10000", Outcome::NotExecuted));
+    cluster.sessions.close(&SessionName::new("last").unwrap()).await.unwrap();
+    fork(root, "more".into(), 3).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

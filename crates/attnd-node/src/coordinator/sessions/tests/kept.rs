@@ -21,11 +21,11 @@ use super::super::change::{ChangeCall, rooms_for};
 use super::super::patience::Patience;
 use super::super::steps::StepsCall;
 use super::super::*;
+use crate::budget::Budget;
 use crate::compute_pool::ComputePool;
 use crate::coordinator::membership_actor::{Beat, Join, MembershipActor};
 use crate::coordinator::meta_store::{InMemory, MetaStore, SessionRecord, ShardUpdate};
 use crate::shutdown::Calls;
-use crate::worker::budget::Budget;
 use crate::worker::hold_service::HoldService;
 use crate::worker::store::Store;
 

@@ -5,6 +5,7 @@ use attnd_wire::Deadline;
 
 use crate::worker::store::pages::PageAt;
 
+use super::super::works;
 use super::*;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -26,6 +27,25 @@ async fn a_replica_that_is_not_needed_holds_no_step_up() {
     until("the straggler is level", || session.is_computing(0, holder)).await;
     assert_eq!(straggler.state_of(&session, 0), cluster.nodes[0].state_of(&session, 0));
     assert_eq!((members(&session), session.lock().ledger.epoch(0)), (2, 1));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_step_for_which_there_is_no_memory_is_refused_alone() {
+    let cluster = Cluster::start(1).await;
+    let session = cluster.open("s", 1, &[(cluster.all(), &[0])]).await;
+    assert_eq!(applied(&cluster.run(vec![step(&session, 1, 3)]).await), (3, false));
+    let room = &cluster.sessions.room;
+    assert_eq!(room.reserved(), 0);
+    let need = works::step_bytes(None, looking(&session).queries.as_ref(), &session.spec, &session.pieces);
+    let taken = room.reserve(room.limit() - need).unwrap();
+    let results = cluster.run(vec![looking(&session), step(&session, 2, 1)]).await;
+    assert!(results[0].context.is_some(), "{results:?}");
+    let refused = results[1].failure.as_ref().unwrap();
+    assert!(refused.message().starts_with("OVERLOADED: steps: need ") && refused.is_retryable(), "{refused}");
+    assert!(results[1].applied.is_none() && room.reserved() == room.limit() - need);
+    drop(taken);
+    assert_eq!(applied(&cluster.run(vec![step(&session, 2, 1)]).await), (4, false));
+    assert_eq!(room.reserved(), 0);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -1,5 +1,5 @@
-//! The memory that calls may take on this worker. Bytes are reserved from declared sizes before any payload is read
-//! and go back when the reservation is dropped, whatever the reason.
+//! Memory that may be taken: of a worker by calls and sessions, of a coordinator by steps. Bytes are reserved from declared sizes before
+//! anything is done for them, and go back when the reservation is dropped, whatever the reason.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
