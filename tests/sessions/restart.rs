@@ -149,6 +149,43 @@ async fn a_coordinator_that_was_killed_goes_on_with_all_its_sessions() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_coordinator_whose_disk_is_full_ends_and_the_next_one_has_all_that_was_kept() {
+    let state = tempfile::tempdir().unwrap();
+    let sequence = Sequence::new(34, Dtype::F32, dims(4, 2, 40, 16, 16));
+    let mut cluster = Cluster::alone(vec![WorkerSpec::default(); 2], Some(state.path())).await;
+    let sessions = cluster.client().sessions();
+    let options = sequence.options();
+    let mut session = sessions.open(sequence.open(1)).await.unwrap();
+    step(&mut session, &sequence, 0, &options).await;
+    cluster.kill_coordinator();
+    cluster.start_coordinator_on_a_full_disk(192 << 10);
+    for token in 1..5 {
+        step(&mut session, &sequence, token, &options).await;
+    }
+    let hasty = cluster.client().sessions().with_timeout(Duration::from_secs(3));
+    let mut kept = vec![session.name().clone()];
+    let refused = loop {
+        let name = format!("kept-{}", kept.len());
+        match hasty.open(OpenOptions { name: Some(name), ..sequence.open(1) }).await {
+            Ok(opened) => kept.push(opened.name().clone()),
+            Err(refused) => break refused,
+        }
+        assert!(kept.len() < 2000, "the file has room for all of them");
+    };
+    assert!(kept.len() > 10, "{} sessions before {refused}", kept.len());
+    let ended = cluster.coordinator().wait_for_end(Duration::from_secs(10)).await;
+    let log = cluster.coordinator().log();
+    assert!(ended.code() == Some(70) && log.contains("the store of sessions fails"), "{ended}: {log}");
+    // As soon as there is room again.
+    cluster.start_coordinator();
+    let there = sessions.list().await.unwrap();
+    assert!(kept.iter().all(|name| there.contains(name)), "{} of {}", there.len(), kept.len());
+    for token in 5..10 {
+        step(&mut session, &sequence, token, &options).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_died_with_its_worker_while_nobody_looked_is_lost_and_said_so() {
     let state = tempfile::tempdir().unwrap();
     let sequence = Sequence::new(32, Dtype::F32, dims(4, 2, 40, 16, 16));

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -10,7 +11,7 @@ use attnd_client::{Client, ClusterStatus, Reason};
 use attnd_kernel::Isa;
 
 use super::eventually;
-use super::process::{Machine, Process};
+use super::process::{Machine, Process, program};
 use super::proxy::Proxy;
 use super::tap::Tap;
 
@@ -143,6 +144,18 @@ impl Cluster {
     /// Starts it again, where it was and with the state that it had.
     pub(crate) fn start_coordinator(&mut self) {
         self.coordinator = start_coordinator(self.url.trim_start_matches("http://"), self.state.as_deref());
+        assert_eq!(self.coordinator.url(), self.url);
+    }
+
+    /// The same, and no file of its may become larger than so many bytes.
+    pub(crate) fn start_coordinator_on_a_full_disk(&mut self, most: u64) {
+        let args = coordinator_args(self.url.trim_start_matches("http://"), self.state.as_deref());
+        let mut command = Command::new("sh");
+        // In units of 512 bytes. What is larger is an error (EFBIG) where the signal for it is ignored.
+        let limited =
+            format!("trap '' XFSZ; ulimit -f {}; exec \"$0\" \"$@\" --exit-with-parent", most / 512);
+        command.arg("-c").arg(limited).arg(program()).args(args);
+        self.coordinator = Process::spawn("coordinator", command, &[]);
         assert_eq!(self.coordinator.url(), self.url);
     }
 
@@ -304,7 +317,11 @@ impl Cluster {
 }
 
 fn start_coordinator(listen: &str, state: Option<&Path>) -> Process {
+    Process::start_bound("coordinator", &coordinator_args(listen, state), &[])
+}
+
+fn coordinator_args<'a>(listen: &'a str, state: Option<&'a Path>) -> Vec<&'a str> {
     let mut args = vec!["coordinator", "--listen", listen];
     args.extend(state.iter().flat_map(|state| ["--state", state.to_str().expect("a path that is text")]));
-    Process::start_bound("coordinator", &args, &[])
+    args
 }

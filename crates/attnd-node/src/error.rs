@@ -61,6 +61,21 @@ pub enum NodeError {
     /// What is to outlive this process can't be kept.
     #[error(transparent)]
     State(#[from] MetaError),
+    /// What is to outlive this process can't be kept any more.
+    #[error(
+        "the store of sessions fails and takes nothing more ({0}); start the coordinator again once that is mended"
+    )]
+    StateFailed(#[source] MetaError),
+    /// Another coordinator has taken the sessions of this one over.
+    #[error(
+        "another coordinator has taken over {worker} ({why}): this one ends, since nothing that it says counts there"
+    )]
+    Replaced {
+        /// Which worker says so.
+        worker: attnd_plan::WorkerId,
+        /// What it says.
+        why: String,
+    },
     /// The gRPC server ended by itself.
     #[error("serve: {0}")]
     Serve(#[from] tonic::transport::Error),
@@ -92,7 +107,8 @@ impl NodeError {
             | Self::State(MetaError::InUse { .. } | MetaError::Corrupt { .. } | MetaError::Version { .. })
             | Self::Isa(_) => 2,
             Self::DrainDeadline { .. } => 75,
-            Self::ActorGone(_) => 70,
+            Self::ActorGone(_) | Self::StateFailed(_) => 70,
+            Self::Replaced { .. } => 71,
             Self::Listen(_)
             | Self::Threads { .. }
             | Self::Thread(_)

@@ -18,7 +18,12 @@ pub(crate) fn checksum(parts: &[&[u8]]) -> u32 {
 
 /// Whether it is this one.
 pub(crate) fn has_checksum(parts: &[&[u8]], crc32c: u32) -> bool {
-    checksum(parts) == crc32c || omits(Omission::Checksum)
+    agrees(checksum(parts), crc32c)
+}
+
+/// Whether the checksum of what is here is the one that was sent.
+pub fn agrees(found: u32, sent: u32) -> bool {
+    found == sent || omits(Omission::Checksum)
 }
 
 /// The checksum of two runs of bytes, one behind the other, from those of each and the length of the second.

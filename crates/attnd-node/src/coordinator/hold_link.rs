@@ -58,6 +58,8 @@ struct State {
     asked: BTreeMap<u64, Asked>,
     /// Why the stream ended.
     lost: Option<Error>,
+    /// The worker has another coordinator now, as it says.
+    fenced: Option<Error>,
     /// Dropped when it ends, for whoever waits for that.
     lives: Option<watch::Sender<()>>,
 }
@@ -114,7 +116,12 @@ impl HoldLink {
         [&self.control, &self.bulk].into_iter().any(|lane| lane.waiting.lock().lost.is_some())
     }
 
-    /// Waits until it [is lost](Self::is_lost).
+    /// What the worker says of another coordinator that has taken it over.
+    pub(crate) fn fenced(&self) -> Option<Error> {
+        [&self.control, &self.bulk].into_iter().find_map(|lane| lane.waiting.lock().fenced.clone())
+    }
+
+    /// Waits until it [is lost](Self::is_lost), or [fenced](Self::fenced).
     pub(crate) async fn ended(&self) {
         tokio::select! {
             biased;
@@ -277,7 +284,7 @@ impl Waiting {
         let (number, more) = (reply.request, reply.more);
         let mut state = self.lock();
         let last = state.last;
-        let Some(asked) = state.asked.get_mut(&number) else {
+        if !state.asked.contains_key(&number) {
             if number <= last {
                 // A second answer, to what goes on after a refusal: the first one counts.
                 return Ok(());
@@ -286,7 +293,14 @@ impl Waiting {
                 Reason::ReplyInvalid,
                 format!("an answer to request {number}, which isn't open"),
             ));
-        };
+        }
+        if let Some(proto::hold_reply::Answer::Failure(failure)) = &reply.answer
+            && failure.reason == Reason::Fenced.name()
+        {
+            state.fenced = Some(failure.clone().into());
+            state.lives = None;
+        }
+        let Some(asked) = state.asked.get_mut(&number) else { return Ok(()) };
         asked.bytes += limits::entry_bytes(&reply);
         if asked.bytes > ANSWER_BYTES {
             let detail = format!("{} bytes of an answer, at most {ANSWER_BYTES}", asked.bytes);
@@ -308,7 +322,7 @@ impl Waiting {
     async fn ended(&self) {
         let mut ends = {
             let mut state = self.lock();
-            if state.lost.is_some() {
+            if state.lost.is_some() || state.fenced.is_some() {
                 return;
             }
             state.lives.get_or_insert_with(|| watch::Sender::new(())).subscribe()

@@ -45,7 +45,7 @@ pub struct ShardUpdate {
 pub const REMEMBER_CLOSED: Duration = Duration::from_secs(600);
 
 /// Why a transaction didn't happen; nothing of it has.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 pub enum MetaError {
     /// Another session has this name.
     #[error("session {session} is named {name}")]

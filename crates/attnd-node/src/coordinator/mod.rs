@@ -6,6 +6,7 @@
 //!   workers, `incoming.rs` hears their shares, `backlog.rs` bounds the partials that wait, `finish.rs` turns partials
 //!   into rows, with `value_means.rs` where rows that see no key are to be the mean of the values.
 //! * `meta_store.rs` has what outlives the process: which sessions there are, who holds them, and the term of this coordinator.
+//! * `ending.rs` is the end of a coordinator that can't keep its promises any more.
 //! * `reply_stream.rs` is how a task answers a stream; `tasks.rs` holds those tasks.
 //!
 //! Decisions are `attnd-plan`'s; here are their clocks, sockets and queues.
@@ -29,6 +30,7 @@ use crate::{NodeError, Platform};
 mod attend_call;
 mod attention_service;
 mod backlog;
+mod ending;
 mod finish;
 mod heat_rows;
 mod hold_link;
@@ -45,6 +47,7 @@ mod value_means;
 mod worker_actor;
 
 use attention_service::AttentionService;
+use ending::Ending;
 use join_service::JoinService;
 use membership_actor::MembershipActor;
 use meta_store::{InMemory, MetaStore, MetaThread, RedbStore};
@@ -88,16 +91,18 @@ pub(crate) struct Hub {
     kernels: &'static Kernels,
     costs: CostModel,
     surroundings: Surroundings,
+    ending: Ending,
 }
 
 /// The store of sessions, and the term of this life of the coordinator.
 async fn open_meta(
     directory: Option<PathBuf>,
     given: Option<Arc<dyn MetaStore>>,
+    ending: &Ending,
 ) -> Result<(MetaThread, u64), NodeError> {
     if let Some(store) = given.filter(|_| directory.is_none()) {
         let term = store.bump_term()?;
-        return Ok((MetaThread::at_once(store), term));
+        return Ok((MetaThread::at_once(store, ending.clone()), term));
     }
     let store: Arc<dyn MetaStore> = match directory {
         None => {
@@ -111,7 +116,7 @@ async fn open_meta(
             Arc::new(opening.await.map_err(|_panic| NodeError::ActorGone("store of sessions"))??)
         }
     };
-    let meta = MetaThread::start(store)?;
+    let meta = MetaThread::start(store, ending.clone())?;
     let term = meta.run(|store| store.bump_term()).await?;
     Ok((meta, term))
 }
@@ -142,14 +147,22 @@ pub async fn run_on<L: Listener>(
 ) -> Result<(), NodeError> {
     let listen = listener.local_addr().map_err(NodeError::Listen)?;
     let kernels = Kernels::from_env()?;
-    let (meta, term) = open_meta(config.state, platform.meta.clone()).await?;
+    let ending = Ending::default();
+    let (meta, term) = open_meta(config.state, platform.meta.clone(), &ending).await?;
     // Each piece of work takes one thread.
     let pool = platform.pool(config.merge_threads, config.merge_threads)?;
     let (roll, members) = watch::channel(Arc::default());
     let cluster = MembershipActor::spawn(roll);
     let surroundings = platform.surroundings;
     let (costs, around) = (config.costs, surroundings.clone());
-    let hub = Arc::new(Hub { cluster: cluster.clone(), pool, kernels, costs, surroundings: around });
+    let hub = Arc::new(Hub {
+        cluster: cluster.clone(),
+        pool,
+        kernels,
+        costs,
+        surroundings: around,
+        ending: ending.clone(),
+    });
     let (calls, tasks) = (Calls::new(), Tasks::default());
     tracing::info!(%listen, isa = %kernels.isa(), max_calls = config.max_calls, term, "coordinator starts");
 
@@ -181,6 +194,7 @@ pub async fn run_on<L: Listener>(
     let ended = tokio::select! {
         biased;
         ended = served => ended,
+        why = ending.reason() => Err(why),
         () = cluster.wait_for_shutdown() => Err(NodeError::ActorGone("membership")),
     };
     tasks.abort_all();

@@ -7,11 +7,13 @@ use std::sync::Arc;
 use attnd_kernel::{Dtype, Storage};
 use attnd_plan::Piece;
 use attnd_plan::session::{SessionName, SessionSpec};
+use futures::FutureExt as _;
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
 use super::record::{Unreadable, VERSION};
 use super::*;
+use crate::coordinator::ending::Ending;
 
 const FILE: &str = "sessions.redb";
 
@@ -308,8 +310,24 @@ fn records_return_and_other_versions_are_named() {
 }
 
 #[tokio::test]
+async fn a_store_that_fails_ends_its_coordinator_and_a_refusal_does_not() {
+    let (ending, io) = (Ending::default(), MetaError::Io { path: "p".into(), what: "no space".into() });
+    let kept = || Arc::new(InMemory::new());
+    let on_thread = MetaThread::start(kept(), ending.clone()).unwrap();
+    for store in [on_thread, MetaThread::at_once(kept(), ending.clone())] {
+        let unknown = store.run(|store| store.set_writer_epoch(7, 2)).await;
+        assert!(matches!(unknown, Err(MetaError::Unknown { .. })), "{unknown:?}");
+        assert!(ending.reason().now_or_never().is_none());
+        let error = io.clone();
+        assert!(store.run(move |_| Err::<(), _>(error)).await.is_err());
+        let why = ending.reason().await;
+        assert_eq!(why.exit_code(), 70, "{why}");
+    }
+}
+
+#[tokio::test]
 async fn transactions_run_in_order_and_a_panic_is_no_answer() {
-    let store = MetaThread::start(Arc::new(InMemory::new())).unwrap();
+    let store = MetaThread::start(Arc::new(InMemory::new()), Ending::default()).unwrap();
     let mut waiting = Vec::new();
     for _ in 0..3 {
         let store = store.clone();

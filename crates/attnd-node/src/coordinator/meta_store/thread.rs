@@ -6,6 +6,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::{MetaError, MetaStore};
 use crate::NodeError;
+use crate::coordinator::ending::Ending;
 
 /// Transactions that wait; whoever comes with one more waits for a place.
 const WAITING: usize = 256;
@@ -14,7 +15,10 @@ type Transaction = Box<dyn FnOnce(&dyn MetaStore) + Send>;
 
 /// A store for asynchronous code. Clones are handles on the same thread, which ends with the last one.
 #[derive(Clone, Debug)]
-pub struct MetaThread(Runs);
+pub struct MetaThread {
+    runs: Runs,
+    ending: Ending,
+}
 
 #[derive(Clone, Debug)]
 enum Runs {
@@ -27,7 +31,7 @@ impl MetaThread {
     ///
     /// # Errors
     /// If the system has no thread.
-    pub fn start(store: Arc<dyn MetaStore>) -> Result<Self, NodeError> {
+    pub(crate) fn start(store: Arc<dyn MetaStore>, ending: Ending) -> Result<Self, NodeError> {
         let (transactions, mut waiting) = mpsc::channel::<Transaction>(WAITING);
         let run = move || {
             while let Some(transaction) = waiting.blocking_recv() {
@@ -37,15 +41,16 @@ impl MetaThread {
         let thread = std::thread::Builder::new().name("attnd-meta".into()).spawn(run);
         // It ends when nobody has a handle any more.
         thread.map(drop).map_err(NodeError::Thread)?;
-        Ok(Self(Runs::OnThread(transactions)))
+        Ok(Self { runs: Runs::OnThread(transactions), ending })
     }
 
     /// A store without a thread, for one that never waits for a disk: whoever asks for a transaction runs it.
-    pub fn at_once(store: Arc<dyn MetaStore>) -> Self {
-        Self(Runs::AtOnce(store))
+    pub(crate) fn at_once(store: Arc<dyn MetaStore>, ending: Ending) -> Self {
+        Self { runs: Runs::AtOnce(store), ending }
     }
 
-    /// Runs one transaction and waits for its end. If whoever waits gives up, it happens all the same.
+    /// Runs one transaction and waits for its end. If whoever waits gives up, it happens all the same. A store that fails is of no use
+    /// from then on: what is on the disk is known only to whoever opens it anew, so the coordinator ends.
     ///
     /// # Errors
     /// The transaction's, or [`MetaError::Gone`] if the thread is, or the transaction panicked.
@@ -53,7 +58,15 @@ impl MetaThread {
         &self,
         transaction: impl FnOnce(&dyn MetaStore) -> Result<T, MetaError> + Send + 'static,
     ) -> Result<T, MetaError> {
-        let transactions = match &self.0 {
+        let ending = self.ending.clone();
+        let transaction = move |store: &dyn MetaStore| {
+            let done = transaction(store);
+            if let Err(error @ (MetaError::Io { .. } | MetaError::Corrupt { .. })) = &done {
+                ending.tell(NodeError::StateFailed(error.clone()));
+            }
+            done
+        };
+        let transactions = match &self.runs {
             Runs::OnThread(transactions) => transactions,
             Runs::AtOnce(store) => return transaction(&**store),
         };

@@ -10,6 +10,7 @@ use attnd_plan::omission::{Omission, omits};
 use attnd_plan::route::Router;
 use attnd_plan::session::{Ask, LedgerError, LedgerEvent, Op, Request, SessionSpec};
 use attnd_plan::{AnyTensor, Tensor};
+use attnd_wire::checksum::{agrees, joined};
 use attnd_wire::hold::{HoldAsk, ShardAppend, ShardOp, ShardState};
 use attnd_wire::session::digest::RowsChecksum;
 use attnd_wire::session::{Append, AppendChunk, Applied};
@@ -167,12 +168,18 @@ impl Bulk {
                 Some(Frame::Broken(error)) => return Err(error),
                 Some(Frame::Chunk(chunk)) => {
                     let offset = stream.take(&chunk, &spec)?;
+                    let mut sum = 0;
                     for run in router.route(chunk.tensor, offset, chunk.data.len()) {
                         let data = chunk.data.slice(run.bytes.clone());
+                        sum = joined(sum, data.crc32c(), data.len() as u64);
                         for sink in sinks.iter_mut().filter(|sink| sink.lacks(run.share)) {
                             // A replica that is lost says so in its answer; the others go on.
                             sink.send(term, chunk.tensor, run.head, run.head_offset, &data).await.ok();
                         }
+                    }
+                    // Of what has changed in memory since it came, the parts have checksums that fit.
+                    if !agrees(sum, chunk.data.crc32c()) {
+                        return Err(refusal::checksum(chunk.index));
                     }
                 }
                 Some(Frame::Commit(commit)) => {

@@ -22,6 +22,7 @@ use super::Sessions;
 use super::session::{Session, State};
 use super::stock::ExpectedReplica;
 use super::upkeep::{encode, link_to};
+use crate::NodeError;
 use crate::coordinator::hold_link::HoldLink;
 use crate::coordinator::membership_actor::Roll;
 use crate::coordinator::worker_actor::WorkerActor;
@@ -106,7 +107,9 @@ struct Kept {
     /// Links that broke or weren't had, one after the other.
     failures: u32,
     opened: Instant,
-    /// It was said that another coordinator has replaced this one there.
+    /// It has taken this coordinator for its own.
+    is_ours: bool,
+    /// It was said that it is another coordinator's.
     is_fenced: bool,
 }
 
@@ -120,6 +123,8 @@ enum Happened {
     /// It is there still, and nothing is known of shards.
     Lives(Arc<HoldLink>),
     Broke,
+    /// Another coordinator has taken the worker over.
+    Fenced(Error),
 }
 
 type Next = BoxFuture<'static, (Holder, Happened)>;
@@ -155,6 +160,7 @@ pub(crate) async fn keep_links(sessions: Arc<Sessions>, mut roll: watch::Receive
                         actor: actor.clone(),
                         failures: 0,
                         opened: now(),
+                        is_ours: false,
                         is_fenced: false,
                     };
                     next.push(open(&sessions, holder.clone(), &member));
@@ -184,7 +190,7 @@ pub(crate) async fn keep_links(sessions: Arc<Sessions>, mut roll: watch::Receive
 fn follow(sessions: &Arc<Sessions>, holder: Holder, member: &mut Kept, happened: Happened) -> Next {
     match happened {
         Happened::Opened(link, shards) => {
-            member.opened = now();
+            (member.opened, member.is_ours) = (now(), true);
             sessions
                 .links
                 .send_modify(|view| Arc::make_mut(view).set(holder.clone(), Some(Arc::clone(&link))));
@@ -213,7 +219,13 @@ fn follow(sessions: &Arc<Sessions>, holder: Holder, member: &mut Kept, happened:
             member.failures = member.failures.saturating_add(1);
             opened
         }
+        Happened::Fenced(why) => end(sessions, holder, &why),
+        // It was replaced while the link was broken.
+        Happened::Failed(error) if error.reason == Reason::Fenced && member.is_ours => {
+            end(sessions, holder, &error)
+        }
         Happened::Failed(error) => {
+            // This one may be new, and know nothing of the sessions there: it serves what it has.
             if error.reason == Reason::Fenced && !std::mem::replace(&mut member.is_fenced, true) {
                 tracing::error!(worker = %holder.worker, %error, "another coordinator has taken over a worker's sessions");
             }
@@ -226,6 +238,14 @@ fn follow(sessions: &Arc<Sessions>, holder: Holder, member: &mut Kept, happened:
     }
 }
 
+/// This coordinator is one of the past: another one has a worker that was its own, and all its sessions. Nothing happens to the link
+/// any more.
+fn end(sessions: &Sessions, holder: Holder, why: &Error) -> Next {
+    tracing::error!(worker = %holder.worker, %why, "another coordinator has taken over a worker's sessions");
+    sessions.hub.ending.tell(NodeError::Replaced { worker: holder.worker, why: why.to_string() });
+    Box::pin(std::future::pending())
+}
+
 /// Waits until a link breaks, and asks now and then what is at its other end: what was on its way over the link before may come to the
 /// worker after this one was opened.
 fn follow_link(sessions: &Arc<Sessions>, holder: Holder, link: Arc<HoldLink>) -> Next {
@@ -233,7 +253,7 @@ fn follow_link(sessions: &Arc<Sessions>, holder: Holder, link: Arc<HoldLink>) ->
     Box::pin(async move {
         tokio::select! {
             biased;
-            () = link.ended() => return (holder, Happened::Broke),
+            () = link.ended() => return (holder, link.fenced().map_or(Happened::Broke, Happened::Fenced)),
             () = tokio::time::sleep(STOCK) => {}
         }
         let expected = sessions.expected_at(&holder);

@@ -8,7 +8,7 @@
 //! * `links.rs` keeps links to workers, and tells sessions of those that break and of workers that are gone.
 //! * What outlives this process is in its store: `open.rs` and `births.rs` write sessions there before anybody is told of them,
 //!   `saves.rs` who holds them; `start.rs` reads it.
-//! * `works.rs` cuts a step into its shards' parts, `collector.rs` sends these and takes what comes back, and asks others for what is late
+//! * `works.rs` and `cuts.rs` cut a step into its shards' parts, `collector.rs` sends these and takes what comes back, and asks others for what is late
 //!   (`hedges.rs`); `merge.rs` makes rows of it, `results.rs` answers of these.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -37,6 +37,7 @@ mod births;
 mod change;
 mod collector;
 mod copies;
+mod cuts;
 mod description;
 mod exchange;
 mod feed;

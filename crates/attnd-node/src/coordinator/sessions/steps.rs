@@ -19,7 +19,7 @@ use std::time::Instant;
 
 use attnd_kernel::PartialRows;
 use attnd_plan::CellId;
-use attnd_plan::session::{Ask, Attempt, Holder, Op, Read, Request};
+use attnd_plan::session::{Ask, Attempt, Holder, LedgerEvent, Op, Read, Request};
 use attnd_wire::session::{Applied, Mutation, Step, StepQueries, StepResult, StepRows};
 use attnd_wire::surroundings::now;
 use attnd_wire::{CallShape, Deadline, Error, Outcome, Reason};
@@ -29,6 +29,7 @@ use tokio::sync::oneshot;
 
 use super::Sessions;
 use super::collector::{Collector, Sent};
+use super::cuts;
 use super::patience::{MAX_TRIES, Patience, may_pass};
 use super::results::answer;
 use super::session::{After, Begun, Session, ShardView};
@@ -386,6 +387,22 @@ fn add(
         RowsState::Sent(op) => After::Op(*op),
     };
     let view = session.view();
+    let cut = match (&op, rows) {
+        (Some(op), Some(rows)) => {
+            let shards = view.shards.iter().map(|shard| &shard.pieces);
+            Some(cuts::rows_of_shards(shards, op, view.generation, rows, &session.spec))
+        }
+        _ => None,
+    };
+    let mut cut = match cut.transpose() {
+        Ok(cut) => cut.unwrap_or_default().into_iter(),
+        Err(why) => {
+            // What a ledger has begun has an end: it is taken back.
+            let seq = op.map_or(0, |op| op.seq);
+            session.handle(&collector.sessions, LedgerEvent::Abandoned { seq, why });
+            return Ok((rows_state, QueriesState::None, ended));
+        }
+    };
     let asked =
         queries.as_ref().map(|queries| ask(collector, session, *layer, queries, after, &view)).transpose();
     let queries = match asked {
@@ -396,12 +413,7 @@ fn add(
         Err(error) => return Err(error),
     };
     for (shard, of_shard) in view.shards.iter().enumerate() {
-        let rows = match (&op, rows) {
-            (Some(op), Some(rows)) => {
-                Some(works::rows_for(of_shard, op, view.generation, rows, &session.spec))
-            }
-            _ => None,
-        };
+        let rows = cut.next();
         for link in &of_shard.links {
             // A request that came again may find that some have it by now.
             let rows = rows.as_ref().filter(|_| of_shard.lack.contains(&link.holder));
@@ -438,5 +450,6 @@ fn ask(
     let replicas = view.shards.iter().map(|shard| collector.in_order(shard));
     let attempt =
         Attempt::new(replicas).map_err(|nobody| Error::new(Reason::Recovering, nobody.to_string()))?;
-    Ok(Asked { queries: Queries::new(Arc::clone(queries), &call, &read), call, read, attempt })
+    let queries = Queries::new(Arc::clone(queries), &call, &read, &view.shards, &session.spec)?;
+    Ok(Asked { queries, call, read, attempt })
 }

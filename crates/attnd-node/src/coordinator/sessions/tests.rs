@@ -179,8 +179,9 @@ impl Cluster {
             kernels,
             costs: CostModel::default(),
             surroundings: attnd_wire::Surroundings::default(),
+            ending: Default::default(),
         };
-        let meta = MetaThread::start(Arc::new(InMemory::default())).unwrap();
+        let meta = MetaThread::start(Arc::new(InMemory::default()), Default::default()).unwrap();
         let sessions = Sessions::new(Arc::new(hub), Tasks::default(), 1, meta);
         let sessions = Arc::new(Sessions { patience, ..sessions });
         let mut started = Vec::new();

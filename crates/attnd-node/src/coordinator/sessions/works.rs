@@ -1,18 +1,17 @@
-//! From a step to its shards' parts of it: which bytes each gets. Pure.
+//! From a step to its shards' parts of it: which bytes each gets (`cuts.rs` cuts them), and what that costs. Pure.
 
 use std::ops::Range;
 use std::sync::Arc;
 
 use attnd_kernel::Compute;
 use attnd_kernel::slot::{self, N_SLOTS};
-use attnd_plan::session::rows::bytes_for;
 use attnd_plan::session::{Change, Op, Read, SessionSpec};
 use attnd_plan::{CellId, Piece, cells, tokens_per_cell};
-use attnd_wire::hold::{ShardAt, ShardOp, ShardQueries, ShardRows, ShardWork};
+use attnd_wire::hold::{ShardAt, ShardQueries, ShardRows, ShardWork};
 use attnd_wire::session::{StepQueries, StepRows};
-use attnd_wire::{CallShape, limits, proto};
-use bytes::{Bytes, BytesMut};
+use attnd_wire::{CallShape, Error, limits, proto};
 
+use super::cuts::QueryCut;
 use super::session::ShardOf;
 
 /// Queries of a step, and what is the same for all shards.
@@ -23,17 +22,32 @@ pub(super) struct Queries {
     at_len: usize,
     tokens_per_cell: usize,
     kernel_id: &'static str,
+    cut: QueryCut,
 }
 
 impl Queries {
-    pub(super) fn new(queries: Arc<StepQueries>, call: &CallShape, read: &Read) -> Self {
-        Self {
+    /// Queries of a session with these shards.
+    ///
+    /// # Errors
+    /// [`Reason::Checksum`](attnd_wire::Reason::Checksum) if they aren't any more what the client sent.
+    pub(super) fn new(
+        queries: Arc<StepQueries>,
+        call: &CallShape,
+        read: &Read,
+        shards: &[ShardOf],
+        spec: &SessionSpec,
+    ) -> Result<Self, Error> {
+        let heads = |shard: &ShardOf| ShardQueries::heads(spec, &shard.pieces).len();
+        let is_cut = shards.iter().any(|shard| heads(shard) != spec.heads);
+        let cut = if is_cut { QueryCut::new(&queries.q, queries.crc32c, spec)? } else { QueryCut::default() };
+        Ok(Self {
+            cut,
             queries,
             generation: read.generation,
             at_len: read.at_len,
             tokens_per_cell: tokens_per_cell(&call.shape, None),
             kernel_id: call.operator.kernel_id(Compute::F32),
-        }
+        })
     }
 
     /// Names the order of arithmetic.
@@ -43,12 +57,12 @@ impl Queries {
 
     /// The part of a shard: the heads of its kv heads.
     pub(super) fn of_shard(&self, shard: &ShardOf, spec: &SessionSpec) -> ShardQueries {
-        let Self { queries, generation, at_len, tokens_per_cell, kernel_id } = self;
+        let Self { queries, generation, at_len, tokens_per_cell, kernel_id, cut } = self;
         let heads = ShardQueries::heads(spec, &shard.pieces);
         let head_bytes = queries.tokens * spec.head_dim * queries.dtype.size();
         let q = queries.q.slice(heads.start * head_bytes..heads.end * head_bytes);
-        // The checksum of all of them is known.
-        let crc32c = if heads.len() == spec.heads { queries.crc32c } else { crc32c::crc32c(&q) };
+        let is_whole = heads.len() == spec.heads;
+        let crc32c = if is_whole { queries.crc32c } else { cut.sum(&heads, spec, head_bytes) };
         ShardQueries {
             generation: *generation,
             at_len: *at_len,
@@ -102,46 +116,6 @@ pub(super) fn len_after(op: &Op) -> u64 {
     match op.change {
         Change::Append { base_len, tokens, .. } => base_len.saturating_add(tokens) as u64,
         Change::Truncate { .. } | Change::Fork { .. } | Change::Seal => 0,
-    }
-}
-
-/// The rows of an append that go to a shard.
-pub(super) fn rows_for(
-    shard: &ShardOf,
-    op: &Op,
-    generation: u64,
-    rows: &StepRows,
-    spec: &SessionSpec,
-) -> ShardRows {
-    let base_len = usize::try_from(len_after(op)).unwrap_or(usize::MAX).saturating_sub(rows.tokens);
-    let new = base_len..base_len + rows.tokens;
-    let (key, value) = spec.row_bytes();
-    let of_shard = |bytes: &Bytes, row| gathered(bytes, &bytes_for(&shard.pieces, &new, row));
-    let (k, v) = (of_shard(&rows.k, key), of_shard(&rows.v, value));
-    let op = ShardOp { op_seq: op.seq, digest: op.digest, generation };
-    let is_whole = k.len() == rows.k.len() && v.len() == rows.v.len();
-    let mut of_shard = if is_whole {
-        let (tokens, crc32c) = (rows.tokens, rows.crc32c);
-        ShardRows { op, base_len, tokens, crc32c, k, v, allow_non_finite: false }
-    } else {
-        ShardRows::new(op, base_len, rows.tokens, k, v)
-    };
-    of_shard.allow_non_finite = rows.allow_non_finite;
-    of_shard
-}
-
-/// Runs of bytes one behind the other: a slice where there is one, a copy where there are more.
-fn gathered(bytes: &Bytes, runs: &[Range<usize>]) -> Bytes {
-    match runs {
-        [] => Bytes::new(),
-        [run] => bytes.slice(run.clone()),
-        runs => {
-            let mut gathered = BytesMut::with_capacity(runs.iter().map(Range::len).sum());
-            for run in runs {
-                gathered.extend_from_slice(bytes.get(run.clone()).unwrap_or_default());
-            }
-            gathered.freeze()
-        }
     }
 }
 
@@ -228,13 +202,5 @@ mod tests {
         assert_eq!(bytes(None, Some(&queries), &halves), 640 + 3 * row_bytes);
         let uneven: [Arc<[Piece]>; 2] = [Arc::from([piece(0..2, 0..48)]), Arc::from([piece(0..2, 48..64)])];
         assert_eq!(bytes(None, Some(&queries), &uneven), 640 + 4 * row_bytes);
-    }
-
-    #[test]
-    fn runs_are_put_one_behind_the_other() {
-        let bytes = Bytes::from_static(b"0123456789");
-        assert_eq!(gathered(&bytes, &[]), "");
-        assert_eq!(gathered(&bytes, std::slice::from_ref(&(2..4))), "23");
-        assert_eq!(gathered(&bytes, &[2..4, 7..8]), "237");
     }
 }

@@ -12,6 +12,7 @@ use attnd_wire::join::WIRE_VERSIONS;
 use attnd_wire::session::{Applied, Change, ChangeKind, Mutation, Open, Step, StepRows};
 use attnd_wire::{Deadline, Heartbeat, Hello, Link, Outcome, limits};
 use bytes::Bytes;
+use futures::FutureExt as _;
 use kameo::actor::{ActorRef, Spawn};
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
@@ -149,8 +150,10 @@ impl Scene {
             kernels,
             costs: CostModel::default(),
             surroundings: attnd_wire::Surroundings::default(),
+            ending: Default::default(),
         });
-        let meta = MetaThread::start(Arc::clone(&self.meta) as Arc<dyn MetaStore>).unwrap();
+        let store = Arc::clone(&self.meta) as Arc<dyn MetaStore>;
+        let meta = MetaThread::start(store, hub.ending.clone()).unwrap();
         let term = meta.run(|store| store.bump_term()).await.unwrap();
         let sessions = Arc::new(Sessions::new(hub, Tasks::default(), term, meta));
         sessions.recover().await.unwrap();
@@ -420,6 +423,24 @@ async fn a_session_whose_members_can_not_be_kept_takes_no_appends_until_they_are
     let saved: Vec<u64> = kept.shards.iter().map(|shard| shard.epoch).collect();
     let open: Vec<u64> = described.shards.iter().map(|shard| shard.epoch).collect();
     assert!(saved == open && epochs(&saved), "{saved:?}, {open:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_coordinator_of_the_past_ends() {
+    let scene = Scene::new().await;
+    let past = scene.begin().await;
+    past.sessions.open(open("a", true)).await.unwrap();
+    append(&past, "a", 1, 1).await.unwrap();
+    assert!(past.sessions.hub.ending.reason().now_or_never().is_none());
+    // It was asleep, and another one has taken its workers over.
+    let life = scene.begin().await;
+    assert_eq!(append(&life, "a", 1, 2).await.unwrap().len, 2);
+    let refused = append(&past, "a", 1, 2).await;
+    assert!(refused.as_ref().is_err_and(|error| error.outcome != Outcome::Applied), "{refused:?}");
+    let why = tokio::time::timeout(SOON, past.sessions.hub.ending.reason()).await.expect("it notices");
+    assert!(why.exit_code() == 71 && why.to_string().contains("FENCED: term 1 < 2"), "{why}");
+    assert_eq!(append(&life, "a", 1, 3).await.unwrap().len, 3);
+    assert!(life.sessions.hub.ending.reason().now_or_never().is_none());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

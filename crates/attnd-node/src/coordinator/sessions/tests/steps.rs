@@ -30,6 +30,25 @@ async fn a_replica_that_is_not_needed_holds_no_step_up() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rows_that_changed_on_the_coordinator_are_not_sent_on() {
+    let cluster = Cluster::start(2).await;
+    let [low, high] = [0..1, 1..2].map(|groups| piece(groups, 0..64));
+    let session = cluster.open("s", 1, &[(low, &[0]), (high, &[1])]).await;
+    assert_eq!(applied(&cluster.run(vec![step(&session, 1, 3)]).await), (3, false));
+    let mut rows = appending(&session, 2, 2);
+    rows.rows.as_mut().unwrap().crc32c ^= 1;
+    let mut asks = looking(&session);
+    asks.queries.as_mut().unwrap().crc32c ^= 1;
+    for (broken, what) in [(rows, "k and v"), (asks, "q")] {
+        let failed = cluster.run(vec![broken]).await;
+        let error = failure(&failed);
+        assert_eq!(error.message(), format!("CHECKSUM: {what}, nothing applied"));
+        assert_eq!(error.outcome, Outcome::NotExecuted);
+    }
+    assert_eq!(applied(&cluster.run(vec![step(&session, 2, 2)]).await), (5, false));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_step_for_which_there_is_no_memory_is_refused_alone() {
     let cluster = Cluster::start(1).await;
     let session = cluster.open("s", 1, &[(cluster.all(), &[0])]).await;
