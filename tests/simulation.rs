@@ -69,6 +69,11 @@ fn world(seed: u64) -> Result<Ran, String> {
     let (chance, history) = (Chance::new(seed), History::default());
     if number("ATTND_SIM_SEED").is_some() {
         history.print();
+        if let Ok(filter) = std::env::var("ATTND_SIM_LOG") {
+            // What nodes log between what happens to them; a second run of the process has it already.
+            let log = tracing_subscriber::fmt().with_env_filter(filter).without_time().with_ansi(false);
+            log.with_writer(std::io::stdout).try_init().ok();
+        }
     }
     let mut random = SmallRng::seed_from_u64(seed);
     let (workers, clients) = (random.random_range(3..=4), random.random_range(1..=2));

@@ -23,7 +23,7 @@ const CONTROL_QUEUE: usize = 16;
 /// Chunks that wait to be sent; a full queue holds the client back.
 const BULK_QUEUE: usize = 4;
 
-/// Bytes of one answer: more than the largest step's partials, and a worker that says more makes no sense.
+/// Bytes of one answer: more than the partials of any step that is admitted, and a worker that says more makes no sense.
 const ANSWER_BYTES: usize = 1 << 30;
 
 /// All parts of the answer to one request.
@@ -232,7 +232,8 @@ impl LaneTask {
         let Self { outgoing, waiting } = self;
         let why = match exchange(channel, outgoing, &waiting.0).await {
             Ok(()) => Error::new(Reason::Transport, "the worker ended its stream"),
-            Err(error) => error,
+            // Whatever it was, what was asked has no answer: a refusal of the stream is none of a request.
+            Err(error) => Error::new(Reason::Transport, error.message()),
         };
         waiting.0.lose(&why);
     }

@@ -24,7 +24,7 @@ mod thread;
 pub use self::in_memory::InMemory;
 pub use self::record::{SessionRecord, ShardRecord};
 pub use self::redb::RedbStore;
-pub use self::thread::MetaThread;
+pub(crate) use self::thread::MetaThread;
 
 /// Other members for a shard; see [`MetaStore::update_shard`].
 #[derive(Clone, Debug, PartialEq, Eq)]

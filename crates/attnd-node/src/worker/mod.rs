@@ -1,6 +1,6 @@
 //! A worker: keeps the keys and values of its share of each call in memory and computes partials where they lie.
 //!
-//! * `service.rs` reads Begin and reserves memory (`budget.rs`); from then on the call belongs to its `shard.rs` actor.
+//! * `service.rs` reads Begin and reserves memory (`../budget.rs`); from then on the call belongs to its `shard.rs` actor.
 //! * A shard feeds frames to `intake.rs`, which checks their order and lets `assembly.rs` put the operands together,
 //!   and `side.rs` what travels beside them; complete groups go to `cells.rs`, which computes on the pool, first other
 //!   keys where a score function wants them (`keys.rs`), or keys and values of rows that came in their place (`projection.rs`),

@@ -434,6 +434,13 @@ impl<E: Clone> Ledger<E> {
         self.window.records().last().filter(|_| is_known)
     }
 
+    /// Whether the rows of this op are still of use: it is in flight, and isn't taken back.
+    pub fn takes_rows(&self, seq: u64) -> bool {
+        let is_applying =
+            |flight: &Flight<E>| flight.op.seq == seq && matches!(flight.stage, Stage::Applying);
+        self.flight.as_ref().is_some_and(is_applying)
+    }
+
     /// Whether nobody has all that was acknowledged: whatever is asked of it is answered so.
     pub fn is_lost(&self) -> bool {
         self.lost.is_some()

@@ -327,7 +327,8 @@ async fn a_store_that_fails_ends_its_coordinator_and_a_refusal_does_not() {
 
 #[tokio::test]
 async fn transactions_run_in_order_and_a_panic_is_no_answer() {
-    let store = MetaThread::start(Arc::new(InMemory::new()), Ending::default()).unwrap();
+    let ending = Ending::default();
+    let store = MetaThread::start(Arc::new(InMemory::new()), ending.clone()).unwrap();
     let mut waiting = Vec::new();
     for _ in 0..3 {
         let store = store.clone();
@@ -342,6 +343,7 @@ async fn transactions_run_in_order_and_a_panic_is_no_answer() {
     assert!(store.run(|store| store.create(&record("a"))).await.unwrap() > 0);
     let panicked = store.run(|_| -> Result<(), MetaError> { panic!("of the test") }).await;
     assert!(matches!(panicked, Err(MetaError::Gone)));
+    assert_eq!(ending.reason().await.exit_code(), 70);
     let after = store.run(|store| store.bump_term()).await;
     assert!(matches!(after, Err(MetaError::Gone)), "{after:?}");
 }

@@ -15,7 +15,7 @@ type Transaction = Box<dyn FnOnce(&dyn MetaStore) + Send>;
 
 /// A store for asynchronous code. Clones are handles on the same thread, which ends with the last one.
 #[derive(Clone, Debug)]
-pub struct MetaThread {
+pub(crate) struct MetaThread {
     runs: Runs,
     ending: Ending,
 }
@@ -54,18 +54,21 @@ impl MetaThread {
     ///
     /// # Errors
     /// The transaction's, or [`MetaError::Gone`] if the thread is, or the transaction panicked.
-    pub async fn run<T: Send + 'static>(
+    pub(crate) async fn run<T: Send + 'static>(
         &self,
         transaction: impl FnOnce(&dyn MetaStore) -> Result<T, MetaError> + Send + 'static,
     ) -> Result<T, MetaError> {
-        let ending = self.ending.clone();
-        let transaction = move |store: &dyn MetaStore| {
-            let done = transaction(store);
-            if let Err(error @ (MetaError::Io { .. } | MetaError::Corrupt { .. })) = &done {
-                ending.tell(NodeError::StateFailed(error.clone()));
-            }
-            done
-        };
+        let done = self.run_on(transaction).await;
+        if let Err(error @ (MetaError::Io { .. } | MetaError::Corrupt { .. } | MetaError::Gone)) = &done {
+            self.ending.tell(NodeError::StateFailed(error.clone()));
+        }
+        done
+    }
+
+    async fn run_on<T: Send + 'static>(
+        &self,
+        transaction: impl FnOnce(&dyn MetaStore) -> Result<T, MetaError> + Send + 'static,
+    ) -> Result<T, MetaError> {
         let transactions = match &self.runs {
             Runs::OnThread(transactions) => transactions,
             Runs::AtOnce(store) => return transaction(&**store),

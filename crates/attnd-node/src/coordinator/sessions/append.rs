@@ -15,6 +15,7 @@ use attnd_wire::hold::{HoldAsk, ShardAppend, ShardOp, ShardState};
 use attnd_wire::session::digest::RowsChecksum;
 use attnd_wire::session::{Append, AppendChunk, Applied};
 use attnd_wire::{Checksummed, Commit, Error, Reason, SliceChunk, limits, refusal};
+use futures::future::join_all;
 use futures::stream::{FuturesUnordered, StreamExt};
 use tokio::sync::{oneshot, watch};
 
@@ -104,7 +105,7 @@ struct Bulk {
 enum Taken {
     /// They are with these, who wait for the Commit.
     All(Vec<Sink>),
-    /// The op ended before that, as replicas refused it.
+    /// The op ended before that: replicas refused it, or there are too few of them.
     Ended(Result<Applied, Error>),
 }
 
@@ -143,18 +144,20 @@ impl Bulk {
         let mut stream =
             Chunks { need: bytes, next: [0, 0], chunks: 0, bytes: 0, sum: RowsChecksum::default() };
         loop {
+            // Behind a refusal that counts nothing more is sent: a replica that hears of its end first would refuse the rest of it.
+            let goes_on = self.session.lock().ledger.takes_rows(self.op.seq);
             let frame = tokio::select! {
                 biased;
                 current = fenced(&mut writer, writer_epoch) => {
                     return Err(LedgerError::<Error>::WriterFenced { got: writer_epoch, current }.into());
                 }
                 ended = ended(&mut self.held) => return Ok(Taken::Ended(self.end(ended))),
-                (sink, why) = refusal_of(&mut sinks) => {
+                (sink, why) = refusal_of(&mut sinks), if goes_on => {
                     let Sink { shard, epoch, link, .. } = sink;
                     tell(&self.sessions, &self.session, (shard, epoch), &link, &self.op, Err(why));
                     continue;
                 }
-                frame = tokio::time::timeout(STREAM_IDLE, frames.next()) => frame,
+                frame = tokio::time::timeout(STREAM_IDLE, frames.next()), if goes_on => frame,
             };
             match frame.map_err(|_elapsed| refusal::stream_idle(STREAM_IDLE))?? {
                 None if omits(Omission::Commit) => return Ok(Taken::All(sinks)),
@@ -166,6 +169,8 @@ impl Bulk {
                     ));
                 }
                 Some(Frame::Broken(error)) => return Err(error),
+                // It changed while this was waited for.
+                Some(_) if !self.session.lock().ledger.takes_rows(self.op.seq) => {}
                 Some(Frame::Chunk(chunk)) => {
                     let offset = stream.take(&chunk, &spec)?;
                     let mut sum = 0;
@@ -251,10 +256,15 @@ impl Bulk {
         }
     }
 
-    /// The op has ended without its Commit.
+    /// The op has ended without its Commit. The turn is over once nothing of it is on its way any more.
     fn end(&mut self, ended: Result<Applied, Error>) -> Result<Applied, Error> {
-        self.held = None;
-        self.session.lock().uploads.clear();
+        if let Some((turn, _ended)) = self.held.take() {
+            self.sessions.tasks.spawn(end_uploads(
+                Arc::clone(&self.sessions),
+                Arc::clone(&self.session),
+                turn,
+            ));
+        }
         ended
     }
 
@@ -295,13 +305,24 @@ impl Drop for Bulk {
         let why = Error::new(Reason::StreamTruncated, "the append was given up, nothing applied");
         let event = LedgerEvent::Abandoned { seq: self.op.seq, why };
         self.session.handle(&self.sessions, event);
-        let session = Arc::clone(&self.session);
+        let (sessions, session) = (Arc::clone(&self.sessions), Arc::clone(&self.session));
         self.sessions.tasks.spawn(async move {
             ended.await.ok();
-            session.lock().uploads.clear();
-            drop(turn);
+            end_uploads(sessions, session, turn).await;
         });
     }
+}
+
+/// Gives up what is still on its way of an append that will have no Commit, also where nothing is undone because a shard has other
+/// members by now, or will have: a worker waits for the rest of it otherwise.
+async fn end_uploads(sessions: Arc<Sessions>, session: Arc<Session>, turn: Turn) {
+    let uploads: Vec<(Arc<HoldLink>, u64)> = {
+        let state = session.lock();
+        state.uploads.iter().map(|upload| (Arc::clone(&upload.link), upload.request)).collect()
+    };
+    join_all(uploads.iter().map(|(link, request)| link.bulk.give_up(*request, sessions.term))).await;
+    session.lock().uploads.clear();
+    drop(turn);
 }
 
 /// Completes once the op has ended.

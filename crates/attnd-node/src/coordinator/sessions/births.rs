@@ -112,6 +112,7 @@ impl Sessions {
             // From now on its shards are nobody's, wherever more of them are found; its name is free once the store knows.
             self.table().reserved.remove(&number);
             state.forks.remove(&number);
+            state.children.remove(&number);
             (name, state.rooms.remove(&number).unwrap_or_default())
         };
         self.give_up(rooms);

@@ -207,7 +207,8 @@ impl Exchange {
             Ok(Ask::Steps(steps)) => {
                 let call = StepsCall::line_up(&sessions, steps);
                 let patience = Patience::new(deadline, &self.patient);
-                self.serve(request, in_flight, async move { call.run(&sessions, patience).await.map(split) });
+                let held = (in_flight, call.rooms());
+                self.serve(request, held, async move { call.run(&sessions, patience).await.map(split) });
             }
             Ok(Ask::Append(_)) if self.appends.len() >= MAX_APPENDS => {
                 let error = Error::new(Reason::Overloaded, format!("{MAX_APPENDS} appends of one client"));

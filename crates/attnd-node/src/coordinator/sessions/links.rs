@@ -238,7 +238,8 @@ fn follow(sessions: &Arc<Sessions>, holder: Holder, member: &mut Kept, happened:
     }
 }
 
-/// This coordinator is one of the past: another one has a worker that was its own, and all its sessions. Nothing happens to the link
+/// This coordinator is one of the past (one whose workers have left it before it could hear that from them isn't told: it finds nobody
+/// there, as after any other loss): another one has a worker that was its own, and all its sessions. Nothing happens to the link
 /// any more.
 fn end(sessions: &Sessions, holder: Holder, why: &Error) -> Next {
     tracing::error!(worker = %holder.worker, %why, "another coordinator has taken over a worker's sessions");

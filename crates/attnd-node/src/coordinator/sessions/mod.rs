@@ -153,12 +153,20 @@ impl Sessions {
         self.hedging.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Memory for a step, until it is dropped. One that needs more than all there is has it to itself.
+    /// Memory for a step, until it is dropped.
     ///
     /// # Errors
-    /// [`Reason::Overloaded`] with both numbers: it is free again once other steps are answered.
-    fn room_for(&self, bytes: u64) -> Result<Reservation, Error> {
-        let room = self.room.reserve(bytes.min(self.room.limit()));
+    /// [`Reason::ShapeLimit`] for more than all there is, and [`Reason::Overloaded`] with both numbers: it is free again once other steps
+    /// are answered.
+    fn room_for(&self, bytes: u64) -> Result<Arc<Reservation>, Error> {
+        let limit = self.room.limit();
+        if bytes > limit {
+            let detail = format!(
+                "a step of {bytes} bytes > {limit}, with its partials and its answer; fewer queries need less"
+            );
+            return Err(Error::new(Reason::ShapeLimit, detail));
+        }
+        let room = self.room.reserve(bytes).map(Arc::new);
         room.map_err(|over| Error::new(Reason::Overloaded, format!("steps: {over}")))
     }
 

@@ -3,7 +3,9 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use attnd_plan::session::{Closed, Holder, Keeper, Ledger, PlacementError, SessionName, SessionSpec, place};
+use attnd_plan::session::{
+    Closed, Holder, Keeper, Ledger, LedgerError, PlacementError, SessionName, SessionSpec, place,
+};
 use attnd_wire::hold::{HoldAsk, HoldShard, ShardAt};
 use attnd_wire::session::{Open, SessionDescription};
 use attnd_wire::{Error, Reason};
@@ -69,8 +71,7 @@ impl Sessions {
             drop(done.send(sessions.create(reserved, &spec).await));
         });
         let gone = |_| Err(Error::new(Reason::Internal, "the task of an open died"));
-        let session = created.await.unwrap_or_else(gone)?;
-        session.describe(self, true)
+        created.await.unwrap_or_else(gone)
     }
 
     /// Opens a session that is there.
@@ -83,9 +84,9 @@ impl Sessions {
         if spec.is_some_and(|spec| *spec != session.spec) {
             return Err(Error::new(Reason::SessionExists, "parameters differ"));
         }
-        session.describe(self, false)?;
+        let mut described = session.describe(self, false)?;
         if write {
-            session.become_writer(self).await?;
+            let epoch = session.become_writer(self).await?;
             // What the one before has under way has its end when this is answered, so nothing of that comes between.
             let place = {
                 let _all_at_once = self.line_up();
@@ -94,8 +95,14 @@ impl Sessions {
             drop(place.turn().await);
             // A cut or a fork that was left unfinished can't be taken back: it still comes.
             session.lock().ledger.check_settled()?;
+            described = session.describe(self, false)?;
+            // Somebody came meanwhile, whose number isn't for whoever came before.
+            if described.writer_epoch != epoch {
+                let current = described.writer_epoch;
+                return Err(LedgerError::<Error>::WriterFenced { got: epoch, current }.into());
+            }
         }
-        session.describe(self, false)
+        Ok(described)
     }
 
     fn name_for_open(self: &Arc<Self>, name: Option<SessionName>) -> Result<Naming, Error> {
@@ -142,7 +149,7 @@ impl Sessions {
         self: &Arc<Self>,
         mut reserved: Reserved,
         spec: &SessionSpec,
-    ) -> Result<Arc<Session>, Error> {
+    ) -> Result<SessionDescription, Error> {
         let number = self.meta.run(|store| store.reserve_number()).await.map_err(|error| not_kept(&error))?;
         self.table().reserved.insert(number);
         reserved.number = Some(number);
@@ -179,8 +186,10 @@ impl Sessions {
             return Err(not_kept(&error));
         }
         let session = Arc::new(session);
+        // As long as nobody else can become its writer.
+        let description = session.describe(self, true)?;
         self.insert(&session);
-        Ok(session)
+        Ok(description)
     }
 
     /// Has empty shards held, all of them or none.

@@ -358,11 +358,11 @@ impl Session {
         self.perform(sessions, actions);
     }
 
-    /// Makes whoever asks the writer.
+    /// Makes whoever asks the writer, of this epoch.
     ///
     /// # Errors
     /// [`Reason::StateStore`]; then nothing has changed.
-    pub(super) async fn become_writer(self: &Arc<Self>, sessions: &Arc<Sessions>) -> Result<(), Error> {
+    pub(super) async fn become_writer(self: &Arc<Self>, sessions: &Arc<Sessions>) -> Result<u64, Error> {
         let _alone = self.alone.lock().await;
         let (number, next) = (self.number, self.lock().ledger.writer_epoch() + 1);
         match sessions.meta.run(move |store| store.set_writer_epoch(number, next)).await {
@@ -372,15 +372,15 @@ impl Session {
             Err(MetaError::Unknown { .. }) => return Err(Error::new(Reason::Session, "")),
             Err(error) => return Err(super::not_kept(&error)),
         }
-        let actions = {
+        let (epoch, actions) = {
             let mut state = self.lock();
             let (epoch, actions) = state.ledger.take_writer();
             // What the one before is about to append in chunks is taken back.
             self.writer.send_replace(epoch);
-            state.answer(actions)
+            (epoch, state.answer(actions))
         };
         self.perform(sessions, actions);
-        Ok(())
+        Ok(epoch)
     }
 
     /// Tells the ledger, and has done what it says.

@@ -59,7 +59,7 @@ pub(super) struct Lined {
     /// The session doesn't expire as long as this is here.
     _in_use: Arc<()>,
     /// Memory for it.
-    _room: Reservation,
+    room: Arc<Reservation>,
 }
 
 /// A step that was sent, until it is answered.
@@ -138,6 +138,11 @@ impl StepsCall {
             }
         }
         Self { steps: lined }
+    }
+
+    /// Memory of all steps: for whoever has the results, until these are sent.
+    pub(super) fn rooms(&self) -> Vec<Arc<Reservation>> {
+        self.steps.iter().flatten().map(|step| Arc::clone(&step.room)).collect()
     }
 
     /// Runs all steps; one result for each, in parts where its rows are many.
@@ -328,10 +333,10 @@ fn find(sessions: &Sessions, step: Step) -> Result<Lined, Error> {
     }
     let room =
         sessions.room_for(works::step_bytes(rows.as_ref(), queries.as_ref(), &session.spec, &session.pieces));
-    let (_room, queries) = (room?, queries.map(Arc::new));
+    let (room, queries) = (room?, queries.map(Arc::new));
     let (place, applied, may_be_done, tries) = (None, None, false, 0);
     let _in_use = Arc::clone(&session.in_use);
-    Ok(Lined { session, layer, rows, queries, place, applied, may_be_done, tries, _in_use, _room })
+    Ok(Lined { session, layer, rows, queries, place, applied, may_be_done, tries, _in_use, room })
 }
 
 /// What a ledger is asked for the rows of a step.

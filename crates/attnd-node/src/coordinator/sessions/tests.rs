@@ -57,6 +57,7 @@ const BULK: usize = 1;
 struct Node {
     link: Arc<HoldLink>,
     store: Store,
+    calls: Calls,
     url: String,
     /// What of all that is sent arrives, by lane.
     asks: [watch::Sender<Gate>; 2],
@@ -84,18 +85,18 @@ struct Cluster {
 
 impl Node {
     async fn start(at: usize) -> Self {
-        let pool = ComputePool::new(1, 1).unwrap();
+        let (pool, calls) = (ComputePool::new(1, 1).unwrap(), Calls::new());
         let store = Store::new(Kernels::from_env().unwrap(), pool, Budget::new(256 * MIB), 64 * MIB);
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
-        let service = limits::shards_server(HoldService { store: store.clone(), calls: Calls::new() });
+        let service = limits::shards_server(HoldService { store: store.clone(), calls: calls.clone() });
         let router = limits::server_builder(Link::Coordinator).add_service(service);
         tokio::spawn(router.serve_with_incoming(TcpListenerStream::new(listener)));
         let holder = Holder { worker: WorkerId::new(format!("w{at}")).unwrap(), incarnation: 1 };
         let asks = [Gate::Open; 2].map(watch::Sender::new);
         let answers = [true; 2].map(watch::Sender::new);
         let (link, log) = (Arc::new(HoldLink::new(holder).0), Arc::default());
-        let mut node = Self { link, store, url, asks, answers, log, lanes: JoinSet::new() };
+        let mut node = Self { link, store, calls, url, asks, answers, log, lanes: JoinSet::new() };
         node.connect().await;
         node
     }

@@ -381,7 +381,7 @@ impl Reader {
         self.bulks.retain(|_, bulk| bulk.owed.is_open() || request - bulk.id.1 < MAX_BULKS as u64);
         match to {
             Err(error) => bulk.owed.answer(Err(error)),
-            Ok(_) if self.bulks.len() >= MAX_BULKS => {
+            Ok(_) if self.bulks.values().filter(|bulk| bulk.owed.is_open()).count() >= MAX_BULKS => {
                 let error = Error::new(Reason::Overloaded, format!("{MAX_BULKS} appends on one stream"));
                 bulk.owed.answer(Err(error));
             }
@@ -449,9 +449,10 @@ impl Reader {
     /// Nothing more comes of an append, which is answered once nothing of it is here any more; or nobody wants the partials of works.
     fn give_up(&mut self, request: u64) {
         // An append that has its Commit is answered by that.
-        let Some(bulk) = self.bulks.remove(&request) else { return self.works.give_up(request) };
-        let Some((resident, _)) = bulk.to.filter(|_| bulk.owed.is_open()) else { return };
-        let (id, owed, touches) = (bulk.id, bulk.owed, vec![(resident.key, Access::Changes)]);
+        let Some(bulk) = self.bulks.get_mut(&request) else { return self.works.give_up(request) };
+        // It stays, for what was on its way behind this: that is nobody's, and no answer to it may overtake this one's.
+        let Some((resident, _)) = bulk.to.take().filter(|_| bulk.owed.is_open()) else { return };
+        let (id, owed, touches) = (bulk.id, bulk.owed.clone(), vec![(resident.key, Access::Changes)]);
         let give_up = move || {
             resident.change().abandon_bulk(id);
             owed.answer(Err(Error::new(Reason::StreamTruncated, "the append was given up, nothing applied")));

@@ -114,6 +114,57 @@ async fn an_append_that_is_refused_is_answered_before_its_commit() {
     assert_eq!(applied(&cluster.run(vec![step(&session, 1, 4)]).await), (4, false));
 }
 
+/// The rows of one shard are refused, and the chunks of the others are on their way.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_refusal_of_one_shard_costs_the_others_nothing() {
+    let cluster = Cluster::start(3).await;
+    let [low, high] = [0..1, 1..2].map(|groups| piece(groups, 0..64));
+    let session = cluster.open("s", 1, &[(low, &[0, 1]), (high, &[1, 2])]).await;
+    for seq in 1..=20 {
+        let mut client = Client::connect(&cluster).await;
+        let (mut append, mut chunks, commit) = frames(&session, seq, 300, 60);
+        append.mutation.op_seq = 1;
+        let nan: Vec<u8> = f32::NAN.to_le_bytes().repeat(chunks[0].data.len() / 4);
+        chunks[0] = AppendChunk::new(0, Tensor::K, 0, nan);
+        client.send(1, Ask::Append(append)).await;
+        for chunk in chunks {
+            client.send(1, Ask::Chunk(chunk)).await;
+        }
+        client.send(1, Ask::Commit(commit)).await;
+        let Answer::Failed(refused) = client.answer(1).await else { panic!("these are no numbers") };
+        assert!(matches!(refused.reason, Reason::NonFinite | Reason::Checksum), "{refused}");
+        assert_eq!(refused.outcome, Outcome::NotExecuted);
+        for shard in 0..2 {
+            let state = session.lock();
+            let ledger = &state.ledger;
+            assert_eq!((ledger.members(shard).count(), ledger.epoch(shard)), (2, 1), "append {seq}");
+        }
+    }
+    let done = cluster.run(vec![step(&session, 1, 4)]).await;
+    assert_eq!(applied(&done), (4, false));
+}
+
+/// A replica is lost while rows come, so that the op is told of before it is taken back everywhere.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_an_append_that_ends_early_nothing_stays_at_workers() {
+    let mut cluster = Cluster::start(2).await;
+    let [low, high] = [0..1, 1..2].map(|groups| piece(groups, 0..64));
+    let session = cluster.open("s", 2, &[(low, &[0, 1]), (high, &[0, 1])]).await;
+    let mut client = Client::connect(&cluster).await;
+    begin_append(&client, &session).await;
+    let begun =
+        |node: &Node| node.arrived(BULK).iter().filter(|sent| matches!(sent, Sent::Append(_))).count();
+    until("both shards have begun", || begun(&cluster.nodes[0]) == 2).await;
+    cluster.nodes[1].cut();
+    cluster.misses(1);
+    let Answer::Failed(short) = client.answer(1).await else { panic!("there are too few replicas") };
+    assert_eq!(short.reason, Reason::UnderReplicated, "{short}");
+    let node = &cluster.nodes[0];
+    let over = || node.arrived(BULK).iter().filter(|sent| matches!(sent, Sent::GiveUp(_))).count();
+    until("both are given up", || over() >= 2 && node.calls.in_flight() == 0).await;
+    assert!(session.lock().uploads.is_empty());
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_frame_behind_a_commit_ends_the_stream() {
     let cluster = Cluster::start(1).await;

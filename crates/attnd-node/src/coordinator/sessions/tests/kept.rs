@@ -329,6 +329,12 @@ async fn a_session_that_is_opened_twice_at_once_is_one() {
     assert_eq!((epochs(first).unwrap(), epochs(second).unwrap()), ((true, 1), (false, 2)));
     let differs = third.unwrap_err();
     assert_eq!(differs.message(), "SESSION_EXISTS: parameters differ");
+    // What whoever was first is told is its own, whoever comes next.
+    for n in 0..40 {
+        let open = || opened(Open { name: Some(name(&format!("both-{n}"))), ..open("a", true) });
+        let (first, second) = tokio::join!(open(), open());
+        assert_eq!((epochs(first).unwrap(), epochs(second).unwrap()), ((true, 1), (false, 2)), "{n}");
+    }
     // Where the first one fails, the second is for whoever waits for it.
     scene.meta.fail(&["create_as"]);
     other.name = Some(name("b"));
