@@ -44,4 +44,4 @@ pub use placement::{
 };
 pub use replica::{Replica, ReplicaRefusal, ReplicaSnapshot, ReplicaState, Terms, Undone, Verdict};
 pub use spec::{SessionName, SessionNameError, SessionSpec, SpecError};
-pub use window::{WINDOW, Window};
+pub use window::{KEPT, WINDOW, Window};

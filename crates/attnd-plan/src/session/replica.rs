@@ -9,7 +9,7 @@ use std::collections::VecDeque;
 
 pub use self::refusal::ReplicaRefusal;
 use super::op::{Change, Op, Record, longest};
-use super::window::{Known, WINDOW, Window};
+use super::window::{KEPT, Known, Window};
 use crate::omission::{Omission, omits};
 
 mod refusal;
@@ -80,7 +80,7 @@ pub struct Replica {
     chain: u32,
     chain_before: u32,
     last: Option<Op>,
-    /// What the chain was behind each op of the window.
+    /// What the chain was behind each op that the window keeps.
     chains: VecDeque<u32>,
 }
 
@@ -145,7 +145,7 @@ impl Replica {
     pub fn snapshot(&self) -> ReplicaSnapshot {
         ReplicaSnapshot {
             state: self.state(),
-            records: self.records().collect(),
+            records: self.window.kept().collect(),
             chains: self.chains.iter().copied().collect(),
         }
     }
@@ -157,8 +157,8 @@ impl Replica {
     pub fn restore(snapshot: &ReplicaSnapshot) -> Result<Self, ReplicaRefusal> {
         let ReplicaSnapshot { state, records, chains } = snapshot;
         let window = Window::of(state.op_seq, records);
-        let remembered = window.records().count();
-        if remembered != records.len() || chains.len() != records.len() || !window.is_whole() {
+        let kept = window.kept().count();
+        if kept != records.len() || chains.len() != records.len() || !window.is_whole() {
             return Err(ReplicaRefusal::Snapshot { records: records.len(), op_seq: state.op_seq });
         }
         if chains.last().is_some_and(|chain| *chain != state.chain) {
@@ -231,7 +231,7 @@ impl Replica {
         self.chain = link(self.chain, op, content_crc);
         self.last = Some(*op);
         self.chains.push_back(self.chain);
-        if self.chains.len() > WINDOW {
+        if self.chains.len() > KEPT {
             self.chains.pop_front();
         }
     }

@@ -6,8 +6,11 @@ use super::op::{Answer, Record};
 
 /// Ops that are remembered; one that comes again later than this many others is refused.
 pub const WINDOW: usize = 1024;
+/// Ops that are kept: when the last one is taken back, there still are as many behind it as shall be remembered. Two are never taken
+/// back one after the other.
+pub const KEPT: usize = WINDOW + 1;
 
-/// The last [`WINDOW`] ops, which all follow each other.
+/// The last [`KEPT`] ops, which all follow each other.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Window {
     /// The number of the last one; 0 before any.
@@ -45,7 +48,7 @@ impl Window {
     /// A window of these records, of which the last is op `last`. Of records with a gap only those behind it count.
     pub(super) fn of(last: u64, records: &[Record]) -> Self {
         let mut window = Self::after(last);
-        let oldest_first = records.len().saturating_sub(WINDOW);
+        let oldest_first = records.len().saturating_sub(KEPT);
         for record in records.iter().skip(oldest_first).filter(|record| record.seq <= last) {
             let follows = window.entries.is_empty() || window.last + 1 == record.seq;
             if !follows {
@@ -67,18 +70,24 @@ impl Window {
 
     /// The number of the oldest op that is remembered; the next one if none is.
     pub fn oldest(&self) -> u64 {
-        self.last + 1 - self.entries.len() as u64
+        self.last + 1 - self.entries.len().min(WINDOW) as u64
     }
 
-    /// Whether it is as long as it can be.
+    /// Whether it is as long as it has to be.
     pub(super) fn is_whole(&self) -> bool {
-        self.entries.len() as u64 == self.last.min(WINDOW as u64)
+        self.entries.len() as u64 >= self.last.min(WINDOW as u64)
     }
 
     /// All that it remembers, oldest first.
     pub fn records(&self) -> impl Iterator<Item = Record> + '_ {
         let oldest = self.oldest();
-        self.entries.iter().zip(oldest..).map(|(entry, seq)| entry.record(seq))
+        self.kept().skip_while(move |record| record.seq < oldest)
+    }
+
+    /// All that it keeps, oldest first.
+    pub fn kept(&self) -> impl Iterator<Item = Record> + '_ {
+        let first = self.last + 1 - self.entries.len() as u64;
+        self.entries.iter().zip(first..).map(|(entry, seq)| entry.record(seq))
     }
 
     pub(super) fn look(&self, seq: u64) -> Known {
@@ -86,7 +95,8 @@ impl Window {
             return Known::New;
         }
         let oldest = self.oldest();
-        let entry = seq.checked_sub(oldest).and_then(|index| self.entries.get(usize::try_from(index).ok()?));
+        let index = usize::try_from(self.last - seq).ok().filter(|_| seq >= oldest);
+        let entry = index.and_then(|index| self.entries.iter().rev().nth(index));
         entry.map_or(Known::Forgotten { oldest }, |entry| Known::Applied(entry.record(seq)))
     }
 
@@ -94,7 +104,7 @@ impl Window {
     pub(super) fn push(&mut self, digest: u32, answer: Answer) {
         self.last += 1;
         self.entries.push_back(Entry::of(&Record { seq: self.last, digest, answer }));
-        if self.entries.len() > WINDOW {
+        if self.entries.len() > KEPT {
             self.entries.pop_front();
         }
     }
@@ -158,18 +168,42 @@ mod tests {
     }
 
     #[test]
+    fn as_many_are_remembered_when_one_was_taken_back() {
+        let mut window = Window::default();
+        let push = |window: &mut Window| window.push(7, answer(1));
+        (0..1038).for_each(|_| push(&mut window));
+        for _ in 0..3 {
+            push(&mut window);
+            window.pop();
+            assert_eq!((window.last(), window.oldest(), window.is_whole()), (1038, 15, true));
+            assert_eq!(window.look(14), Known::Forgotten { oldest: 15 });
+            assert!(matches!(window.look(15), Known::Applied(Record { seq: 15, .. })));
+            let records: Vec<Record> = window.kept().collect();
+            window = Window::of(1038, &records);
+            assert!(window.is_whole());
+        }
+        // It never is shorter than that, whatever is copied when.
+        push(&mut window);
+        let records: Vec<Record> = window.kept().collect();
+        let mut copied = Window::of(1039, &records);
+        copied.pop();
+        assert_eq!((copied.last(), copied.oldest(), copied.is_whole()), (1038, 15, true));
+    }
+
+    #[test]
     fn a_window_survives_as_records() {
         let mut window = Window::default();
         for seq in 1..=1100_usize {
             window.push(seq as u32, Answer { len: seq, generation: 0, child: (seq % 2 == 1).then_some(5) });
         }
-        let records: Vec<Record> = window.records().collect();
+        assert_eq!((window.records().count(), window.kept().count()), (WINDOW, KEPT));
+        let records: Vec<Record> = window.kept().collect();
         assert_eq!(Window::of(1100, &records), window);
         assert_eq!(Window::of(1099, &records).last(), 1099);
         // Records that don't reach the last op say nothing about those before it.
         assert_eq!(Window::of(1101, &records), Window::after(1101));
         let mut gap = records;
         gap.remove(1000);
-        assert_eq!(Window::of(1100, &gap).oldest(), 78 + 1000);
+        assert_eq!(Window::of(1100, &gap).oldest(), 77 + 1000);
     }
 }

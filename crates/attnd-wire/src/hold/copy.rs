@@ -1,7 +1,7 @@
 //! Copies of replicas: what is asked of the worker that has one, and of the one that gets it.
 
 use attnd_plan::Piece;
-use attnd_plan::session::{Answer, CopyPages, Record, ReplicaSnapshot, SessionSpec, WINDOW};
+use attnd_plan::session::{Answer, CopyPages, KEPT, Record, ReplicaSnapshot, SessionSpec};
 use bytes::Bytes;
 
 use super::reply::ShardState;
@@ -216,7 +216,7 @@ impl TryFrom<proto::ShardSnapshot> for ShardSnapshot {
         let state = state.ok_or_else(|| Error::new(Reason::Snapshot, "without a state"))?;
         let state = ShardState::try_from(state)?;
         let n = ops.len();
-        let before = state.op_seq.checked_sub(n as u64).filter(|_| n <= WINDOW);
+        let before = state.op_seq.checked_sub(n as u64).filter(|_| n <= KEPT);
         let Some(before) = before else {
             let detail = format!("{n} records don't end in op {}", state.op_seq);
             return Err(Error::new(Reason::Snapshot, detail));

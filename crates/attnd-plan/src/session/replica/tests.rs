@@ -198,3 +198,24 @@ fn a_replica_moves_with_its_history() {
         assert!(Replica::restore(&spoiled).is_err(), "{spoiled:?}");
     }
 }
+
+#[test]
+fn a_replica_with_a_long_history_can_be_copied_whatever_was_taken_back() {
+    let mut replica = Replica::new(1, 7);
+    for seq in 1..=1038 {
+        replica.apply(&append(seq, 0, seq as usize - 1, 1), seq as u32);
+    }
+    for _ in 0..3 {
+        let op = append(1039, 0, 1038, 5);
+        replica.apply(&op, 1);
+        // Before it is taken back, and after.
+        let copied = Replica::restore(&replica.snapshot()).unwrap();
+        assert_eq!(copied, replica);
+        assert_eq!(replica.undo(7, 1039, op.digest), Ok(Undone::TakenBack { layer: 0, len: 1038 }));
+        let copied = Replica::restore(&replica.snapshot()).unwrap();
+        assert_eq!(copied.state(), replica.state());
+        assert_eq!(copied.begin(7, 0, &append(15, 0, 14, 1)), Ok(Verdict::Replayed));
+        assert_eq!(refused(&copied, 7, 0, &append(14, 0, 13, 1)), "14 < 15");
+        replica = copied;
+    }
+}
