@@ -4,7 +4,7 @@
 //! [`MetaStore`] is the contract: each function is one transaction, which has happened, and stays, once it returns. There are two:
 //! [`InMemory`] forgets all of it with the process, [`RedbStore`] has a file.
 //!
-//! [`MetaThread`] is how asynchronous code uses one. A thread of its own runs the transactions, one after the other, in the order in
+//! `MetaThread` (`thread.rs`) is how asynchronous code uses one. A thread of its own runs the transactions, one after the other, in the order in
 //! which they were asked for: a store writes one at a time anyway, so with a pool of threads a disk that takes its time would have
 //! as many of them waiting as there are requests. Whoever finds too many before it waits too, on the runtime, which goes on.
 
@@ -128,7 +128,7 @@ pub enum MetaError {
     Gone,
 }
 
-/// A durable map of sessions. All functions block; see [`MetaThread`].
+/// A durable map of sessions. All functions block: the coordinator has a thread for them.
 pub trait MetaStore: fmt::Debug + Send + Sync + 'static {
     /// The next term, higher than any before: for a coordinator that starts.
     ///
