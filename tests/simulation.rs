@@ -1,7 +1,7 @@
 //! The real coordinator, workers and clients in a simulation: one thread, a network and a time of its own, and all chance out of one
 //! seed. While links break and processes end, clients do what they please, and what they are told is held against a model of sessions.
 //!
-//! A run that fails says how it is run again: `cargo xtask sim --seed N`.
+//! A run that fails says how it is run again: `cargo xtask sim --seed N`; with `ATTND_SIM_LOG=attnd_node=trace` it shows what nodes log, too.
 
 use std::cell::RefCell;
 use std::panic::{AssertUnwindSafe, catch_unwind};

@@ -126,7 +126,7 @@ struct Sink {
 }
 
 impl Bulk {
-    /// Takes chunks until the Commit, or until enough replicas have refused them.
+    /// Takes chunks until the Commit, or until the op has ended without it.
     async fn take(&mut self, append: &Append, bytes: (u64, u64), mut frames: Frames) -> Result<Taken, Error> {
         let writer_epoch = append.mutation.writer_epoch;
         let mut writer = self.session.writer.subscribe();

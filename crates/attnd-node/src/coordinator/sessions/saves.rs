@@ -11,7 +11,7 @@ use super::Sessions;
 use super::session::Session;
 use crate::coordinator::meta_store::{MetaError, ShardUpdate};
 
-/// Time until what couldn't be written is tried again.
+/// Time until what couldn't be written is tried again: a file that fails ends the coordinator before (`ending.rs`), another store may recover.
 pub(super) const TRY_AGAIN: Duration = Duration::from_secs(1);
 
 /// What waits to be written.

@@ -65,6 +65,10 @@ async fn a_step_for_which_there_is_no_memory_is_refused_alone() {
     drop(taken);
     assert_eq!(applied(&cluster.run(vec![step(&session, 2, 1)]).await), (4, false));
     assert_eq!(room.reserved(), 0);
+    // What never has room is refused for good.
+    let too_large = cluster.sessions.room_for(room.limit() + 1).unwrap_err();
+    assert!(too_large.reason == Reason::ShapeLimit && !too_large.is_retryable(), "{too_large}");
+    assert!(cluster.sessions.room_for(room.limit()).is_ok());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
