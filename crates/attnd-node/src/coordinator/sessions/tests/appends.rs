@@ -162,7 +162,8 @@ async fn of_an_append_that_ends_early_nothing_stays_at_workers() {
     let node = &cluster.nodes[0];
     let over = || node.arrived(BULK).iter().filter(|sent| matches!(sent, Sent::GiveUp(_))).count();
     until("both are given up", || over() >= 2 && node.calls.in_flight() == 0).await;
-    assert!(session.lock().uploads.is_empty());
+    // The worker is through with them before the coordinator has its answers.
+    until("the coordinator has heard so", || session.lock().uploads.is_empty()).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
