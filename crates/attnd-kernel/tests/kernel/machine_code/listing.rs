@@ -150,11 +150,11 @@ impl Instruction<'_> {
         }
     }
 
-    /// Takes part in widening 16-bit elements.
+    /// Takes part in widening elements of storage: halves, or the integers of words that hold several.
     pub(crate) fn is_widening(&self) -> bool {
         match self.architecture {
             Architecture::X86 => ["vcvtph2ps", "vpslld", "vcvtdq2ps", "vpsraw"].contains(&self.mnemonic),
-            Architecture::Aarch64 => ["shl", "fcvtl"].contains(&self.mnemonic),
+            Architecture::Aarch64 => ["shl", "fcvtl", "scvtf"].contains(&self.mnemonic),
         }
     }
 
