@@ -1,6 +1,7 @@
 //! The same bits on 1, 2, 3, 5 and 8 workers, of any instruction set, as in this process: over real processes.
 
 mod dense;
+mod in_process;
 mod operators;
 mod outputs;
 mod projections;

@@ -16,7 +16,7 @@ use crate::support::raw_call;
 const CALLS: u64 = 60;
 
 /// A call with a mask, a bias or both.
-fn case(seed: u64) -> Case {
+pub(super) fn case(seed: u64) -> Case {
     let mut rng = SmallRng::seed_from_u64(9000 + seed);
     let kv_heads = rng.random_range(1..=3);
     let dims = Dims {

@@ -20,7 +20,7 @@ fn range(end: usize, rng: &mut SmallRng) -> std::ops::Range<usize> {
 }
 
 /// What is wanted of a random call: often much of it at once.
-fn parts(case: &Case, seed: u64) -> OutputsParts {
+pub(super) fn parts(case: &Case, seed: u64) -> OutputsParts {
     let mut rng = SmallRng::seed_from_u64(9000 + seed);
     let shape = case.shape();
     let heads = range(shape.n_heads(), &mut rng);

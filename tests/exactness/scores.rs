@@ -58,7 +58,7 @@ fn with_other_queries(function: &'static Function, shape: AttnShape, rng: &mut S
     if Operator::new(parts, &other).is_ok() { other } else { shape }
 }
 
-fn case(function: &'static Function, seed: u64) -> Case {
+pub(super) fn case(function: &'static Function, seed: u64) -> Case {
     let mut rng = SmallRng::seed_from_u64(21_000 + seed);
     let kv_heads = rng.random_range(1..=3);
     let dims = Dims {

@@ -73,7 +73,7 @@ fn swin(shape: &AttnShape, rng: &mut SmallRng) -> Swin {
     Swin { height, width, table: table(entries, rng), shift }
 }
 
-fn case(seed: u64) -> Case {
+pub(super) fn case(seed: u64) -> Case {
     let mut rng = SmallRng::seed_from_u64(31_000 + seed);
     let kv_heads = rng.random_range(1..=3);
     let is_swin = seed.is_multiple_of(4);

@@ -16,7 +16,7 @@ const KEYS: usize = 3000;
 /// Query heads of all three elements of the batch, three for each kv head.
 const HEADS: usize = 18;
 
-fn plain(seed: u64, dtype: Dtype, data: Data) -> Case {
+pub(super) fn plain(seed: u64, dtype: Dtype, data: Data) -> Case {
     let (queries, keys) = (QUERIES as u64, KEYS as u64);
     let dims = Dims { batch: 3, heads: 6, kv_heads: 2, queries, keys, head_dim: 8, value_dim: 24 };
     let mut case = Case::new(seed, data, Causal::None, dtype, dims);

@@ -4,6 +4,7 @@ pub(crate) mod cases;
 pub(crate) mod cluster;
 pub(crate) mod dense;
 pub(crate) mod formula;
+pub(crate) mod in_process;
 pub(crate) mod process;
 pub(crate) mod proxy;
 pub(crate) mod raw_call;

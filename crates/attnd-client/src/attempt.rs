@@ -28,9 +28,9 @@ pub(crate) struct Answer {
 /// Room for the whole answer.
 #[derive(Debug)]
 pub(crate) struct Assembly {
-    context: ContextAssembly,
+    pub(crate) context: ContextAssembly,
     /// `None` where nothing is wanted beside the context.
-    outputs: Option<OutputsAssembly>,
+    pub(crate) outputs: Option<OutputsAssembly>,
 }
 
 impl Assembly {
@@ -42,7 +42,7 @@ impl Assembly {
         Ok(Self { context: ContextAssembly::new(begin.shape)?, outputs: outputs.transpose()? })
     }
 
-    fn outputs(&mut self) -> Result<&mut OutputsAssembly, Error> {
+    pub(crate) fn outputs(&mut self) -> Result<&mut OutputsAssembly, Error> {
         self.outputs.as_mut().ok_or_else(|| invalid("no outputs are wanted"))
     }
 }

@@ -24,6 +24,7 @@ mod context;
 mod error;
 mod inspected;
 pub mod layer;
+mod local_call;
 mod operands;
 mod retry;
 pub mod session;
@@ -45,6 +46,7 @@ pub use attnd_wire::{
 pub use client::{Attended, Client, Progress};
 pub use error::ClientError;
 pub use inspected::Inspected;
+pub use local_call::{LocalAnswer, LocalCall};
 pub use operands::{Alibi, AttendOptions, Operands};
 pub use retry::{MAX_ATTEMPTS, MAX_SESSION_ATTEMPTS};
 pub use side::{DenseTensor, KvSource};

@@ -11,6 +11,7 @@ mod budget;
 pub mod compute_pool;
 pub mod coordinator;
 pub mod error;
+pub mod in_process;
 pub mod listen;
 pub mod platform;
 pub mod shutdown;

@@ -122,7 +122,7 @@ async fn read_begin(
 }
 
 /// Rows that see no key. The mask alone says so: a call that must not have any is refused before it costs a byte.
-fn empty_rows(mask: &Mask, shape: &AttnShape) -> u64 {
+pub(crate) fn empty_rows(mask: &Mask, shape: &AttnShape) -> u64 {
     let of_element = |element: usize| {
         let mask = mask.of_batch(element, shape);
         (0..shape.n_queries()).filter(|token| mask.visible(*token).is_empty()).count()

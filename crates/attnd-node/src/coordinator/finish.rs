@@ -32,18 +32,46 @@ pub(crate) struct Checks {
     pub(crate) keep_sums: bool,
 }
 
+/// Rows that have merged and are divided, ordered `[head, token]`.
+#[derive(Debug)]
+pub(crate) struct Merged {
+    pub(crate) rows: FinishedRows,
+    pub(crate) sums: Option<MergedSums>,
+    pub(crate) unseen: u64,
+    pub(crate) first_unseen: Option<(usize, usize)>,
+}
+
+/// Merges and divides as [`merge`], and makes messages of the rows.
+///
+/// # Errors
+/// As [`merge`].
+pub(crate) fn finish(
+    ready: Ready<PartialRows>,
+    shape: &AttnShape,
+    operator: &Operator,
+    checks: Checks,
+    kernels: &Kernels,
+) -> Result<Finish, Error> {
+    let begun = Instant::now();
+    let (group, tokens) = (ready.group, ready.tokens.clone());
+    let Merged { rows, sums, unseen, first_unseen } = merge(ready, shape, operator, checks, kernels)?;
+    let first_head = group * shape.group_size();
+    let heads = first_head..first_head + shape.group_size();
+    let replies = chunks(rows, heads, tokens, shape.value_dim());
+    Ok(Finish { replies, sums, spent: begun.elapsed(), unseen, first_unseen })
+}
+
 /// Merges the partials along the canonical tree, adds sinks, divides, once, and fills rows that saw nothing.
 ///
 /// # Errors
 /// [`attnd_wire::Reason::OutputOverflow`] for the first row that isn't finite, unless that is allowed.
-pub(crate) fn finish(
+pub(crate) fn merge(
     ready: Ready<PartialRows>,
     shape: &AttnShape,
     operator: &Operator,
     Checks { mean, allow_non_finite, keep_sums }: Checks,
     kernels: &Kernels,
-) -> Result<Finish, Error> {
-    let begun = Instant::now();
+) -> Result<Merged, Error> {
     let Ready { group, tokens, parts } = ready;
     let rows = shape.group_size() * tokens.len();
     let merged = attnd_plan::fold(parts, |left, right| left.merge(&right, kernels))
@@ -61,14 +89,12 @@ pub(crate) fn finish(
         m: merged.m.clone(),
         l: merged.l.clone(),
     });
-    let finished = operator.divide(merged, mean.as_deref(), kernels);
-    if let Some(row) = finished.non_finite_row.filter(|_| !allow_non_finite) {
+    let rows = operator.divide(merged, mean.as_deref(), kernels);
+    if let Some(row) = rows.non_finite_row.filter(|_| !allow_non_finite) {
         let (head, token) = (row / tokens.len(), row % tokens.len());
         return Err(refusal::output_overflow(first_head + head, tokens.start + token));
     }
-    let heads = first_head..first_head + shape.group_size();
-    let replies = chunks(finished, heads, tokens, shape.value_dim());
-    Ok(Finish { replies, sums, spent: begun.elapsed(), unseen, first_unseen })
+    Ok(Merged { rows, sums, unseen, first_unseen })
 }
 
 /// Cuts rows ordered `[head, token]` by heads, so that a message has at most [`limits::CHUNK_BYTES`] of context where

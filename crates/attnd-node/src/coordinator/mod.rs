@@ -27,12 +27,12 @@ use crate::listen::{self, Listener, MAX_CONNECTIONS};
 use crate::shutdown::{Calls, DRAIN_DEADLINE, serve_until};
 use crate::{NodeError, Platform};
 
-mod attend_call;
+pub(crate) mod attend_call;
 mod attention_service;
 mod backlog;
 mod ending;
-mod finish;
-mod heat_rows;
+pub(crate) mod finish;
+pub(crate) mod heat_rows;
 mod hold_link;
 mod incoming;
 mod join_service;
@@ -40,10 +40,10 @@ mod membership_actor;
 pub mod meta_store;
 mod placement;
 mod reply_stream;
-mod second_pass;
+pub(crate) mod second_pass;
 mod sessions;
 mod tasks;
-mod value_means;
+pub(crate) mod value_means;
 mod worker_actor;
 
 use attention_service::AttentionService;

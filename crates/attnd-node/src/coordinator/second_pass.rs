@@ -113,18 +113,29 @@ pub(crate) fn numbers(
     if joined.heads.is_empty() {
         return Ok(Vec::new());
     }
+    Ok(told(&joined, sums, &outputs, &heat, shape, operator).into_iter().map(Into::into).collect())
+}
+
+/// What a client is told of rows on which all is reported.
+pub(crate) fn told(
+    joined: &NodeReport,
+    sums: MergedSums,
+    outputs: &Outputs,
+    heat: &Mutex<HeatRows>,
+    shape: &AttnShape,
+    operator: &Operator,
+) -> Vec<AttendReply> {
     let MergedSums { group, tokens, m, l } = sums;
-    let numbers = joined.finish(RowSums { m: &m, l: &l }, &outputs, operator);
+    let numbers = joined.finish(RowSums { m: &m, l: &l }, outputs, operator);
     let first_head = group * shape.group_size();
     let heads = first_head + joined.heads.start..first_head + joined.heads.end;
     let rows = {
         let mut heat = heat.lock().unwrap_or_else(PoisonError::into_inner);
-        heat.add(&joined.heat, group, &tokens, shape, &outputs)
+        heat.add(&joined.heat, group, &tokens, shape, outputs)
     };
     let has_numbers = numbers != attnd_kernel::FinishedReport::default();
-    let numbers = has_numbers.then(|| AttendReply::Report(ReportChunk { heads, tokens, numbers }).into());
-    let rows = rows.into_iter().map(|rows| AttendReply::Heat(rows).into());
-    Ok(numbers.into_iter().chain(rows).collect())
+    let numbers = has_numbers.then(|| AttendReply::Report(ReportChunk { heads, tokens, numbers }));
+    numbers.into_iter().chain(rows.into_iter().map(AttendReply::Heat)).collect()
 }
 
 /// What a report takes.

@@ -72,6 +72,52 @@ pub(crate) struct Operands {
     pub(crate) sent_keys: Option<SentKeys>,
 }
 
+/// The keys and values of a kv group as they become resident, page by page.
+#[derive(Debug)]
+pub(crate) struct ResidentKv {
+    layout: Layout,
+    group: usize,
+    slots: Range<usize>,
+    /// Without keys where `sent_keys` has them.
+    pub(crate) pages: KvHead,
+    /// Keys that become others, once all are here.
+    pub(crate) sent_keys: Option<SentKeys>,
+}
+
+impl ResidentKv {
+    /// Room for the pages of these slots.
+    ///
+    /// # Errors
+    /// If the system has no memory left.
+    pub(crate) fn new(layout: Layout, group: usize, slots: Range<usize>) -> Result<Self, OutOfMemory> {
+        let pages = layout.pages(slots.clone())?;
+        let sent_keys = layout.residency.transforms_keys().then(|| SentKeys::new(&layout));
+        Ok(Self { layout, group, slots, pages, sent_keys })
+    }
+
+    /// Writes the rows of a page, whole, as they were sent. Keys come in ascending order.
+    ///
+    /// # Errors
+    /// [`AssemblyError::NonFinite`] where finite numbers were promised, and [`AssemblyError::OutOfMemory`].
+    pub(crate) fn write(&mut self, tensor: Tensor, page: usize, rows: &[u8]) -> Result<(), AssemblyError> {
+        let Layout { shape, dtype, check_finite, .. } = self.layout;
+        let (head, kv) = (self.group, &mut self.pages);
+        let non_finite = |found| AssemblyError::NonFinite { tensor, head, found };
+        if shape.value_is_key_prefix() && tensor == Tensor::K {
+            let (row_bytes, bytes) = (shape.head_dim() * dtype.size(), shape.value_dim() * dtype.size());
+            let mut values = Vec::with_capacity(rows.len() / row_bytes * bytes);
+            rows.chunks(row_bytes).for_each(|row| values.extend_from_slice(&row[..bytes]));
+            // It is the key's number, too.
+            kv.write_v(page, &values, dtype, check_finite).map_err(non_finite)?;
+        }
+        match (tensor, &mut self.sent_keys) {
+            (Tensor::K, Some(sent)) => sent.take(head, page, rows, &self.slots),
+            (Tensor::K, None) => kv.write_k(page, rows, dtype, check_finite).map_err(non_finite),
+            (Tensor::Q | Tensor::V, _) => kv.write_v(page, rows, dtype, check_finite).map_err(non_finite),
+        }
+    }
+}
+
 /// A kv group on its way in.
 #[derive(Debug)]
 pub(crate) struct GroupAssembly {
@@ -82,8 +128,7 @@ pub(crate) struct GroupAssembly {
     q: Vec<f32>,
     q_heads: Vec<Rows>,
     /// Created on the first byte of K or V.
-    kv: Option<KvHead>,
-    sent_keys: Option<SentKeys>,
+    kv: Option<ResidentKv>,
     /// Of keys, and of values, that are sent.
     k: Option<Pages>,
     v: Option<Pages>,
@@ -95,14 +140,12 @@ impl GroupAssembly {
         let element = layout.dtype.size();
         let pages = |dim: usize| Pages::new(shape.n_keys(), slots.clone(), dim * element);
         let rows = Rows::new(shape.query_dim() * element);
-        let sent_keys = layout.residency.transforms_keys();
         Self {
             layout,
             group,
             q: Vec::new(),
             q_heads: vec![rows; shape.group_size()],
             kv: None,
-            sent_keys: sent_keys.then(|| SentKeys::new(&layout)),
             k: (!shape.kv_is_projected()).then(|| pages(shape.head_dim())),
             v: (!shape.value_is_key_prefix() && !shape.kv_is_projected()).then(|| pages(shape.value_dim())),
             slots,
@@ -172,15 +215,11 @@ impl GroupAssembly {
     }
 
     fn accept_kv(&mut self, tensor: Tensor, offset: u64, data: &[u8]) -> Result<(), AssemblyError> {
-        let Layout { shape, dtype, check_finite, .. } = self.layout;
-        let row_bytes = shape.head_dim() * dtype.size();
+        let head = self.group;
         let kv = match &mut self.kv {
             Some(kv) => kv,
-            None => self.kv.insert(self.layout.pages(self.slots.clone())?),
+            None => self.kv.insert(ResidentKv::new(self.layout, head, self.slots.clone())?),
         };
-        let head = self.group;
-        let slots = &self.slots;
-        let sent_keys = &mut self.sent_keys;
         let pages = match tensor {
             Tensor::V => &mut self.v,
             Tensor::Q | Tensor::K => &mut self.k,
@@ -190,27 +229,10 @@ impl GroupAssembly {
             None if data.is_empty() => return Ok(()),
             None => return Err(AssemblyError::Offset { tensor, head, expected: 0, got: offset }),
         };
-        let prefix = shape.value_is_key_prefix().then(|| shape.value_dim() * dtype.size());
-        pages
-            .take(offset, data, |page, rows| {
-                if let Some(bytes) = prefix.filter(|_| tensor == Tensor::K) {
-                    let mut values = Vec::with_capacity(rows.len() / row_bytes * bytes);
-                    rows.chunks(row_bytes).for_each(|row| values.extend_from_slice(&row[..bytes]));
-                    let written = kv.write_v(page, &values, dtype, check_finite);
-                    // It is the key's number, too.
-                    written.map_err(|found| AssemblyError::NonFinite { tensor, head, found })?;
-                }
-                let written = match (tensor, &mut *sent_keys) {
-                    (Tensor::K, Some(sent)) => return sent.take(head, page, rows, slots),
-                    (Tensor::K, None) => kv.write_k(page, rows, dtype, check_finite),
-                    (Tensor::Q | Tensor::V, _) => kv.write_v(page, rows, dtype, check_finite),
-                };
-                written.map_err(|found| AssemblyError::NonFinite { tensor, head, found })
-            })
-            .map_err(|error| match error {
-                Refusal::Offset { expected, got } => AssemblyError::Offset { tensor, head, expected, got },
-                Refusal::Page(error) => error,
-            })
+        pages.take(offset, data, |page, rows| kv.write(tensor, page, rows)).map_err(|error| match error {
+            Refusal::Offset { expected, got } => AssemblyError::Offset { tensor, head, expected, got },
+            Refusal::Page(error) => error,
+        })
     }
 
     /// Whether every byte is here.
@@ -226,8 +248,8 @@ impl GroupAssembly {
     /// If the system has no memory for keys and values of which no byte came: those that are made here, or of slots without a key.
     pub(crate) fn finish(self) -> Option<Result<Operands, OutOfMemory>> {
         self.is_complete().then_some(())?;
-        let kv = self.kv.map_or_else(|| self.layout.pages(self.slots), Ok);
-        Some(kv.map(|kv| Operands { q: self.q, kv, sent_keys: self.sent_keys }))
+        let kv = self.kv.map_or_else(|| ResidentKv::new(self.layout, self.group, self.slots), Ok);
+        Some(kv.map(|kv| Operands { q: self.q, kv: kv.pages, sent_keys: kv.sent_keys }))
     }
 }
 

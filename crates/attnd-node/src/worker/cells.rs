@@ -4,10 +4,11 @@
 //! A cell takes its place in the outgoing queue before it is computed, so no more than [`QUEUE`] finished partials
 //! ever wait for a slow reader, and the pool has its next cell while the last one is being sent.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use attnd_kernel::{Effective, GroupCall, Kernels, Side};
+use attnd_kernel::{Effective, GroupCall, Kernels, KvHead, PartialRows, ScoreOverflow, Side};
 use attnd_plan::{CellId, SideTensor, filled_nodes};
 use attnd_wire::{ComputeBegin, ComputeReply, Error, MergedSums, Partial, Reason, proto, refusal};
 use futures::StreamExt;
@@ -15,6 +16,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::assembly::Operands;
+use super::keys::SentKeys;
 use super::projection::project;
 use super::second_pass::{self, Kept};
 use super::side::SidePlanes;
@@ -51,14 +53,26 @@ pub(crate) struct ReadyGroup {
 impl ReadyGroup {
     /// Lends the group to `work`, as the kernels take it.
     pub(crate) fn with_call<T>(&self, begin: &ComputeBegin, work: impl FnOnce(GroupCall<'_>) -> T) -> T {
-        let &ComputeBegin { shape, ref operator, .. } = begin;
-        let (Operands { q, kv, .. }, group) = (&self.operands, self.group);
-        let planes = |tensor| self.planes.of_group(tensor, group, &kv.slots(), &shape);
-        let (mask, bias) = (planes(SideTensor::Mask), planes(SideTensor::Bias));
-        let previous = self.planes.previous_of_group(group, &shape);
-        let side = Side { mask: &mask, bias: &bias, previous: &previous };
-        work(GroupCall { shape, operator, group, q, kv, side, compute: Effective::F32 })
+        let Operands { q, kv, .. } = &self.operands;
+        with_call(begin, self.group, q, kv, &self.planes, work)
     }
+}
+
+/// Lends a group to `work`, as the kernels take it: its queries, `[group_size, n_queries, query_dim]`, and its keys and values.
+pub(crate) fn with_call<T>(
+    begin: &ComputeBegin,
+    group: usize,
+    q: &[f32],
+    kv: &KvHead,
+    planes: &SidePlanes,
+    work: impl FnOnce(GroupCall<'_>) -> T,
+) -> T {
+    let &ComputeBegin { shape, ref operator, .. } = begin;
+    let of_group = |tensor| planes.of_group(tensor, group, &kv.slots(), &shape);
+    let (mask, bias) = (of_group(SideTensor::Mask), of_group(SideTensor::Bias));
+    let previous = planes.previous_of_group(group, &shape);
+    let side = Side { mask: &mask, bias: &bias, previous: &previous };
+    work(GroupCall { shape, operator, group, q, kv, side, compute: Effective::F32 })
 }
 
 /// Where replies of a call go.
@@ -142,13 +156,29 @@ async fn with_resident_keys(call: Arc<Call>, mut ready: ReadyGroup) -> Result<Re
         let _busy = busy.enter();
         let wanted = || !cancelled.load(Ordering::Relaxed);
         let ReadyGroup { operands: Operands { kv, .. }, planes, .. } = &mut ready;
-        let written = match sent {
-            Some(sent) => sent.transform(kernels, begin, group, kv, wanted),
-            None => project(kernels, begin, group, planes, kv, wanted),
-        };
-        written.map(|()| ready)
+        make_resident(kernels, begin, group, (kv, sent), planes, wanted).map(|()| ready)
     };
     on_pool(&call.pool, group, make).await?
+}
+
+/// Writes what isn't yet in the pages of a group as kernels read it: keys that a score function transforms, or keys and values that
+/// are made of rows. On the current rayon pool.
+///
+/// # Errors
+/// As [`SentKeys::transform`] and [`project`].
+pub(crate) fn make_resident(
+    kernels: &Kernels,
+    begin: &ComputeBegin,
+    group: usize,
+    (kv, sent): (&mut KvHead, Option<SentKeys>),
+    planes: &SidePlanes,
+    wanted: impl Fn() -> bool,
+) -> Result<(), Error> {
+    match sent {
+        Some(sent) => sent.transform(kernels, begin, group, kv, wanted),
+        None if begin.shape.kv_is_projected() => project(kernels, begin, group, planes, kv, wanted),
+        None => Ok(()),
+    }
 }
 
 async fn one_cell(
@@ -187,24 +217,38 @@ pub(crate) async fn on_pool<T: Send + 'static>(
 /// Runs on the compute pool, checksum and all; `None` if nobody wants the answer any more.
 fn kernel(call: &Call, ready: &ReadyGroup, cell: CellId) -> Option<Result<proto::ComputeReply, Error>> {
     let _busy = call.busy.enter();
-    let &ComputeBegin { shape, allow_non_finite, .. } = &call.begin;
     let wanted = || !call.cancelled.load(Ordering::Relaxed);
     let tokens = cell.first_token..cell.first_token + cell.tokens;
-    let computed = ready
-        .with_call(&call.begin, |group| Slicer::new(call.kernels, group, wanted).attend(cell.node, tokens));
-    let (rows, finite) = computed?;
-    // Whoever allowed non-finite operands gets what IEEE 754 makes of them.
-    if !allow_non_finite {
-        let first_head = cell.group * shape.group_size();
-        if let Err(at) = finite {
-            return Some(Err(refusal::score_overflow(first_head, &at)));
-        }
-        // Of finite operands only sums that overflowed both ways are NaN; the coordinator takes none for an answer.
-        if let Some(at) = rows.o.iter().position(|o| o.is_nan()) {
-            let row = at / shape.value_dim();
-            let (head, token) = (first_head + row / cell.tokens, cell.first_token + row % cell.tokens);
-            return Some(Err(refusal::output_overflow(head, token)));
-        }
+    let computed = ready.with_call(&call.begin, |group| {
+        Slicer::new(call.kernels, group, wanted).attend(cell.node, tokens.clone())
+    });
+    let rows = checked(&call.begin, cell.group, &tokens, computed?);
+    Some(rows.map(|rows| ComputeReply::Partial(Partial { cell, rows }).into()))
+}
+
+/// The partial of some tokens of a group, if it may be part of an answer.
+///
+/// # Errors
+/// [`Reason::ScoreOverflow`] and [`Reason::OutputOverflow`], unless what isn't finite is allowed: then it is what IEEE 754 makes of it.
+pub(crate) fn checked(
+    begin: &ComputeBegin,
+    group: usize,
+    tokens: &Range<usize>,
+    (rows, finite): (PartialRows, Result<(), ScoreOverflow>),
+) -> Result<PartialRows, Error> {
+    let &ComputeBegin { shape, allow_non_finite, .. } = begin;
+    if allow_non_finite {
+        return Ok(rows);
     }
-    Some(Ok(ComputeReply::Partial(Partial { cell, rows }).into()))
+    let first_head = group * shape.group_size();
+    finite.map_err(|at| refusal::score_overflow(first_head, &at))?;
+    // Of finite operands only sums that overflowed both ways are NaN; the coordinator takes none for an answer.
+    match rows.o.iter().position(|o| o.is_nan()) {
+        Some(at) => {
+            let row = at / shape.value_dim();
+            let (head, token) = (first_head + row / tokens.len(), tokens.start + row % tokens.len());
+            Err(refusal::output_overflow(head, token))
+        }
+        None => Ok(rows),
+    }
 }

@@ -27,18 +27,18 @@ use crate::listen::{self, Listener, MAX_CONNECTIONS};
 use crate::shutdown::{Calls, DRAIN_DEADLINE, serve_until};
 use crate::{NodeError, Platform};
 
-mod assembly;
-mod cells;
+pub(crate) mod assembly;
+pub(crate) mod cells;
 pub(crate) mod hold_service;
 mod intake;
 mod keys;
 mod membership;
 mod projection;
-mod second_pass;
+pub(crate) mod second_pass;
 mod service;
 mod shard;
-mod side;
-mod slices;
+pub(crate) mod side;
+pub(crate) mod slices;
 pub(crate) mod store;
 mod supervisor;
 #[cfg(test)]

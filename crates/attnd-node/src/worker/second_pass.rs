@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use attnd_kernel::slot::{Node, keys_in_slots};
 use attnd_kernel::{AttnShape, ElementTile, NodeReport, Outputs, RowSums, inspect_node};
 use attnd_plan::{ELEMENT_BYTES, Piece, filled_nodes};
-use attnd_wire::{ComputeReply, Elements, Error, MergedSums, Reason, ShareReport, floats, proto};
+use attnd_wire::{ComputeBegin, ComputeReply, Elements, Error, MergedSums, Reason, ShareReport, floats, proto};
 use tokio::sync::mpsc;
 
 use super::cells::{Call, ReadyGroup, Replies, on_pool};
@@ -121,7 +121,8 @@ async fn report_on(
     let outputs = call.begin.outputs.clone();
     let outputs = outputs.ok_or_else(|| Error::new(Reason::Internal, "a second pass without outputs"))?;
     let mut report = NodeReport::empty(&outputs, sums.group, sums.tokens.clone());
-    for node in parts(call, &outputs, &ready, &sums.tokens) {
+    let slots = ready.operands.kv.slots();
+    for node in parts(&call.begin, call.pool.threads(), &outputs, (sums.group, slots), &sums.tokens) {
         let (call_on_pool, outputs, ready, sums) =
             (Arc::clone(call), Arc::clone(&outputs), Arc::clone(&ready), Arc::clone(&sums));
         let part = on_pool(&call.pool, sums.group, move || {
@@ -146,21 +147,27 @@ async fn report_on(
 }
 
 /// The nodes that are computed one after the other: small enough to be given up in between, and to hold their elements.
-fn parts(call: &Call, outputs: &Outputs, ready: &ReadyGroup, tokens: &Range<usize>) -> Vec<Node> {
-    let shape = &call.begin.shape;
-    let mask = call.begin.operator.mask_of_group(ready.group, shape);
-    let most = SLICE * call.pool.threads() as u64;
-    let per_key = (shape.group_size() * call.begin.operator.score_cost(shape)) as u64;
+pub(crate) fn parts(
+    begin: &ComputeBegin,
+    threads: usize,
+    outputs: &Outputs,
+    (group, slots): (usize, Range<usize>),
+    tokens: &Range<usize>,
+) -> Vec<Node> {
+    let shape = &begin.shape;
+    let mask = begin.operator.mask_of_group(group, shape);
+    let most = SLICE * threads as u64;
+    let per_key = (shape.group_size() * begin.operator.score_cost(shape)) as u64;
     let mut parts = Vec::new();
     let mut stack: Vec<Node> =
-        filled_nodes(ready.operands.kv.slots(), shape.n_keys()).into_iter().map(|(node, _)| node).collect();
+        filled_nodes(slots, shape.n_keys()).into_iter().map(|(node, _)| node).collect();
     while let Some(node) = stack.pop() {
         let keys = keys_in_slots(node.slots(), shape.n_keys());
         if keys == 0 {
             continue;
         }
         let seen: u64 = tokens.clone().map(|token| mask.visible(token).len().min(keys) as u64).sum();
-        let element_bytes = 4 * outputs.elements_of(ready.group, node, tokens);
+        let element_bytes = 4 * outputs.elements_of(group, node, tokens);
         let is_small = seen.saturating_mul(per_key) <= most && element_bytes <= ELEMENT_BYTES;
         match node.children().filter(|_| !is_small) {
             Some((left, right)) => stack.extend([right, left]),
@@ -183,14 +190,18 @@ fn inspect(
     let first_head = sums.group * shape.group_size();
     let mut elements = Vec::new();
     let mut emit = |tile: ElementTile<'_>| {
-        let ElementTile { rectangle, head_in_group, tokens, keys, values } = tile;
-        let data = floats::into_bytes(values.to_vec());
-        let tile = Elements { rectangle, head: first_head + head_in_group, tokens, keys, data };
-        elements.push(ComputeReply::Elements(tile).into());
+        elements.push(ComputeReply::Elements(elements_of(tile, first_head)).into());
     };
     let of_rows = RowSums { m: &sums.m, l: &sums.l };
     let report = ready.with_call(&call.begin, |group| {
         inspect_node(call.kernels, &group, of_rows, outputs, node, sums.tokens.clone(), &mut emit)
     });
     (report, elements)
+}
+
+/// What kernels lend, as it travels. `first_head`: the first query head of the group, flattened over the batch.
+pub(crate) fn elements_of(tile: ElementTile<'_>, first_head: usize) -> Elements {
+    let ElementTile { rectangle, head_in_group, tokens, keys, values } = tile;
+    let data = floats::into_bytes(values.to_vec());
+    Elements { rectangle, head: first_head + head_in_group, tokens, keys, data }
 }
