@@ -1,4 +1,4 @@
-//! Which crate may depend on which: `attnd -> client, node -> wire -> plan -> kernel`, and who may see what from outside.
+//! Which crate may depend on which: `py -> attnd -> client, node -> wire -> plan -> kernel`, and who may see what from outside.
 
 use std::process::Command;
 
@@ -14,6 +14,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("attnd-node", &["attnd-wire", "attnd-plan", "attnd-kernel"]),
     ("attnd-client", &["attnd-wire", "attnd-plan", "attnd-kernel"]),
     ("attnd", &["attnd-client", "attnd-node", "attnd-wire", "attnd-plan", "attnd-kernel"]),
+    ("attnd-py", &["attnd", "attnd-client", "attnd-node", "attnd-wire", "attnd-plan", "attnd-kernel"]),
     ("attnd-tests", &["attnd-client", "attnd-node", "attnd-wire", "attnd-plan", "attnd-kernel"]),
     ("xtask", &[]),
 ];
@@ -24,11 +25,13 @@ const OUTSIDE: &[(&str, &[&str])] = &[
     ("tonic", &["attnd-wire", "attnd-node", "attnd-client"]),
     ("prost", &["attnd-wire"]),
     ("protox", &["attnd-wire"]),
-    ("tokio", &["attnd-wire", "attnd-node", "attnd-client", "attnd"]),
+    ("tokio", &["attnd-wire", "attnd-node", "attnd-client", "attnd", "attnd-py"]),
     ("futures", &["attnd-wire", "attnd-node", "attnd-client", "attnd"]),
     ("kameo", &["attnd-node"]),
     ("redb", &["attnd-node"]),
-    ("rayon", &["attnd-kernel", "attnd-node", "attnd"]),
+    ("rayon", &["attnd-kernel", "attnd-node", "attnd", "attnd-py"]),
+    ("pyo3", &["attnd-py"]),
+    ("numpy", &["attnd-py"]),
     ("core_affinity", &["attnd"]),
     ("tracing", &["attnd-wire", "attnd-node", "attnd-client", "attnd"]),
     ("clap", &["attnd"]),

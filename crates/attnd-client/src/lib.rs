@@ -22,6 +22,7 @@ mod attempt;
 mod client;
 mod context;
 mod error;
+mod ids;
 mod inspected;
 pub mod layer;
 mod local_call;
@@ -45,6 +46,7 @@ pub use attnd_wire::{
 };
 pub use client::{Attended, Client, Progress};
 pub use error::ClientError;
+pub use ids::{Numbering, documents_by_id};
 pub use inspected::Inspected;
 pub use local_call::{LocalAnswer, LocalCall};
 pub use operands::{Alibi, AttendOptions, Operands};

@@ -33,7 +33,6 @@ impl LocalCall {
         let answer = LocalAnswer { assembly: Assembly::new(&begin)? };
         Ok(Self { begin, beside, answer })
     }
-
 }
 
 /// An answer on its way.

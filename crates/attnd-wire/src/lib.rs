@@ -67,4 +67,4 @@ pub use outputs::report::{HeatChunk, ReportChunk};
 pub use outputs::share::{MergedSums, ShareReport};
 pub use status::{ClusterStatus, SessionCounts, WorkerStatus};
 pub use surroundings::Surroundings;
-pub use tonic::Status;
+pub use tonic::{Code, Status};

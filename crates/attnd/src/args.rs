@@ -186,6 +186,9 @@ pub struct LocalArgs {
     /// Address of the coordinator; port 0 takes a free one
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:0")]
     pub listen: SocketAddr,
+    /// End when stdin ends, as it does when the parent process dies
+    #[arg(long, hide = true)]
+    pub exit_with_parent: bool,
 }
 
 /// Arguments of `attnd scores`.

@@ -4,11 +4,13 @@
 //! the parent ends, however it ends, the system closes the pipe, and a child that runs with `--exit-with-parent` takes
 //! that as a request to stop. So nothing is left behind even after kill -9.
 
+use std::ffi::OsString;
 use std::io::Read;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::process::Stdio;
+use std::sync::OnceLock;
 use std::task::Poll;
 use std::time::Duration;
 
@@ -29,6 +31,8 @@ use crate::verbs::worker::{cores, memory};
 
 /// The program to run as children instead of this one, for tests.
 pub const PROGRAM_ENV: &str = "ATTND_BIN";
+/// See [`started_by`].
+static STARTED_BY: OnceLock<(PathBuf, Vec<OsString>)> = OnceLock::new();
 /// What a node prints when it listens, before its URL.
 const LISTENING: &str = "listening on ";
 /// Time for a process to listen, and for all workers to join.
@@ -39,6 +43,13 @@ const STOP: Duration = Duration::from_secs(5);
 const SAME_REQUEST: Duration = Duration::from_millis(200);
 /// Time between two looks at the workers that have joined.
 const LOOK: Duration = Duration::from_millis(10);
+
+/// Says how this program is started where its executable is another one, such as Python's: by `program`, with `before` in front of its
+/// own arguments. The first word counts.
+pub fn started_by(program: PathBuf, before: Vec<OsString>) {
+    // Whoever said it first knows.
+    STARTED_BY.set((program, before)).ok();
+}
 
 /// How large a local cluster is.
 #[derive(Debug, Clone, Copy)]
@@ -191,12 +202,18 @@ struct Node {
 impl Node {
     /// Starts a process and waits until it listens; gives its URL.
     async fn start(name: &str, args: &[&str], deadline: Instant) -> anyhow::Result<(Self, String)> {
-        let program = match std::env::var_os(PROGRAM_ENV) {
-            Some(program) => PathBuf::from(program),
-            None => std::env::current_exe().context("find this program")?,
+        let (program, before) = match (std::env::var_os(PROGRAM_ENV), STARTED_BY.get()) {
+            (Some(program), _) => (PathBuf::from(program), &[][..]),
+            (None, Some((program, before))) => (program.clone(), &before[..]),
+            (None, None) => (std::env::current_exe().context("find this program")?, &[][..]),
         };
         let mut command = Command::new(&program);
-        command.args(args).arg("--exit-with-parent").stdin(Stdio::piped()).stdout(Stdio::piped());
+        command
+            .args(before)
+            .args(args)
+            .arg("--exit-with-parent")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped());
         // Ctrl-C reaches a whole process group; these are to be ended in order, by their parent.
         command.process_group(0).kill_on_drop(true);
         // What a child is to be, its flags say; a variable set for some other node would contradict them.

@@ -2,7 +2,6 @@
 //! [`NodeError`], such as 75 for a drain that ran out of time, which is also the code of [`Insisted`].
 
 use std::error::Error;
-use std::process::ExitCode;
 
 use attnd_client::{Client, ClientError, Reason};
 use attnd_node::NodeError;
@@ -38,14 +37,14 @@ pub fn connect(endpoint: &str) -> Result<Client, BadInput> {
 }
 
 /// Turns the outcome of a verb into an exit code and prints an error, once, on one line of stderr.
-pub fn conclude(outcome: anyhow::Result<()>) -> ExitCode {
-    let Err(error) = outcome else { return ExitCode::SUCCESS };
+pub fn conclude(outcome: anyhow::Result<()>) -> u8 {
+    let Err(error) = outcome else { return 0 };
     // `attnd status | head -1` is no failure of attnd.
     if error.chain().any(is_broken_pipe) {
-        return ExitCode::SUCCESS;
+        return 0;
     }
     output::error(&one_line(&error));
-    ExitCode::from(code_of(&error))
+    code_of(&error)
 }
 
 fn code_of(error: &anyhow::Error) -> u8 {

@@ -1,9 +1,10 @@
 //! What is to be computed, from flags and the files that they name, as the client takes it.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
-use attnd_client::{Alibi, AttendOptions, AttnShape, Documents, Mask, Normaliser, Run};
+use attnd_client::{
+    Alibi, AttendOptions, AttnShape, Documents, Mask, Normaliser, Numbering, documents_by_id,
+};
 use attnd_kernel::{Csr, Relative, Score, Shift, Swin, Tensor};
 
 use crate::args::{
@@ -216,52 +217,22 @@ fn csr(args: &SparseArgs) -> anyhow::Result<Option<Csr>> {
 
 fn documents(args: &SparseArgs) -> anyhow::Result<Option<Documents>> {
     let Some(of_keys) = &args.documents else { return Ok(None) };
-    let mut numbering = Numbering::default();
-    let keys = runs("--documents", of_keys, &mut numbering)?;
-    let queries = match &args.query_documents {
-        None => keys.clone(),
-        Some(source) => runs("--query-documents", source, &mut numbering)?,
-    };
-    // Those of all the batch are those of each of its elements.
-    let batch = keys.len().max(queries.len());
-    let each = |runs: Vec<Vec<Run>>| if runs.len() == 1 { vec![runs.concat(); batch] } else { runs };
-    let documents = Documents::new(&each(queries), &each(keys));
+    let keys = ids("--documents", of_keys)?;
+    let queries = args.query_documents.as_ref().map(|source| ids("--query-documents", source)).transpose()?;
+    let (keys, tokens) = (&keys.0[..], keys.1);
+    let queries = queries.as_ref().map(|(ids, tokens)| (&ids[..], *tokens));
+    let documents = documents_by_id((keys, tokens), queries);
     Ok(Some(documents.map_err(|error| of_fields(&error))?))
 }
 
-/// Tokens of one document that follow each other, for each element of the batch.
-fn runs(flag: &str, source: &Source, numbering: &mut Numbering) -> anyhow::Result<Vec<Vec<Run>>> {
+/// The document of each token, and how many tokens there are of each element of the batch.
+fn ids(flag: &str, source: &Source) -> anyhow::Result<(Vec<i64>, usize)> {
     let Numbers { shape, values } = tensor_file::read_integers(source)?;
-    let tokens = match *shape {
-        [tokens] | [_, tokens] => tokens,
+    match *shape {
+        [tokens] | [_, tokens] => Ok((values, tokens)),
         _ => {
             let what = format!("shape {shape:?}, expected [tokens] or [batch, tokens]");
-            return Err(refused(flag, source, what).into());
+            Err(refused(flag, source, what).into())
         }
-    };
-    Ok(numbering.of(&values).chunks(tokens.max(1)).map(runs_of).collect())
-}
-
-fn runs_of(documents: &[u32]) -> Vec<Run> {
-    let mut end = 0;
-    let run = |tokens: &[u32]| {
-        end += tokens.len();
-        Some(Run { end, id: *tokens.first()? })
-    };
-    documents.chunk_by(|a, b| a == b).filter_map(run).collect()
-}
-
-/// Numbers of things that are told apart by any integers.
-#[derive(Debug, Default)]
-struct Numbering(HashMap<i64, u32>);
-
-impl Numbering {
-    /// The same number for the same thing, from 0 in the order in which they come.
-    fn of(&mut self, things: &[i64]) -> Vec<u32> {
-        let number = |thing: &i64| {
-            let next = self.0.len() as u32;
-            *self.0.entry(*thing).or_insert(next)
-        };
-        things.iter().map(number).collect()
     }
 }

@@ -5,6 +5,7 @@
 
 mod miri;
 mod neon;
+mod python;
 mod simulation;
 mod step;
 mod suite;
@@ -14,7 +15,8 @@ use std::process::ExitCode;
 const HELP: &str = "\
 usage: cargo xtask VERB
 
-  test      everything a change must pass: format, clippy, docs, all tests
+  test      everything a change must pass: format, clippy, docs, all tests, those of the Python package too
+  python    those of the Python package alone
   nightly   all tests with their long lists (ATTND_NIGHTLY=1): big shapes, more kills
   neon      the kernel crate's tests for aarch64 under qemu; says which Debian packages it needs
   sim       a cluster in a simulation: the seeds below 1000, below another number (--seeds N), or one of them (--seed N)
@@ -25,6 +27,7 @@ fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let outcome = match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["test"] => suite::test(),
+        ["python"] => python::build_and_test(),
         ["nightly"] => suite::nightly(),
         ["neon"] => neon::test(),
         ["miri"] => miri::test(),

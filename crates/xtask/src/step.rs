@@ -1,4 +1,4 @@
-//! Cargo commands, announced and timed: one after the other, where the first failure ends the run, or two lists of them at a time.
+//! Commands, announced and timed: one after the other, where the first failure ends the run, or several lists of them at a time.
 
 use std::io::{Read, Write};
 use std::path::Path;
@@ -11,23 +11,33 @@ pub(crate) fn root() -> &'static Path {
     manifest_dir.ancestors().nth(2).unwrap_or(manifest_dir)
 }
 
-/// A cargo command.
+/// A command, mostly one of cargo.
 pub(crate) struct Step {
-    /// rustup's, where it isn't the one that runs this.
-    toolchain: Option<&'static str>,
+    program: Program,
     arguments: String,
     environment: Vec<(&'static str, String)>,
+}
+
+enum Program {
+    /// That of a toolchain of rustup's, or the one that runs this.
+    Cargo(Option<&'static str>),
+    Other(&'static str),
 }
 
 impl Step {
     /// `arguments`: what follows `cargo`, separated by single spaces.
     pub(crate) fn cargo(arguments: impl Into<String>) -> Self {
-        Self { toolchain: None, arguments: arguments.into(), environment: Vec::new() }
+        Self { program: Program::Cargo(None), arguments: arguments.into(), environment: Vec::new() }
+    }
+
+    /// Another program, by its name or its path from the root.
+    pub(crate) fn program(program: &'static str, arguments: impl Into<String>) -> Self {
+        Self { program: Program::Other(program), arguments: arguments.into(), environment: Vec::new() }
     }
 
     /// Takes the cargo of another toolchain.
     pub(crate) fn toolchain(mut self, name: &'static str) -> Self {
-        self.toolchain = Some(name);
+        self.program = Program::Cargo(Some(name));
         self
     }
 
@@ -39,12 +49,12 @@ impl Step {
 
     fn run(&self) -> Result<(), String> {
         let status = self.command().status();
-        self.outcome(status.map_err(|error| format!("cargo could not be started: {error}"))?)
+        self.outcome(status.map_err(|error| format!("could not be started, {error}: {self}"))?)
     }
 
     /// Adds what it writes to either stream to `output`, in the order in which it comes, below a line that names it.
     fn run_quietly(&self, output: &mut Vec<u8>) -> Result<(), String> {
-        let failed = |error: std::io::Error| format!("cargo could not be started: {error}");
+        let failed = |error: std::io::Error| format!("could not be started, {error}: {self}");
         output.extend(format!("\n== {self}\n").bytes());
         let (mut reader, writer) = std::io::pipe().map_err(failed)?;
         let mut command = self.command();
@@ -61,10 +71,11 @@ impl Step {
     }
 
     fn command(&self) -> Command {
-        let mut command = match self.toolchain {
-            None => Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into())),
+        let mut command = match self.program {
+            Program::Other(program) => Command::new(program),
+            Program::Cargo(None) => Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into())),
             // `+name` is for rustup's own cargo, and what `CARGO` names is that of a toolchain.
-            Some(toolchain) => {
+            Program::Cargo(Some(toolchain)) => {
                 let mut rustup = Command::new("rustup");
                 rustup.args(["run", toolchain, "cargo"]);
                 rustup
@@ -88,11 +99,12 @@ impl std::fmt::Display for Step {
                 write!(f, "{key}={value} ")?;
             }
         }
-        f.write_str("cargo ")?;
-        if let Some(toolchain) = self.toolchain {
-            write!(f, "+{toolchain} ")?;
+        match self.program {
+            Program::Other(program) => f.write_str(program)?,
+            Program::Cargo(None) => f.write_str("cargo")?,
+            Program::Cargo(Some(toolchain)) => write!(f, "cargo +{toolchain}")?,
         }
-        f.write_str(&self.arguments)
+        write!(f, " {}", self.arguments)
     }
 }
 
@@ -109,34 +121,39 @@ pub(crate) fn run_all(steps: &[Step]) -> Result<(), String> {
     Ok(())
 }
 
-/// Runs two lists of steps at the same time, each in its order until one of its steps fails. What those of `beside` write comes
+/// Runs lists of steps at the same time, each in its order until one of its steps fails. What those of the lists `beside` write comes
 /// when `first` has ended.
-pub(crate) fn run_beside(first: &[Step], beside: &[Step]) -> Result<(), String> {
+pub(crate) fn run_beside(first: &[Step], beside: &[&[Step]]) -> Result<(), String> {
     for step in first {
         println!("== {step}");
     }
-    for step in beside {
+    for step in beside.iter().copied().flatten() {
         println!("== beside: {step}");
     }
     let start = Instant::now();
     let (of_first, of_beside) = std::thread::scope(|scope| {
-        let beside = scope.spawn(|| {
+        let run = |steps: &[Step]| {
             let mut output = Vec::new();
-            let outcome = beside.iter().try_for_each(|step| step.run_quietly(&mut output));
+            let outcome = steps.iter().try_for_each(|step| step.run_quietly(&mut output));
             if let Err(failure) = &outcome {
                 eprintln!("\nxtask: {failure}; what it said comes when the others have ended\n");
             }
             (outcome, output)
-        });
+        };
+        let running: Vec<_> = beside.iter().map(|steps| scope.spawn(move || run(steps))).collect();
         let of_first = first.iter().try_for_each(Step::run);
         if let Err(failure) = &of_first {
             eprintln!("\nxtask: {failure}; the others go on to their end\n");
         }
-        (of_first, beside.join())
+        (of_first, running.into_iter().map(|running| running.join()).collect::<Vec<_>>())
     });
-    let (outcome, output) =
-        of_beside.map_err(|_panicked| "the thread of the steps beside panicked".to_owned())?;
-    let written = std::io::stdout().write_all(&output).map_err(|error| format!("output: {error}"));
+    let mut outcome = of_first;
+    for of_list in of_beside {
+        let (of_list, output) =
+            of_list.map_err(|_panicked| "the thread of the steps beside panicked".to_owned())?;
+        let written = std::io::stdout().write_all(&output).map_err(|error| format!("output: {error}"));
+        outcome = outcome.and(of_list).and(written);
+    }
     println!("\n{:8.1} s  all of these", start.elapsed().as_secs_f64());
-    of_first.and(outcome).and(written)
+    outcome
 }

@@ -1,5 +1,6 @@
 //! The test suite: `test`, which every change passes, and `nightly`, which takes its time.
 
+use crate::python;
 use crate::step::{Step, run_all, run_beside};
 
 // Both run beside the build, which for minutes has one crate to compile, in a folder of their own: cargo locks the one it builds
@@ -25,14 +26,18 @@ const FREE_ORDER_CLIPPY: &str = "clippy --package attnd-kernel --features free-o
 const FREE_ORDER_TEST: &str =
     "test --package attnd-kernel --features free-order --lib --release --locked free_order";
 
-/// Format, clippy, docs, tests.
+/// Format, clippy, docs, tests, and those of the Python package.
 pub(crate) fn test() -> Result<(), String> {
     run_all(&[Step::cargo("fmt --all --check")])?;
     run_beside(
         &[Step::cargo(BUILD)],
-        &[Step::cargo(CLIPPY), Step::cargo(DOC).env("RUSTDOCFLAGS", "-D warnings")],
+        &[
+            &[Step::cargo(CLIPPY), Step::cargo(DOC).env("RUSTDOCFLAGS", "-D warnings")],
+            &python::environment(),
+        ],
     )?;
-    run_beside(&[Step::cargo(PROCESS_TESTS)], &[Step::cargo(OTHER_TESTS)])
+    run_beside(&[Step::cargo(PROCESS_TESTS)], &[&[Step::cargo(OTHER_TESTS)]])?;
+    python::test()
 }
 
 /// All tests of a release with `ATTND_NIGHTLY=1`, on which tests extend their lists of cases, and the free order.

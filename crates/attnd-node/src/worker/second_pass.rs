@@ -12,7 +12,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use attnd_kernel::slot::{Node, keys_in_slots};
 use attnd_kernel::{AttnShape, ElementTile, NodeReport, Outputs, RowSums, inspect_node};
 use attnd_plan::{ELEMENT_BYTES, Piece, filled_nodes};
-use attnd_wire::{ComputeBegin, ComputeReply, Elements, Error, MergedSums, Reason, ShareReport, floats, proto};
+use attnd_wire::{
+    ComputeBegin, ComputeReply, Elements, Error, MergedSums, Reason, ShareReport, floats, proto,
+};
 use tokio::sync::mpsc;
 
 use super::cells::{Call, ReadyGroup, Replies, on_pool};

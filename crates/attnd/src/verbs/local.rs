@@ -11,7 +11,7 @@ use crate::output;
 /// If a process doesn't start, the coordinator or the last worker ends by itself, or it is asked twice
 /// to stop.
 pub async fn run(args: &LocalArgs) -> anyhow::Result<()> {
-    let mut stop = StopSignal::install(false)?;
+    let mut stop = StopSignal::install(args.exit_with_parent)?;
     let options = LocalOptions {
         workers: args.workers.into(),
         threads_per_worker: args.threads_per_worker.map(Into::into),

@@ -1,0 +1,157 @@
+//! The threads that kernels run on, and how Python waits for them: without its lock, and listening for Ctrl-C.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{RecvTimeoutError, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use pyo3::exceptions::PyRuntimeError;
+use pyo3::prelude::*;
+use rayon::{ThreadPool, ThreadPoolBuilder};
+use tokio::runtime::Runtime;
+
+use crate::errors::value_error;
+
+/// Time between two looks at signals.
+const LOOK: Duration = Duration::from_millis(50);
+/// How many threads, where nobody says so in the program.
+const THREADS_ENV: &str = "ATTND_NUM_THREADS";
+
+static POOL: OfProcess<ThreadPool> = OfProcess::new();
+static RUNTIME: OfProcess<Runtime> = OfProcess::new();
+
+/// Threads, which don't survive a fork: a child makes its own.
+struct OfProcess<T>(Mutex<Option<(u32, Arc<T>)>>);
+
+impl<T> OfProcess<T> {
+    const fn new() -> Self {
+        Self(Mutex::new(None))
+    }
+
+    /// Those of this process, which `start` makes where there are none.
+    fn get(&self, start: impl FnOnce() -> PyResult<T>) -> PyResult<Arc<T>> {
+        let mut here = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*here {
+            Some((process, threads)) if *process == std::process::id() => return Ok(Arc::clone(threads)),
+            // They are the parent's: to end them would wait for what isn't here.
+            Some(_) => std::mem::forget(here.take()),
+            None => {}
+        }
+        let threads = Arc::new(start()?);
+        *here = Some((std::process::id(), Arc::clone(&threads)));
+        Ok(threads)
+    }
+
+    /// Others from now on. Those of before end with their last call.
+    fn replace(&self, threads: T) {
+        let of_process = Some((std::process::id(), Arc::new(threads)));
+        let before =
+            std::mem::replace(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner), of_process);
+        if let Some((_, threads)) = before.filter(|(process, _)| *process != std::process::id()) {
+            std::mem::forget(threads);
+        }
+    }
+}
+
+fn started(threads: usize) -> PyResult<ThreadPool> {
+    let builder = ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("attnd-{i}"));
+    builder.build().map_err(|error| PyRuntimeError::new_err(format!("threads: {error}")))
+}
+
+/// As many as the environment says, or as there are cores.
+fn default_threads() -> PyResult<usize> {
+    match std::env::var(THREADS_ENV) {
+        Ok(text) => match text.parse() {
+            Ok(threads) if threads > 0 => Ok(threads),
+            _ => Err(value_error(format!("{THREADS_ENV} is {text:?}, expected a number over 0"))),
+        },
+        Err(_unset) => Ok(std::thread::available_parallelism().map_or(1, usize::from)),
+    }
+}
+
+fn pool() -> PyResult<Arc<ThreadPool>> {
+    POOL.get(|| started(default_threads()?))
+}
+
+fn runtime() -> PyResult<Arc<Runtime>> {
+    RUNTIME.get(|| {
+        let mut builder = tokio::runtime::Builder::new_multi_thread();
+        let built = builder.worker_threads(2).thread_name("attnd-net").enable_all().build();
+        built.map_err(|error| PyRuntimeError::new_err(format!("threads: {error}")))
+    })
+}
+
+/// How many threads compute calls of this process.
+#[pyfunction]
+pub(crate) fn num_threads() -> PyResult<usize> {
+    Ok(pool()?.current_num_threads())
+}
+
+/// Has calls of this process computed on so many threads from now on.
+#[pyfunction]
+pub(crate) fn set_num_threads(threads: usize) -> PyResult<()> {
+    if threads == 0 {
+        return Err(value_error("num_threads is 0, expected a number over 0".to_owned()));
+    }
+    POOL.replace(started(threads)?);
+    Ok(())
+}
+
+/// Runs `work` on the threads, without Python's lock. `work` is told when nobody wants it any more: after Ctrl-C, which then is the
+/// error, once the work has ended.
+///
+/// # Errors
+/// `KeyboardInterrupt`, or whatever else a signal handler raises.
+pub(crate) fn compute<T: Send>(
+    py: Python<'_>,
+    work: impl FnOnce(&(dyn Fn() -> bool + Sync)) -> T + Send,
+) -> PyResult<T> {
+    let pool = pool()?;
+    py.detach(|| {
+        let given_up = AtomicBool::new(false);
+        let wanted = || !given_up.load(Ordering::Relaxed);
+        let (done, outcome) = sync_channel(1);
+        let mut interrupted = None;
+        let computed = pool.in_place_scope(|scope| {
+            scope.spawn(|_| {
+                // Whoever waits is still there: it leaves when it has this.
+                done.send(work(&wanted)).unwrap_or_default();
+            });
+            loop {
+                match outcome.recv_timeout(LOOK) {
+                    Ok(computed) => return Some(computed),
+                    Err(RecvTimeoutError::Disconnected) => return None,
+                    Err(RecvTimeoutError::Timeout) if interrupted.is_none() => {
+                        interrupted = Python::attach(|py| py.check_signals().err());
+                        given_up.store(interrupted.is_some(), Ordering::Relaxed);
+                    }
+                    Err(RecvTimeoutError::Timeout) => {}
+                }
+            }
+        });
+        match (interrupted, computed) {
+            (Some(error), _) => Err(error),
+            (None, Some(computed)) => Ok(computed),
+            (None, None) => Err(PyRuntimeError::new_err("a kernel panicked")),
+        }
+    })
+}
+
+/// Waits for what the network brings, without Python's lock. After Ctrl-C nobody waits any more, which ends a call everywhere.
+///
+/// # Errors
+/// `KeyboardInterrupt`, or whatever else a signal handler raises.
+pub(crate) fn wait<T: Send>(py: Python<'_>, call: impl Future<Output = T> + Send) -> PyResult<T> {
+    let runtime = runtime()?;
+    py.detach(|| {
+        runtime.block_on(async {
+            let mut call = std::pin::pin!(call);
+            loop {
+                tokio::select! {
+                    done = &mut call => return Ok(done),
+                    () = tokio::time::sleep(LOOK) => Python::attach(|py| py.check_signals())?,
+                }
+            }
+        })
+    })
+}
