@@ -234,13 +234,79 @@ def attention(
     if not enable_gqa and q.shape[1] != k.shape[1]:
         raise ValueError(f"q has {q.shape[1]} heads, k {k.shape[1]}, and enable_gqa is False")
 
+    options = options_of(
+        k.shape[2],
+        attn_mask=attn_mask,
+        is_causal=is_causal,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        return_weights=return_weights,
+        bias=bias,
+        alibi_by_key=alibi_by_key,
+        relative=relative,
+        swin=swin,
+        chunk=chunk,
+        prefix=prefix,
+        key_begin=key_begin,
+        key_end=key_end,
+        query_end=query_end,
+        offset=offset,
+        documents=documents,
+        query_documents=query_documents,
+        csr=csr,
+        score=score,
+        params=params,
+        previous=previous,
+        sigmoid_bias=sigmoid_bias,
+        empty_row=empty_row,
+        allow_non_finite=allow_non_finite,
+        forbid_empty_rows=forbid_empty_rows,
+        outputs=outputs,
+        workers=workers,
+        timeout=timeout,
+    )
+    where = _attnd if cluster is None else cluster._coordinator
+    told = where.attend(q, k, v, options, value_dim=value_dim)
+    return _answer(told, given.dtype, unbatched, return_lse, return_weights, outputs)
+
+
+def options_of(
+    keys: int,
+    *,
+    attn_mask: Any = None,
+    is_causal: bool | str = False,
+    window: int | tuple[int | None, int | None] | None = None,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    return_weights: bool = False,
+    bias: Any = None,
+    alibi_by_key: bool = False,
+    relative: Relative | None = None,
+    swin: Swin | None = None,
+    documents: Any = None,
+    query_documents: Any = None,
+    csr: Csr | None = None,
+    score: str | None = None,
+    params: dict[str, Any] | None = None,
+    previous: Any = None,
+    empty_row: str = "zero",
+    allow_non_finite: bool = False,
+    forbid_empty_rows: bool = False,
+    outputs: Outputs | None = None,
+    **numbers: Any,
+) -> dict[str, Any]:
+    """The arguments of :func:`attention`, for calls with so many keys, as the compiled half takes them: what is there differs from
+    the default."""
     options: dict[str, Any] = {"allow_non_finite": allow_non_finite}
     if is_causal:
         options["causal"] = "top-left" if is_causal is True else is_causal
     if attn_mask is not None:
-        options["attn_mask"] = _along_keys(dense("attn_mask", attn_mask), k.shape[2])
+        options["attn_mask"] = _along_keys(dense("attn_mask", attn_mask), keys)
     if bias is not None:
-        options["bias"] = _along_keys(dense("bias", bias), k.shape[2])
+        options["bias"] = _along_keys(dense("bias", bias), keys)
     if window is not None:
         options["window"] = (max(window - 1, 0), 0) if isinstance(window, int) else tuple(window)
     if alibi_slopes is not None:
@@ -265,29 +331,21 @@ def attention(
         options["sinks"] = table("sinks", sinks).ravel().tolist()
     if empty_row != "zero":
         options["empty_row"] = empty_row
-    for name, value in (
-        ("scale", scale),
-        ("softcap", softcap),
-        ("chunk", chunk),
-        ("prefix", prefix),
-        ("key_begin", key_begin),
-        ("key_end", key_end),
-        ("query_end", query_end),
-        ("offset", offset),
-        ("sigmoid_bias", sigmoid_bias),
-        ("workers", workers),
-        ("timeout", timeout),
-    ):
+    for name in _NUMBERS:
+        value = numbers.pop(name, None)
         if value is not None:
             options[name] = value
     if forbid_empty_rows:
         options["forbid_empty_rows"] = True
     if return_weights or outputs is not None:
         options["outputs"] = _wanted(outputs or Outputs(), return_weights)
+    if numbers:
+        raise TypeError(f"unknown options: {', '.join(numbers)}")
+    return options
 
-    where = _attnd if cluster is None else cluster._coordinator
-    told = where.attend(q, k, v, options, value_dim=value_dim)
-    return _answer(told, given.dtype, unbatched, return_lse, return_weights, outputs)
+
+# What is handed over as it is.
+_NUMBERS = ("scale", "softcap", "chunk", "prefix", "key_begin", "key_end", "query_end", "offset", "sigmoid_bias", "workers", "timeout")
 
 
 def _along_keys(mask: np.ndarray, keys: int) -> np.ndarray:
@@ -318,9 +376,9 @@ def _answer(told, dtype, unbatched, return_lse, return_weights, outputs):
     if return_weights:
         answer.append(elements.pop(0))
     if outputs is not None:
-        rest = {name: of_call(told[name]) for name in _NUMBERS if name in told}
+        rest = {name: of_call(told[name]) for name in _TOLD if name in told}
         answer.append(Inspected(elements=elements, **rest))
     return answer[0] if len(answer) == 1 else tuple(answer)
 
 
-_NUMBERS = ("top_keys", "top_weights", "top_scores", "mass", "entropy", "distance", "max_score", "heatmap")
+_TOLD = ("top_keys", "top_weights", "top_scores", "mass", "entropy", "distance", "max_score", "heatmap")
