@@ -9,6 +9,7 @@ mod cluster;
 mod errors;
 mod options;
 mod program;
+mod session;
 mod threads;
 
 use pyo3::prelude::*;
@@ -22,5 +23,7 @@ mod _attnd {
     #[pymodule_export]
     use crate::program::run_program;
     #[pymodule_export]
-    use crate::threads::{num_threads, set_num_threads};
+    use crate::session::OpenSession;
+    #[pymodule_export]
+    use crate::threads::{Interrupt, num_threads, set_num_threads};
 }

@@ -1,11 +1,12 @@
 //! The threads that kernels run on, and how Python waits for them: without its lock, and listening for Ctrl-C.
 
+use std::cell::RefCell;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use pyo3::exceptions::PyRuntimeError;
+use pyo3::exceptions::{PyInterruptedError, PyRuntimeError};
 use pyo3::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 use tokio::runtime::Runtime;
@@ -97,6 +98,45 @@ pub(crate) fn set_num_threads(threads: usize) -> PyResult<()> {
     Ok(())
 }
 
+thread_local! {
+    /// What the call of this thread is ended by, beside signals.
+    static INTERRUPT: RefCell<Option<Arc<AtomicBool>>> = const { RefCell::new(None) };
+}
+
+/// Ends the calls that another thread makes under it, as Ctrl-C ends those of the main one.
+#[pyclass(frozen, module = "attnd._attnd")]
+#[derive(Debug, Default)]
+pub(crate) struct Interrupt(Arc<AtomicBool>);
+
+#[pymethods]
+impl Interrupt {
+    #[new]
+    fn new() -> Self {
+        Self::default()
+    }
+
+    /// Ends the call that runs under it, and all that will.
+    fn set(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+
+    /// Calls a function, whose calls it may end with `InterruptedError`.
+    fn run<'py>(&self, function: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+        let before = INTERRUPT.replace(Some(Arc::clone(&self.0)));
+        let result = function.call0();
+        INTERRUPT.set(before);
+        result
+    }
+}
+
+/// Why a call that is under way should end now.
+fn interrupted(interrupt: Option<&Arc<AtomicBool>>) -> PyResult<()> {
+    if interrupt.is_some_and(|interrupt| interrupt.load(Ordering::Relaxed)) {
+        return Err(PyInterruptedError::new_err("nobody waits for this call any more"));
+    }
+    Python::attach(|py| py.check_signals())
+}
+
 /// Runs `work` on the threads, without Python's lock. `work` is told when nobody wants it any more: after Ctrl-C, which then is the
 /// error, once the work has ended.
 ///
@@ -106,12 +146,12 @@ pub(crate) fn compute<T: Send>(
     py: Python<'_>,
     work: impl FnOnce(&(dyn Fn() -> bool + Sync)) -> T + Send,
 ) -> PyResult<T> {
-    let pool = pool()?;
+    let (pool, interrupt) = (pool()?, INTERRUPT.with_borrow(Clone::clone));
     py.detach(|| {
         let given_up = AtomicBool::new(false);
         let wanted = || !given_up.load(Ordering::Relaxed);
         let (done, outcome) = sync_channel(1);
-        let mut interrupted = None;
+        let mut why = None;
         let computed = pool.in_place_scope(|scope| {
             scope.spawn(|_| {
                 // Whoever waits is still there: it leaves when it has this.
@@ -121,15 +161,15 @@ pub(crate) fn compute<T: Send>(
                 match outcome.recv_timeout(LOOK) {
                     Ok(computed) => return Some(computed),
                     Err(RecvTimeoutError::Disconnected) => return None,
-                    Err(RecvTimeoutError::Timeout) if interrupted.is_none() => {
-                        interrupted = Python::attach(|py| py.check_signals().err());
-                        given_up.store(interrupted.is_some(), Ordering::Relaxed);
+                    Err(RecvTimeoutError::Timeout) if why.is_none() => {
+                        why = interrupted(interrupt.as_ref()).err();
+                        given_up.store(why.is_some(), Ordering::Relaxed);
                     }
                     Err(RecvTimeoutError::Timeout) => {}
                 }
             }
         });
-        match (interrupted, computed) {
+        match (why, computed) {
             (Some(error), _) => Err(error),
             (None, Some(computed)) => Ok(computed),
             (None, None) => Err(PyRuntimeError::new_err("a kernel panicked")),
@@ -142,14 +182,14 @@ pub(crate) fn compute<T: Send>(
 /// # Errors
 /// `KeyboardInterrupt`, or whatever else a signal handler raises.
 pub(crate) fn wait<T: Send>(py: Python<'_>, call: impl Future<Output = T> + Send) -> PyResult<T> {
-    let runtime = runtime()?;
+    let (runtime, interrupt) = (runtime()?, INTERRUPT.with_borrow(Clone::clone));
     py.detach(|| {
         runtime.block_on(async {
             let mut call = std::pin::pin!(call);
             loop {
                 tokio::select! {
                     done = &mut call => return Ok(done),
-                    () = tokio::time::sleep(LOOK) => Python::attach(|py| py.check_signals())?,
+                    () = tokio::time::sleep(LOOK) => interrupted(interrupt.as_ref())?,
                 }
             }
         })

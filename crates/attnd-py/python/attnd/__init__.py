@@ -12,6 +12,7 @@ from ._attention import Csr, Inspected, Outputs, Relative, Swin, attention
 from ._attnd import num_threads, set_num_threads
 from ._cluster import Cluster, connect
 from ._errors import Error, InvalidArgument
+from ._session import Session, Step
 
 __all__ = [
     "Cluster",
@@ -21,6 +22,8 @@ __all__ = [
     "InvalidArgument",
     "Outputs",
     "Relative",
+    "Session",
+    "Step",
     "Swin",
     "attention",
     "connect",

@@ -5,9 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-from typing import Any
+from typing import Any, Sequence
+
+import numpy as np
 
 from ._attnd import Coordinator
+from ._session import Session, Step, step_batch
 
 # Time for processes to end after they were asked to.
 _STOP_SECONDS = 15
@@ -55,6 +58,83 @@ class Cluster:
     def workers(self) -> dict[str, str]:
         """The state of each worker that has joined, by its id: ``"ACTIVE"`` for one that computes."""
         return dict(self._coordinator.workers())
+
+    def session(
+        self,
+        layers: int,
+        heads: int,
+        kv_heads: int | None = None,
+        *,
+        head_dim: int,
+        value_dim: int | None = None,
+        dtype: str = "f32",
+        storage: str | None = None,
+        replicas: int = 1,
+        acks: int = 1,
+        ttl: float | None = None,
+        max_tokens: int | None = None,
+        allow_same_host: bool = False,
+        value_is_key_prefix: bool = False,
+        name: str | None = None,
+    ) -> Session:
+        """Opens a session, or goes on with the equal one of that name, as its writer.
+
+        >>> import numpy as np, attnd
+        >>> rows = np.ones((2, 5, 8), np.float32)
+        >>> with attnd.Cluster.local(workers=1) as cluster, cluster.session(1, 4, 2, head_dim=8) as session:
+        ...     session.append(0, rows, rows)
+        ...     session.step(0, rows[:, :1], rows[:, :1], np.ones((4, 1, 8), np.float32)).shape
+        5
+        (4, 1, 8)
+
+        Args:
+            layers: Layers, each with keys and values of its own.
+            heads: Query heads.
+            kv_heads: Key/value heads; as many as heads unless it is said.
+            head_dim: Elements of a query and of a key.
+            value_dim: Elements of a value; ``head_dim`` unless it is said.
+            dtype: Of rows and queries as they are sent: ``"f32"``, ``"f16"`` or ``"bf16"``.
+            storage: How they are resident: as they are sent, or as ``"int8"`` or ``"int4"``, with a scale for each token and kv head.
+            replicas: Workers that hold each part; with two, one may be lost at any time.
+            acks: How many of them have an append before it is acknowledged.
+            ttl: Seconds without a request after which the session is closed.
+            max_tokens: Most tokens of a layer.
+            allow_same_host: Replicas may be on one machine.
+            value_is_key_prefix: Values are the first elements of keys, and aren't sent.
+            name: 1 to 64 of ``[A-Za-z0-9._-]``; one that nobody has unless it is said.
+        """
+        spec = {
+            "layers": layers,
+            "heads": heads,
+            "kv_heads": heads if kv_heads is None else kv_heads,
+            "head_dim": head_dim,
+            "value_dim": head_dim if value_dim is None else value_dim,
+            "dtype": dtype,
+            "storage": storage,
+            "replicas": replicas,
+            "acks": acks,
+            "ttl": ttl,
+            "max_tokens": max_tokens,
+            "allow_same_host": allow_same_host,
+            "value_is_key_prefix": value_is_key_prefix,
+        }
+        return Session(self._coordinator, self._coordinator.open(name, spec))
+
+    def attach(self, name: str, *, write: bool = True) -> Session:
+        """Goes on with a session as its writer, whoever that was before, or looks at one that somebody else may write."""
+        return Session(self._coordinator, self._coordinator.attach(name, write))
+
+    def sessions(self) -> list[str]:
+        """The names of all sessions."""
+        return self._coordinator.list_sessions()
+
+    def step_batch(self, steps: Sequence[Step]) -> list[np.ndarray | Exception]:
+        """Steps of several sessions, in one message where there is room for them, as in continuous batching.
+
+        Returns:
+            The context of each, or the exception that its :meth:`Session.step` would have raised: one costs the others nothing.
+        """
+        return step_batch(self._coordinator, steps)
 
     def close(self) -> None:
         """Ends the processes of a local cluster; sessions on it are gone. A cluster that was there before stays."""

@@ -1,0 +1,170 @@
+"""transformers' models with attnd's attention: ``attnd.hf.register()``, then ``attn_implementation="attnd"``.
+
+>>> import attnd.hf, torch, transformers
+>>> attnd.hf.register()
+>>> config = transformers.LlamaConfig(
+...     vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+... )
+>>> model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="attnd").eval()
+>>> model.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=4, do_sample=False).shape
+torch.Size([1, 7])
+
+Whatever ``eager`` computes is computed, in the same words: masks are always explicit, and none is guessed from a flag. Models that
+don't ask for an implementation, or whose own attention does something that the interface doesn't tell, are refused when they are made.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ._hf_models import refuse
+from ._hf_rules import rule_of
+from ._tensors import attend
+
+if TYPE_CHECKING:
+    from ._cluster import Cluster
+
+__all__ = ["register"]
+
+NAME = "attnd"
+
+_cluster: Cluster | None = None
+
+
+def register(*, cluster: Cluster | None = None) -> None:
+    """Makes ``attn_implementation="attnd"`` known to transformers. May be called again, for another cluster.
+
+    Args:
+        cluster: Where attention is computed; here unless it is said.
+    """
+    from transformers import AttentionInterface, PreTrainedModel
+
+    global _cluster
+    _cluster = cluster
+    AttentionInterface.register(NAME, attention_forward)
+    try:
+        from transformers import AttentionMaskInterface
+    except ImportError:
+        # Before 4.53 models made the masks of every implementation that they didn't know as those of eager.
+        pass
+    else:
+        AttentionMaskInterface.register(NAME, attention_mask)
+    _check_at_load(PreTrainedModel)
+
+
+def _check_at_load(base: type) -> None:
+    """Has every model asked, when its implementation is chosen, whether attnd can be it."""
+    for method in ("get_correct_attn_implementation", "_check_and_adjust_attn_implementation"):
+        chosen = getattr(base, method, None)
+        if chosen is None or getattr(chosen, "_attnd", False):
+            continue
+
+        def checked(self, implementation, *args, _chosen=chosen, **kwargs):
+            if implementation == NAME:
+                refuse(type(self))
+            return _chosen(self, implementation, *args, **kwargs)
+
+        checked._attnd = True
+        setattr(base, method, checked)
+
+
+def attention_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+    """The mask of a model's layers, ``[batch, 1, queries, keys]`` of bools: always there where anything is hidden, whatever a layer says
+    of itself."""
+    from transformers.masking_utils import sdpa_mask
+
+    kwargs["allow_is_causal_skip"] = False
+    return sdpa_mask(*args, **kwargs)
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    position_bias: torch.Tensor | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    output_attentions: bool = False,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What layers call: ``[batch, heads, tokens, dim]`` in, ``[batch, tokens, heads, dim]`` out, and the weights if they are wanted.
+
+    ``is_causal`` and ``sliding_window`` are hints for implementations that make masks of their own: the mask has both.
+    """
+    if dropout and module.training:
+        raise ValueError(f"dropout is {dropout}, and attnd computes none: model.eval()")
+    for name in _NOT_COMPUTED:
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{type(module).__name__} hands over {name}, which attnd doesn't compute: load the model with eager")
+    keys = key.shape[2]
+    options: dict[str, Any] = {}
+    visible, bias = None, position_bias
+    if attention_mask is not None:
+        mask = attention_mask if attention_mask.shape[-1] <= keys else attention_mask[..., :keys]
+        if mask.dtype == torch.bool:
+            if not _sees_something(mask):
+                # Of a row of equal lowest scores eager takes the mean of all values.
+                options["empty_row"] = "uniform"
+            rule = _rule(mask) if position_bias is None else None
+            if rule is None:
+                visible = mask
+            else:
+                options.update(rule)
+        else:
+            lowest = torch.finfo(mask.dtype).min
+            if not bool((mask > lowest).any(-1).all()):
+                options["empty_row"] = "uniform"
+            if bias is None:
+                bias = mask
+            else:
+                visible = mask > lowest
+                bias = bias + mask.masked_fill(~visible, 0.0)
+    if s_aux is not None:
+        options["sinks"] = s_aux.detach().float().numpy()
+        options.pop("empty_row", None)
+    told = attend(
+        query,
+        key,
+        value,
+        cluster=_cluster,
+        attn_mask=visible,
+        bias=bias,
+        scale=scaling,
+        softcap=softcap,
+        return_weights=output_attentions,
+        **options,
+    )
+    weights = None
+    if output_attentions:
+        weights = torch.from_numpy(told["elements"][0])
+        if options.get("empty_row") == "uniform":
+            weights[torch.from_numpy(told["lse"]) == float("-inf")] = 1 / keys
+        weights = weights.to(query.dtype)
+    return told["context"].transpose(1, 2).contiguous(), weights
+
+
+# Keyword arguments that change what is computed.
+_NOT_COMPUTED = ("indices", "head_mask", "layer_head_mask")
+
+# What was found of masks, which all layers share; with the version of what was looked at.
+_rules: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _rule(mask: torch.Tensor) -> dict[str, Any] | None:
+    known = _rules.get(mask)
+    if known is None or known[0] != mask._version:
+        known = (mask._version, rule_of(mask))
+        _rules[mask] = known
+    return known[1]
+
+
+def _sees_something(mask: torch.Tensor) -> bool:
+    """Whether each row sees a key."""
+    return bool(mask.any(-1).all())
