@@ -1,12 +1,18 @@
-"""Small models with random weights, of every family that transformers has and that can be made from its configuration alone."""
+"""Small models with random weights, of every family that transformers has and that can be made from its configuration alone.
+
+Run as a program, it lists what becomes of each.
+"""
 
 from __future__ import annotations
 
 import inspect
+import sys
 from typing import Any
 
 import torch
 import transformers
+
+import attnd.hf
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 # What makes a model small, by the names that configurations have for it.
@@ -97,4 +103,77 @@ def made(family: str, implementation: str) -> tuple[torch.nn.Module, Any]:
     config = small(CONFIG_MAPPING[family])
     torch.manual_seed(0)
     model = transformers.AutoModel.from_config(config, attn_implementation=implementation).eval()
+    with torch.no_grad():
+        for layer in model.modules():
+            if isinstance(layer, torch.nn.Linear):
+                # Scores of some size: of tiny ones neither a cap nor a scale nor a missing product would show.
+                layer.weight.normal_(std=1.5 * layer.in_features**-0.5)
     return model, config
+
+
+def size(family: str) -> int:
+    """Parameters of a model of a family, which isn't made for it."""
+    with torch.device("meta"):
+        model = transformers.AutoModel.from_config(small(CONFIG_MAPPING[family]))
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def compared(family: str) -> dict[str, Any]:
+    """What becomes of a family: ``made`` says whether it could be made and run here, ``refused`` why attnd refuses it; ``layers`` is how
+    many calls of attention were compared, ``of_layers`` the largest difference of one from eager on the same inputs, relative to its
+    largest element, ``of_model`` that of the model's outputs."""
+    if size(family) > 30e6:
+        return {"made": "its smallest configuration here is large"}
+    theirs, config = made(family, "eager")
+    given = inputs(theirs, config)
+    with torch.no_grad():
+        wanted = hidden(theirs(**given))
+    if not wanted:
+        return {"made": "it gives no floats"}
+    try:
+        ours, _ = made(family, "attnd")
+    except ValueError as refused:
+        return {"refused": str(refused)}
+    ours.load_state_dict(theirs.state_dict())
+    of_layers: list[float] = []
+
+    def both(module, query, key, value, attention_mask, **kwargs):
+        output, weights = attnd.hf.attention_forward(module, query, key, value, attention_mask, **kwargs)
+        eager = sys.modules[type(module).__module__].eager_attention_forward
+        expected, _ = eager(module, query, key, value, attention_mask, **kwargs)
+        of_layers.append(apart(output, expected))
+        return output, weights
+
+    transformers.AttentionInterface.register("attnd", both)
+    try:
+        with torch.no_grad():
+            got = hidden(ours(**given))
+    finally:
+        attnd.hf.register()
+    assert len(got) == len(wanted)
+    of_model = max(apart(one, other) for one, other in zip(got, wanted))
+    return {"layers": len(of_layers), "of_layers": max(of_layers, default=0.0), "of_model": of_model}
+
+
+def apart(one: torch.Tensor, other: torch.Tensor) -> float:
+    """The largest difference, relative to the largest element if that is over 1; infinite where one is NaN and the other isn't."""
+    assert one.shape == other.shape
+    if one.numel() == 0:
+        return 0.0
+    if not torch.equal(one.isnan(), other.isnan()):
+        return float("inf")
+    one, other = one.double().nan_to_num(), other.double().nan_to_num()
+    return float((one - other).abs().max() / max(1.0, float(other.abs().max())))
+
+
+if __name__ == "__main__":
+    import warnings
+
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    attnd.hf.register()
+    for name in families():
+        try:
+            print(name, compared(name), flush=True)
+        except Exception as error:  # noqa: BLE001: what can't be made isn't compared, and says why.
+            print(name, {"made": f"{type(error).__name__}: {error}"[:160].replace("\n", " ")}, flush=True)

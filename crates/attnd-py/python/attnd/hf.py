@@ -9,18 +9,21 @@
 >>> model.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=4, do_sample=False).shape
 torch.Size([1, 7])
 
-Whatever ``eager`` computes is computed, in the same words: masks are always explicit, and none is guessed from a flag. Models that
-don't ask for an implementation, or whose own attention does something that the interface doesn't tell, are refused when they are made.
+Whatever ``eager`` computes is computed, from the same inputs: masks are those that it would get, always explicit, and none is guessed
+from a flag. Models that don't ask for an implementation, or whose own attention does something that the interface doesn't tell, are
+refused when they are made.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn import functional
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ._hf_models import refuse
+from ._hf_models import NOT_COMPUTED, refuse
 from ._hf_rules import rule_of
 from ._tensors import attend
 
@@ -72,12 +75,11 @@ def _check_at_load(base: type) -> None:
 
 
 def attention_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
-    """The mask of a model's layers, ``[batch, 1, queries, keys]`` of bools: always there where anything is hidden, whatever a layer says
-    of itself."""
-    from transformers.masking_utils import sdpa_mask
+    """The mask of a model's layers, ``[batch, 1, queries, keys]``, 0 or the lowest number: that of eager, as some models have layers
+    that add it to scores of their own, beside those that ask for an implementation."""
+    from transformers.masking_utils import eager_mask
 
-    kwargs["allow_is_causal_skip"] = False
-    return sdpa_mask(*args, **kwargs)
+    return eager_mask(*args, **kwargs)
 
 
 def attention_forward(
@@ -91,6 +93,7 @@ def attention_forward(
     position_bias: torch.Tensor | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
     output_attentions: bool = False,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -100,7 +103,7 @@ def attention_forward(
     """
     if dropout and module.training:
         raise ValueError(f"dropout is {dropout}, and attnd computes none: model.eval()")
-    for name in _NOT_COMPUTED:
+    for name in NOT_COMPUTED:
         if kwargs.get(name) is not None:
             raise ValueError(f"{type(module).__name__} hands over {name}, which attnd doesn't compute: load the model with eager")
     keys = key.shape[2]
@@ -108,26 +111,26 @@ def attention_forward(
     visible, bias = None, position_bias
     if attention_mask is not None:
         mask = attention_mask if attention_mask.shape[-1] <= keys else attention_mask[..., :keys]
-        if mask.dtype == torch.bool:
-            if not _sees_something(mask):
-                # Of a row of equal lowest scores eager takes the mean of all values.
-                options["empty_row"] = "uniform"
-            rule = _rule(mask) if position_bias is None else None
-            if rule is None:
-                visible = mask
-            else:
-                options.update(rule)
+        read = _read(mask)
+        if read.sees_nothing:
+            # Of a row of equal lowest scores eager takes the mean of all values.
+            options["empty_row"] = "uniform"
+        if read.numbers is not None:
+            visible = read.visible if bias is not None else None
+            bias = read.numbers if bias is None else bias + read.numbers.masked_fill(~read.visible, 0.0)
+        elif read.rule is not None and position_bias is None and sinks is None:
+            options.update(read.rule)
         else:
-            lowest = torch.finfo(mask.dtype).min
-            if not bool((mask > lowest).any(-1).all()):
-                options["empty_row"] = "uniform"
-            if bias is None:
-                bias = mask
-            else:
-                visible = mask > lowest
-                bias = bias + mask.masked_fill(~visible, 0.0)
+            visible = read.visible
     if s_aux is not None:
         options["sinks"] = s_aux.detach().float().numpy()
+        options.pop("empty_row", None)
+    if sinks is not None:
+        # A logit of its own for each query: one more key, which is 0, and whose value is.
+        key, value = (functional.pad(rows, (0, 0, 0, 1)) for rows in (key, value))
+        zeros = query.new_zeros(*query.shape[:3], keys) if bias is None else bias.expand(*query.shape[:3], keys)
+        bias = torch.cat([zeros, sinks.to(zeros.dtype)], dim=-1)
+        visible = None if visible is None else functional.pad(visible, (0, 1), value=True)
         options.pop("empty_row", None)
     told = attend(
         query,
@@ -143,28 +146,42 @@ def attention_forward(
     )
     weights = None
     if output_attentions:
-        weights = torch.from_numpy(told["elements"][0])
+        weights = torch.from_numpy(told["elements"][0])[..., :keys]
         if options.get("empty_row") == "uniform":
             weights[torch.from_numpy(told["lse"]) == float("-inf")] = 1 / keys
         weights = weights.to(query.dtype)
     return told["context"].transpose(1, 2).contiguous(), weights
 
 
-# Keyword arguments that change what is computed.
-_NOT_COMPUTED = ("indices", "head_mask", "layer_head_mask")
+@dataclass(frozen=True)
+class _Read:
+    """What a mask says."""
 
-# What was found of masks, which all layers share; with the version of what was looked at.
-_rules: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+    #: The mask's own, when it was read.
+    version: int
+    #: Which keys it shows.
+    visible: torch.Tensor
+    #: The mask, if it has other numbers than 0 and the lowest one.
+    numbers: torch.Tensor | None
+    #: The same as ``visible``, in numbers for which no mask is read.
+    rule: dict[str, Any] | None
+    #: A row is shown no key.
+    sees_nothing: bool
 
 
-def _rule(mask: torch.Tensor) -> dict[str, Any] | None:
-    known = _rules.get(mask)
-    if known is None or known[0] != mask._version:
-        known = (mask._version, rule_of(mask))
-        _rules[mask] = known
-    return known[1]
+# Of masks that layers share.
+_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def _sees_something(mask: torch.Tensor) -> bool:
-    """Whether each row sees a key."""
-    return bool(mask.any(-1).all())
+def _read(mask: torch.Tensor) -> _Read:
+    read = _known.get(mask)
+    if read is None or read.version != mask._version:
+        visible, numbers = mask, None
+        if mask.dtype != torch.bool:
+            visible = mask > torch.finfo(mask.dtype).min
+            if bool(mask.masked_fill(~visible, 0.0).any()):
+                numbers = mask
+        rule = rule_of(visible) if numbers is None else None
+        read = _Read(mask._version, visible, numbers, rule, not bool(visible.any(-1).all()))
+        _known[mask] = read
+    return read
