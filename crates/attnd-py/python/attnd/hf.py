@@ -23,6 +23,7 @@ import torch
 from torch.nn import functional
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ._hf_cache import Cache
 from ._hf_models import NOT_COMPUTED, refuse
 from ._hf_rules import rule_of
 from ._tensors import attend
@@ -30,7 +31,7 @@ from ._tensors import attend
 if TYPE_CHECKING:
     from ._cluster import Cluster
 
-__all__ = ["register"]
+__all__ = ["Cache", "register"]
 
 NAME = "attnd"
 
@@ -106,12 +107,20 @@ def attention_forward(
     for name in NOT_COMPUTED:
         if kwargs.get(name) is not None:
             raise ValueError(f"{type(module).__name__} hands over {name}, which attnd doesn't compute: load the model with eager")
+    layer = getattr(key, "_attnd_layer", None)
+    if layer is not None:
+        if position_bias is not None or sinks is not None or output_attentions:
+            raise ValueError("attnd.hf.Cache has neither position biases, nor sinks of each query, nor weights that can be put out")
+        options = {"scale": scaling, "softcap": softcap}
+        if s_aux is not None:
+            options["sinks"] = s_aux.detach().float().numpy()
+        each = _of_each(attention_mask, query.shape[0], options)
+        return layer.cache.step(layer, query, key, value, each).transpose(1, 2).contiguous(), None
     keys = key.shape[2]
-    options: dict[str, Any] = {}
+    options = {}
     visible, bias = None, position_bias
     if attention_mask is not None:
-        mask = attention_mask if attention_mask.shape[-1] <= keys else attention_mask[..., :keys]
-        read = _read(mask)
+        read = _read(attention_mask)
         if read.sees_nothing:
             # Of a row of equal lowest scores eager takes the mean of all values.
             options["empty_row"] = "uniform"
@@ -151,6 +160,18 @@ def attention_forward(
             weights[torch.from_numpy(told["lse"]) == float("-inf")] = 1 / keys
         weights = weights.to(query.dtype)
     return told["context"].transpose(1, 2).contiguous(), weights
+
+
+def _of_each(mask: torch.Tensor | None, batch: int, options: dict[str, Any]) -> list[dict[str, Any]]:
+    """The options of each element of the batch, whose sessions know of masks what a rule says."""
+    rule = {} if mask is None else _read(mask).rule
+    if rule is None:
+        raise ValueError("attnd.hf.Cache has causal rules, windows and padding, and this mask is none of them: generate without the cache")
+
+    def of_element(value: Any, element: int) -> Any:
+        return value[element] if isinstance(value, list) else value
+
+    return [{**options, **{name: of_element(value, b) for name, value in rule.items()}} for b in range(batch)]
 
 
 @dataclass(frozen=True)
