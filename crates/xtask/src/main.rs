@@ -17,6 +17,7 @@ usage: cargo xtask VERB
 
   test      everything a change must pass: format, clippy, docs, all tests, those of the Python package too
   python    those of the Python package alone
+  wheel     a wheel of the Python package for Linux, in target/wheels
   nightly   all tests with their long lists (ATTND_NIGHTLY=1): big shapes, more kills
   neon      the kernel crate's tests for aarch64 under qemu; says which Debian packages it needs
   sim       a cluster in a simulation: the seeds below 1000, below another number (--seeds N), or one of them (--seed N)
@@ -28,6 +29,7 @@ fn main() -> ExitCode {
     let outcome = match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["test"] => suite::test(),
         ["python"] => python::build_and_test(),
+        ["wheel"] => python::wheel(),
         ["nightly"] => suite::nightly(),
         ["neon"] => neon::test(),
         ["miri"] => miri::test(),

@@ -48,6 +48,16 @@ pub(crate) fn build_and_test() -> Result<(), String> {
     test()
 }
 
+/// Builds a wheel of the stable ABI for any Linux with glibc 2.17, in `target/wheels`. Zig's linker, from PyPI, has the symbols of that
+/// version, whatever this machine has.
+pub(crate) fn wheel() -> Result<(), String> {
+    let [venv, _] = environment();
+    let tools = "-m pip install --quiet --disable-pip-version-check maturin==1.16.0 ziglang==0.15.2";
+    let build = "-m maturin build --release --locked --zig --compatibility manylinux2014 \
+                 --manifest-path crates/attnd-py/Cargo.toml --out target/wheels";
+    run_all(&[venv, Step::program(PYTHON, tools), Step::program(PYTHON, build)])
+}
+
 fn put_together() -> io::Result<()> {
     let package = root().join(PACKAGE);
     if package.exists() {
