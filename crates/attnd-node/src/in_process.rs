@@ -11,8 +11,8 @@ use std::sync::{Arc, Mutex};
 
 use attnd_kernel::slot::{N_SLOTS, PAGE_KEYS, keys_in_page, n_pages};
 use attnd_kernel::{
-    Compute, ElementTile, EmptyRow, GroupCall, Kernels, KvHead, NodeReport, NonFinite, Outputs, RowSums,
-    first_non_finite, inspect_node, widen,
+    AttnShape, Compute, ElementTile, EmptyRow, GroupCall, Kernels, KvHead, NodeReport, NonFinite, Outputs,
+    RowSums, first_non_finite, inspect_node, widen,
 };
 use attnd_plan::{Piece, Ready, SideLayout, Tensor, filled_nodes};
 use attnd_wire::{
@@ -32,6 +32,12 @@ use crate::worker::cells::{checked, make_resident, with_call};
 use crate::worker::second_pass::{elements_of, parts};
 use crate::worker::side::{SideAssembly, SidePlanes, bytes_needed};
 use crate::worker::slices::Slicer;
+
+/// Rows and keys of a group that kernels take as one piece, whatever threads there are.
+const SMALL_ROWS: usize = 48;
+const SMALL_KEYS: usize = 1024;
+/// Multiply-adds in some ten microseconds.
+const SMALL_WORK: usize = 1 << 20;
 
 /// What a call reads, little-endian elements in C order.
 #[derive(Clone, Copy, Debug)]
@@ -59,7 +65,17 @@ impl<'a> Tensors<'a> {
 /// Where an answer goes, part by part, from any thread: all but plans and the end.
 pub type Taker<'a> = dyn Fn(AttendReply) -> Result<(), Error> + Sync + 'a;
 
-/// Computes a call on the current rayon pool, kv groups side by side. `wanted` is asked before each some ten milliseconds of work.
+/// Whether a call is so small that another thread would take longer to hear of it: outside of a rayon pool the calling thread computes it
+/// by itself. Then no kv group has more rows and keys than kernels take as one piece.
+pub fn is_small(shape: &AttnShape) -> bool {
+    let rows = shape.group_size().saturating_mul(shape.n_queries());
+    let of_pair = shape.head_dim() + shape.value_dim();
+    let work = shape.n_groups().saturating_mul(rows).saturating_mul(shape.n_keys()).saturating_mul(of_pair);
+    rows <= SMALL_ROWS && shape.n_keys() <= SMALL_KEYS && work <= SMALL_WORK
+}
+
+/// Computes a call on the current rayon pool, kv groups side by side; where there is none, one after the other. `wanted` is asked before
+/// each some ten milliseconds of work.
 ///
 /// # Errors
 /// As a cluster would say it: [`Reason::PayloadLength`], [`Reason::NonFinite`], [`Reason::EmptyRow`], [`Reason::ScoreOverflow`],
@@ -107,8 +123,11 @@ pub fn attend(
         wanted,
         take,
     };
-    let unseen: Vec<Result<u64, Error>> =
-        (0..shape.n_groups()).into_par_iter().map(|group| call.group_or_stop(group)).collect();
+    let groups = 0..shape.n_groups();
+    let unseen: Vec<Result<u64, Error>> = match rayon::current_thread_index() {
+        Some(_) => groups.into_par_iter().map(|group| call.group_or_stop(group)).collect(),
+        None => groups.map(|group| call.group_or_stop(group)).collect(),
+    };
     // Groups that were given up because of another one say so, and are not why.
     let is_why = |error: &&Error| error.reason != Reason::Cancelled;
     let errors = || unseen.iter().filter_map(|rows| rows.as_ref().err());

@@ -55,7 +55,10 @@ pub(crate) fn wheel() -> Result<(), String> {
     let tools = "-m pip install --quiet --disable-pip-version-check maturin==1.16.0 ziglang==0.15.2";
     let build = "-m maturin build --release --locked --zig --compatibility manylinux2014 \
                  --manifest-path crates/attnd-py/Cargo.toml --out target/wheels";
-    run_all(&[venv, Step::program(PYTHON, tools), Step::program(PYTHON, build)])
+    // maturin looks for zig as a program that it can call.
+    let path = std::env::var("PATH").unwrap_or_default();
+    let path = format!("{}:{path}", root().join(VENV).join("bin").display());
+    run_all(&[venv, Step::program(PYTHON, tools), Step::program(PYTHON, build).env("PATH", path)])
 }
 
 fn put_together() -> io::Result<()> {
