@@ -100,6 +100,7 @@ def test_a_window_counts_the_key_of_the_query_itself(rng):
         visible = visible & (distance >= 0)
         got = attnd.attention(q, k, v, is_causal=True, window=window)
         assert_exact(q, k, v, got, visible=visible)
+    assert np.array_equal(attnd.attention(q, k, v, is_causal=np.True_, window=np.int64(3)), attnd.attention(q, k, v, is_causal=True, window=3))
     both = attnd.attention(q, k, v, offset=0, window=(2, 1))
     assert_exact(q, k, v, both, visible=(distance <= 2) & (distance >= -1))
 
@@ -245,6 +246,7 @@ def test_arrays_may_lie_in_any_order(rng):
         ({"sinks": [1.0]}, "sinks has 1 logits, num_heads is 4"),
         ({"key_end": [1, 2, 3]}, "key_end has 3 entries, batch is 2"),
         ({"window": (1, 0)}, "window"),
+        ({"window": 0, "is_causal": True}, "window is 0, expected 1 at least"),
         ({"score": "nonsense"}, "nonsense"),
         ({"value_dim": None, "v": None}, "v is missing, and so is value_dim"),
         ({"outputs": attnd.Outputs(top_k=5000)}, "OUTPUTS"),

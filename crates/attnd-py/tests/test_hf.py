@@ -92,6 +92,24 @@ def test_the_same_text_comes_out(family):
     assert len(texts[0].unique()) > 5
 
 
+def test_inference_mode_and_masks_that_change(cluster):
+    ids = torch.randint(3, 97, (2, 12), generator=torch.Generator().manual_seed(2))
+    model = tiny("attnd")
+    with torch.no_grad():
+        wanted = model(ids).logits
+    with torch.inference_mode():
+        assert torch.equal(model(ids).logits, wanted)
+    rows = torch.randn(1, 2, 5, 8, generator=torch.Generator().manual_seed(2))
+    mask = torch.zeros(1, 1, 5, 5)
+    for hidden in (4, 3):
+        # In place: what was read of it before is not so any more.
+        mask[..., hidden] = torch.finfo(torch.float32).min
+        got, _ = attnd.hf.attention_forward(model, rows, rows, rows, mask)
+        seen = rows[:, :, :hidden]
+        wanted = torch.nn.functional.scaled_dot_product_attention(rows, seen, seen).transpose(1, 2)
+        assert torch.allclose(got, wanted, atol=1e-6)
+
+
 @torch.no_grad()
 def test_a_cluster_gives_the_same_bits(cluster):
     ids = torch.randint(3, 97, (1, 40), generator=torch.Generator().manual_seed(2))

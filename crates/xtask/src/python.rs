@@ -37,6 +37,8 @@ pub(crate) fn test() -> Result<(), String> {
         Step::program(PYTHON, arguments)
             .env("PYTHONPATH", package.clone())
             .env("PYTHONDONTWRITEBYTECODE", "1")
+            // Keras asks for TensorFlow unless it is told.
+            .env("KERAS_BACKEND", "torch")
     };
     run_all(&[pytest("crates/attnd-py/tests"), pytest("--doctest-modules --pyargs attnd")])
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Sequence
 
 import numpy as np
@@ -302,13 +303,13 @@ def options_of(
     the default."""
     options: dict[str, Any] = {"allow_non_finite": allow_non_finite}
     if is_causal:
-        options["causal"] = "top-left" if is_causal is True else is_causal
+        options["causal"] = is_causal if isinstance(is_causal, str) else "top-left"
     if attn_mask is not None:
         options["attn_mask"] = _along_keys(dense("attn_mask", attn_mask), keys)
     if bias is not None:
         options["bias"] = _along_keys(dense("bias", bias), keys)
     if window is not None:
-        options["window"] = (max(window - 1, 0), 0) if isinstance(window, int) else tuple(window)
+        options["window"] = _window(window)
     if alibi_slopes is not None:
         published = isinstance(alibi_slopes, str) and alibi_slopes == "auto"
         slopes = None if published else table("alibi_slopes", alibi_slopes).ravel().tolist()
@@ -346,6 +347,15 @@ def options_of(
 
 # What is handed over as it is.
 _NUMBERS = ("scale", "softcap", "chunk", "prefix", "key_begin", "key_end", "query_end", "offset", "sigmoid_bias", "workers", "timeout")
+
+
+def _window(window: Any) -> tuple[int | None, int | None]:
+    """Keys before and behind."""
+    if not isinstance(window, Integral):
+        return tuple(window)
+    if window < 1:
+        raise ValueError(f"window is {window}, expected 1 at least: the key of the query itself")
+    return int(window) - 1, 0
 
 
 def _along_keys(mask: np.ndarray, keys: int) -> np.ndarray:

@@ -178,8 +178,8 @@ def _of_each(mask: torch.Tensor | None, batch: int, options: dict[str, Any]) -> 
 class _Read:
     """What a mask says."""
 
-    #: The mask's own, when it was read.
-    version: int
+    #: The mask's own, when it was read; none if it has none.
+    version: int | None
     #: Which keys it shows.
     visible: torch.Tensor
     #: The mask, if it has other numbers than 0 and the lowest one.
@@ -195,14 +195,17 @@ _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def _read(mask: torch.Tensor) -> _Read:
+    # Tensors of inference mode don't count their changes: what was read of one may not be so any more.
+    version = None if mask.is_inference() else mask._version
     read = _known.get(mask)
-    if read is None or read.version != mask._version:
+    if read is None or version is None or read.version != version:
         visible, numbers = mask, None
         if mask.dtype != torch.bool:
             visible = mask > torch.finfo(mask.dtype).min
             if bool(mask.masked_fill(~visible, 0.0).any()):
                 numbers = mask
         rule = rule_of(visible) if numbers is None else None
-        read = _Read(mask._version, visible, numbers, rule, not bool(visible.any(-1).all()))
-        _known[mask] = read
+        read = _Read(version, visible, numbers, rule, not bool(visible.any(-1).all()))
+        if version is not None:
+            _known[mask] = read
     return read
