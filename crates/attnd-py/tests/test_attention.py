@@ -220,6 +220,8 @@ def test_arrays_may_lie_in_any_order(rng):
     wanted = attnd.attention(q, k, v)
     assert np.array_equal(attnd.attention(*turned), wanted)
     assert np.array_equal(attnd.attention(*strided), wanted)
+    swapped = [x.astype(">f4") for x in (q, k, v)]
+    assert np.array_equal(attnd.attention(*swapped), wanted) and attnd.attention(*swapped).dtype == np.float32
     q.setflags(write=False)
     assert np.array_equal(attnd.attention(q, k, v), wanted)
 

@@ -377,8 +377,8 @@ def _answer(told, dtype, unbatched, return_lse, return_weights, outputs):
         return array[0] if unbatched else array
 
     context = told["context"]
-    if dtype != np.float32:
-        context = context.astype(dtype)
+    if dtype is not context.dtype:
+        context = context.astype(dtype.newbyteorder("="), copy=False)
     answer = [of_call(context)]
     if return_lse:
         answer.append(of_call(told["lse"]))
