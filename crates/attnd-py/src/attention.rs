@@ -2,7 +2,9 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use attnd_client::{AttendOptions, Attended, AttnShape, ClientError, Dims, Inspected, LocalCall};
+use attnd_client::{
+    AttendOptions, Attended, AttnShape, ClientError, Dims, Dtype, Inspected, LocalCall, OutputsParts,
+};
 use attnd_kernel::Kernels;
 use attnd_node::in_process::{self, Tensors};
 use pyo3::prelude::*;
@@ -13,44 +15,72 @@ use crate::errors::{Raised, value_error};
 use crate::options::Options;
 use crate::threads;
 
-/// Computes attention. `q`, `k` and `v` are `[batch, heads, tokens, dim]`; without `v` values are the first `value_dim` elements of
-/// keys. Returns a dict of arrays: `context`, `lse`, and what was wanted beside them; `empty_rows` and `kernel_id`.
+/// Q, K and V of a call, `[batch, heads, tokens, dim]`. Without V values are the first so many elements of keys.
+#[derive(Debug, FromPyObject)]
+pub(crate) struct Arrays<'py>(Floats<'py>, Floats<'py>, Option<Floats<'py>>, Option<usize>);
+
+/// A call as Python hands it over, where its arrays and options make sense together.
+#[derive(Debug)]
+pub(crate) struct Call<'py> {
+    arrays: Arrays<'py>,
+    pub(crate) shape: AttnShape,
+    pub(crate) options: AttendOptions,
+}
+
+impl<'py> Call<'py> {
+    /// # Errors
+    /// `ValueError` that says what doesn't.
+    pub(crate) fn new(arrays: Arrays<'py>, options: &Bound<'py, PyDict>) -> PyResult<Self> {
+        let options = Options::of(options)?.into_attend()?;
+        let Arrays(q, k, v, value_dim) = &arrays;
+        let shape = shape(q, k, v.as_ref(), *value_dim, &options)?;
+        Ok(Self { arrays, shape, options })
+    }
+
+    pub(crate) fn dtype(&self) -> Dtype {
+        self.arrays.0.dtype()
+    }
+
+    /// The elements of Q, K and V, where they lie.
+    ///
+    /// # Errors
+    /// `ValueError` for an array in another order.
+    pub(crate) fn bytes(&self) -> PyResult<[&[u8]; 3]> {
+        let Arrays(q, k, v, _) = &self.arrays;
+        let v = v.as_ref().map_or(Ok(&[][..]), |v| v.bytes("v"))?;
+        Ok([q.bytes("q")?, k.bytes("k")?, v])
+    }
+}
+
+/// Computes attention in this process. Returns a dict of arrays: `context`, `lse`, and what was wanted beside them; `empty_rows` and
+/// `kernel_id`.
 #[pyfunction]
-#[pyo3(signature = (q, k, v, options, value_dim=None))]
 pub(crate) fn attend<'py>(
     py: Python<'py>,
-    q: Floats<'py>,
-    k: Floats<'py>,
-    v: Option<Floats<'py>>,
+    arrays: Arrays<'py>,
     options: &Bound<'py, PyDict>,
-    value_dim: Option<usize>,
 ) -> PyResult<Bound<'py, PyDict>> {
-    let options = Options::of(options)?.into_attend()?;
-    let shape = shape(&q, &k, v.as_ref(), value_dim, &options)?;
-    let tensors = Tensors {
-        q: q.bytes("q")?,
-        k: k.bytes("k")?,
-        v: v.as_ref().map_or(Ok(&[][..]), |v| v.bytes("v"))?,
-        beside: &[],
-    };
-    let dtype = q.dtype();
+    let call = Call::new(arrays, options)?;
+    let (shape, dtype, options) = (call.shape, call.dtype(), &call.options);
+    let [q, k, v] = call.bytes()?;
     let work = |wanted: &(dyn Fn() -> bool + Sync)| {
-        let LocalCall { begin, beside, answer } = LocalCall::new(shape, dtype, &options)?;
+        let LocalCall { begin, beside, answer } = LocalCall::new(shape, dtype, options)?;
         let answer = Mutex::new(answer);
         let take = |reply| answer.lock().unwrap_or_else(PoisonError::into_inner).take(reply);
         let kernels = Kernels::from_env()
             .map_err(|error| attnd_wire::Error::new(attnd_wire::Reason::Internal, error.to_string()))?;
-        let tensors = Tensors { beside: &beside, ..tensors };
+        let tensors = Tensors { q, k, v, beside: &beside };
         let done = in_process::attend(kernels, &begin, tensors, wanted, &take)?;
         answer.into_inner().unwrap_or_else(PoisonError::into_inner).finish(done)
     };
-    let small = options.outputs == Default::default() && in_process::is_small(&shape);
-    let attended = if small { py.detach(|| work(&|| true)) } else { threads::compute(py, work)? };
-    told(py, attended.map_err(Raised::from)?, &shape, &options)
+    let is_small = options.outputs == OutputsParts::default() && in_process::is_small(&shape);
+    let attended =
+        if is_small { threads::compute_here(py, || work(&|| true))? } else { threads::compute(py, work)? };
+    told(py, attended.map_err(Raised::from)?, &shape, options)
 }
 
 /// The dimensions of a call, where those of its arrays agree.
-pub(crate) fn shape(
+fn shape(
     q: &Floats<'_>,
     k: &Floats<'_>,
     v: Option<&Floats<'_>>,

@@ -1,6 +1,6 @@
 //! A coordinator, as Python calls it.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use attnd_client::session::Sessions;
 use attnd_client::{Client, Operands};
@@ -8,72 +8,90 @@ use bytes::Bytes;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
-use crate::arrays::Floats;
-use crate::attention::{shape, told};
+use crate::attention::{Arrays, Call, told};
 use crate::errors::{Raised, value_error};
-use crate::options::Options;
-use crate::session::{BatchedStep, OpenSession, Spec, step_batch};
+use crate::session::{BatchedStep, OpenSession, Spec, close_unnamed, step_batch};
 use crate::threads;
 
-/// A connection to a coordinator; it is made with the first call, and again whenever it was lost.
+/// A coordinator at some URL. What connects to it is made with the first call, and again whenever it was lost.
 #[pyclass(frozen, module = "attnd._attnd")]
 #[derive(Debug)]
 pub(crate) struct Coordinator {
-    client: Client,
-    /// Of the process that made them: their stream has its threads.
-    sessions: Mutex<Option<(u32, Sessions)>>,
+    url: String,
+    connection: Mutex<Connection>,
+}
+
+/// What connects, on the threads of one process: a forked child makes its own.
+#[derive(Debug)]
+struct Connection {
+    process: u32,
+    client: Arc<Client>,
+    /// They share one stream, which begins with the first of them.
+    sessions: Option<Sessions>,
+}
+
+impl Connection {
+    fn new(url: &str) -> PyResult<Self> {
+        let refused = |error| value_error(format!("url is {url:?}, expected http://HOST:PORT: {error}"));
+        let client = Arc::new(Client::connect(url).map_err(refused)?);
+        Ok(Self { process: std::process::id(), client, sessions: None })
+    }
 }
 
 impl Coordinator {
-    /// The sessions, which share one stream.
+    /// Lends the connection of this process.
+    fn connected<T>(&self, lend: impl FnOnce(&mut Connection) -> T) -> PyResult<T> {
+        let mut connection = self.connection.lock().unwrap_or_else(PoisonError::into_inner);
+        if connection.process != std::process::id() {
+            // The parent's threads, which aren't here, would be asked to end it.
+            std::mem::forget(std::mem::replace(&mut *connection, Connection::new(&self.url)?));
+        }
+        Ok(lend(&mut connection))
+    }
+
+    fn client(&self) -> PyResult<Arc<Client>> {
+        self.connected(|connection| Arc::clone(&connection.client))
+    }
+
     fn sessions(&self, py: Python<'_>) -> PyResult<Sessions> {
-        let process = std::process::id();
-        let known = |here: &Option<(u32, Sessions)>| {
-            here.as_ref().filter(|(of, _)| *of == process).map(|(_, sessions)| sessions.clone())
-        };
-        if let Some(sessions) = known(&self.sessions.lock().unwrap_or_else(PoisonError::into_inner)) {
+        if let Some(sessions) = self.connected(|connection| connection.sessions.clone())? {
             return Ok(sessions);
         }
+        let client = self.client()?;
         // On the threads of the network, where the stream begins.
-        let sessions = threads::wait(py, async { self.client.sessions() })?;
-        let mut here = self.sessions.lock().unwrap_or_else(PoisonError::into_inner);
-        Ok(known(&here).unwrap_or_else(|| here.insert((process, sessions)).1.clone()))
+        let sessions = threads::wait(py, async { client.sessions() })?;
+        self.connected(|connection| connection.sessions.get_or_insert(sessions).clone())
     }
 }
 
 #[pymethods]
 impl Coordinator {
     #[new]
-    fn new(url: &str) -> PyResult<Self> {
-        let refused = |error| value_error(format!("url is {url:?}, expected http://HOST:PORT: {error}"));
-        Ok(Self { client: Client::connect(url).map_err(refused)?, sessions: Mutex::new(None) })
+    fn new(url: String) -> PyResult<Self> {
+        let connection = Mutex::new(Connection::new(&url)?);
+        Ok(Self { url, connection })
     }
 
     /// As `attend` in this process, on the cluster.
-    #[pyo3(signature = (q, k, v, options, value_dim=None))]
     fn attend<'py>(
         &self,
         py: Python<'py>,
-        q: Floats<'py>,
-        k: Floats<'py>,
-        v: Option<Floats<'py>>,
+        arrays: Arrays<'py>,
         options: &Bound<'py, PyDict>,
-        value_dim: Option<usize>,
     ) -> PyResult<Bound<'py, PyDict>> {
-        let options = Options::of(options)?.into_attend()?;
-        let shape = shape(&q, &k, v.as_ref(), value_dim, &options)?;
-        let (dtype, q, k) = (q.dtype(), q.bytes("q")?, k.bytes("k")?);
-        let v = v.as_ref().map_or(Ok(&[][..]), |v| v.bytes("v"))?;
+        let call = Call::new(arrays, options)?;
+        let (shape, dtype) = (call.shape, call.dtype());
+        let bytes = call.bytes()?;
         // Messages outlive this call's borrow of the arrays.
-        let [q, k, v] = py.detach(|| [q, k, v].map(Bytes::copy_from_slice));
-        let operands = Operands { shape, dtype, q, k, v };
-        let attended = threads::wait(py, self.client.attend(&operands, &options, &mut |_progress| {}))?;
-        told(py, attended.map_err(Raised::from)?, &shape, &options)
+        let [q, k, v] = py.detach(|| bytes.map(Bytes::copy_from_slice));
+        let (client, operands) = (self.client()?, Operands { shape, dtype, q, k, v });
+        let attended = threads::wait(py, client.attend(&operands, &call.options, &mut |_progress| {}))?;
+        told(py, attended.map_err(Raised::from)?, &shape, &call.options)
     }
 
     /// The workers that have joined: of each its id and its state.
     fn workers(&self, py: Python<'_>) -> PyResult<Vec<(String, String)>> {
-        let status = threads::wait(py, self.client.status())?.map_err(Raised::from)?;
+        let status = threads::wait(py, self.client()?.status())?.map_err(Raised::from)?;
         Ok(status
             .workers
             .into_iter()
@@ -84,8 +102,11 @@ impl Coordinator {
     /// Opens a session, or goes on with the one of that name, as its writer.
     #[pyo3(signature = (name, spec))]
     fn open(&self, py: Python<'_>, name: Option<String>, spec: Spec) -> PyResult<OpenSession> {
+        let is_named = name.is_some();
         let (sessions, open) = (self.sessions(py)?, spec.into_open(name)?);
-        let session = threads::wait(py, sessions.open(open))?;
+        // One that nobody has the name of would stay until its time is over.
+        let undo = |opened| close_unnamed(opened, is_named);
+        let session = threads::wait_or_undo(py, sessions.open(open), undo)?;
         Ok(OpenSession::new(session.map_err(Raised::from)?))
     }
 

@@ -1,4 +1,4 @@
-//! The keyword arguments of a call, as `python/attnd/_attention.py` hands them over, as the client takes them.
+//! The keyword arguments of a call, as `python/attnd/_options.py` hands them over, as the client takes them.
 
 use std::num::NonZeroUsize;
 use std::sync::Arc;

@@ -3,8 +3,9 @@
 use std::time::Duration;
 
 use attnd_client::session::{AppendOptions, BatchStep, OpenOptions, QueryOptions, Session, SessionAttended};
-use attnd_client::{Dtype, SessionSpec, Storage};
+use attnd_client::{ClientError, Dtype, SessionSpec, Storage};
 use bytes::Bytes;
+use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use tokio::sync::{Mutex, MutexGuard};
@@ -46,7 +47,8 @@ impl Spec {
         };
         let open = OpenOptions::new(self.layers, self.heads, self.kv_heads, self.head_dim, dtype);
         let ttl = self.ttl.map(Duration::try_from_secs_f64).transpose();
-        let ttl = ttl.map_err(|error| value_error(format!("ttl is {:?}: {error}", self.ttl)))?;
+        let seconds = self.ttl.unwrap_or_default();
+        let ttl = ttl.map_err(|error| value_error(format!("ttl is {seconds}: {error}")))?;
         let spec = SessionSpec {
             value_dim: self.value_dim,
             storage,
@@ -74,6 +76,8 @@ fn named<T: Copy + std::fmt::Display>(what: &str, word: &str, all: &[T]) -> PyRe
 #[pyclass(frozen, module = "attnd._attnd")]
 #[derive(Debug)]
 pub(crate) struct OpenSession {
+    /// Its stream has the threads of this one.
+    process: u32,
     session: Mutex<Session>,
     spec: SessionSpec,
     #[pyo3(get)]
@@ -83,7 +87,23 @@ pub(crate) struct OpenSession {
 impl OpenSession {
     pub(crate) fn new(session: Session) -> Self {
         let (spec, name) = (session.spec().clone(), session.name().to_string());
-        Self { session: Mutex::new(session), spec, name }
+        Self { process: std::process::id(), session: Mutex::new(session), spec, name }
+    }
+
+    /// The session, of the process that opened it.
+    ///
+    /// # Errors
+    /// `RuntimeError` in another one.
+    fn session(&self) -> PyResult<&Mutex<Session>> {
+        let (here, there) = (std::process::id(), self.process);
+        if here != there {
+            let name = &self.name;
+            let text = format!(
+                "session {name} was opened by process {there}, this is {here}: cluster.attach({name:?})"
+            );
+            return Err(PyRuntimeError::new_err(text));
+        }
+        Ok(&self.session)
     }
 
     /// The bytes of rows `[heads, tokens, dim]`, which have these heads and this dimension, and how many tokens there are.
@@ -153,9 +173,19 @@ fn query_options(options: &Bound<'_, PyDict>, at_len: Option<u64>) -> PyResult<Q
 
 #[pymethods]
 impl OpenSession {
+    /// Query heads.
+    #[getter]
+    fn heads(&self) -> usize {
+        self.spec.heads
+    }
+
     /// Tokens of a layer, as far as this side was told.
     fn tokens(&self, py: Python<'_>, layer: usize) -> PyResult<u64> {
-        threads::wait(py, async { self.session.lock().await.len(layer) })
+        if layer >= self.spec.layers {
+            return Err(value_error(format!("layer is {layer}, the session has {}", self.spec.layers)));
+        }
+        let session = self.session()?;
+        threads::wait(py, async { session.lock().await.len(layer) })
     }
 
     /// Appends K and V to a layer, all of their tokens or none; how many there are then.
@@ -173,8 +203,9 @@ impl OpenSession {
         let timeout = timeout.map(Duration::try_from_secs_f64).transpose();
         let timeout = timeout.map_err(|error| value_error(format!("timeout: {error}")))?;
         let options = AppendOptions { allow_non_finite, timeout };
+        let session = self.session()?;
         let appended =
-            threads::wait(py, async { self.session.lock().await.append_with(layer, k, v, &options).await })?;
+            threads::wait(py, async { session.lock().await.append_with(layer, k, v, &options).await })?;
         Ok(appended.map_err(Raised::from)?.len)
     }
 
@@ -190,8 +221,8 @@ impl OpenSession {
     ) -> PyResult<Bound<'py, PyDict>> {
         let options = query_options(options, at_len)?;
         let (q, tokens) = self.queries(&q)?;
-        let attended =
-            threads::wait(py, async { self.session.lock().await.attend(layer, q, &options).await })?;
+        let session = self.session()?;
+        let attended = threads::wait(py, async { session.lock().await.attend(layer, q, &options).await })?;
         self.told(py, attended.map_err(Raised::from)?, tokens)
     }
 
@@ -207,33 +238,38 @@ impl OpenSession {
     ) -> PyResult<Bound<'py, PyDict>> {
         let options = query_options(options, None)?;
         let ((k, v), (q, tokens)) = (self.keys_and_values(&k, v.as_ref())?, self.queries(&q)?);
-        let stepped =
-            threads::wait(py, async { self.session.lock().await.step(layer, k, v, q, &options).await })?;
+        let session = self.session()?;
+        let stepped = threads::wait(py, async { session.lock().await.step(layer, k, v, q, &options).await })?;
         self.told(py, stepped.map_err(Raised::from)?.attended, tokens)
     }
 
     /// Another session with the same tokens, which share their memory until one of them changes.
     #[pyo3(signature = (name=None))]
     fn fork(&self, py: Python<'_>, name: Option<&str>) -> PyResult<Self> {
-        let child = threads::wait(py, async { self.session.lock().await.fork(name).await })?;
+        let (session, is_named) = (self.session()?, name.is_some());
+        let fork = async { session.lock().await.fork(name).await };
+        let child = threads::wait_or_undo(py, fork, |child| close_unnamed(child, is_named))?;
         Ok(Self::new(child.map_err(Raised::from)?))
     }
 
     /// Cuts all layers down to `len` tokens.
     fn truncate(&self, py: Python<'_>, len: u64) -> PyResult<()> {
-        let cut = threads::wait(py, async { self.session.lock().await.truncate(len).await })?;
+        let session = self.session()?;
+        let cut = threads::wait(py, async { session.lock().await.truncate(len).await })?;
         Ok(cut.map_err(Raised::from)?)
     }
 
     /// Ends all appends and cuts.
     fn seal(&self, py: Python<'_>) -> PyResult<()> {
-        let sealed = threads::wait(py, async { self.session.lock().await.seal().await })?;
+        let session = self.session()?;
+        let sealed = threads::wait(py, async { session.lock().await.seal().await })?;
         Ok(sealed.map_err(Raised::from)?)
     }
 
     /// What it is and has.
     fn describe<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let described = threads::wait(py, async { self.session.lock().await.describe().await })?;
+        let session = self.session()?;
+        let described = threads::wait(py, async { session.lock().await.describe().await })?;
         let described = described.map_err(Raised::from)?;
         let told = PyDict::new(py);
         told.set_item("name", described.name.to_string())?;
@@ -272,7 +308,7 @@ pub(crate) fn step_batch<'py>(
         let of = session.get();
         let (k, v) = of.keys_and_values(k, v.as_ref())?;
         let (q, tokens) = of.queries(q)?;
-        ready.push((of, *layer, k, v, q, tokens, query_options(options, None)?));
+        ready.push((of, of.session()?, *layer, k, v, q, tokens, query_options(options, None)?));
     }
     // In one order, whatever other threads step.
     let address = |at: &usize| std::ptr::from_ref(ready[*at].0).addr();
@@ -286,13 +322,13 @@ pub(crate) fn step_batch<'py>(
     let stepped = threads::wait(py, async {
         let mut locked: Vec<(usize, MutexGuard<'_, Session>)> = Vec::with_capacity(ready.len());
         for at in order {
-            locked.push((at, ready[at].0.session.lock().await));
+            locked.push((at, ready[at].1.lock().await));
         }
         locked.sort_by_key(|(at, _)| *at);
         let mut batch: Vec<BatchStep<'_>> = locked
             .iter_mut()
             .zip(&ready)
-            .map(|((_, session), (_, layer, k, v, q, _, options))| BatchStep {
+            .map(|((_, session), (_, _, layer, k, v, q, _, options))| BatchStep {
                 session,
                 layer: *layer,
                 k: k.clone(),
@@ -311,6 +347,16 @@ pub(crate) fn step_batch<'py>(
         });
     }
     Ok(told)
+}
+
+/// Closes what was opened for somebody who is gone, unless it has a name by which it can be found.
+pub(crate) async fn close_unnamed(opened: Result<Session, ClientError>, is_named: bool) {
+    if let Ok(session) = opened
+        && !is_named
+    {
+        // Where it isn't closed it ends with its time to live.
+        session.close().await.ok();
+    }
 }
 
 /// Session, layer, K, V, Q, options.

@@ -1,6 +1,7 @@
 //! The threads that kernels run on, and how Python waits for them: without its lock, and listening for Ctrl-C.
 
 use std::cell::RefCell;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -13,6 +14,8 @@ use tokio::runtime::Runtime;
 
 use crate::errors::value_error;
 
+/// Most threads that can be asked for: far more than help, and few enough to be started at once.
+const MOST_THREADS: usize = 1024;
 /// Time between two looks at signals.
 const LOOK: Duration = Duration::from_millis(50);
 /// How many threads, where nobody says so in the program.
@@ -59,13 +62,17 @@ fn started(threads: usize) -> PyResult<ThreadPool> {
     builder.build().map_err(|error| PyRuntimeError::new_err(format!("threads: {error}")))
 }
 
+/// A number of threads that somebody typed.
+fn checked(name: &str, threads: Option<usize>, given: &str) -> PyResult<usize> {
+    threads
+        .filter(|threads| (1..=MOST_THREADS).contains(threads))
+        .ok_or_else(|| value_error(format!("{name} is {given}, expected 1 to {MOST_THREADS}")))
+}
+
 /// As many as the environment says, or as there are cores.
 fn default_threads() -> PyResult<usize> {
     match std::env::var(THREADS_ENV) {
-        Ok(text) => match text.parse() {
-            Ok(threads) if threads > 0 => Ok(threads),
-            _ => Err(value_error(format!("{THREADS_ENV} is {text:?}, expected a number over 0"))),
-        },
+        Ok(text) => checked(THREADS_ENV, text.trim().parse().ok(), &format!("{text:?}")),
         Err(_unset) => Ok(std::thread::available_parallelism().map_or(1, usize::from)),
     }
 }
@@ -90,11 +97,9 @@ pub(crate) fn num_threads() -> PyResult<usize> {
 
 /// Has calls of this process computed on so many threads from now on.
 #[pyfunction]
-pub(crate) fn set_num_threads(threads: usize) -> PyResult<()> {
-    if threads == 0 {
-        return Err(value_error("num_threads is 0, expected a number over 0".to_owned()));
-    }
-    POOL.replace(started(threads)?);
+pub(crate) fn set_num_threads(py: Python<'_>, threads: usize) -> PyResult<()> {
+    let threads = checked("num_threads", Some(threads), &threads.to_string())?;
+    POOL.replace(py.detach(|| started(threads))?);
     Ok(())
 }
 
@@ -141,7 +146,7 @@ fn interrupted(interrupt: Option<&Arc<AtomicBool>>) -> PyResult<()> {
 /// error, once the work has ended.
 ///
 /// # Errors
-/// `KeyboardInterrupt`, or whatever else a signal handler raises.
+/// `KeyboardInterrupt`, or whatever else a signal handler raises; `RuntimeError` where the work panics.
 pub(crate) fn compute<T: Send>(
     py: Python<'_>,
     work: impl FnOnce(&(dyn Fn() -> bool + Sync)) -> T + Send,
@@ -155,12 +160,12 @@ pub(crate) fn compute<T: Send>(
         let computed = pool.in_place_scope(|scope| {
             scope.spawn(|_| {
                 // Whoever waits is still there: it leaves when it has this.
-                done.send(work(&wanted)).unwrap_or_default();
+                done.send(caught(|| work(&wanted))).unwrap_or_default();
             });
             loop {
                 match outcome.recv_timeout(LOOK) {
-                    Ok(computed) => return Some(computed),
-                    Err(RecvTimeoutError::Disconnected) => return None,
+                    Ok(computed) => return computed,
+                    Err(RecvTimeoutError::Disconnected) => return Err(panicked("")),
                     Err(RecvTimeoutError::Timeout) if why.is_none() => {
                         why = interrupted(interrupt.as_ref()).err();
                         given_up.store(why.is_some(), Ordering::Relaxed);
@@ -169,12 +174,32 @@ pub(crate) fn compute<T: Send>(
                 }
             }
         });
-        match (why, computed) {
-            (Some(error), _) => Err(error),
-            (None, Some(computed)) => Ok(computed),
-            (None, None) => Err(PyRuntimeError::new_err("a kernel panicked")),
+        match why {
+            Some(error) => Err(error),
+            None => computed,
         }
     })
+}
+
+/// Runs `work`, which is short, on this thread, without Python's lock.
+///
+/// # Errors
+/// `RuntimeError` where it panics.
+pub(crate) fn compute_here<T: Send>(py: Python<'_>, work: impl FnOnce() -> T + Send) -> PyResult<T> {
+    py.detach(|| caught(work))
+}
+
+/// A panic is an exception, and no end of the program.
+fn caught<T>(work: impl FnOnce() -> T) -> PyResult<T> {
+    // What it was about to write is dropped with it.
+    catch_unwind(AssertUnwindSafe(work)).map_err(|payload| {
+        let text = payload.downcast_ref::<String>().map(String::as_str);
+        panicked(text.or_else(|| payload.downcast_ref::<&str>().copied()).unwrap_or_default())
+    })
+}
+
+fn panicked(text: &str) -> PyErr {
+    PyRuntimeError::new_err(format!("a kernel panicked, which is a fault of attnd's: {text}"))
 }
 
 /// Waits for what the network brings, without Python's lock. After Ctrl-C nobody waits any more, which ends a call everywhere.
@@ -190,6 +215,34 @@ pub(crate) fn wait<T: Send>(py: Python<'_>, call: impl Future<Output = T> + Send
                 tokio::select! {
                     done = &mut call => return Ok(done),
                     () = tokio::time::sleep(LOOK) => interrupted(interrupt.as_ref())?,
+                }
+            }
+        })
+    })
+}
+
+/// The same of a call that makes something which has to be given back: it goes on to its end after Ctrl-C, and what it made goes through
+/// `undo`.
+///
+/// # Errors
+/// As [`wait`].
+pub(crate) fn wait_or_undo<T: Send, U: Future<Output = ()> + Send>(
+    py: Python<'_>,
+    call: impl Future<Output = T> + Send,
+    undo: impl FnOnce(T) -> U + Send,
+) -> PyResult<T> {
+    let (runtime, interrupt) = (runtime()?, INTERRUPT.with_borrow(Clone::clone));
+    py.detach(|| {
+        runtime.block_on(async {
+            let mut call = std::pin::pin!(call);
+            loop {
+                tokio::select! {
+                    done = &mut call => return Ok(done),
+                    () = tokio::time::sleep(LOOK) => {}
+                }
+                if let Err(error) = interrupted(interrupt.as_ref()) {
+                    undo(call.await).await;
+                    return Err(error);
                 }
             }
         })

@@ -1,4 +1,4 @@
-//! The stubs of the compiled half say what it exports, and the options that it takes are those that `attention` hands over.
+//! The stubs of the compiled half say what it exports, and the options that it takes are those that `_options.py` hands over.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -40,8 +40,8 @@ fn every_option_is_handed_over() {
     let taken = names(&options[begin..begin + end], "    ");
     let taken: Vec<&String> = taken.iter().filter(|name| !name.is_empty()).collect();
     assert!(taken.len() >= 25, "{taken:?}");
-    let python = read("python/attnd/_attention.py");
+    let python = read("python/attnd/_options.py");
     for option in taken {
-        assert!(python.contains(&format!("\"{option}\"")), "{option} isn't handed over by _attention.py");
+        assert!(python.contains(&format!("\"{option}\"")), "{option} isn't handed over by _options.py");
     }
 }

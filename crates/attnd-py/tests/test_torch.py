@@ -92,11 +92,37 @@ def test_halves_are_computed_exactly_and_rounded_once(dtype):
             options["attn_mask"] = mask.clamp(min=torch.finfo(dtype).min).to(dtype)
         got = attnd.torch.scaled_dot_product_attention(q, k, v, **options)
         wide = {**options, "attn_mask": None if mask is None else options["attn_mask"]}
-        if mask is not None and mask.dtype != torch.bool:
+        if mask is not None and mask.dtype != torch.bool and dtype == torch.float16:
+            # torch adds in f32, where this is a number like others.
+            wide["attn_mask"] = options["attn_mask"].float()
+        elif mask is not None and mask.dtype != torch.bool:
             lowest = options["attn_mask"] == torch.finfo(dtype).min
             wide["attn_mask"] = options["attn_mask"].float().masked_fill(lowest, torch.finfo(torch.float32).min)
         exact = attnd.torch.scaled_dot_product_attention(q.float(), k.float(), v.float(), **wide)
         assert got.dtype == dtype and torch.equal(got, exact.to(dtype)), seed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_rows_of_the_lowest_number_are_torchs(dtype):
+    generator = torch.Generator().manual_seed(4)
+    q, k, v = (drawn(generator, 2, 4, 6, 8).to(dtype) for _ in range(3))
+    lowest = torch.finfo(dtype).min
+    for shape in [(6, 6), (2, 1, 6, 6), (2, 4, 6, 6), (1, 6)]:
+        mask = torch.zeros(shape, dtype=dtype).masked_fill(torch.rand(shape, generator=generator) < 0.4, lowest)
+        mask[..., 0, :] = lowest
+        if shape[-2] > 1:
+            mask[..., 1, :] = lowest
+            mask[..., 1, 2] = float("-inf")
+        got = attnd.torch.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        wanted = functional.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask.float())
+        assert torch.allclose(got.float(), wanted, atol=2e-2 if dtype != torch.float32 else 1e-5), (shape, (got - wanted).abs().max())
+
+
+def test_tensors_without_elements_are_torchs():
+    for q, k in [((2, 3, 0, 4), (2, 3, 5, 4)), ((2, 3, 5, 4), (2, 3, 0, 4)), ((0, 3, 5, 4), (0, 3, 5, 4))]:
+        q, k = torch.ones(q), torch.ones(k)
+        got, wanted = attnd.torch.scaled_dot_product_attention(q, k, k), functional.scaled_dot_product_attention(q, k, k)
+        assert got.shape == wanted.shape and torch.equal(got, wanted)
 
 
 def test_tensors_of_any_layout_and_few_dimensions():
@@ -123,6 +149,8 @@ def test_what_is_not_computed_is_refused():
         ({"query": q.to("meta")}, ValueError, "query is on meta"),
         ({"attn_mask": torch.ones(3, 3, dtype=torch.int64)}, ValueError, "attn_mask is torch.int64"),
         ({"attn_mask": torch.ones(4, 3, dtype=torch.bool)}, ValueError, "the call needs"),
+        ({"attn_mask": torch.ones(3, 2, dtype=torch.bool)}, ValueError, "the call needs 1 or 3 keys"),
+        ({"attn_mask": torch.zeros(3, 3, requires_grad=True)}, RuntimeError, "attn_mask requires a gradient"),
         ({"key": torch.ones(1, 1, 3, 4), "value": torch.ones(1, 2, 3, 4), "enable_gqa": True}, ValueError, "heads"),
     ]:
         with pytest.raises(error, match=text):
@@ -159,12 +187,23 @@ def module_case(seed):
     if pick(True, False):
         padding = torch.rand(batch, keys, generator=generator) < 0.3
         padding = padding if is_batched else padding[0]
-        call["key_padding_mask"] = pick(padding, torch.zeros(padding.shape).masked_fill(padding, float("-inf")))
+        hides = pick(float("-inf"), torch.finfo(torch.float32).min)
+        call["key_padding_mask"] = pick(padding, torch.zeros(padding.shape).masked_fill(padding, hides))
     if pick(True, False):
         of_heads = (batch if is_batched else 1) * heads
         shape = pick((queries, keys), (of_heads, queries, keys))
         hidden = torch.rand(shape, generator=generator) < 0.3
-        call["attn_mask"] = pick(hidden, drawn(generator, *shape), drawn(generator, *shape).masked_fill(hidden, float("-inf")))
+        if pick(True, False):
+            hidden[..., 0, :] = True
+        numbers = drawn(generator, *shape)
+        call["attn_mask"] = pick(
+            hidden, numbers, numbers.masked_fill(hidden, float("-inf")), torch.zeros(shape).masked_fill(hidden, torch.finfo(torch.float32).min)
+        )
+    padding, mask = call.get("key_padding_mask"), call.get("attn_mask")
+    lowest = torch.finfo(torch.float32).min
+    if padding is not None and mask is not None and padding.dtype == mask.dtype == torch.float32 and bool((mask == lowest).any()):
+        # Twice the lowest number is -inf in f32, and none in f64.
+        call["key_padding_mask"] = padding.masked_fill(padding == lowest, float("-inf"))
     return theirs, ours, inputs, call
 
 

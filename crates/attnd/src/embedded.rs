@@ -15,7 +15,7 @@ use std::task::Poll;
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow, bail};
-use attnd_client::Client;
+use attnd_client::{Client, ClientError};
 use attnd_node::NodeError;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, ChildStdin, Command};
@@ -39,6 +39,8 @@ const LISTENING: &str = "listening on ";
 const START: Duration = Duration::from_secs(20);
 /// Time for a process to end after it was asked to; then it is killed.
 const STOP: Duration = Duration::from_secs(5);
+/// Time for the coordinator to close its sessions.
+const FORGET: Duration = Duration::from_secs(3);
 /// Signals this close together are one request: `timeout` sends its own twice, to a process and to its group.
 const SAME_REQUEST: Duration = Duration::from_millis(200);
 /// Time between two looks at the workers that have joined.
@@ -182,11 +184,29 @@ impl LocalCluster {
         .await
     }
 
-    /// Ends the workers, then the coordinator: first by asking, then by force.
+    /// Ends the workers, then the coordinator: first by asking, then by force. Sessions end before, as all that could take them ends
+    /// too, and a worker would wait for somebody who does.
     pub async fn stop(self) {
+        if let Err(error) = tokio::time::timeout(FORGET, close_sessions(&self.endpoint)).await {
+            tracing::warn!(%error, "sessions were not closed");
+        }
         let mut stopping: JoinSet<()> = self.workers.into_iter().map(Node::stop).collect();
         while stopping.join_next().await.is_some() {}
         self.coordinator.stop().await;
+    }
+}
+
+/// Closes all sessions of a coordinator, as far as it is there.
+async fn close_sessions(endpoint: &str) {
+    let close_all = async {
+        let sessions = Client::connect(endpoint)?.sessions();
+        for name in sessions.list().await? {
+            sessions.close(name.as_str()).await?;
+        }
+        Ok::<(), ClientError>(())
+    };
+    if let Err(error) = close_all.await {
+        tracing::info!(%error, "sessions are not closed");
     }
 }
 

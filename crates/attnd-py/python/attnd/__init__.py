@@ -8,10 +8,11 @@
 ((1, 8, 64, 32), dtype('float32'))
 """
 
-from ._attention import Csr, Inspected, Outputs, Relative, Swin, attention
+from ._attention import Inspected, attention
 from ._attnd import num_threads, set_num_threads
 from ._cluster import Cluster, connect
 from ._errors import Error, InvalidArgument
+from ._options import Csr, Outputs, Relative, Swin
 from ._session import Session, Step
 
 __all__ = [

@@ -3,90 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from numbers import Integral
 from typing import TYPE_CHECKING, Any, Sequence
 
 import numpy as np
 
 from . import _attnd
-from ._arrays import dense, floats, integers, table
+from ._arrays import floats
+from ._options import CallShape, Csr, Outputs, Relative, Swin, options_of
 
 if TYPE_CHECKING:
     from ._cluster import Cluster
-
-
-@dataclass(frozen=True)
-class Relative:
-    """T5's bias by the distance between query and key.
-
-    Attributes:
-        table: ``[buckets, heads]``; in T5's files ``relative_attention_bias.weight``.
-        max_distance: Distances from here on share the last bucket.
-        bidirectional: Whether keys behind the query have half of the buckets, as in T5's encoder.
-    """
-
-    table: Any
-    max_distance: int = 128
-    bidirectional: bool = False
-
-
-@dataclass(frozen=True)
-class Swin:
-    """Swin's bias inside windows of an image; each batch element is a window, row by row.
-
-    Attributes:
-        table: ``[(2 * rows - 1) * (2 * columns - 1), heads]``.
-        window: Rows and columns of a window.
-        regions: The region of each token of shifted windows, integers, ``[windows, rows * columns]``.
-        between: What is added between tokens of different regions.
-    """
-
-    table: Any
-    window: tuple[int, int]
-    regions: Any = None
-    between: float = -100.0
-
-
-@dataclass(frozen=True)
-class Csr:
-    """Blocks of keys that blocks of queries see, as compressed sparse rows: ``scipy.sparse``'s ``indptr`` and ``indices``.
-
-    Attributes:
-        indptr: ``[rows + 1]``, or ``[layouts, rows + 1]`` for each head or each head of each batch element.
-        indices: ``[blocks]``, ascending in each row.
-        block: Queries and keys of a block; ``(1, 1)`` is the adjacency of a graph.
-    """
-
-    indptr: Any
-    indices: Any
-    block: tuple[int, int] = (1, 1)
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """What is told beside the context. It costs a second pass over the scores and no matrix is ever stored for it.
-
-    Attributes:
-        stages: Whole matrices of ``"weights"``, or of what becomes them: ``"raw"``, ``"capped"``, ``"masked"`` scores.
-        rectangles: Parts of such matrices: ``(stage, heads, queries, keys)``, the last three ``(begin, end)``.
-        top_k: The keys with the highest scores of each row, at most 1024 of them.
-        mass_block: Sums of weights over blocks of so many keys.
-        entropy: Of the weights of each row, in nats.
-        distance: Mean distance to the keys that a row weighs, in tokens.
-        max_score: The highest score of each row.
-        heatmap: Rows and columns of a pooled map of weights, at most 4096 each.
-        heads: ``(begin, end)`` of the query heads of each batch element that this is wanted of.
-    """
-
-    stages: Sequence[str] = ()
-    rectangles: Sequence[tuple[str, tuple[int, int], tuple[int, int], tuple[int, int]]] = ()
-    top_k: int = 0
-    mass_block: int | None = None
-    entropy: bool = False
-    distance: bool = False
-    max_score: bool = False
-    heatmap: tuple[int, int] | None = None
-    heads: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -235,8 +161,12 @@ def attention(
     if not enable_gqa and q.shape[1] != k.shape[1]:
         raise ValueError(f"q has {q.shape[1]} heads, k {k.shape[1]}, and enable_gqa is False")
 
+    if v is not None and value_dim is not None:
+        raise ValueError("value_dim is for a call without v, which has its own")
+    if cluster is None and (workers is not None or timeout is not None):
+        raise ValueError("workers and timeout are for a call on a cluster")
     options = options_of(
-        k.shape[2],
+        CallShape(q.shape[0], q.shape[1], k.shape[2]),
         attn_mask=attn_mask,
         is_causal=is_causal,
         scale=scale,
@@ -270,106 +200,8 @@ def attention(
         timeout=timeout,
     )
     where = _attnd if cluster is None else cluster._coordinator
-    told = where.attend(q, k, v, options, value_dim=value_dim)
+    told = where.attend((q, k, v, value_dim), options)
     return _answer(told, given.dtype, unbatched, return_lse, return_weights, outputs)
-
-
-def options_of(
-    keys: int,
-    *,
-    attn_mask: Any = None,
-    is_causal: bool | str = False,
-    window: int | tuple[int | None, int | None] | None = None,
-    alibi_slopes: Any = None,
-    sinks: Any = None,
-    return_weights: bool = False,
-    bias: Any = None,
-    alibi_by_key: bool = False,
-    relative: Relative | None = None,
-    swin: Swin | None = None,
-    documents: Any = None,
-    query_documents: Any = None,
-    csr: Csr | None = None,
-    score: str | None = None,
-    params: dict[str, Any] | None = None,
-    previous: Any = None,
-    empty_row: str = "zero",
-    allow_non_finite: bool = False,
-    forbid_empty_rows: bool = False,
-    outputs: Outputs | None = None,
-    **numbers: Any,
-) -> dict[str, Any]:
-    """The arguments of :func:`attention`, for calls with so many keys, as the compiled half takes them: what is there differs from
-    the default."""
-    options: dict[str, Any] = {"allow_non_finite": allow_non_finite}
-    if is_causal:
-        options["causal"] = is_causal if isinstance(is_causal, str) else "top-left"
-    if attn_mask is not None:
-        options["attn_mask"] = _along_keys(dense("attn_mask", attn_mask), keys)
-    if bias is not None:
-        options["bias"] = _along_keys(dense("bias", bias), keys)
-    if window is not None:
-        options["window"] = _window(window)
-    if alibi_slopes is not None:
-        published = isinstance(alibi_slopes, str) and alibi_slopes == "auto"
-        slopes = None if published else table("alibi_slopes", alibi_slopes).ravel().tolist()
-        options["alibi"] = (slopes, alibi_by_key)
-    if relative is not None:
-        options["relative"] = (table("relative", relative.table), relative.max_distance, relative.bidirectional)
-    if swin is not None:
-        shift = None if swin.regions is None else (integers("swin regions", swin.regions), swin.between)
-        options["swin"] = (table("swin", swin.table), tuple(swin.window), shift)
-    if documents is not None:
-        of_queries = None if query_documents is None else integers("query_documents", query_documents)
-        options["documents"] = (integers("documents", documents), of_queries)
-    if csr is not None:
-        options["csr"] = (integers("csr indptr", csr.indptr), integers("csr indices", csr.indices), tuple(csr.block))
-    if score is not None:
-        options["score"] = (score, [(name, table(name, value)) for name, value in (params or {}).items()])
-    if previous is not None:
-        options["previous"] = dense("previous", previous)
-    if sinks is not None:
-        options["sinks"] = table("sinks", sinks).ravel().tolist()
-    if empty_row != "zero":
-        options["empty_row"] = empty_row
-    for name in _NUMBERS:
-        value = numbers.pop(name, None)
-        if value is not None:
-            options[name] = value
-    if forbid_empty_rows:
-        options["forbid_empty_rows"] = True
-    if return_weights or outputs is not None:
-        options["outputs"] = _wanted(outputs or Outputs(), return_weights)
-    if numbers:
-        raise TypeError(f"unknown options: {', '.join(numbers)}")
-    return options
-
-
-# What is handed over as it is.
-_NUMBERS = ("scale", "softcap", "chunk", "prefix", "key_begin", "key_end", "query_end", "offset", "sigmoid_bias", "workers", "timeout")
-
-
-def _window(window: Any) -> tuple[int | None, int | None]:
-    """Keys before and behind."""
-    if not isinstance(window, Integral):
-        return tuple(window)
-    if window < 1:
-        raise ValueError(f"window is {window}, expected 1 at least: the key of the query itself")
-    return int(window) - 1, 0
-
-
-def _along_keys(mask: np.ndarray, keys: int) -> np.ndarray:
-    """A mask of one column is one for all keys; the compiled half takes it for one key, and hides the others."""
-    if mask.ndim > 0 and mask.shape[-1] == 1 and keys != 1:
-        return np.ascontiguousarray(np.broadcast_to(mask, (*mask.shape[:-1], keys)))
-    return mask
-
-
-def _wanted(outputs: Outputs, weights: bool) -> dict[str, Any]:
-    wanted: dict[str, Any] = {name: value for name, value in vars(outputs).items() if value is not None}
-    wanted["stages"] = (["weights"] if weights else []) + list(outputs.stages)
-    wanted["rectangles"] = list(outputs.rectangles)
-    return wanted
 
 
 def _answer(told, dtype, unbatched, return_lse, return_weights, outputs):

@@ -2,13 +2,10 @@ from typing import Any, Callable, Sequence
 
 import numpy as np
 
-def attend(
-    q: np.ndarray,
-    k: np.ndarray,
-    v: np.ndarray | None,
-    options: dict[str, Any],
-    value_dim: int | None = None,
-) -> dict[str, Any]: ...
+# Q, K, V, and how many elements of keys are values where there is no V.
+Arrays = tuple[np.ndarray, np.ndarray, np.ndarray | None, int | None]
+
+def attend(arrays: Arrays, options: dict[str, Any]) -> dict[str, Any]: ...
 def num_threads() -> int:
     """How many threads compute calls of this process: ``ATTND_NUM_THREADS``, or the cores."""
 
@@ -19,14 +16,7 @@ def run_program(interpreter: str, arguments: Sequence[str]) -> int: ...
 
 class Coordinator:
     def __init__(self, url: str) -> None: ...
-    def attend(
-        self,
-        q: np.ndarray,
-        k: np.ndarray,
-        v: np.ndarray | None,
-        options: dict[str, Any],
-        value_dim: int | None = None,
-    ) -> dict[str, Any]: ...
+    def attend(self, arrays: Arrays, options: dict[str, Any]) -> dict[str, Any]: ...
     def workers(self) -> list[tuple[str, str]]: ...
     def open(self, name: str | None, spec: dict[str, Any]) -> OpenSession: ...
     def attach(self, name: str, write: bool) -> OpenSession: ...
@@ -36,6 +26,7 @@ class Coordinator:
 
 class OpenSession:
     name: str
+    heads: int
     def tokens(self, layer: int) -> int: ...
     def append(
         self,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import subprocess
 import sys
 import threading
-from typing import Any, Sequence
+import weakref
+from typing import IO, Any, Sequence
 
 import numpy as np
 
@@ -49,11 +52,7 @@ class Cluster:
             RuntimeError: A process didn't start; with what it said.
         """
         processes = _Processes(workers, threads_per_worker)
-        try:
-            return cls(processes.url, _processes=processes)
-        except BaseException:
-            processes.stop()
-            raise
+        return cls(processes.url, _processes=processes)
 
     def workers(self) -> dict[str, str]:
         """The state of each worker that has joined, by its id: ``"ACTIVE"`` for one that computes."""
@@ -118,11 +117,12 @@ class Cluster:
             "allow_same_host": allow_same_host,
             "value_is_key_prefix": value_is_key_prefix,
         }
-        return Session(self._coordinator, self._coordinator.open(name, spec))
+        return Session(self._coordinator, self._coordinator.open(name, spec), ends=True)
 
     def attach(self, name: str, *, write: bool = True) -> Session:
-        """Goes on with a session as its writer, whoever that was before, or looks at one that somebody else may write."""
-        return Session(self._coordinator, self._coordinator.attach(name, write))
+        """Goes on with a session as its writer, whoever that was before, or looks at one that somebody else may write. It stays when the
+        context ends, unlike one that was opened."""
+        return Session(self._coordinator, self._coordinator.attach(name, write), ends=False)
 
     def sessions(self) -> list[str]:
         """The names of all sessions."""
@@ -161,6 +161,10 @@ def connect(url: str) -> Cluster:
     return Cluster(url)
 
 
+# Processes of local clusters of this process, whose pipes a forked child must not hold open.
+_started: weakref.WeakSet[_Processes] = weakref.WeakSet()
+
+
 class _Processes:
     """``attnd local``, which starts all others, says where its coordinator listens, and ends when its stdin does."""
 
@@ -177,33 +181,57 @@ class _Processes:
             text=True,
             start_new_session=True,
         )
-        said: list[str] = []
-        self._reader = threading.Thread(target=self._pass_on, args=(said,), daemon=True)
-        self._reader.start()
-        assert self.process.stdout is not None
-        self.url = self.process.stdout.readline().strip()
-        if not self.url.startswith("http"):
+        # Whoever forgets the cluster ends it.
+        self._ended = weakref.finalize(self, _stop, self.process, os.getpid())
+        _started.add(self)
+        try:
+            said: list[str] = []
+            threading.Thread(target=_pass_on, args=(self.process.stderr, said), daemon=True).start()
+            assert self.process.stdout is not None
+            self.url = self.process.stdout.readline().strip()
+            if not self.url.startswith("http"):
+                self.stop()
+                raise RuntimeError("".join(said).strip() or f"attnd local says {self.url!r} instead of a URL")
+        except BaseException:
             self.stop()
-            raise RuntimeError("".join(said).strip() or f"attnd local says {self.url!r} instead of a URL")
+            raise
 
-    def _pass_on(self, said: list[str]) -> None:
-        """Hands on what the processes log, and keeps the first lines for whoever has to know why they didn't start."""
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
+    def stop(self) -> None:
+        self._ended()
+
+
+def _pass_on(lines: IO[str], said: list[str]) -> None:
+    """Hands on what the processes log, and keeps the first lines for whoever has to know why they didn't start."""
+    with lines:
+        for line in lines:
             if len(said) < 20:
                 said.append(line)
             sys.stderr.write(line)
 
-    def stop(self) -> None:
-        process = self.process
-        assert process.stdin is not None and process.stdout is not None and process.stderr is not None
-        # The end of its stdin is what it waits for.
-        process.stdin.close()
+
+def _stop(process: subprocess.Popen[str], parent: int) -> None:
+    """Asks the processes to end, and sees to it that they do."""
+    assert process.stdin is not None and process.stdout is not None
+    # A forked child has no part in them.
+    if os.getpid() == parent:
+        process.terminate()
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
         try:
             process.wait(_STOP_SECONDS)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-        process.stdout.close()
-        self._reader.join()
-        process.stderr.close()
+    process.stdout.close()
+
+
+def _let_go() -> None:
+    """In a forked child: the processes end with their parent, which is not this one."""
+    for processes in list(_started):
+        stdin = processes.process.stdin
+        if stdin is not None:
+            with contextlib.suppress(OSError):
+                stdin.close()
+
+
+os.register_at_fork(after_in_child=_let_go)

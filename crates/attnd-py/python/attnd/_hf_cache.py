@@ -9,12 +9,15 @@ import torch
 import transformers
 from transformers.cache_utils import CacheLayerMixin
 
-from ._attention import options_of
+from ._options import options_of
 from ._session import Session
 from ._tensors import array, check
 
 if TYPE_CHECKING:
     from ._cluster import Cluster
+
+# Heads, kv heads, head and value dimension, type.
+_Shape = tuple[int, int, int, int, torch.dtype]
 
 _NAMES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
@@ -30,13 +33,16 @@ class SessionLayer(CacheLayerMixin):
         super().__init__()
         self.cache, self.layer = cache, layer
         self.tokens = 0
+        # Of its keys and values, since there are some.
+        self.shape: _Shape | None = None
+        # Rows were handed out, whose attention hasn't come.
         self.waits = False
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        self.cache.check_taken()
+        self.cache.check(self, key_states.shape[2])
         self.is_initialized, self.waits = True, True
         rows = key_states.view_as(key_states)
         rows._attnd_layer = self  # type: ignore[attr-defined]
@@ -104,7 +110,9 @@ class Cache(transformers.Cache):
             "ttl": ttl,
         }
         # Of each shape that layers have, the sessions of the batch.
-        self._sessions: dict[tuple[Any, ...], list[Session]] = {}
+        self._sessions: dict[_Shape, list[Session]] = {}
+        # What came between a step and its answer: nobody knows what the sessions have.
+        self._broken: str | None = None
 
     def step(
         self,
@@ -117,49 +125,79 @@ class Cache(transformers.Cache):
         """Appends a layer's rows and attends over all of it, each element of the batch with its options; ``[batch, heads, tokens, dim]``."""
         for name, rows in (("query", query), ("key", key), ("value", value)):
             check(name, rows)
-        sessions = self._of(query, key, value)
+        sessions = self._of(layer, query, key, value)
         q, k, v = (array(rows) for rows in (query, key, value))
-        coordinator = self._cluster._coordinator
         steps = [
-            (session._session, layer.layer, k[b], v[b], q[b], options_of(0, **options[b]))
+            (session._session, layer.layer, k[b], v[b], q[b], options_of(session._call, **options[b]))
             for b, session in enumerate(sessions)
         ]
-        told = coordinator.step_batch(steps)
+        self._broken = f"a step of layer {layer.layer} was interrupted"
+        told = self._cluster._coordinator.step_batch(steps)
         for one in told:
             if isinstance(one, Exception):
+                self._broken = f"a step of layer {layer.layer} failed: {one}"
                 raise one
         layer.waits = False
         layer.tokens += key.shape[2]
+        if any(one["at_len"] != layer.tokens for one in told):
+            has = [one["at_len"] for one in told]
+            self._broken = f"layer {layer.layer} has {has} tokens, and {layer.tokens} came through this cache"
+            raise RuntimeError(f"attnd.hf.Cache: {self._broken}: somebody else wrote to its sessions")
+        self._broken = None
         context = np.stack([one["context"] for one in told]) if len(told) > 1 else told[0]["context"][None]
         return torch.from_numpy(context).to(query.dtype)
 
-    def _of(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> list[Session]:
+    def _of(self, layer: SessionLayer, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> list[Session]:
+        """The sessions that have the layer's keys and values."""
         shape = (query.shape[1], key.shape[1], key.shape[3], value.shape[3], query.dtype)
+        if layer.shape not in (None, shape):
+            raise ValueError(f"layer {layer.layer} has tokens of (heads, kv heads, dimensions, type) {layer.shape}, this is {shape}")
         sessions = self._sessions.get(shape)
         if sessions is None:
             heads, kv_heads, head_dim, value_dim, dtype = shape
-            sessions = self._sessions[shape] = []
-            for _ in range(query.shape[0]):
-                opened = self._cluster.session(
-                    len(self.layers),
-                    heads,
-                    kv_heads,
-                    head_dim=head_dim,
-                    value_dim=value_dim,
-                    dtype=_NAMES[dtype],
-                    **self._options,
-                )
-                sessions.append(opened)
+            sessions = []
+            try:
+                for _ in range(query.shape[0]):
+                    opened = self._cluster.session(
+                        len(self.layers),
+                        heads,
+                        kv_heads,
+                        head_dim=head_dim,
+                        value_dim=value_dim,
+                        dtype=_NAMES[dtype],
+                        **self._options,
+                    )
+                    sessions.append(opened)
+            except BaseException:
+                # All of a batch or none.
+                for session in sessions:
+                    session.close()
+                raise
+            self._sessions[shape] = sessions
         if len(sessions) != query.shape[0]:
             raise ValueError(f"the batch has {query.shape[0]} elements, the cache {len(sessions)}: a cache is for one batch")
+        layer.shape = shape
         return sessions
 
-    def check_taken(self) -> None:
-        """Refuses to go on where rows of a layer were handed out and its attention wasn't attnd's: it saw nothing of those before."""
-        for layer in self.layers:
-            if layer.waits:
-                text = f'layer {layer.layer} took keys from attnd.hf.Cache and didn\'t attend by attnd: load the model with "attnd"'
-                raise RuntimeError(text)
+    def check(self, layer: SessionLayer, new: int) -> None:
+        """Refuses rows of a layer that don't follow what the sessions have: after a step that failed, or a model's run that ended between
+        two layers, or where the attention of a layer was another's, which saw nothing of the tokens before.
+
+        Raises:
+            RuntimeError: With what happened, and how to go on.
+        """
+        go_on = "cache.crop(...) or cache.reset() makes the layers equal again"
+        if self._broken is not None:
+            raise RuntimeError(f"attnd.hf.Cache: {self._broken}; {go_on}")
+        for other in self.layers:
+            if other.waits:
+                text = f"layer {other.layer} took keys from attnd.hf.Cache and didn't attend by attnd"
+                raise RuntimeError(f'{text}: load the model with "attnd", or, if its run was interrupted, {go_on}')
+            # Layers before this one have the new tokens, those behind it don't yet; some models have layers without keys.
+            expected = layer.tokens + (new if other.layer < layer.layer else 0)
+            if other.shape is not None and other is not layer and other.tokens != expected:
+                text = f"layer {other.layer} has {other.tokens} tokens where layer {layer.layer} needs {expected}"
+                raise RuntimeError(f"attnd.hf.Cache: {text}: a run of the model ended between layers; {go_on}")
 
     # === what generate() does with a cache beside steps ===
 
@@ -174,30 +212,52 @@ class Cache(transformers.Cache):
         """Element ``i`` of the batch is element ``indices[i]`` of before: its session, or a fork of it, which copies no token."""
         for shape, sessions in self._sessions.items():
             left = dict(enumerate(sessions))
-            chosen = []
-            for at in indices.tolist():
-                # The session itself goes to the first that asks for it.
-                chosen.append(left.pop(at) if at in left else sessions[at].fork())
+            chosen: list[Session] = []
+            forks: list[Session] = []
+            try:
+                for at in indices.tolist():
+                    # The session itself goes to the first that asks for it.
+                    if at in left:
+                        chosen.append(left.pop(at))
+                    else:
+                        forks.append(sessions[at].fork())
+                        chosen.append(forks[-1])
+            except BaseException:
+                for fork in forks:
+                    fork.close()
+                raise
+            self._sessions[shape] = chosen
             for session in left.values():
                 session.close()
-            self._sessions[shape] = chosen
 
     def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove == 0:
+        """Removes tokens from the end of all layers, which have equally many then: ``-n`` removes ``n`` of those that all layers have,
+        and, as before transformers 5, ``n`` leaves ``n``."""
+        if tokens_to_remove == 0 and self._broken is None:
             return
-        # Before transformers 5 a positive number was the length that is left.
-        length = tokens_to_remove if tokens_to_remove > 0 else max(self.get_seq_length() + tokens_to_remove, 0)
-        self._cut(length)
+        self._look()
+        least = min((layer.tokens for layer in self.layers if layer.shape is not None), default=0)
+        self._cut(min(tokens_to_remove, least) if tokens_to_remove > 0 else max(least + tokens_to_remove, 0))
 
     def reset(self) -> None:
         self._cut(0)
+
+    def _look(self) -> None:
+        """What the layers have, asked of those who know."""
+        for shape, sessions in self._sessions.items():
+            of_each = [session.describe()["tokens"] for session in sessions]
+            for layer in self.layers:
+                if layer.shape == shape:
+                    layer.tokens = min(tokens[layer.layer] for tokens in of_each)
 
     def _cut(self, length: int) -> None:
         for sessions in self._sessions.values():
             for session in sessions:
                 session.truncate(length)
+        self._look()
         for layer in self.layers:
-            layer.tokens, layer.waits = min(layer.tokens, length), False
+            layer.waits = False
+        self._broken = None
 
     def sessions(self) -> list[str]:
         """The names of the sessions, of all elements of the batch."""
@@ -210,7 +270,8 @@ class Cache(transformers.Cache):
             for session in sessions:
                 session.close()
         for layer in self.layers:
-            layer.tokens, layer.waits = 0, False
+            layer.tokens, layer.shape, layer.waits = 0, None, False
+        self._broken = None
 
     def __enter__(self) -> Cache:
         return self

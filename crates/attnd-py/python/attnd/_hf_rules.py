@@ -44,7 +44,13 @@ def rule_of(mask: torch.Tensor) -> dict[str, Any] | None:
 def _bounds(begin: torch.Tensor, end: torch.Tensor, keys: int) -> dict[str, Any]:
     bounds: dict[str, Any] = {}
     if bool((begin > 0).any()):
-        bounds["key_begin"] = begin.tolist()
+        bounds["key_begin"] = _of_batch(begin)
     if bool((end < keys).any()):
-        bounds["key_end"] = end.tolist()
+        bounds["key_end"] = _of_batch(end)
     return bounds
+
+
+def _of_batch(lengths: torch.Tensor) -> int | list[int]:
+    """A number where it is one: a mask of one element may be for all of a batch."""
+    of_each = lengths.tolist()
+    return of_each[0] if len(set(of_each)) == 1 else of_each

@@ -8,13 +8,15 @@ from typing import Any, Sequence
 import numpy as np
 
 from ._arrays import floats
-from ._attention import options_of
+from ._options import CallShape, options_of
 from ._attnd import Coordinator, OpenSession
 
 
 class Session:
-    """Keys and values of some layers, on the workers of a cluster. Made by :meth:`attnd.Cluster.session`; a context manager, at whose
-    end it is closed and its memory is free.
+    """Keys and values of some layers, on the workers of a cluster. Made by :meth:`attnd.Cluster.session`.
+
+    A context manager: at its end a session that was opened or forked here is closed, and its memory is free. One that was attached to is
+    somebody else's too, and stays.
 
     Rows are ``[kv_heads, tokens, dim]``, queries ``[heads, tokens, dim]``, of the session's type. Numbers of layers begin at 0.
 
@@ -22,9 +24,12 @@ class Session:
         name: Under which :meth:`attnd.Cluster.attach` finds it.
     """
 
-    def __init__(self, coordinator: Coordinator, session: OpenSession) -> None:
+    def __init__(self, coordinator: Coordinator, session: OpenSession, *, ends: bool) -> None:
         self._coordinator = coordinator
         self._session = session
+        # With its context, which then isn't somebody else's.
+        self._ends = ends
+        self._call = CallShape(1, session.heads, None)
         self.name: str = session.name
 
     def append(self, layer: int, k: Any, v: Any, *, allow_non_finite: bool = False, timeout: float | None = None) -> int:
@@ -58,7 +63,7 @@ class Session:
             ``[heads, tokens, value_dim]``, of the type of ``q``.
         """
         given = np.asarray(q)
-        told = self._session.attend(layer, floats("q", given), options_of(0, **options), at_len)
+        told = self._session.attend(layer, floats("q", given), options_of(self._call, **options), at_len)
         return _answer(told, given, return_lse)
 
     def step(self, layer: int, k: Any, v: Any, q: Any, *, return_lse: bool = False, is_causal: bool | str = "bottom-right", **options: Any) -> Any:
@@ -78,7 +83,7 @@ class Session:
         """
         given = np.asarray(q)
         v = None if v is None else floats("v", v)
-        options = options_of(0, is_causal=is_causal, **options)
+        options = options_of(self._call, is_causal=is_causal, **options)
         told = self._session.step(layer, floats("k", k), v, floats("q", given), options)
         return _answer(told, given, return_lse)
 
@@ -88,7 +93,7 @@ class Session:
 
     def fork(self, name: str | None = None) -> Session:
         """Another session with the same tokens, in the same memory until one of them changes."""
-        return Session(self._coordinator, self._session.fork(name))
+        return Session(self._coordinator, self._session.fork(name), ends=True)
 
     def truncate(self, tokens: int) -> None:
         """Cuts all layers down to so many tokens."""
@@ -110,7 +115,8 @@ class Session:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self.close()
+        if self._ends:
+            self.close()
 
     def __repr__(self) -> str:
         return f"attnd.Session({self.name!r})"
@@ -141,7 +147,7 @@ def step_batch(coordinator: Coordinator, steps: Sequence[Step]) -> list[np.ndarr
     """See :meth:`attnd.Cluster.step_batch`."""
     ready, given = [], []
     for step in steps:
-        options = options_of(0, **{"is_causal": "bottom-right", **step.options})
+        options = options_of(step.session._call, **{"is_causal": "bottom-right", **step.options})
         given.append(np.asarray(step.q))
         v = None if step.v is None else floats("v", step.v)
         ready.append((step.session._session, step.layer, floats("k", step.k), v, floats("q", given[-1]), options))

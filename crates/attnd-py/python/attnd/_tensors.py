@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from . import _attnd
-from ._attention import options_of
+from ._options import CallShape, options_of
 
 if TYPE_CHECKING:
     from ._cluster import Cluster
@@ -22,6 +22,19 @@ def check(name: str, tensor: torch.Tensor) -> None:
         raise ValueError(f"{name} is on {tensor.device}: attnd computes on CPU, {name}.cpu()")
     if tensor.dtype not in _DTYPES:
         raise ValueError(f"{name} is {tensor.dtype}, expected torch.float32, torch.float16 or torch.bfloat16")
+    _check_gradient(name, tensor)
+
+
+def check_mask(name: str, tensor: torch.Tensor) -> None:
+    """The same of a mask, which may be of doubles."""
+    if tensor.device.type != "cpu":
+        raise ValueError(f"{name} is on {tensor.device}: attnd computes on CPU, {name}.cpu()")
+    if tensor.dtype not in (torch.bool, torch.float64, *_DTYPES):
+        raise ValueError(f"{name} is {tensor.dtype}, expected torch.bool or a floating type")
+    _check_gradient(name, tensor)
+
+
+def _check_gradient(name: str, tensor: torch.Tensor) -> None:
     if torch.is_grad_enabled() and tensor.requires_grad:
         raise RuntimeError(f"{name} requires a gradient, and attnd computes none: call it under torch.no_grad()")
 
@@ -50,13 +63,17 @@ def attend(
     """One call over ``[batch, heads, tokens, dim]``. Of what comes back ``context`` is a tensor of the query's type, all else arrays."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check(name, tensor)
-    taken = options_of(key.shape[2], **options)
+    keys = key.shape[2]
+    taken = options_of(CallShape(query.shape[0], query.shape[1], keys), **options)
     # Bits of bf16 can't be told from integers there.
     for name, tensor in (("attn_mask", attn_mask), ("bias", bias)):
-        if tensor is not None:
-            along = tensor if tensor.shape[-1] == key.shape[2] else tensor.expand(*tensor.shape[:-1], key.shape[2])
-            taken[name] = mask_array(along)
+        if tensor is None:
+            continue
+        check_mask(name, tensor)
+        if tensor.shape[-1] not in (1, keys):
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, the call needs 1 or {keys} keys")
+        taken[name] = mask_array(tensor.expand(*tensor.shape[:-1], keys))
     where = _attnd if cluster is None else cluster._coordinator
-    told = where.attend(array(query), array(key), array(value), taken)
+    told = where.attend((array(query), array(key), array(value), None), taken)
     told["context"] = torch.from_numpy(told["context"]).to(query.dtype)
     return told

@@ -12,6 +12,7 @@ knows then whether it was done, and the session finds out before its next one.
 from __future__ import annotations
 
 import asyncio
+import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Callable, Sequence, TypeVar
@@ -25,11 +26,22 @@ __all__ = ["Cluster", "Session", "attention", "connect"]
 
 T = TypeVar("T")
 
-# Calls wait for threads of their own, which wait for kernels and the network.
-_threads = ThreadPoolExecutor(max_workers=64, thread_name_prefix="attnd-aio")
+_threads: ThreadPoolExecutor
 
 
-async def _run(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+def _start_threads() -> None:
+    """Calls wait for threads of their own, which wait for kernels and the network."""
+    global _threads
+    _threads = ThreadPoolExecutor(max_workers=64, thread_name_prefix="attnd-aio")
+
+
+_start_threads()
+# A forked child has none of its parent's.
+os.register_at_fork(after_in_child=_start_threads)
+
+
+async def _run(function: Callable[..., T], *args: Any, undo: Callable[[T], Any] | None = None, **kwargs: Any) -> T:
+    """Calls a function in a thread. Where the task is cancelled, so is the call, and what it made all the same goes through ``undo``."""
     interrupt = Interrupt()
     loop = asyncio.get_running_loop()
     call = loop.run_in_executor(_threads, interrupt.run, partial(function, *args, **kwargs))
@@ -39,7 +51,8 @@ async def _run(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         interrupt.set()
         await asyncio.wait([call])
         # What it says of its end is told by the cancellation.
-        call.exception()
+        if call.exception() is None and undo is not None:
+            await loop.run_in_executor(_threads, undo, call.result())
         raise
 
 
@@ -69,11 +82,13 @@ class Cluster:
     @classmethod
     async def local(cls, workers: int = 2, *, threads_per_worker: int | None = None) -> Cluster:
         """:meth:`attnd.Cluster.local`."""
-        return cls(await _run(_cluster.Cluster.local, workers, threads_per_worker=threads_per_worker))
+        local = partial(_cluster.Cluster.local, workers, threads_per_worker=threads_per_worker)
+        return cls(await _run(local, undo=_cluster.Cluster.close))
 
     async def session(self, *args: Any, **kwargs: Any) -> Session:
         """:meth:`attnd.Cluster.session`."""
-        return Session(await _run(self.cluster.session, *args, **kwargs))
+        undo = None if kwargs.get("name") else _session.Session.close
+        return Session(await _run(self.cluster.session, *args, undo=undo, **kwargs))
 
     async def attach(self, name: str, *, write: bool = True) -> Session:
         """:meth:`attnd.Cluster.attach`."""
@@ -100,8 +115,8 @@ class Cluster:
     async def __aenter__(self) -> Cluster:
         return self
 
-    async def __aexit__(self, *_: Any) -> None:
-        await self.close()
+    async def __aexit__(self, *details: Any) -> None:
+        await _run(self.cluster.__exit__, *details)
 
 
 class Session:
@@ -134,7 +149,7 @@ class Session:
 
     async def fork(self, name: str | None = None) -> Session:
         """:meth:`attnd.Session.fork`."""
-        return Session(await _run(self.session.fork, name))
+        return Session(await _run(self.session.fork, name, undo=None if name else _session.Session.close))
 
     async def truncate(self, tokens: int) -> None:
         """:meth:`attnd.Session.truncate`."""
@@ -155,5 +170,5 @@ class Session:
     async def __aenter__(self) -> Session:
         return self
 
-    async def __aexit__(self, *_: Any) -> None:
-        await self.close()
+    async def __aexit__(self, *details: Any) -> None:
+        await _run(self.session.__exit__, *details)

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ._hf_cache import Cache
 from ._hf_models import NOT_COMPUTED, refuse
@@ -80,7 +79,11 @@ def attention_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     that add it to scores of their own, beside those that ask for an implementation."""
     from transformers.masking_utils import eager_mask
 
-    return eager_mask(*args, **kwargs)
+    mask = eager_mask(*args, **kwargs)
+    if mask is not None:
+        # All layers get it, and what is read of it once is so for all: nobody else has its numbers.
+        mask._attnd_read = None
+    return mask
 
 
 def attention_forward(
@@ -124,9 +127,9 @@ def attention_forward(
         if read.sees_nothing:
             # Of a row of equal lowest scores eager takes the mean of all values.
             options["empty_row"] = "uniform"
-        if read.numbers is not None:
+        if read.has_numbers:
             visible = read.visible if bias is not None else None
-            bias = read.numbers if bias is None else bias + read.numbers.masked_fill(~read.visible, 0.0)
+            bias = attention_mask if bias is None else bias + attention_mask.masked_fill(~read.visible, 0.0)
         elif read.rule is not None and position_bias is None and sinks is None:
             options.update(read.rule)
         else:
@@ -178,34 +181,29 @@ def _of_each(mask: torch.Tensor | None, batch: int, options: dict[str, Any]) -> 
 class _Read:
     """What a mask says."""
 
-    #: The mask's own, when it was read; none if it has none.
+    #: The mask's own when it was read, which grows with each change; none of a tensor of inference mode.
     version: int | None
     #: Which keys it shows.
     visible: torch.Tensor
-    #: The mask, if it has other numbers than 0 and the lowest one.
-    numbers: torch.Tensor | None
+    #: Whether it has other numbers than 0 and the lowest one.
+    has_numbers: bool
     #: The same as ``visible``, in numbers for which no mask is read.
     rule: dict[str, Any] | None
     #: A row is shown no key.
     sees_nothing: bool
 
 
-# Of masks that layers share.
-_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
 def _read(mask: torch.Tensor) -> _Read:
-    # Tensors of inference mode don't count their changes: what was read of one may not be so any more.
     version = None if mask.is_inference() else mask._version
-    read = _known.get(mask)
-    if read is None or version is None or read.version != version:
-        visible, numbers = mask, None
+    # Masks of others may change in ways that no version tells, and are read each time.
+    read = getattr(mask, "_attnd_read", None)
+    if read is None or read.version != version:
+        visible, has_numbers = mask, False
         if mask.dtype != torch.bool:
             visible = mask > torch.finfo(mask.dtype).min
-            if bool(mask.masked_fill(~visible, 0.0).any()):
-                numbers = mask
-        rule = rule_of(visible) if numbers is None else None
-        read = _Read(version, visible, numbers, rule, not bool(visible.any(-1).all()))
-        if version is not None:
-            _known[mask] = read
+            has_numbers = bool(mask.masked_fill(~visible, 0.0).any())
+        rule = None if has_numbers else rule_of(visible)
+        read = _Read(version, visible, has_numbers, rule, not bool(visible.any(-1).all()))
+        if version is not None and hasattr(mask, "_attnd_read"):
+            mask._attnd_read = read
     return read

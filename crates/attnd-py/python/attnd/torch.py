@@ -10,7 +10,8 @@ No gradients are computed: what requires one is refused.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional
@@ -76,33 +77,51 @@ def scaled_dot_product_attention(
             q, k, v = (tensor.expand(*tensor.shape[:-3], *heads, *tensor.shape[-2:]) for tensor in (q, k, v))
         elif k.shape[-3] != v.shape[-3]:
             raise ValueError(f"key has {k.shape[-3]} heads, value {v.shape[-3]}: they must be equal")
-    q, k, v = (tensor.expand(*batch, *tensor.shape[-3:]).reshape(-1, *tensor.shape[-3:]) for tensor in (q, k, v))
+    shape = (*batch, *q.shape[-3:-1], v.shape[-1])
+    asked = shape[-max(query.dim(), key.dim(), value.dim()) :]
+    if 0 in shape or k.shape[-2] == 0:
+        # Nothing is looked at, or nobody looks.
+        return query.new_zeros(asked)
+    count = batch.numel()
+    q, k, v = (tensor.expand(*batch, *tensor.shape[-3:]).reshape(count, *tensor.shape[-3:]) for tensor in (q, k, v))
     mask = None
     if attn_mask is not None:
         mask = attn_mask.reshape((1,) * (dims - attn_mask.dim()) + attn_mask.shape)
         if mask.shape[:-3].numel() != 1:
             mask = mask.expand(*batch, *mask.shape[-3:])
-        mask = mask.reshape(-1, *mask.shape[-3:])
+        mask = mask.reshape(mask.shape[:-3].numel(), *mask.shape[-3:])
+        if mask.shape[-1] == 1:
+            mask = mask.expand(*mask.shape[:-1], k.shape[-2])
+        if mask.dtype == torch.float16:
+            # torch adds in f32, where the lowest number of f16 is one among many.
+            mask = mask.float()
     told = attend(q, k, v, cluster=cluster, attn_mask=mask, is_causal=is_causal, scale=scale)
     context = told["context"]
-    if mask is not None and mask.dtype.is_floating_point:
-        context = _blind_rows(context, v, mask)
-    shape = (*batch, *context.shape[-3:])[-max(query.dim(), key.dim(), value.dim()) :]
-    return context.reshape(shape)
+    for b, h, rows, weights in _blind_rows(mask, context.shape):
+        heads = v[b].float().repeat_interleave(context.shape[1] // v.shape[1], dim=0)[h]
+        context[b, h, rows] = (weights @ heads).to(context.dtype)
+    return context.reshape(asked)
 
 
-def _blind_rows(context: torch.Tensor, value: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Of rows whose keys are all hidden by the lowest number, and not by -inf, torch takes the mean: in these sums no score counts."""
-    most = mask.amax(-1, keepdim=True)
-    blind = most == torch.finfo(mask.dtype).min
+def _blind_rows(mask: torch.Tensor | None, shape: tuple[int, ...]) -> Iterator[tuple[int, Any, torch.Tensor, torch.Tensor]]:
+    """Rows whose keys are all hidden by the lowest number, and not all by -inf: in their sums no score counts, so torch weighs alike those
+    that have it.
+
+    Yields the batch element, the heads that the mask's row is for, the queries, and the weights of their rows, ``[rows, keys]``.
+    """
+    if mask is None or not mask.dtype.is_floating_point:
+        return
+    lowest = torch.finfo(mask.dtype).min
+    blind = (mask.amax(-1) == lowest).expand(mask.shape[0], mask.shape[1], shape[2])
     if not bool(blind.any()):
-        return context
-    weights = (mask == torch.finfo(mask.dtype).min).float()
-    weights = weights / weights.sum(-1, keepdim=True).clamp(min=1)
-    heads = context.shape[1]
-    of_heads = value.float().repeat_interleave(heads // value.shape[1], dim=1)
-    means = torch.matmul(weights.expand(*context.shape[:2], -1, value.shape[2]), of_heads)
-    return torch.where(blind, means.to(context.dtype), context)
+        return
+    for b in range(shape[0]):
+        of = b if mask.shape[0] > 1 else 0
+        for h in range(mask.shape[1]):
+            rows = blind[of, h].nonzero()[:, 0]
+            if len(rows) > 0:
+                hidden = (mask[of, h].expand(shape[2], -1)[rows] == lowest).float()
+                yield b, h if mask.shape[1] > 1 else slice(None), rows, hidden / hidden.sum(-1, keepdim=True)
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
@@ -170,13 +189,19 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             return_weights=need_weights,
             empty_row=empty,
         )
-        context = told["context"].permute(2, 0, 1, 3).reshape(q.shape)
-        output = functional.linear(context, self.out_proj.weight, self.out_proj.bias)
-        weights = None
+        context, weights = told["context"], None
         if need_weights:
             weights = torch.from_numpy(told["elements"][0])
             # Of a softmax over nothing.
             weights[torch.from_numpy(told["lse"]) == float("-inf")] = float("nan")
+        of_heads = heads(v)
+        for b, h, rows, alike in _blind_rows(_only_these(bias, visible), context.shape):
+            context[b, h, rows] = (alike @ of_heads[b, h].float()).to(context.dtype)
+            if weights is not None:
+                weights[b, h, rows] = alike
+        context = context.permute(2, 0, 1, 3).reshape(q.shape)
+        output = functional.linear(context, self.out_proj.weight, self.out_proj.bias)
+        if weights is not None:
             weights = weights.to(query.dtype)
             weights = weights.mean(1) if average_attn_weights else weights
         if not batched:
@@ -195,21 +220,30 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     def _masks(self, key_padding_mask, attn_mask, batch, dtype):
         """What a query sees, and what is added to its scores: of torch's masks, which say what is hidden."""
         visible, bias = None, None
+        for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
+            if mask is not None and mask.dtype not in (torch.bool, dtype):
+                raise ValueError(f"{name} is {mask.dtype}, expected torch.bool or {dtype}")
         if key_padding_mask is not None:
             key_padding_mask = key_padding_mask[:, None, None]
             if key_padding_mask.dtype == torch.bool:
                 visible = ~key_padding_mask
             else:
-                bias = key_padding_mask.to(dtype)
+                bias = key_padding_mask
         if attn_mask is not None:
             # [queries, keys], or [batch * heads, queries, keys].
             attn_mask = attn_mask[None, None] if attn_mask.dim() == 2 else attn_mask.unflatten(0, (batch, self.num_heads))
             if attn_mask.dtype == torch.bool:
                 visible = ~attn_mask if visible is None else visible & ~attn_mask
             else:
-                attn_mask = attn_mask.to(dtype)
                 bias = attn_mask if bias is None else bias + attn_mask
         return visible, bias
+
+
+def _only_these(bias: torch.Tensor | None, visible: torch.Tensor | None) -> torch.Tensor | None:
+    """The bias where it shows a key, and -inf where a mask of bools hides it, as torch joins them."""
+    if bias is None or visible is None:
+        return bias
+    return bias.expand(torch.broadcast_shapes(bias.shape, visible.shape)).masked_fill(~visible, float("-inf"))
 
 
 def _wider(mask: torch.Tensor | None, with_: bool | float) -> torch.Tensor | None:
