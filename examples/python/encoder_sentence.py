@@ -18,7 +18,7 @@ FILE = Path(__file__).parents[2] / "crates/attnd/data/minilm_layers.safetensors"
 
 
 def tensors(path):
-    """A safetensors file: the length of a JSON header, the header, the elements."""
+    """A safetensors file: the length of a JSON header, the header, the elements. Read by hand, so that numpy is all this needs."""
     data = path.read_bytes()
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:end])

@@ -8,7 +8,7 @@ use attnd_kernel::{
     Relative, Score, Selection, Swin, alibi_slopes,
 };
 use attnd_plan::{SideTensor, Tensor, WorkerChoice};
-use attnd_wire::{Begin, Error, Reason, operator, outputs, projection};
+use attnd_wire::{Begin, Error, operator, outputs, projection, refusal};
 use bytes::Bytes;
 
 use crate::error::ClientError;
@@ -120,16 +120,15 @@ impl Operands {
     /// The first frame of a call with these options.
     ///
     /// # Errors
-    /// [`Reason::PayloadLength`] where a tensor doesn't have the bytes that the shape needs, [`Reason::Scale`],
-    /// [`Reason::Operator`], [`Reason::Outputs`] and [`Reason::Combination`] where the options make no sense for it.
+    /// `PAYLOAD_LENGTH` where a tensor doesn't have the bytes that the shape needs, `SCALE`, `OPERATOR`, `OUTPUTS` and `COMBINATION` where
+    /// the options make no sense for it.
     pub(crate) fn begin(&self, options: &AttendOptions) -> Result<Begin, Error> {
         let begin = Self::begin_of(self.shape, self.dtype, options)?;
         for tensor in Tensor::ALL {
             let need = tensor.bytes(&begin.shape, self.dtype.size());
             let payload = self.tensor(tensor).len();
             if payload as u64 != need {
-                let detail = format!("{tensor}: shape needs {need}, payload {payload}");
-                return Err(Error::new(Reason::PayloadLength, detail));
+                return Err(refusal::tensor_length(tensor, need, payload));
             }
         }
         Ok(begin)
@@ -208,7 +207,7 @@ pub(crate) mod tests {
         assert_eq!(error.message(), "PAYLOAD_LENGTH: v: shape needs 48, payload 47");
         for scale in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 3e38] {
             let options = AttendOptions { scale: Some(scale), ..Default::default() };
-            assert_eq!(good.begin(&options).unwrap_err().reason, Reason::Scale);
+            assert_eq!(good.begin(&options).unwrap_err().reason, attnd_wire::Reason::Scale);
         }
     }
 

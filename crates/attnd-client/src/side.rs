@@ -2,7 +2,7 @@
 
 use attnd_kernel::AttnShape;
 use attnd_plan::{Element, Projection, SideLayout, SideTensor, Sides};
-use attnd_wire::{Error, Reason};
+use attnd_wire::{Error, Reason, refusal};
 use bytes::Bytes;
 
 use crate::operands::AttendOptions;
@@ -67,9 +67,7 @@ pub(crate) fn beside(options: &AttendOptions, shape: &AttnShape) -> Result<(Side
     }
     for (layout, bytes) in &layouts {
         if bytes.len() as u64 != layout.bytes() {
-            let (tensor, need, payload) = (layout.tensor(), layout.bytes(), bytes.len());
-            let detail = format!("{tensor}: shape needs {need}, payload {payload}");
-            return Err(Error::new(Reason::PayloadLength, detail));
+            return Err(refusal::tensor_length(layout.tensor(), layout.bytes(), bytes.len()));
         }
     }
     let (layouts, bytes): (Vec<SideLayout>, Vec<Bytes>) =

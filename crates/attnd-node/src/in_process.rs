@@ -92,8 +92,7 @@ pub fn attend(
     for tensor in Tensor::ALL {
         let (need, payload) = (tensor.bytes(&shape, begin.dtype.size()), tensors.of(tensor).len());
         if payload as u64 != need {
-            let detail = format!("{tensor}: shape needs {need}, payload {payload}");
-            return Err(Error::new(Reason::PayloadLength, detail));
+            return Err(refusal::tensor_length(tensor, need, payload));
         }
     }
     let blind = empty_rows(begin.operator.mask(), &shape);
@@ -166,10 +165,7 @@ fn part_of<'a>(layout: &SideLayout, plane: usize, of_plane: u64, bytes: &'a [u8]
         let first = plane.checked_mul(of_plane)?;
         bytes.get(first..first.checked_add(of_plane)?)
     };
-    bytes_of().ok_or_else(|| {
-        let (tensor, need, payload) = (layout.tensor(), layout.bytes(), bytes.len());
-        Error::new(Reason::PayloadLength, format!("{tensor}: shape needs {need}, payload {payload}"))
-    })
+    bytes_of().ok_or_else(|| refusal::tensor_length(layout.tensor(), layout.bytes(), bytes.len()))
 }
 
 /// What all groups of a call share.

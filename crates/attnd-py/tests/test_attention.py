@@ -220,6 +220,9 @@ def test_arrays_may_lie_in_any_order(rng):
     wanted = attnd.attention(q, k, v)
     assert np.array_equal(attnd.attention(*turned), wanted)
     assert np.array_equal(attnd.attention(*strided), wanted)
+    unaligned = [np.frombuffer(b"." + x.tobytes(), np.uint8)[1:].view(np.float32).reshape(x.shape) for x in (q, k, v)]
+    assert not unaligned[0].flags.aligned
+    assert np.array_equal(attnd.attention(*unaligned), wanted)
     swapped = [x.astype(">f4") for x in (q, k, v)]
     assert np.array_equal(attnd.attention(*swapped), wanted) and attnd.attention(*swapped).dtype == np.float32
     q.setflags(write=False)
@@ -244,12 +247,29 @@ def test_arrays_may_lie_in_any_order(rng):
         ({"scale": float("nan")}, "SCALE"),
         ({"softcap": -1.0}, "softcap"),
         ({"attn_mask": np.ones((5, 10), bool)}, "the call needs"),
+        ({"attn_mask": np.ones((5, 8), bool)}, r"attn_mask has shape \(5, 8\), the call needs 1 or 9 keys"),
+        ({"bias": np.zeros((5, 4), np.float32)}, "bias has shape"),
         ({"attn_mask": np.ones((5, 9), np.int32)}, "attn_mask is int32, expected"),
         ({"sinks": [1.0]}, "sinks has 1 logits, num_heads is 4"),
         ({"key_end": [1, 2, 3]}, "key_end has 3 entries, batch is 2"),
         ({"window": (1, 0)}, "window"),
         ({"window": 0, "is_causal": True}, "window is 0, expected 1 at least"),
         ({"score": "nonsense"}, "nonsense"),
+        ({"sinks": np.zeros((4, 1))}, r"sinks has shape \(4, 1\), expected \(4,\)"),
+        ({"alibi_slopes": np.zeros((4, 2)), "is_causal": True}, r"alibi_slopes has shape \(4, 2\), expected \(4,\) or \(2, 4\)"),
+        ({"alibi_slopes": "some"}, "alibi_slopes is 'some'"),
+        ({"swin": attnd.Swin(np.zeros((4, 25)), (3, 3))}, r"swin.table has shape \(4, 25\), expected \(25, 4\)"),
+        ({"swin": attnd.Swin(np.zeros((25, 4)), (3, 3), np.zeros(9, int))}, "swin.regions has shape"),
+        ({"relative": attnd.Relative(np.zeros(8)), "is_causal": True}, "relative.table has shape"),
+        ({"key_end": 2.5}, "key_end is float64, expected integers"),
+        ({"key_end": -1}, "key_end is -1, expected a number over -1"),
+        ({"chunk": 0, "is_causal": True}, "chunk"),
+        ({"query_documents": np.zeros(5, int)}, "query_documents needs documents"),
+        ({"params": {"beta": 1.0}}, "params needs score"),
+        ({"alibi_by_key": True}, "alibi_by_key needs alibi_slopes"),
+        ({"value_dim": 3}, "value_dim is for a call without v"),
+        ({"workers": 2}, "workers and timeout are for a call on a cluster"),
+        ({"is_causal": "bottom-right", "offset": 2}, "give one of them"),
         ({"value_dim": None, "v": None}, "v is missing, and so is value_dim"),
         ({"outputs": attnd.Outputs(top_k=5000)}, "OUTPUTS"),
         ({"outputs": attnd.Outputs(stages=["soft"])}, "stage is \"soft\""),
@@ -280,8 +300,9 @@ def test_threads_can_be_chosen_and_show_in_no_bit(rng):
             attnd.set_num_threads(threads)
             assert attnd.num_threads() == threads
             assert np.array_equal(attnd.attention(q, k, v, is_causal=True), wanted)
-        with pytest.raises(ValueError, match="num_threads is 0"):
-            attnd.set_num_threads(0)
+        for threads in (0, 10**9):
+            with pytest.raises(ValueError, match=f"num_threads is {threads}, expected 1 to"):
+                attnd.set_num_threads(threads)
     finally:
         attnd.set_num_threads(before)
 

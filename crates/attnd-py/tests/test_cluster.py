@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import os
 import signal
 import subprocess
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 
 import attnd
+import attnd.aio
 
 
 def operands(rng, queries=40, keys=3000):
@@ -120,6 +123,56 @@ def test_processes_end_with_whoever_started_them():
     parent.wait()
     parent.stdout.close()
     eventually(lambda: not any(is_there(pid) for pid in nodes))
+
+
+def test_a_cluster_with_a_session_and_a_forked_child_ends_at_once(rng):
+    cluster = attnd.Cluster.local(workers=2, threads_per_worker=1)
+    nodes = [cluster._processes.process.pid, *children_of(cluster._processes.process.pid)]
+    session = cluster.session(1, 2, head_dim=8)
+    rows = rng.standard_normal((2, 300, 8), dtype=np.float32)
+    session.append(0, rows, rows)
+    child = os.fork()
+    if child == 0:
+        time.sleep(30)
+        os._exit(0)
+    begun = time.monotonic()
+    cluster.close()
+    took = time.monotonic() - begun
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert took < 4, took
+    assert cluster._processes is None and not any(is_there(pid) for pid in nodes)
+
+
+def test_a_cluster_that_nobody_holds_ends():
+    pids = []
+    for forget in (attnd.Cluster.close, lambda _: None):
+        cluster = attnd.Cluster.local(workers=1)
+        pids += [cluster._processes.process.pid, *children_of(cluster._processes.process.pid)]
+        forget(cluster)
+        del cluster
+        gc.collect()
+        eventually(lambda: not any(is_there(pid) for pid in pids))
+
+
+def test_a_start_that_is_given_up_leaves_nothing():
+    async def main():
+        starting = asyncio.create_task(attnd.aio.Cluster.local(workers=1))
+        await asyncio.sleep(0.02)
+        starting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+
+    before = set(children_of(os.getpid()))
+    asyncio.run(main())
+    eventually(lambda: set(filter(is_there, children_of(os.getpid()))) <= before)
+    timer = threading.Timer(0.05, signal.raise_signal, [signal.SIGINT])
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        attnd.Cluster.local(workers=1)
+        time.sleep(5)
+    gc.collect()
+    eventually(lambda: set(filter(is_there, children_of(os.getpid()))) <= before)
 
 
 def test_what_keeps_a_cluster_from_starting_is_said():

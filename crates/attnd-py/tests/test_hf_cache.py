@@ -100,6 +100,76 @@ def test_attention_that_is_not_attnds_is_found_out(cluster):
         model(LEFT_PADDED[1:], past_key_values=cache, output_attentions=True)
 
 
+class Stop(Exception):
+    pass
+
+
+def run_until(model, layer, ids, cache):
+    """A run of the model that ends before a layer's attention."""
+
+    def stop(*_):
+        raise Stop
+
+    hook = model.model.layers[layer].register_forward_pre_hook(stop)
+    with pytest.raises(Stop):
+        model(ids, past_key_values=cache)
+    hook.remove()
+
+
+@torch.no_grad()
+def test_a_run_that_ends_between_layers_is_found_out_and_cut(cluster):
+    model, ids = tiny("attnd"), LEFT_PADDED[1:]
+    wanted = tiny("eager")(ids).logits
+    with attnd.hf.Cache(cluster, model.config) as cache:
+        model(ids[:, :4], past_key_values=cache)
+        run_until(model, 1, ids[:, 4:5], cache)
+        with pytest.raises(RuntimeError, match="layer 1 has 4 tokens where layer 0 needs 5"):
+            model(ids[:, 4:5], past_key_values=cache)
+        # As many as all layers have.
+        cache.crop(4)
+        assert [layer.tokens for layer in cache.layers] == [4, 4]
+        assert torch.allclose(model(ids[:, 4:], past_key_values=cache).logits, wanted[:, 4:], atol=1e-4)
+    with attnd.hf.Cache(cluster, model.config) as cache:
+        run_until(model, 1, ids, cache)
+        with pytest.raises(RuntimeError, match="layer 0 has 8 tokens where layer 1 needs 1"):
+            model(ids[:, :1], past_key_values=cache)
+        cache.reset()
+        assert torch.allclose(model(ids, past_key_values=cache).logits, wanted, atol=1e-4)
+
+
+@torch.no_grad()
+def test_sessions_that_others_change_and_steps_that_fail_break_the_cache_until_it_is_cut(cluster):
+    model, ids = tiny("attnd"), LEFT_PADDED[1:]
+    wanted = tiny("eager")(ids).logits
+    with attnd.hf.Cache(cluster, model.config) as cache:
+        model(ids[:, :4], past_key_values=cache)
+        (name,) = cache.sessions()
+        rows = torch.ones(2, 3, 8).numpy()
+        other = cluster.attach(name)
+        other.append(0, rows, rows)
+        with pytest.raises((RuntimeError, attnd.Error)) as raised:
+            model(ids[:, 4:5], past_key_values=cache)
+        assert "tokens" in str(raised.value) or "FENCED" in str(raised.value) or "EPOCH" in str(raised.value), raised.value
+        with pytest.raises(RuntimeError, match="cache.crop"):
+            model(ids[:, 4:5], past_key_values=cache)
+    with attnd.hf.Cache(cluster, model.config) as cache:
+        model(ids[:, :4], past_key_values=cache)
+        with pytest.raises(ValueError, match="layer 0 has tokens of"):
+            tiny("attnd").bfloat16()(ids[:, 4:5], past_key_values=cache)
+        cache.crop(4)
+        nan = ids[:, 4:5]
+        weights = model.model.embed_tokens.weight
+        kept = weights.clone()
+        weights[int(nan)] = float("nan")
+        with pytest.raises(attnd.InvalidArgument, match="NON_FINITE"):
+            model(nan, past_key_values=cache)
+        weights.copy_(kept)
+        with pytest.raises(RuntimeError, match="a step of layer 0 failed: NON_FINITE.*cache.crop"):
+            model(ids[:, 4:], past_key_values=cache)
+        cache.crop(4)
+        assert torch.allclose(model(ids[:, 4:], past_key_values=cache).logits, wanted[:, 4:], atol=1e-4)
+
+
 class Counted:
     """Connections to a cluster that count the bytes from here to there."""
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import time
+import traceback
 
 import ml_dtypes
 import numpy as np
@@ -61,6 +64,80 @@ def test_forks_cuts_and_names(cluster, rng):
     assert raised.value.reason == "SESSION"
 
 
+def test_who_attaches_ends_nothing(cluster, rng):
+    k, v = rows(rng, 2, 30), rows(rng, 2, 30)
+    with cluster.session(1, 2, head_dim=16, name="py-owned") as owner:
+        owner.append(0, k, v)
+        with cluster.attach("py-owned", write=False) as reader:
+            assert reader.tokens() == 30
+        assert owner.append(0, k, v) == 60
+        with cluster.attach("py-owned") as writer:
+            assert writer.append(0, k, v) == 90
+        assert "py-owned" in cluster.sessions()
+        with pytest.raises(ValueError, match="layer is 1, the session has 1"):
+            owner.tokens(1)
+    assert "py-owned" not in cluster.sessions()
+
+
+def test_a_forked_child_connects_by_itself(cluster, rng):
+    k, v, q = rows(rng, 2, 30), rows(rng, 2, 30), rows(rng, 2, 1)
+    with cluster.session(1, 2, head_dim=16, name="py-forked") as session:
+        session.append(0, k, v)
+        wanted = attnd.attention(q, k, v)
+
+        def in_child():
+            assert np.array_equal(attnd.attention(q, k, v, cluster=cluster), wanted)
+            assert "py-forked" in cluster.sessions()
+            with pytest.raises(RuntimeError, match="was opened by process"):
+                session.attend(0, q)
+            assert np.array_equal(cluster.attach("py-forked", write=False).attend(0, q), wanted)
+            assert np.array_equal(asyncio.run(attnd.aio.attention(q, k, v)), wanted)
+
+        assert exit_of_child(in_child) == 0
+        assert session.append(0, k, v) == 60
+
+
+def exit_of_child(call, seconds=20):
+    """The exit code of a forked child that calls something."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            call()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.02)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    pytest.fail("the child hangs")
+
+
+def test_sessions_of_cancelled_calls_are_closed(cluster):
+    async def main():
+        there = attnd.aio.connect(cluster.url)
+        before = set(await there.sessions())
+        for wait in [0, 0.0005, 0.002, 0.005] * 3:
+            opening = asyncio.create_task(there.session(1, 2, head_dim=16))
+            await asyncio.sleep(wait)
+            opening.cancel()
+            try:
+                opened = await opening
+            except asyncio.CancelledError:
+                continue
+            await opened.close()
+        assert set(await there.sessions()) == before
+
+    asyncio.run(main())
+
+
 def test_a_batch_of_steps(cluster, rng):
     sessions = [cluster.session(1, 4, 2, head_dim=16) for _ in range(3)]
     data = [(rows(rng, 2, n), rows(rng, 2, n), rows(rng, 4, 1)) for n in (5, 300, 40)]
@@ -88,7 +165,8 @@ def test_what_makes_no_sense_is_a_value_error(cluster, rng):
             (lambda: session.append(0, k.astype(np.float16), v), "k is f16, the session has f32"),
             (lambda: session.append(0, k, None), "v is missing"),
             (lambda: session.append(7, k, v), "layer"),
-            (lambda: session.attend(0, q, attn_mask=np.ones((5, 5), bool)), "mask"),
+            (lambda: session.attend(0, q, attn_mask=np.ones((5, 5), bool)), "attn_mask: a session takes no matrices"),
+            (lambda: session.attend(0, q, sinks=np.ones((2, 2))), "sinks has shape"),
             (lambda: session.attend(0, q, nonsense=1), "nonsense"),
         ]:
             with pytest.raises((ValueError, TypeError), match=text):
@@ -99,6 +177,8 @@ def test_what_makes_no_sense_is_a_value_error(cluster, rng):
         cluster.session(1, 2, head_dim=4, replicas=5)
     with pytest.raises(ValueError):
         cluster.session(1, 2, head_dim=4, name="not a name")
+    with pytest.raises(ValueError, match="ttl is -1"):
+        cluster.session(1, 2, head_dim=4, ttl=-1)
 
 
 def test_coroutines_do_the_same_and_cancelled_ones_end(cluster, rng):

@@ -32,6 +32,11 @@ pub fn shape(dims: Dims) -> Result<AttnShape, Error> {
     AttnShape::new(dims).map_err(Into::into)
 }
 
+/// A tensor that a caller handed over whole, with other bytes than its shape needs.
+pub fn tensor_length(tensor: impl std::fmt::Display, need: u64, payload: usize) -> Error {
+    Error::new(Reason::PayloadLength, format!("{tensor}: shape needs {need}, payload {payload}"))
+}
+
 /// The first frame is not Begin.
 pub fn expected_begin() -> Error {
     Error::new(Reason::StreamOrder, "expected Begin")

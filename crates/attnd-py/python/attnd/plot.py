@@ -208,7 +208,7 @@ def _pooled(matrix: np.ndarray) -> np.ndarray:
 
 
 def _png(pixels: np.ndarray) -> bytes:
-    """A PNG file (RFC 2083) of ``[rows, columns, 3]`` bytes."""
+    """A PNG file (RFC 2083) of ``[rows, columns, 3]`` bytes. By hand, as no notebook should need a library of pictures for this."""
     rows, columns, _ = pixels.shape
 
     def chunk(kind: bytes, data: bytes) -> bytes:
