@@ -186,11 +186,14 @@ class _Processes:
         _started.add(self)
         try:
             said: list[str] = []
-            threading.Thread(target=_pass_on, args=(self.process.stderr, said), daemon=True).start()
+            reader = threading.Thread(target=_pass_on, args=(self.process.stderr, said), daemon=True)
+            reader.start()
             assert self.process.stdout is not None
             self.url = self.process.stdout.readline().strip()
             if not self.url.startswith("http"):
                 self.stop()
+                # Until it has read the last line.
+                reader.join(_STOP_SECONDS)
                 raise RuntimeError("".join(said).strip() or f"attnd local says {self.url!r} instead of a URL")
         except BaseException:
             self.stop()
