@@ -1,7 +1,7 @@
 //! Compiles the proto files into Rust, in Rust: no protoc is needed.
 
 use std::error::Error;
-use std::path::Path;
+use std::path::PathBuf;
 
 const FILES: [&str; 6] = [
     "attnd/v1/attention.proto",
@@ -13,7 +13,8 @@ const FILES: [&str; 6] = [
 ];
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../proto");
+    // Asked when it runs: two checkouts that share a target folder share what is compiled of this.
+    let root = PathBuf::from(std::env::var("CARGO_MANIFEST_DIR")?).join("../../proto");
     for file in FILES {
         println!("cargo::rerun-if-changed={}", root.join(file).display());
     }

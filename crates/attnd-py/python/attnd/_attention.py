@@ -75,7 +75,7 @@ def attention(
     params: dict[str, Any] | None = None,
     previous: Any = None,
     sigmoid_bias: float | None = None,
-    empty_row: str = "zero",
+    empty_row: str | None = None,
     allow_non_finite: bool = False,
     forbid_empty_rows: bool = False,
     value_dim: int | None = None,
@@ -131,7 +131,7 @@ def attention(
         params: Its parameters, by name.
         previous: The weights that rows had before, for functions that look at them.
         sigmoid_bias: Weights are ``sigmoid(score + sigmoid_bias)``, without a softmax.
-        empty_row: What rows are that see no key: ``"zero"``, ``"nan"``, or ``"uniform"``, the mean of the values.
+        empty_row: What rows are that see no key: ``"zero"`` unless it is said, ``"nan"``, or ``"uniform"``, the mean of the values.
         allow_non_finite: NaN and infinities may come, and follow IEEE 754 into the rows that see them.
         forbid_empty_rows: A row that sees no key is an error.
         value_dim: Where ``v`` is ``None``.
@@ -147,8 +147,8 @@ def attention(
         ValueError: What makes no sense. Where a call was made of it, it is :class:`attnd.InvalidArgument`.
         attnd.Error: What else went wrong.
     """
-    given = np.asarray(q)
-    q, k = floats("q", given), floats("k", k)
+    asked = np.asarray(q)
+    q, k = floats("q", asked), floats("k", k)
     v = None if v is None else floats("v", v)
     unbatched = q.ndim == 3
     if unbatched:
@@ -165,43 +165,42 @@ def attention(
         raise ValueError("value_dim is for a call without v, which has its own")
     if cluster is None and (workers is not None or timeout is not None):
         raise ValueError("workers and timeout are for a call on a cluster")
-    options = options_of(
-        CallShape(q.shape[0], q.shape[1], k.shape[2]),
-        attn_mask=attn_mask,
-        is_causal=is_causal,
-        scale=scale,
-        window=window,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        sinks=sinks,
-        return_weights=return_weights,
-        bias=bias,
-        alibi_by_key=alibi_by_key,
-        relative=relative,
-        swin=swin,
-        chunk=chunk,
-        prefix=prefix,
-        key_begin=key_begin,
-        key_end=key_end,
-        query_end=query_end,
-        offset=offset,
-        documents=documents,
-        query_documents=query_documents,
-        csr=csr,
-        score=score,
-        params=params,
-        previous=previous,
-        sigmoid_bias=sigmoid_bias,
-        empty_row=empty_row,
-        allow_non_finite=allow_non_finite,
-        forbid_empty_rows=forbid_empty_rows,
-        outputs=outputs,
-        workers=workers,
-        timeout=timeout,
-    )
+    given = {
+        "attn_mask": attn_mask,
+        "is_causal": is_causal,
+        "scale": scale,
+        "window": window,
+        "softcap": softcap,
+        "alibi_slopes": alibi_slopes,
+        "sinks": sinks,
+        "bias": bias,
+        "alibi_by_key": alibi_by_key,
+        "relative": relative,
+        "swin": swin,
+        "chunk": chunk,
+        "prefix": prefix,
+        "key_begin": key_begin,
+        "key_end": key_end,
+        "query_end": query_end,
+        "offset": offset,
+        "documents": documents,
+        "query_documents": query_documents,
+        "csr": csr,
+        "score": score,
+        "params": params,
+        "previous": previous,
+        "sigmoid_bias": sigmoid_bias,
+        "empty_row": empty_row,
+        "allow_non_finite": allow_non_finite,
+        "forbid_empty_rows": forbid_empty_rows,
+        "workers": workers,
+        "timeout": timeout,
+    }
+    call = CallShape(q.shape[0], q.shape[1], k.shape[2])
+    options = options_of(call, given, return_weights=return_weights, outputs=outputs)
     where = _attnd if cluster is None else cluster._coordinator
     told = where.attend((q, k, v, value_dim), options)
-    return _answer(told, given.dtype, unbatched, return_lse, return_weights, outputs)
+    return _answer(told, asked.dtype, unbatched, return_lse, return_weights, outputs)
 
 
 def _answer(told, dtype, unbatched, return_lse, return_weights, outputs):

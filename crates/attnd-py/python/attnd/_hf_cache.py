@@ -128,7 +128,7 @@ class Cache(transformers.Cache):
         sessions = self._of(layer, query, key, value)
         q, k, v = (array(rows) for rows in (query, key, value))
         steps = [
-            (session._session, layer.layer, k[b], v[b], q[b], options_of(session._call, **options[b]))
+            (session._session, layer.layer, k[b], v[b], q[b], options_of(session._call, options[b]))
             for b, session in enumerate(sessions)
         ]
         self._broken = f"a step of layer {layer.layer} was interrupted"

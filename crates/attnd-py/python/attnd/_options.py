@@ -94,11 +94,13 @@ class CallShape(NamedTuple):
     keys: int | None
 
 
-def options_of(call: CallShape, *, return_weights: bool = False, outputs: Outputs | None = None, **given: Any) -> dict[str, Any]:
-    """The arguments of :func:`attnd.attention`: those that are there differ from the default."""
+def options_of(call: CallShape, given: dict[str, Any], *, return_weights: bool = False, outputs: Outputs | None = None) -> dict[str, Any]:
+    """The arguments of :func:`attnd.attention` by their names, as the compiled half takes them: those that are there differ from the
+    default."""
     options: dict[str, Any] = {"allow_non_finite": False}
     for name, value in given.items():
-        if value is None or (isinstance(value, (bool, np.bool_)) and not value):
+        # Most are none of the two, and a small call is as long as this loop.
+        if value is None or value is False or (isinstance(value, np.bool_) and not value):
             continue
         take = _TAKEN.get(name)
         if take is None:

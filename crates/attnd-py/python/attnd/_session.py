@@ -63,7 +63,7 @@ class Session:
             ``[heads, tokens, value_dim]``, of the type of ``q``.
         """
         given = np.asarray(q)
-        told = self._session.attend(layer, floats("q", given), options_of(self._call, **options), at_len)
+        told = self._session.attend(layer, floats("q", given), options_of(self._call, options), at_len)
         return _answer(told, given, return_lse)
 
     def step(self, layer: int, k: Any, v: Any, q: Any, *, return_lse: bool = False, is_causal: bool | str = "bottom-right", **options: Any) -> Any:
@@ -83,7 +83,7 @@ class Session:
         """
         given = np.asarray(q)
         v = None if v is None else floats("v", v)
-        options = options_of(self._call, is_causal=is_causal, **options)
+        options = options_of(self._call, {"is_causal": is_causal, **options})
         told = self._session.step(layer, floats("k", k), v, floats("q", given), options)
         return _answer(told, given, return_lse)
 
@@ -147,7 +147,7 @@ def step_batch(coordinator: Coordinator, steps: Sequence[Step]) -> list[np.ndarr
     """See :meth:`attnd.Cluster.step_batch`."""
     ready, given = [], []
     for step in steps:
-        options = options_of(step.session._call, **{"is_causal": "bottom-right", **step.options})
+        options = options_of(step.session._call, {"is_causal": "bottom-right", **step.options})
         given.append(np.asarray(step.q))
         v = None if step.v is None else floats("v", step.v)
         ready.append((step.session._session, step.layer, floats("k", step.k), v, floats("q", given[-1]), options))

@@ -58,13 +58,14 @@ def attend(
     cluster: Cluster | None = None,
     attn_mask: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
+    return_weights: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """One call over ``[batch, heads, tokens, dim]``. Of what comes back ``context`` is a tensor of the query's type, all else arrays."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check(name, tensor)
     keys = key.shape[2]
-    taken = options_of(CallShape(query.shape[0], query.shape[1], keys), **options)
+    taken = options_of(CallShape(query.shape[0], query.shape[1], keys), options, return_weights=return_weights)
     # Bits of bf16 can't be told from integers there.
     for name, tensor in (("attn_mask", attn_mask), ("bias", bias)):
         if tensor is None:
